@@ -1,0 +1,55 @@
+"""smark_jax: fingerprint every copy of an image classifier, and trace a leaked one.
+
+The modules are the interface; import them, not their contents::
+
+    from smark_jax import carriers, codes, embedding, extraction, keys, tracing
+
+They are loaded when first used, so that ``smark --help`` does not wait for optax or TFDS.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smark_jax import aggregation as aggregation
+    from smark_jax import attacks as attacks
+    from smark_jax import carriers as carriers
+    from smark_jax import codes as codes
+    from smark_jax import data as data
+    from smark_jax import embedding as embedding
+    from smark_jax import extraction as extraction
+    from smark_jax import keys as keys
+    from smark_jax import losses as losses
+    from smark_jax import models as models
+    from smark_jax import parallel as parallel
+    from smark_jax import statistics as statistics
+    from smark_jax import tracing as tracing
+    from smark_jax import training as training
+
+__version__ = "0.1.0"
+__all__ = [
+    "aggregation",
+    "attacks",
+    "carriers",
+    "codes",
+    "data",
+    "embedding",
+    "extraction",
+    "keys",
+    "losses",
+    "models",
+    "parallel",
+    "statistics",
+    "tracing",
+    "training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return importlib.import_module(f"smark_jax.{name}")
+    raise AttributeError(f"module 'smark_jax' has no attribute {name!r}; its modules are {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,16 @@
+"""Names for the kinds of value that cross module borders."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jax import Array
+
+PyTree = Any
+"""A nest of containers whose leaves are arrays: parameters, gradients, a Flax variables dict, an nnx state."""
+
+AnyArray = Array | np.ndarray
+"""An array on a device or on the host."""
+
+ApplyFn = Callable[[PyTree, Array], Array]
+"""``apply_fn(params, images [B H W C]) -> logits [B classes]``, pure."""

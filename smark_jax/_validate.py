@@ -1,0 +1,138 @@
+"""Checks of user input: each failure says who refused, what was expected, what came, and the likely cause."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from smark_jax._types import PyTree
+
+
+def fail(who: str, expected: str, got: str, cause: str) -> ValueError:
+    """The one shape of our error messages; the caller raises it."""
+    return ValueError(f"{who}: expected {expected}, but got {got}.\n{cause}")
+
+
+def is_traced(*values: Any) -> bool:
+    """True under jit, vmap or grad, where shapes are known and values are not."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
+
+
+def same_shape(who: str, **named: Any) -> None:
+    """Refuses arrays whose shapes differ."""
+    shapes = {name: np.shape(value) for name, value in named.items()}
+    if len(set(shapes.values())) > 1:
+        got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise fail(who, "equal shapes", got, "Were they made with different numbers of chips?")
+
+
+def vector(who: str, name: str, value: Any, length: int, cause: str) -> None:
+    """Refuses anything but a vector of ``length`` entries."""
+    if np.shape(value) != (length,):
+        raise fail(who, f"{name} of shape ({length:,},)", f"shape {np.shape(value)}", cause)
+
+
+def positive(who: str, name: str, value: int) -> None:
+    """Refuses a count that is not a whole number of at least one."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise fail(who, f"{name} to be a whole number of at least 1", repr(value), f"Is {name} set?")
+
+
+def probability(who: str, name: str, value: float) -> None:
+    """Refuses a level outside the open interval (0, 1)."""
+    if not (isinstance(value, int | float | np.number) and 0 < value < 1):
+        raise fail(
+            who,
+            f"{name} strictly between 0 and 1",
+            repr(value),
+            f"{name} is the probability of accusing any innocent customer that you accept, such as 1e-6.",
+        )
+
+
+def finite_number(who: str, name: str, value: float) -> None:
+    """Refuses a strength, clip or margin that is not a positive finite number."""
+    if is_traced(value):
+        return
+    if not (np.ndim(value) == 0 and math.isfinite(value) and value > 0):
+        raise fail(who, f"{name} to be a positive finite number", repr(value), f"Is {name} in the right unit?")
+
+
+def all_finite(who: str, what: str, ok: Any) -> None:
+    """Refuses when ``ok``, a device boolean computed along with the result, is false. Skipped while tracing."""
+    if not is_traced(ok) and not bool(ok):
+        raise fail(who, f"finite {what}", "NaN or infinite values", "Did training diverge, or is the file damaged?")
+
+
+def chips(who: str, value: Any) -> np.ndarray:
+    """Returns a read-out as a float64 vector on the host, or refuses it."""
+    array = np.asarray(value, np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise fail(who, "chips of shape [m]", f"shape {array.shape}", "For several suspects, trace one row at a time.")
+    all_finite(who, "chips", np.isfinite(array).all())
+    return array
+
+
+def serials(who: str, value: Any) -> np.ndarray:
+    """Returns customers' serials as int64 [K], or refuses duplicates, negatives and non-integers."""
+    array = np.asarray(value)
+    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise fail(
+            who,
+            "serials to be a non-empty vector of whole numbers",
+            f"shape {array.shape}, dtype {array.dtype}",
+            "A serial is the customer's number in the owner's registry.",
+        )
+    if array.min() < 0 or int(array.max()) >= 2**63:
+        raise fail(who, "serials of 0 to 2^63 - 1", f"{array.min()} to {array.max()}", "Number customers from 0.")
+    values, counts = np.unique(array, return_counts=True)
+    if values.size < array.size:
+        twice = values[counts > 1][:3].tolist()
+        raise fail(who, "distinct serials", f"duplicates of {twice}", "Two customers must never share a codeword.")
+    return array.astype(np.int64)
+
+
+def same_trees(who: str, trees: Mapping[int, PyTree] | Sequence[PyTree]) -> None:
+    """Refuses parties' updates that differ in structure, leaf shape or dtype, naming the first party that differs."""
+    items = list(trees.items()) if isinstance(trees, Mapping) else list(enumerate(trees))
+    if not items:
+        raise fail(who, "updates of at least one party", "zero parties", "Did every party drop out?")
+
+    def describe(tree: PyTree) -> dict[str, str]:
+        paths = jax.tree_util.tree_leaves_with_path(tree)
+        return {path_name(path): f"{np.shape(leaf)} {jnp.result_type(leaf)}" for path, leaf in paths}
+
+    first_party, first_tree = items[0]
+    first = describe(first_tree)
+    for party, tree in items[1:]:
+        other = describe(tree)
+        if other == first:
+            continue
+        leaf = next(k for k in sorted(first.keys() | other.keys()) if first.get(k) != other.get(k))
+        raise fail(
+            who,
+            f"the same tree from every party (leaf {leaf!r}: {first.get(leaf, 'absent')} at party {first_party})",
+            f"{other.get(leaf, 'absent')} at party {party}",
+            "Do all parties run the same model definition and precision?",
+        )
+
+
+def stacked(who: str, name: str, trees: PyTree) -> int:
+    """The length of the leading axis that all leaves share, or an error when there is no such axis."""
+    axes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(trees)}
+    if len(axes) != 1 or axes == {()} or axes == {(0,)}:
+        raise fail(
+            who,
+            f"{name} whose leaves share a leading axis of at least one",
+            f"leading axes {sorted(axes)}" if axes else "no leaves",
+            "Stack trees with jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees).",
+        )
+    return axes.pop()[0]
+
+
+def path_name(path: Any) -> str:
+    """A leaf's pytree path as text, its steps joined by ``/``; the same names that our files use."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")

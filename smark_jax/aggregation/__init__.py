@@ -1,0 +1,22 @@
+"""Masked aggregation: parties' updates as fixed-point words under pairwise masks that cancel in the sum.
+
+A party's update becomes integers modulo 2^32 (:func:`encode`), and a mask from keys shared pairwise is added
+(:func:`pairwise_mask`). Each masked message alone is uniform noise to whoever lacks the pair keys; the sum of all
+messages is the exact sum of the integers (:func:`decode`). What remains visible is that sum: use differential privacy
+where even it says too much.
+"""
+
+from smark_jax.aggregation.fixed_point import FixedPoint, decode, encode, stack
+from smark_jax.aggregation.masks import agree, pair_keys, pairwise_mask, public_key, rounding_key
+
+__all__ = [
+    "FixedPoint",
+    "agree",
+    "decode",
+    "encode",
+    "pair_keys",
+    "pairwise_mask",
+    "public_key",
+    "rounding_key",
+    "stack",
+]

@@ -1,0 +1,159 @@
+r"""Fixed point: floats to integers modulo 2^32 and back, unbiased, with room for the sum of all parties.
+
+With clip C, n parties and Q levels, the resolution is :math:`\Delta = 2C / (Q - 1)` and a value x is sent as
+
+.. math:: q = SR\big(\mathrm{clip}(x, \pm C) / \Delta\big) + (Q - 1) / 2,
+
+SR rounding up with the probability of the fractional part: unbiased, variance at most Delta^2 / 4. Q is odd with
+n (Q - 1) < 2^bits, so that the sum of n messages never wraps: the largest such number for which the offset (Q - 1) / 2
+is a float32.
+
+All integer steps are exact. Float32 enters twice: x / Delta carries one relative rounding error of 2^-24, and so does
+the decoded sum.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from smark_jax import _validate
+from smark_jax._types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedPoint:
+    """How floats travel as words. Hashable, so it is a static argument under jit.
+
+    Attributes:
+      clip: C; values beyond +-C are clipped to it.
+      num_parties: n, the most parties whose words may be added.
+      bits: width of the word that their sum must fit, at most 32.
+
+    Raises:
+      ValueError: on a clip that is not positive and finite, zero parties, or more parties than the word has room for.
+    """
+
+    clip: float
+    num_parties: int
+    bits: int = 32
+
+    def __post_init__(self) -> None:
+        _validate.finite_number("FixedPoint", "clip", self.clip)
+        _validate.positive("FixedPoint", "num_parties", self.num_parties)
+        _validate.positive("FixedPoint", "bits", self.bits)
+        if self.bits > 32:
+            raise _validate.fail("FixedPoint", "bits of at most 32", str(self.bits), "Words are uint32.")
+        if self.offset < 1:
+            raise _validate.fail(
+                "FixedPoint",
+                f"at most {(2**self.bits - 1) // 2:,} parties for sums of {self.bits} bits",
+                f"{self.num_parties:,} parties",
+                "Each party needs at least three levels. Use a wider word.",
+            )
+
+    @property
+    def offset(self) -> int:
+        """(Q - 1) / 2, the integer that stands for zero."""
+        largest = (2**self.bits - 1) // self.num_parties // 2
+        excess = max(0, largest.bit_length() - 24)
+        return largest >> excess << excess
+
+    @property
+    def num_levels(self) -> int:
+        """Q, the number of integers that one party can send."""
+        return 2 * self.offset + 1
+
+    @property
+    def resolution(self) -> float:
+        """Delta, the distance between neighbouring levels."""
+        return self.clip / self.offset
+
+    @property
+    def mean_standard_error(self) -> float:
+        r"""Bound on the standard error that rounding adds to a mean: Delta / (2 sqrt n)."""
+        return self.resolution / (2 * math.sqrt(self.num_parties))
+
+
+def encode(tree: PyTree, fixed_point: FixedPoint, key: Array) -> PyTree:
+    """The tree's floats as fixed-point words, stochastically rounded.
+
+    Args:
+      tree: pytree of floats.
+      fixed_point: the format.
+      key: a ``jax.random`` key for the rounding, a fresh one each time. It need not be secret.
+
+    Returns:
+      A tree of uint32 of the same shapes.
+
+    Raises:
+      ValueError: when the tree has no leaves, or (outside jit) holds NaN or infinite values.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    if not leaves:
+        raise _validate.fail("encode", "a tree with at least one leaf", "none", "Is the update empty?")
+    leaves = [jnp.asarray(leaf, jnp.float32) for leaf in leaves]
+    if not _validate.is_traced(leaves):
+        _validate.all_finite("encode", "update", all(bool(jnp.isfinite(leaf).all()) for leaf in leaves))
+    rounding = jax.random.split(key, len(leaves))
+    words = [_encode_leaf(leaf, fixed_point, leaf_key) for leaf, leaf_key in zip(leaves, rounding, strict=True)]
+    return jax.tree.unflatten(structure, words)
+
+
+def _encode_leaf(x: Array, fixed_point: FixedPoint, key: Array) -> Array:
+    steps = jnp.clip(x / fixed_point.resolution, -fixed_point.offset, fixed_point.offset)
+    floor = jnp.floor(steps)
+    up = jax.random.uniform(key, x.shape) < steps - floor
+    # Exact: above 2^24 float32 has no fractions left, so nothing is rounded up there; the offset is a float32.
+    whole = (floor + up).astype(jnp.int32)
+    return jax.lax.bitcast_convert_type(whole, jnp.uint32) + jnp.uint32(fixed_point.offset)
+
+
+def decode(total: PyTree, fixed_point: FixedPoint, num_survivors: int) -> PyTree:
+    """The sum of the parties' floats from the sum of their words, modulo 2^32.
+
+    Args:
+      total: tree of uint32, the sum over ``num_survivors`` parties of their words.
+      fixed_point: the format.
+      num_survivors: how many parties are in the sum; divide by it for the mean.
+
+    Returns:
+      A tree of float32 of the same shapes: ``Delta * total - num_survivors * C``, computed on exact integers.
+
+    Raises:
+      ValueError: with no survivors, or with more than the format has room for.
+    """
+    _validate.positive("decode", "num_survivors", num_survivors)
+    if num_survivors > fixed_point.num_parties:
+        raise _validate.fail(
+            "decode",
+            f"a sum of at most {fixed_point.num_parties} parties",
+            f"{num_survivors}",
+            "The sum may have wrapped around. Make the FixedPoint for as many parties as may take part.",
+        )
+    zero = jnp.uint32(num_survivors * fixed_point.offset)
+
+    def decode_leaf(words: Array) -> Array:
+        return jax.lax.bitcast_convert_type(words - zero, jnp.int32).astype(jnp.float32) * fixed_point.resolution
+
+    return jax.tree.map(decode_leaf, total)
+
+
+def stack(updates: Mapping[int, PyTree] | Sequence[PyTree]) -> PyTree:
+    """Parties' updates as one tree whose leaves have a leading axis of P parties, as pmap and shard_map take them.
+
+    Args:
+      updates: an update for each party, in order, or by party number.
+
+    Returns:
+      The stacked tree, parties in the order given.
+
+    Raises:
+      ValueError: with zero parties, or when trees differ in structure, shape or dtype; it names party and leaf.
+    """
+    _validate.same_trees("stack", updates)
+    trees = list(updates.values()) if isinstance(updates, Mapping) else list(updates)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -1,0 +1,240 @@
+r"""The two-round block Hadamard carrier: m dense orthonormal rows over D weights, from a few bits a weight.
+
+The weights are cut into n blocks of L. In each block b,
+
+.. math:: X_b^T = S_2 \, H \, S_1 \, H \, P \, / \sqrt{n}
+
+with H the orthonormal Walsh-Hadamard matrix, fresh keyed sign flips S_1 and S_2, and a fresh keyed placement P of the
+m chips on distinct coefficients of the block. Each factor has orthonormal columns, so :math:`X X^T = I` exactly; every
+row is dense over all blocks; and the cost is that of a fast transform. Nothing of size m x D exists: a carrier is two
+bits a weight and m positions a block.
+
+*Why two rounds.* With one (S H P), the squared difference of two copies no longer depends on the signs, and its Walsh
+spectrum shows which coefficients are in use. The inner signs S_1 hide them.
+
+*Block length.* L is a power of two, at least 4 m and at least 2,048; the last D mod L weights carry nothing. A model
+smaller than that is one block of all its D weights: when D is no power of two, H is replaced by its product over two
+overlapping windows (the first and the last 2^k weights), which is orthonormal too.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, Num, UInt32
+
+from smark_jax import _validate, keys
+from smark_jax._types import AnyArray
+from smark_jax.carriers.selection import Spec
+
+_MIN_BLOCK = 2048
+# Blocks are transformed this many weights at a time (1 MiB of float32), which stays in cache between the factors.
+_PASS_WEIGHTS = 1 << 18
+# H of length 2^k is applied as matmuls with Hadamard factors of at most this size.
+_MAX_FACTOR = 64
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("inner_signs", "outer_signs", "positions"),
+    meta_fields=("num_weights",),
+)
+@dataclasses.dataclass(frozen=True)
+class Carrier:
+    """A secret orthonormal m x D matrix, in the form that its transforms take. A pytree.
+
+    Attributes:
+      inner_signs: packed sign bits of S_1, uint32, shape [n, ceil(L / 32)].
+      outer_signs: packed sign bits of S_2, likewise.
+      positions: the coefficient of each chip in each block, int32, shape [n, m].
+      num_weights: D, static.
+    """
+
+    inner_signs: UInt32[Array, "n words"]
+    outer_signs: UInt32[Array, "n words"]
+    positions: Int32[Array, "n m"]
+    num_weights: int
+
+    @property
+    def num_chips(self) -> int:
+        """The number of chips m."""
+        return self.positions.shape[-1]
+
+    @property
+    def num_carrying(self) -> int:
+        """How many weights the rows cover: n L, which is D less a tail shorter than a block."""
+        n, length = _cut(self.num_weights, self.num_chips)
+        return n * length
+
+    def __repr__(self) -> str:  # the arrays are secret
+        return f"Carrier(num_chips={self.num_chips}, num_weights={self.num_weights})"
+
+
+def draw(key: keys.SecretKey, spec: Spec, num_chips: int = 304) -> Carrier:
+    """The carrier that ``key`` names: the same key, spec and number of chips always give the same one.
+
+    Memory while drawing: about 16 bytes for each of at most 2^20 weights or one block, plus the carrier (D / 4 bytes of
+    signs, 4 n m bytes of positions).
+
+    Args:
+      key: the model's carrier key.
+      spec: the carrying leaves.
+      num_chips: m, at most D.
+
+    Returns:
+      The carrier.
+
+    Raises:
+      ValueError: when there are more chips than weights, or none.
+    """
+    _validate.positive("draw", "num_chips", num_chips)
+    if num_chips > spec.num_weights:
+        raise _validate.fail(
+            "draw",
+            f"at most as many chips as the {spec.num_weights:,} carrying weights",
+            f"{num_chips:,} chips",
+            "Select more leaves, or take fewer chips.",
+        )
+    n, length = _cut(spec.num_weights, num_chips)
+    words = -(-length // 32)
+    zero = np.zeros(3, np.uint32)
+    inner, outer = (
+        keys.keystream(keys.derive(key, label).to_words(), zero, n * words).reshape(n, words)
+        for label in ("inner signs", "outer signs")
+    )
+    positions = _positions(keys.derive(key, "positions"), n, length, num_chips)
+    return Carrier(inner, outer, jnp.asarray(positions), spec.num_weights)
+
+
+def spread(chips: Num[AnyArray, " m"], carrier: Carrier) -> Float[Array, " D"]:
+    """``X^T chips``: the vector of weights that carries these chips, of the same Euclidean norm, shape [D].
+
+    Linear, and the inverse of :func:`despread` on its range: ``despread(spread(c)) == c`` up to rounding (1e-6).
+
+    Raises:
+      ValueError: when ``chips`` is not one value for each of the carrier's chips.
+    """
+    _validate.vector("spread", "chips", chips, carrier.num_chips, "Was the codeword made with another num_chips?")
+    return _spread(jnp.asarray(chips, jnp.float32), carrier)
+
+
+def despread(vector: Float[AnyArray, " D"], carrier: Carrier) -> Float[Array, " m"]:
+    """``X vector``: the soft chips in a vector of weights, shape [m].
+
+    Raises:
+      ValueError: when ``vector`` has not the length that the carrier was drawn for.
+    """
+    cause = "Was the carrier drawn for another model? (Dummy neurons: run alignment.align first.)"
+    _validate.vector("despread", "vector", vector, carrier.num_weights, cause)
+    return _despread(jnp.asarray(vector, jnp.float32), carrier)
+
+
+def check_carrier(who: str, carrier: Carrier, spec: Spec) -> None:
+    """Refuses, in the name of ``who``, a carrier that was drawn for another number of weights than ``spec`` has.
+
+    Raises:
+      ValueError: with both numbers.
+    """
+    if carrier.num_weights != spec.num_weights:
+        raise _validate.fail(
+            who,
+            f"a carrier for the {spec.num_weights:,} weights of the spec",
+            f"one drawn for {carrier.num_weights:,} weights",
+            "Was it drawn for another model? (Dummy neurons: run alignment.align first.)",
+        )
+
+
+@jax.jit
+def _spread(chips: Array, carrier: Carrier) -> Array:
+    n, length = _cut(carrier.num_weights, carrier.num_chips)
+
+    def block(args: tuple[Array, Array, Array]) -> Array:
+        inner, outer, positions = args
+        x = jnp.zeros(length).at[positions].set(chips * n**-0.5, unique_indices=True)
+        return _flip(_mix(_flip(_mix(x), inner)), outer)
+
+    arrays = (carrier.inner_signs, carrier.outer_signs, carrier.positions)
+    blocks = jax.lax.map(block, arrays, batch_size=_blocks_a_pass(n, length))
+    return jnp.pad(blocks.reshape(-1), (0, carrier.num_weights - n * length))
+
+
+@jax.jit
+def _despread(vector: Array, carrier: Carrier) -> Array:
+    n, length = _cut(carrier.num_weights, carrier.num_chips)
+
+    def block(args: tuple[Array, Array, Array, Array]) -> Array:
+        x, inner, outer, positions = args
+        x = _mix(_flip(_mix(_flip(x, outer), transpose=True), inner), transpose=True)
+        return x[positions]
+
+    blocks = vector[: n * length].reshape(n, length)
+    arrays = (blocks, carrier.inner_signs, carrier.outer_signs, carrier.positions)
+    return jax.lax.map(block, arrays, batch_size=_blocks_a_pass(n, length)).sum(axis=0) * n**-0.5
+
+
+def _cut(num_weights: int, num_chips: int) -> tuple[int, int]:
+    """The number of blocks and their length."""
+    length = max(_MIN_BLOCK, 1 << (4 * num_chips - 1).bit_length())
+    return (num_weights // length, length) if num_weights >= length else (1, num_weights)
+
+
+def _blocks_a_pass(n: int, length: int) -> int:
+    return min(n, max(1, _PASS_WEIGHTS // length))
+
+
+def _mix(x: Array, transpose: bool = False) -> Array:
+    """H x for a power of two, else H over the first and then the last 2^k entries (or the transpose of that)."""
+    length = x.shape[0]
+    window = 1 << (length.bit_length() - 1)
+    if window == length:
+        return _walsh_hadamard(x)
+    windows = [slice(0, window), slice(length - window, length)]
+    for part in reversed(windows) if transpose else windows:
+        x = x.at[part].set(_walsh_hadamard(x[part]))
+    return x
+
+
+def _walsh_hadamard(x: Array) -> Array:
+    """The orthonormal transform of 2^k entries, as H = H_f1 (x) H_f2 (x) ... : one small matmul for each axis."""
+    bits = x.shape[0].bit_length() - 1
+    num_factors = max(1, -(-bits // (_MAX_FACTOR.bit_length() - 1)))
+    factors = [1 << (bits * (i + 1) // num_factors - bits * i // num_factors) for i in range(num_factors)]
+    y = x.reshape(factors)
+    for axis, factor in enumerate(factors):
+        # Accelerators would round a float32 matmul to bfloat16 or TF32 by default, and orthonormality would be lost.
+        y = jnp.tensordot(y, _hadamard_matrix(factor), axes=((axis,), (0,)), precision=jax.lax.Precision.HIGHEST)
+        y = jnp.moveaxis(y, -1, axis)
+    return y.reshape(-1)
+
+
+def _hadamard_matrix(size: int) -> np.ndarray:
+    """Sylvester's symmetric matrix: entry (i, j) is (-1)^popcount(i and j), over the square root of the size."""
+    i = np.arange(size, dtype=np.uint32)
+    odd = np.bitwise_count(i[:, None] & i[None, :]) & 1
+    return ((1 - 2.0 * odd) / math.sqrt(size)).astype(np.float32)
+
+
+def _flip(x: Array, packed: Array) -> Array:
+    """Negates the entries whose bit is set."""
+    return x * (1 - 2 * keys.bits(packed)[: x.shape[0]].astype(jnp.float32))
+
+
+def _positions(key: keys.SecretKey, n: int, length: int, num_chips: int) -> Int32[np.ndarray, "n m"]:
+    """For each block the first m entries of a keyed random permutation: the indices sorted by random 64-bit numbers."""
+    index_bits = max(1, (length - 1).bit_length())
+    index = np.arange(length, dtype=np.uint64)
+    nonce = np.zeros(3, np.uint32)
+    result = np.empty((n, num_chips), np.int32)
+    step = min(n, max(1, (1 << 20) // length))
+    for start in range(0, n, step):
+        count = min(step, n - start)
+        first = start * length * 2 // keys.BLOCK_WORDS  # n > 1 only for a length that a block of keystream divides
+        stream = np.asarray(keys.keystream(key.to_words(), nonce, 2 * count * length, first))
+        # Random high bits, the index in the low ones: sorting the numbers permutes the indices, and nothing ties.
+        numbers = stream.view(np.uint64).reshape(count, length) >> index_bits << index_bits | index
+        numbers.sort(axis=1)
+        result[start : start + count] = numbers[:, :num_chips] & np.uint64((1 << index_bits) - 1)
+    return result

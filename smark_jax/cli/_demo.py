@@ -1,0 +1,339 @@
+"""``smark demo``: the whole job on real digits, and a picture of what the tracer sees."""
+
+import functools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+import rich.progress
+import rich.table
+
+from smark_jax import (
+    aggregation,
+    attacks,
+    carriers,
+    codes,
+    data,
+    embedding,
+    extraction,
+    keys,
+    losses,
+    models,
+    parallel,
+    tracing,
+    training,
+)
+from smark_jax._types import ApplyFn, PyTree
+
+NUM_CHIPS = 304
+STRENGTH = 0.03
+ALPHA = 1e-6
+BATCH = 32  # examples of one party in a round
+CLIP = 1.0  # bound on the norm of a party's gradient
+OWNER_MARGIN = 1.0  # what each chip of the owner's mark must read while the base is trained
+
+
+class Config(NamedTuple):
+    """The demo's options."""
+
+    out: Path
+    parties: int
+    customers: int
+    epochs: int
+    seed: int
+
+
+class Suspect(NamedTuple):
+    """A model that turned up: what it is, whose copy it was (None: nobody's), its parameters and accuracy."""
+
+    name: str
+    customer: int | None
+    params: PyTree
+    accuracy: float
+
+
+class Model(NamedTuple):
+    """What the owner keeps of a model to issue and trace its copies."""
+
+    base: PyTree
+    spec: carriers.Spec
+    carrier: carriers.Carrier
+    codebook: jax.Array
+
+
+def run(config: Config, console: rich.console.Console) -> dict[str, Any]:
+    """Runs the demo, prints its table, writes ``results.json`` and ``statistics.png``, and returns the results."""
+    began = time.perf_counter()
+    _ask_for_devices(config.parties)
+    config.out.mkdir(parents=True, exist_ok=True)
+    train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")
+    network = models.CNN()
+    apply_fn = models.apply_fn(network)
+    accuracy = functools.partial(models.accuracy, apply_fn, images=test.images, labels=test.labels)
+    master = keys.derive(keys.from_bytes(config.seed.to_bytes(32, "big")), "demo")
+
+    columns = (
+        rich.progress.TextColumn("{task.description:<34}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[note]}"),
+    )
+    with rich.progress.Progress(*columns, console=console) as progress:
+        start = models.init(network, jax.random.key(config.seed), train.images.shape[1:])
+        owner = _owner_mark(start, keys.derive(master, "owner"))
+        label = f"train base across {config.parties} parties"
+        base = _train(config, apply_fn, start, owner, train, master, progress, label)
+
+        model = _model(base, keys.derive(master, "mnist-cnn"), config.customers)
+        task = progress.add_task(f"issue {config.customers} copies", total=config.customers, note="")
+        copies = embedding.embed_batch(base, model.spec, model.carrier, model.codebook, STRENGTH)
+        issued = []
+        for customer in range(config.customers):
+            params = jax.tree.map(lambda leaf, row=customer: leaf[row], copies)
+            issued.append(Suspect(f"copy {customer}", customer, params, accuracy(params)))
+            progress.advance(task)
+
+        leaks = _leak(issued, apply_fn, train, accuracy, config.seed, progress)
+        other_start = models.init(network, jax.random.key(config.seed + 1), train.images.shape[1:])
+        label = "train an independent model"
+        other_config = config._replace(seed=config.seed + 1, epochs=max(1, config.epochs // 2))
+        independent = _train(
+            other_config, apply_fn, other_start, None, train, keys.derive(master, "other"), progress, label
+        )
+        suspects = [*issued, *leaks, Suspect("independent", None, independent, accuracy(independent))]
+
+        task = progress.add_task("trace", total=len(suspects), note="")
+        chips = extraction.extract_batch(
+            aggregation.stack([suspect.params for suspect in suspects]), base, model.spec, model.carrier
+        )
+        verdicts = []
+        for row in np.asarray(chips):
+            verdicts.append(tracing.trace(row, model.codebook, ALPHA))
+            progress.advance(task)
+
+    wrong_bits = int(jnp.sum(jnp.sign(chips[: config.customers]) != model.codebook))
+    results = _results(config, accuracy(base), suspects, verdicts, wrong_bits)
+    results["owner_mark_log10_p"] = _owner_log10_p(base, owner)
+    results["devices"] = [str(device) for device in parallel.devices(config.parties)]
+    _picture(config.out / "statistics.png", suspects, verdicts)
+    results["seconds"] = round(time.perf_counter() - began, 1)
+    (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _print(console, config, results)
+    return results
+
+
+def _ask_for_devices(parties: int) -> None:
+    """Virtual CPU devices must be asked for before JAX computes anything; a caller who has begun brings their own."""
+    try:
+        jax.config.update("jax_num_cpu_devices", parties)
+    except RuntimeError:
+        parallel.devices(parties)
+
+
+class _Owner(NamedTuple):
+    spec: carriers.Spec
+    aim: embedding.Mark
+
+
+def _owner_mark(start: PyTree, key: keys.SecretKey) -> _Owner:
+    """The owner's own mark, read relative to the weights that training starts from."""
+    spec = carriers.select(start)
+    carrier = carriers.draw(keys.derive(key, "carrier"), spec, NUM_CHIPS)
+    word = codes.codebook(keys.derive(key, "code"), [0], NUM_CHIPS)[0]
+    return _Owner(spec, embedding.mark(start, spec, carrier, word))
+
+
+def _owner_log10_p(params: PyTree, owner: _Owner) -> float:
+    chips = carriers.despread(carriers.read(params, owner.spec) - owner.aim.base, owner.aim.carrier)
+    verdict = tracing.trace(chips, owner.aim.code[None].astype(jnp.int8), ALPHA)
+    return verdict.accused[0].log10_p if verdict.accused else 0.0
+
+
+def _train(
+    config: Config,
+    apply_fn: ApplyFn,
+    start: PyTree,
+    owner: _Owner | None,
+    train: data.Dataset,
+    key: keys.SecretKey,
+    progress: rich.progress.Progress,
+    label: str,
+) -> PyTree:
+    images, labels = training.partition(train.images, train.labels, config.parties, config.seed)
+    batch = min(BATCH, labels.shape[1])
+    rounds = training.num_batches(labels.shape[1], batch, config.epochs)
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, rounds))
+    if owner is not None:
+        loss_fn = functools.partial(losses.sign_hinge, margin=OWNER_MARGIN)
+        optimizer = optax.chain(embedding.add_fingerprint_gradient(loss_fn, owner.spec, owner.aim), optimizer)
+    step = parallel.train_step(apply_fn, optimizer, aggregation.FixedPoint(CLIP, config.parties))
+    pair_keys = aggregation.pair_keys([keys.derive(key, "party", str(party)) for party in range(config.parties)])
+    task = progress.add_task(label, total=rounds, note="compiling ...")
+
+    def show(state: parallel.TrainState, info: parallel.TrainInfo) -> None:
+        progress.update(task, advance=1, note=f"loss {float(info.loss):.3f}")
+
+    batches = training.batches(images, labels, batch, config.epochs, config.seed + 1)
+    return training.fit(step, step.init(start), batches, pair_keys, show).params
+
+
+def _model(base: PyTree, key: keys.SecretKey, customers: int) -> Model:
+    spec = carriers.select(base)
+    carrier = carriers.draw(keys.derive(key, "carrier"), spec, NUM_CHIPS)
+    codebook = codes.codebook(keys.derive(key, "code"), range(customers), NUM_CHIPS)
+    return Model(base, spec, carrier, codebook)
+
+
+def _leak(
+    issued: list[Suspect], apply_fn: ApplyFn, train: data.Dataset, accuracy: Any, seed: int, progress: Any
+) -> list[Suspect]:
+    """Three customers leak: one fine-tunes first, one prunes, one quantises."""
+    tuner, pruner, quantiser = (len(issued) * part // 20 for part in (7, 11, 13))
+    epochs, batch = 3, 64
+    task = progress.add_task(f"customer {tuner} fine-tunes", total=epochs * (len(train.labels) // batch), note="")
+    tuned = attacks.fine_tune(
+        issued[tuner].params,
+        apply_fn,
+        train.images,
+        train.labels,
+        epochs=epochs,
+        batch_size=batch,
+        seed=seed,
+        on_step=lambda: progress.advance(task),
+    )
+    attacked = [
+        (f"fine-tuned {epochs} epochs", tuner, tuned),
+        ("pruned to 50 %", pruner, attacks.prune(issued[pruner].params, 0.5)),
+        ("quantised to 4 bits", quantiser, attacks.quantise(issued[quantiser].params, 4)),
+    ]
+    return [Suspect(name, customer, params, accuracy(params)) for name, customer, params in attacked]
+
+
+def _results(
+    config: Config, base_accuracy: float, suspects: list[Suspect], verdicts: list[tracing.Verdict], wrong_bits: int
+) -> dict[str, Any]:
+    rows = []
+    for suspect, verdict in zip(suspects, verdicts, strict=True):
+        accused = [accusation.serial for accusation in verdict.accused]
+        own = [a for a in verdict.accused if a.serial == suspect.customer]
+        rows.append(
+            {
+                "suspect": suspect.name,
+                "customer": suspect.customer,
+                "accuracy": suspect.accuracy,
+                "accused": accused,
+                "traced": accused == ([] if suspect.customer is None else [suspect.customer]),
+                "statistic": own[0].statistic
+                if own
+                else float(verdict.statistics[np.abs(verdict.statistics).argmax()]),
+                "p_value": own[0].p_value if own else 1.0,
+                "log10_p": own[0].log10_p if own else 0.0,
+                "threshold": verdict.threshold,
+            }
+        )
+    intact = rows[: config.customers]
+    accuracies = [row["accuracy"] for row in intact]
+    return {
+        "base_accuracy": base_accuracy,
+        "marked_accuracy_mean": float(np.mean(accuracies)),
+        "marked_accuracy_min": min(accuracies),
+        "bit_errors": wrong_bits,
+        "issued": config.customers,
+        "traced": sum(row["traced"] for row in intact),
+        "worst_p_value": max(row["p_value"] for row in intact),
+        "leaks_traced": sum(row["traced"] for row in rows[config.customers : -1]),
+        "innocents_accused": sum(len(set(row["accused"]) - {row["customer"]}) for row in rows),
+        "num_chips": NUM_CHIPS,
+        "strength": STRENGTH,
+        "alpha": ALPHA,
+        "parties": config.parties,
+        "epochs": config.epochs,
+        "seed": config.seed,
+        "suspects": rows,
+    }
+
+
+def _print(console: rich.console.Console, config: Config, results: dict[str, Any]) -> None:
+    table = rich.table.Table(title=f"Who leaked? {config.customers} customers, alpha = {ALPHA:g}", title_justify="left")
+    for column in ("suspect", "accuracy", "largest |T|", "threshold", "p-value", "verdict"):
+        table.add_column(column, justify="left" if column in ("suspect", "verdict") else "right")
+    rows = results["suspects"]
+    weakest = max(rows[: config.customers], key=lambda row: row["p_value"])
+    for row in ({**weakest, "suspect": f"weakest intact copy ({weakest['customer']})"}, *rows[config.customers :]):
+        who = ", ".join(f"customer {serial}" for serial in row["accused"]) or "nobody"
+        right = row["traced"]
+        table.add_row(
+            row["suspect"],
+            f"{row['accuracy']:.3f}",
+            f"{abs(row['statistic']):.1f}",
+            f"{row['threshold']:.1f}",
+            f"1e{math.ceil(row['log10_p'])}" if row["log10_p"] < 0 else "-",
+            f"[green]{who}[/green]" if right else f"[bold red]{who} (wrong)[/bold red]",
+        )
+    console.print()
+    console.print(table)
+    console.print(
+        f"Base accuracy {results['base_accuracy']:.3f}; {config.customers} copies: mean "
+        f"{results['marked_accuracy_mean']:.4f}, worst {results['marked_accuracy_min']:.3f}; "
+        f"{results['bit_errors']} of {config.customers * NUM_CHIPS:,} chips wrong; "
+        f"{results['traced']} of {config.customers} intact copies traced; "
+        f"{results['innocents_accused']} innocents accused."
+    )
+    console.print(f"Results: {config.out / 'results.json'}   Picture: {config.out / 'statistics.png'}")
+    console.print(f"{results['seconds']:.0f} seconds.")
+
+
+def _picture(path: Path, suspects: list[Suspect], verdicts: list[tracing.Verdict]) -> None:
+    """All customers' statistics for each leak, with the threshold, and the intact copies against all codewords."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    strips, grid = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    shown = [pair for pair in zip(suspects, verdicts, strict=True) if not pair[0].name.startswith("copy")]
+    jitter = np.random.default_rng(0).uniform(-0.14, 0.14, verdicts[0].num_customers)
+    for height, (_, verdict) in enumerate(shown):
+        accused = [a.serial for a in verdict.accused]
+        rest = np.setdiff1d(np.arange(verdict.num_customers), accused)
+        kwargs = {"label": "not accused"} if height == 0 else {}
+        strips.scatter(verdict.statistics[rest], height + jitter[rest], s=22, c="0.55", linewidths=0, **kwargs)
+        kwargs = {"label": "accused"} if height == 0 else {}
+        strips.scatter(verdict.statistics[accused], [height] * len(accused), s=70, c="#c0392b", zorder=3, **kwargs)
+        for serial in accused:
+            strips.annotate(
+                f"customer {serial}",
+                (verdict.statistics[serial], height),
+                xytext=(-8, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+            )
+        for sign in (-1, 1):
+            kwargs = {"label": "threshold"} if height == 0 and sign == 1 else {}
+            strips.vlines(sign * verdict.threshold, height - 0.4, height + 0.4, colors="#2c3e50", lw=1.6, **kwargs)
+    strips.set_yticks(range(len(shown)), [f"{suspect.name}\naccuracy {suspect.accuracy:.3f}" for suspect, _ in shown])
+    strips.invert_yaxis()
+    strips.margins(x=0.08)
+    strips.set_xlabel("statistic T of each customer (innocents: mean 0, variance 1)")
+    strips.set_title(f"Leaked models, traced among {verdicts[0].num_customers} customers", loc="left")
+    strips.legend(loc="lower right", frameon=False, fontsize=8)
+    intact = np.stack([v.statistics for s, v in zip(suspects, verdicts, strict=True) if s.name.startswith("copy")])
+    limit = np.abs(intact).max()
+    image = grid.imshow(intact, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    for axis in (grid.xaxis, grid.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    grid.set_xlabel("codeword of customer")
+    grid.set_ylabel("intact copy of customer")
+    grid.set_title("Intact copies against all codewords", loc="left")
+    figure.colorbar(image, ax=grid, label="T", shrink=0.8)
+    figure.savefig(path)

@@ -1,0 +1,256 @@
+r"""Putting a codeword into a model: in closed form, without data, or by training.
+
+In closed form a copy is ``w + delta * spread(code)`` with
+
+.. math:: \delta = \text{strength} \sqrt{D' / m},
+
+D' the number of weights that the carrier covers, so that each weight moves by ``strength`` times its leaf's root mean
+square, in root mean square. The read-out of an intact copy is ``delta * code``.
+
+Trained embedding minimises a fingerprint loss of the read-out together with whatever gradient the task supplies.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Num
+
+from smark_jax import _validate, carriers
+from smark_jax._types import AnyArray, PyTree
+
+FingerprintLoss = Callable[[Array, Array], Array]
+"""``loss(chips [m], code [m]) -> scalar``, such as those in :mod:`smark_jax.losses`."""
+
+
+def embed(
+    params: PyTree,
+    spec: carriers.Spec,
+    carrier: carriers.Carrier,
+    code: Num[AnyArray, " m"],
+    strength: float = 0.03,
+) -> PyTree:
+    """A copy of the model that carries ``code``: closed form, no data touched.
+
+    Args:
+      params: the base model.
+      spec: its carrying leaves.
+      carrier: the model's carrier.
+      code: the customer's codeword in {-1, +1}, shape [m].
+      strength: root mean square change of a weight in units of its leaf's root mean square.
+
+    Returns:
+      The marked copy, with the structure and dtypes of ``params``.
+
+    Raises:
+      ValueError: when the code has another length than the carrier or entries other than -1 and +1, the carrier was
+        drawn for another number of weights, ``params`` does not fit the spec or holds NaN or infinite weights, or
+        ``strength`` is not positive and finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from smark_jax import carriers, codes, embedding, extraction, keys
+      >>> key = keys.from_bytes(bytes(32))
+      >>> base = {"kernel": jnp.sin(jnp.arange(10_000.0))}
+      >>> spec = carriers.select(base)
+      >>> carrier = carriers.draw(keys.derive(key, "carrier"), spec)
+      >>> word = codes.codebook(keys.derive(key, "code"), [7])[0]
+      >>> copy = embedding.embed(base, spec, carrier, word)
+      >>> bool((jnp.sign(extraction.extract(copy, base, spec, carrier)) == word).all())
+      True
+    """
+    _check("embed", params, spec, carrier, strength)
+    cause = "Was the codeword made with another num_chips than the carrier?"
+    _validate.vector("embed", "code", code, carrier.num_chips, cause)
+    copy, ok, signs = _embed(params, spec, carrier, jnp.asarray(code), strength)
+    _verify("embed", ok, signs)
+    return copy
+
+
+def embed_batch(
+    params: PyTree,
+    spec: carriers.Spec,
+    carrier: carriers.Carrier,
+    codes: Num[AnyArray, "K m"],
+    strength: float = 0.03,
+) -> PyTree:
+    """:func:`embed` for K customers at once: a pytree whose leaves have a leading axis of K copies.
+
+    All copies are in memory together. For thousands of large models, call it on a few codewords at a time.
+
+    Raises:
+      ValueError: as :func:`embed`.
+    """
+    _check("embed_batch", params, spec, carrier, strength)
+    if jnp.ndim(codes) != 2 or jnp.shape(codes)[0] == 0 or jnp.shape(codes)[1] != carrier.num_chips:
+        expected = f"codes of shape [K, {carrier.num_chips}] with K >= 1"
+        cause = "Was the codebook made with another num_chips than the carrier?"
+        raise _validate.fail("embed_batch", expected, f"shape {jnp.shape(codes)}", cause)
+    copies, ok, signs = _embed_batch(params, spec, carrier, jnp.asarray(codes), strength)
+    _verify("embed_batch", ok, signs)
+    return copies
+
+
+def _check(who: str, params: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, strength: float) -> None:
+    carriers.check_params(who, params, spec)
+    carriers.check_carrier(who, carrier, spec)
+    _validate.finite_number(who, "strength", strength)
+
+
+def _verify(who: str, finite: Array, signs: Array) -> None:
+    _validate.all_finite(who, "weights in params", finite)
+    if not _validate.is_traced(signs) and not bool(signs):
+        raise _validate.fail(who, "codewords of -1 and +1", "other entries", "Bits become chips by 1 - 2 * bits.")
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _embed(
+    params: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, code: Array, strength: Array | float
+) -> tuple[PyTree, Array, Array]:
+    delta = strength * (carrier.num_carrying / carrier.num_chips) ** 0.5
+    copy = carriers.write(params, spec, delta * carriers.spread(code, carrier))
+    return copy, jnp.isfinite(carriers.read(params, spec)).all(), jnp.all(jnp.abs(code) == 1)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _embed_batch(
+    params: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, codes: Array, strength: Array | float
+) -> tuple[PyTree, Array, Array]:
+    copies, ok, signs = jax.vmap(lambda code: _embed(params, spec, carrier, code, strength))(codes)
+    return copies, ok.all(), signs.all()
+
+
+class Mark(NamedTuple):
+    """What a trained embedding aims at: this codeword, in this carrier, relative to this base. A pytree.
+
+    Attributes:
+      base: the carrying weights to measure against, as from ``carriers.read(base, spec)``, shape [D].
+      carrier: the model's carrier.
+      code: the codeword in {-1, +1}, shape [m].
+    """
+
+    base: Float[Array, " D"]
+    carrier: carriers.Carrier
+    code: Float[Array, " m"]
+
+
+def mark(base: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, code: Num[AnyArray, " m"]) -> Mark:
+    """The aim of a trained embedding.
+
+    Raises:
+      ValueError: when base, spec, carrier and code do not belong together.
+    """
+    carriers.check_params("mark: base", base, spec)
+    carriers.check_carrier("mark", carrier, spec)
+    cause = "Was the codeword made with another num_chips than the carrier?"
+    _validate.vector("mark", "code", code, carrier.num_chips, cause)
+    return Mark(carriers.read(base, spec), carrier, jnp.asarray(code, jnp.float32))
+
+
+def _read_loss(loss_fn: FingerprintLoss, params: PyTree, spec: carriers.Spec, aim: Mark) -> tuple[Array, Array]:
+    """The fingerprint loss of what ``params`` read relative to the base, and how many chips read wrong."""
+    chips = carriers.despread(carriers.read(params, spec) - aim.base, aim.carrier)
+    return loss_fn(chips, aim.code), jnp.sum(chips * aim.code <= 0)
+
+
+def add_fingerprint_gradient(
+    loss_fn: FingerprintLoss, spec: carriers.Spec, aim: Mark, weight: float = 1.0
+) -> optax.GradientTransformation:
+    """Adds ``weight`` times the gradient of the fingerprint loss to whatever gradient passes through.
+
+    Chained before an optimiser, it marks a model while it is trained: in distributed training the owner applies it
+    after aggregation, so that no party ever sees the carrier. The aim travels in the optimiser's state.
+
+    Args:
+      loss_fn: loss of soft chips and codeword, such as ``losses.sign_hinge``.
+      spec: the carrying leaves.
+      aim: what the model shall carry.
+      weight: factor on the fingerprint's gradient.
+
+    Returns:
+      A transformation for ``optax.chain``.
+    """
+
+    def init(params: PyTree) -> optax.OptState:
+        carriers.check_params("add_fingerprint_gradient", params, spec)
+        return aim  # pyright: ignore[reportReturnType]  # optax types states too narrowly for a NamedTuple
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        gradient = jax.grad(lambda p: _read_loss(loss_fn, p, spec, state)[0])(params)
+        return jax.tree.map(lambda u, g: u + weight * g, updates, gradient), state
+
+    return optax.GradientTransformation(init, update)
+
+
+class EmbedderState(NamedTuple):
+    """What a trained embedding carries from step to step: the parameters, the optimiser's state, and the aim."""
+
+    params: PyTree
+    opt_state: optax.OptState
+    aim: Mark
+
+
+class EmbedderInfo(NamedTuple):
+    """What a step of trained embedding shows: the fingerprint loss before it, and how many chips read wrong then."""
+
+    loss: Float[Array, ""]
+    bit_errors: Array
+
+
+class Embedder(NamedTuple):
+    """A trained embedding as a pair of pure functions.
+
+    Attributes:
+      init: ``init(params, aim) -> state``.
+      update: ``update(state, spec, task_gradient=None) -> (state, info)``; ``spec`` is static under jit, and
+        ``task_gradient``, a pytree like params, is added to the fingerprint's.
+    """
+
+    init: Callable[[PyTree, Mark], EmbedderState]
+    update: Callable[..., tuple[EmbedderState, EmbedderInfo]]
+
+
+def embedder(loss_fn: FingerprintLoss, optimizer: optax.GradientTransformation) -> Embedder:
+    """Trained embedding of a codeword, by any fingerprint loss and any optax optimiser.
+
+    Args:
+      loss_fn: loss of soft chips and codeword, such as ``losses.sign_hinge``.
+      optimizer: an optax optimiser; its learning rate is in the unit of the weights.
+
+    Returns:
+      The pair (init, update).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from smark_jax import carriers, codes, embedding, keys, losses
+      >>> base = {"kernel": jnp.sin(jnp.arange(10_000.0))}
+      >>> spec = carriers.select(base)
+      >>> carrier = carriers.draw(keys.from_bytes(bytes(32)), spec, num_chips=64)
+      >>> word = codes.codebook(keys.from_bytes(bytes(32)), [7], num_chips=64)[0]
+      >>> embedder = embedding.embedder(losses.sign_hinge, optax.adam(1e-3))
+      >>> state = embedder.init(base, embedding.mark(base, spec, carrier, word))
+      >>> update = jax.jit(embedder.update, static_argnames="spec")
+      >>> for _ in range(20):
+      ...     state, info = update(state, spec=spec)
+      >>> int(info.bit_errors)
+      0
+    """
+
+    def init(params: PyTree, aim: Mark) -> EmbedderState:
+        return EmbedderState(params, optimizer.init(params), aim)
+
+    def update(
+        state: EmbedderState, spec: carriers.Spec, task_gradient: PyTree | None = None
+    ) -> tuple[EmbedderState, EmbedderInfo]:
+        objective = functools.partial(_read_loss, loss_fn, spec=spec, aim=state.aim)
+        (loss, wrong), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        if task_gradient is not None:
+            gradient = jax.tree.map(jnp.add, gradient, task_gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return EmbedderState(params, opt_state, state.aim), EmbedderInfo(loss, wrong)
+
+    return Embedder(init, update)

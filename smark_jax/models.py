@@ -1,0 +1,235 @@
+"""Two image classifiers in Flax, and the pure functions through which everything else sees a network.
+
+A network is handed around as a pair: a parameter pytree from :func:`init`, and a pure function from :func:`apply_fn`.
+The tree of a network with weights only is the bare dict of its layers. A network that keeps more, such as the running
+statistics of batch norm, is handed around as its whole variables dict, ``{"params": ..., "batch_stats": ...}``: whoever
+copies, fingerprints or compares the model then cannot lose half of it. A tree with a key ``"params"`` is such a dict.
+
+Images are uint8 of 0 to 255, or floats already scaled to [0, 1]; the networks do the scaling.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Num
+
+from smark_jax import _validate
+from smark_jax._types import ApplyFn, PyTree
+
+
+class CNN(nn.Module):
+    """Two convolutions, two dense layers: 421,642 weights for 28x28x1 images and ten classes.
+
+    Attributes:
+      num_classes: length of the logits.
+
+    Example:
+      >>> import jax
+      >>> from smark_jax import models
+      >>> model = models.CNN()
+      >>> params = models.init(model, jax.random.key(0), (28, 28, 1))
+      >>> models.apply_fn(model)(params, jax.numpy.zeros((5, 28, 28, 1), "uint8")).shape
+      (5, 10)
+    """
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, images: Num[Array, "B H W C"]) -> Float[Array, "B classes"]:
+        """Logits of a batch of images."""
+        x = _scaled(images)
+        for features in (32, 64):
+            x = nn.relu(nn.Conv(features, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = nn.relu(nn.Dense(128)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(self.num_classes)(x)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 for small images: a 3x3 stem without pooling; 11,173,962 weights for 32x32x3 and ten classes.
+
+    With group norm, the default, an image's logits do not depend on the other images of its batch and there are no
+    running statistics, which parties that train together would otherwise have to share. The numbers of weights agree.
+
+    To train with batch norm, take the updated statistics from Flax:
+    ``logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])``.
+
+    Attributes:
+      num_classes: length of the logits.
+      norm: ``"group"`` or ``"batch"``.
+      width: channels of the first stage, any whole number; the later ones have 2, 4 and 8 times as many.
+
+    Raises:
+      ValueError: when initialized or applied with another ``norm``.
+
+    Example:
+      >>> import jax
+      >>> from smark_jax import models
+      >>> model = models.ResNet18(width=8)
+      >>> params = models.init(model, jax.random.key(0), (32, 32, 3))
+      >>> models.apply_fn(model)(params, jax.numpy.zeros((2, 32, 32, 3), "uint8")).shape
+      (2, 10)
+
+    References:
+      He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016, section 4.2 for the small stem.
+      Wu, He, "Group normalization", ECCV 2018.
+    """
+
+    num_classes: int = 10
+    norm: str = "group"
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, images: Num[Array, "B H W C"], train: bool = False) -> Float[Array, "B classes"]:
+        """Logits of a batch of images; ``train`` matters to batch norm only: normalize by the batch itself."""
+        _validate.positive("ResNet18", "width", self.width)
+        norm = _norm(self.norm, train)
+        conv = functools.partial(nn.Conv, use_bias=False)
+        x = nn.relu(norm(self.width)(conv(self.width, (3, 3))(_scaled(images))))
+        for stage in range(4):
+            features = self.width * 2**stage
+            for block in range(2):
+                strides = 2 if stage > 0 and block == 0 else 1
+                y = nn.relu(norm(features)(conv(features, (3, 3), strides)(x)))
+                y = norm(features)(conv(features, (3, 3))(y))
+                if x.shape != y.shape:
+                    x = norm(features)(conv(features, (1, 1), strides)(x))
+                x = nn.relu(x + y)
+        return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))
+
+
+def init(model: nn.Module, key: Array, image_shape: tuple[int, int, int]) -> PyTree:
+    """Draws a network's first weights.
+
+    Args:
+      model: any Flax network that maps images to logits.
+      key: a ``jax.random.key``; the same key gives the same weights.
+      image_shape: ``(height, width, channels)`` of one image.
+
+    Returns:
+      The bare dict of layers when the network has weights only, else the whole variables dict.
+
+    Raises:
+      ValueError: when ``image_shape`` is not that of one image.
+    """
+    if len(image_shape) != 3 or any(size < 1 for size in image_shape):
+        raise _validate.fail(
+            "models.init", "image_shape (height, width, channels)", repr(image_shape), "Leave out the batch."
+        )
+    variables = _draw(model, key, tuple(image_shape))
+    return variables["params"] if set(variables) == {"params"} else variables
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _draw(model: nn.Module, key: Array, image_shape: tuple[int, int, int]) -> PyTree:
+    return model.init(key, jnp.zeros((1, *image_shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """A function with an identity: equal for equal networks, so that jit compiles once for each and not once a call."""
+
+    model: nn.Module
+
+    def __call__(self, params: PyTree, images: Num[Array, "B H W C"]) -> Float[Array, "B classes"]:
+        variables = params if "params" in params else {"params": params}
+        return self.model.apply(variables, images)  # pyright: ignore[reportReturnType]
+
+
+def apply_fn(model: nn.Module) -> ApplyFn:
+    """The pure ``apply_fn(params, images) -> logits`` of a Flax network, for inference.
+
+    It takes what :func:`init` returns: the dict of layers, or a variables dict, known by its key ``"params"``. Batch
+    norm uses its running statistics. Two calls with equal networks return functions that are equal and hash alike.
+
+    Example:
+      >>> import jax
+      >>> from smark_jax import models
+      >>> apply = jax.jit(models.apply_fn(models.CNN(num_classes=3)))
+      >>> params = models.init(models.CNN(num_classes=3), jax.random.key(0), (8, 8, 1))
+      >>> apply(params, jax.numpy.ones((4, 8, 8, 1))).shape
+      (4, 3)
+    """
+    return _Apply(model)
+
+
+def accuracy(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    images: Num[ArrayLike, "N H W C"],
+    labels: Int[ArrayLike, " N"],
+    batch_size: int = 500,
+) -> float:
+    """The share of images whose largest logit is at their label.
+
+    Compiled once per ``apply_fn`` and shape: the last batch is filled up, and the filling is not counted.
+
+    Args:
+      apply_fn: pure, hashable; the one from :func:`apply_fn` for a Flax network.
+      params: what ``apply_fn`` takes first.
+      images: shape [N H W C].
+      labels: shape [N], class numbers from 0.
+      batch_size: images per step, which bounds the memory in use.
+
+    Raises:
+      ValueError: when there are no images, or not one whole-number label for each.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.ndim == 0 or len(images) == 0:
+        raise _validate.fail("models.accuracy", "at least one image", f"shape {images.shape}", "Is the split empty?")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise _validate.fail(
+            "models.accuracy",
+            f"one whole-number label for each of {len(images):,} images",
+            f"labels of shape {labels.shape}, dtype {labels.dtype}",
+            "Are images and labels of the same split? One-hot labels need an argmax first.",
+        )
+    _validate.positive("models.accuracy", "batch_size", batch_size)
+
+    size = min(batch_size, len(images))
+    correct = 0
+    for start in range(0, len(images), size):
+        batch, wanted = images[start : start + size], labels[start : start + size]
+        missing = size - len(batch)
+        batch = np.pad(batch, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
+        wanted = np.pad(wanted.astype(np.int32), (0, missing), constant_values=-1)  # No logit is at -1.
+        correct += int(_num_correct(apply_fn, params, batch, wanted))
+    return correct / len(images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _num_correct(apply_fn: ApplyFn, params: PyTree, images: Array, labels: Array) -> Array:
+    return jnp.sum(jnp.argmax(apply_fn(params, images), axis=-1) == labels)
+
+
+def _scaled(images: Num[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """The one convention for pixels: uint8 becomes [0, 1], floats are there already."""
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 255
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise _validate.fail(
+            "models", "images as uint8, or as floats in [0, 1]", f"dtype {images.dtype}", "Cast them to uint8?"
+        )
+    return images
+
+
+def _norm(kind: str, train: bool) -> Callable[[int], Any]:
+    """Maps a number of channels to the normalization layer for it."""
+    if kind == "group":
+        return lambda channels: nn.GroupNorm(num_groups=_num_groups(channels))
+    if kind == "batch":
+        return lambda channels: nn.BatchNorm(use_running_average=not train, momentum=0.9)
+    raise _validate.fail("ResNet18", "norm 'group' or 'batch'", repr(kind), "Is norm misspelt?")
+
+
+def _num_groups(channels: int) -> int:
+    """At most 32 groups of equal size, of four channels or more where there are as many: fewer would erase contrast."""
+    return max(g for g in range(1, min(32, max(1, channels // 4)) + 1) if channels % g == 0)

@@ -1,0 +1,226 @@
+"""Data holders as devices: one training step whose gradients leave each device only under a mask.
+
+This is the only module that names devices and meshes. The step's body is written once, with an axis name, and runs
+under ``pmap`` and ``shard_map`` alike. Devices of one program protect what crosses between them, not one organisation
+from another.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, UInt32
+
+from smark_jax import _validate, aggregation
+from smark_jax._types import AnyArray, ApplyFn, PyTree
+
+AXIS = "parties"
+Device = Any  # jax.Device, which type checkers do not take for a type
+Engine = Literal["pmap", "shard_map"]
+
+# A loss travels in the same words as the gradient, which hold values up to the clip: this many nats become one clip.
+_LOSS_RANGE = 16.0
+
+
+def devices(num_parties: int) -> list[Device]:
+    """One device for each party: accelerators where there are enough, else CPU devices.
+
+    Raises:
+      ValueError: when there are too few of either; it says how to get virtual CPU devices.
+    """
+    _validate.positive("devices", "num_parties", num_parties)
+    default = jax.devices()
+    cpu = default if default[0].platform == "cpu" else jax.devices("cpu")
+    for found in (default, cpu):
+        if len(found) >= num_parties:
+            return found[:num_parties]
+    raise _validate.fail(
+        "devices",
+        f"{num_parties} devices, one for each party",
+        f"{len(default)} of kind {default[0].platform} and {len(cpu)} CPU",
+        f'Before the first computation call jax.config.update("jax_num_cpu_devices", {num_parties}).',
+    )
+
+
+def masked_mean(
+    tree: PyTree,
+    pair_keys: UInt32[AnyArray, "P 8"],
+    round: int | Array,
+    fixed_point: aggregation.FixedPoint,
+    axis_name: str,
+) -> PyTree:
+    """The mean of the parties' trees, each of which leaves its device only as masked fixed-point words.
+
+    To be called inside pmap or shard_map over ``axis_name``, one party a device.
+
+    Args:
+      tree: this party's floats.
+      pair_keys: this party's row of pair keys, shape [P, 8].
+      round: the round's number; never used twice with the same keys.
+      fixed_point: the format; values beyond its clip are clipped.
+      axis_name: the mapped axis of P parties.
+
+    Returns:
+      The mean over all parties in float32, the same on every device. Its error against the float mean has a standard
+      error of at most ``fixed_point.mean_standard_error``, besides float32 rounding.
+
+    Raises:
+      ValueError: when the axis has more parties than the format has room for, or another number than pair_keys.
+    """
+    num_parties = jax.lax.axis_size(axis_name)
+    if jnp.shape(pair_keys) != (num_parties, 8):
+        cause = "Give each device its own row: map over the first axis of aggregation.pair_keys(...)."
+        got = f"shape {jnp.shape(pair_keys)}"
+        raise _validate.fail("masked_mean", f"pair_keys of shape ({num_parties}, 8)", got, cause)
+    party = jax.lax.axis_index(axis_name)
+    words = aggregation.encode(tree, fixed_point, aggregation.rounding_key(pair_keys, party, round))
+    leaves, structure = jax.tree.flatten(words)
+    message = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+    message += aggregation.pairwise_mask(pair_keys, party, round, message.size)
+    total = jax.lax.psum(message, axis_name)
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+    parts = [part.reshape(leaf.shape) for part, leaf in zip(jnp.split(total, ends), leaves, strict=True)]
+    summed = aggregation.decode(jax.tree.unflatten(structure, parts), fixed_point, num_parties)
+    return jax.tree.map(lambda leaf: leaf / num_parties, summed)
+
+
+class TrainState(NamedTuple):
+    """What training carries from round to round.
+
+    Attributes:
+      params: the global model.
+      opt_state: the optimiser's state.
+      round: number of the next round, which seeds its masks; uint32.
+    """
+
+    params: PyTree
+    opt_state: optax.OptState
+    round: UInt32[Array, ""]
+
+
+class TrainInfo(NamedTuple):
+    """What a round shows of itself; every figure was opened as a sum over the parties only.
+
+    Attributes:
+      loss: mean over the parties of their batch's loss in nats, clipped at 16.
+      diverged: how many parties had a NaN or infinite gradient; they took part with zeros.
+    """
+
+    loss: Float[Array, ""]
+    diverged: Int[Array, ""]
+
+
+class TrainStep(NamedTuple):
+    """A training step as a pair of functions.
+
+    Attributes:
+      init: ``init(params) -> TrainState``.
+      update: ``update(state, images [P B H W C], labels [P B], pair_keys [P P 8]) -> (TrainState, TrainInfo)``.
+    """
+
+    init: Callable[[PyTree], TrainState]
+    update: Callable[[TrainState, AnyArray, AnyArray, AnyArray], tuple[TrainState, TrainInfo]]
+
+
+def cross_entropy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Float[Array, ""]:
+    """Mean softmax cross-entropy in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def train_step(
+    apply_fn: ApplyFn,
+    optimizer: optax.GradientTransformation,
+    fixed_point: aggregation.FixedPoint,
+    *,
+    loss_fn: Callable[[Array, Array], Array] = cross_entropy,
+    engine: Engine = "pmap",
+) -> TrainStep:
+    """A distributed training step with masked aggregation.
+
+    Each party computes the gradient of its own batch, scales it down to a global norm of at most ``fixed_point.clip``,
+    and takes part in :func:`masked_mean`. The owner feeds the mean to ``optimizer``, in a computation of its own on one
+    device. Whatever is the owner's alone (the gradient of its mark, see
+    :func:`smark_jax.embedding.add_fingerprint_gradient`) is chained into that optimiser and never enters the parties'.
+
+    Args:
+      apply_fn: ``apply_fn(params, images) -> logits``, pure.
+      optimizer: the owner's optax optimiser.
+      fixed_point: the words' format; its clip bounds the norm of a party's gradient, its ``num_parties`` is P.
+      loss_fn: ``loss_fn(logits, labels) -> scalar``, a mean over the batch.
+      engine: what maps the body over devices; the results are the same bit for bit.
+
+    Returns:
+      The pair (init, update). A state is never modified: after an error, the one before is still there.
+
+    Raises:
+      ValueError: for an unknown engine or too few devices; from ``update``, when the batch or the keys are not one row
+        for each party.
+    """
+    num_parties = fixed_point.num_parties
+    party_devices = devices(num_parties)
+    owner_device = party_devices[0]
+
+    def party_round(params: PyTree, images: Array, labels: Array, row: Array, round: Array) -> tuple[PyTree, TrainInfo]:
+        loss, gradient = jax.value_and_grad(lambda p: loss_fn(apply_fn(p, images), labels))(params)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        scale = jnp.minimum(1.0, fixed_point.clip / jnp.maximum(norm, 1e-30))
+        gradient = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), gradient)
+        unit = fixed_point.clip
+        shown = (jnp.where(finite, loss / _LOSS_RANGE * unit, 0.0), jnp.where(finite, 0.0, unit))
+        mean, (loss, diverged) = masked_mean((gradient, shown), row, round, fixed_point, AXIS)
+        diverged = jnp.round(diverged / unit * num_parties).astype(jnp.int32)
+        return mean, TrainInfo(loss / unit * _LOSS_RANGE, diverged)
+
+    collect = _map_parties(party_round, party_devices, engine)
+
+    @jax.jit
+    def owner_round(params: PyTree, opt_state: Any, mean: PyTree, round: Array) -> TrainState:
+        mean = jax.tree.map(lambda m, p: m.astype(p.dtype), mean, params)
+        updates, opt_state = optimizer.update(mean, opt_state, params)
+        return TrainState(optax.apply_updates(params, updates), opt_state, round + 1)
+
+    def init(params: PyTree) -> TrainState:
+        params = jax.device_put(params, owner_device)
+        opt_state = jax.device_put(optimizer.init(params), owner_device)
+        return TrainState(params, opt_state, jax.device_put(jnp.uint32(0), owner_device))
+
+    def update(
+        state: TrainState, images: AnyArray, labels: AnyArray, pair_keys: AnyArray
+    ) -> tuple[TrainState, TrainInfo]:
+        for name, value in (("images", images), ("labels", labels), ("pair_keys", pair_keys)):
+            if not np.shape(value) or np.shape(value)[0] != num_parties:
+                cause = "Stack the parties' batches along a first axis."
+                expected = f"{name} with a row for each of {num_parties} parties"
+                raise _validate.fail("train_step", expected, f"shape {np.shape(value)}", cause)
+        mean, info = collect(state.params, images, labels, pair_keys, state.round)
+        mean, info = jax.device_put((mean, info), owner_device)
+        return owner_round(state.params, state.opt_state, mean, state.round), info
+
+    return TrainStep(init, update)
+
+
+def _map_parties(body: Callable[..., Any], party_devices: list[Device], engine: Engine) -> Callable[..., Any]:
+    """``body(params, images, labels, row, round)`` over the parties' devices; first and last argument common."""
+    if engine == "pmap":
+        return jax.pmap(body, AXIS, in_axes=(None, 0, 0, 0, None), out_axes=None, devices=party_devices)
+    if engine != "shard_map":
+        raise _validate.fail("train_step", "engine 'pmap' or 'shard_map'", repr(engine), "Is the name spelt right?")
+    mesh = jax.sharding.Mesh(np.array(party_devices), (AXIS,))
+    common, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
+
+    def one_row(params: PyTree, images: Array, labels: Array, row: Array, round: Array) -> Any:
+        return body(params, images[0], labels[0], row[0], round)
+
+    specs = (common, split, split, split, common)
+    # With check_vma, differentiating with respect to the common params would insert a psum of the bare gradients: wrong
+    # here, since the body averages by itself, and an opening of what the masks are there to hide.
+    mapped = jax.jit(jax.shard_map(one_row, mesh=mesh, in_specs=specs, out_specs=common, check_vma=False))
+
+    def call(*args: Any) -> Any:
+        return mapped(*(jax.device_put(a, jax.NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)))
+
+    return call

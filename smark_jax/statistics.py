@@ -1,0 +1,121 @@
+r"""Test statistics and p-values that hold for every attack.
+
+Setting. A suspect's read-out is y in R^m. Customer j's codeword b_j is m fair, independent signs, secret, and for an
+innocent j independent of y (whatever the attackers did, they never saw b_j). The statistic is
+
+.. math:: T_j = \langle u, b_j \rangle, \qquad u = y / |y|.
+
+Formal guarantee (T1+). For an innocent j, for every y and every t > 0,
+
+.. math:: P(|T_j| \ge t) \le 2 \min\Big\{ c \bar\Phi(t),\ \inf_{s>0} e^{\sum_i \ln\cosh(s u_i) - s t} \Big\},
+          \qquad c = \frac{1}{4 \bar\Phi(\sqrt 2)} = 3.1787...
+
+The first bound is Bentkus and Dzindzalieta, "A tight Gaussian bound for weighted sums of Rademacher random variables"
+(Bernoulli 21, 2015). The second is Chernoff's, never worse than Hoeffding's 2 exp(-t^2/2), since
+ln cosh x <= x^2/2. Both sides are tested because colluders can extrapolate, which makes a guilty customer's T negative.
+
+Everything here is float64 on the host, in logarithms: a p-value of 1e-300 is a number like any other.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Float
+from scipy import special
+
+from smark_jax import _validate
+from smark_jax._types import AnyArray
+
+_LOG_TWO = math.log(2)
+_LOG_NORMAL_FACTOR = -math.log(4) - float(special.log_ndtr(-math.sqrt(2)))
+_NEWTON_STEPS = 60
+_ROUNDING = 1e-12
+
+
+def direction(chips: AnyArray) -> Float[np.ndarray, " m"]:
+    r"""The direction u = y / |y| of a read-out in float64, shape [m]; zero when y is zero.
+
+    Raises:
+      ValueError: when chips are not a vector of finite numbers.
+    """
+    y = _validate.chips("direction", chips)
+    largest = np.abs(y).max()
+    if largest == 0:
+        return y
+    y = y / largest  # squares of very small or large chips would leave the range of float64
+    return y / np.linalg.norm(y)
+
+
+def log_p_value(statistic: float | AnyArray, chips: AnyArray) -> Float[np.ndarray, "..."]:
+    r"""Natural logarithm of the two-sided T1+ bound at each \|T\|, before any correction for the number of customers.
+
+    Chernoff's infimum is sought by Newton's method from s = t, which approaches it from below without overshooting,
+    because the derivative in s is concave. Every s gives a valid bound, so an early stop costs power, never validity.
+
+    Args:
+      statistic: T of each customer, shape [K] (or a single number).
+      chips: the read-out y, shape [m].
+
+    Returns:
+      ln p of the same shape, at most 0.
+
+    Raises:
+      ValueError: when chips are not a vector of finite numbers.
+
+    Example:
+      >>> import numpy as np
+      >>> float(round(log_p_value(16.0, np.ones(256)) / np.log(10), 2))  # all 256 signs agree: 2 * 2^-256
+      -76.76
+    """
+    u = np.abs(direction(chips))
+    t = np.abs(np.asarray(statistic, np.float64))
+    if not u.any():
+        return np.zeros(t.shape)
+    # No codeword scores above sum |u_i|; what exceeds it is rounding. The last bits of a score count for the accused.
+    flat = np.minimum(t.reshape(-1), u.sum()) * (1 - _ROUNDING)
+    log_p = np.minimum(_LOG_NORMAL_FACTOR + special.log_ndtr(-flat), _log_chernoff(flat, u))
+    return np.minimum(0.0, _LOG_TWO + log_p).reshape(t.shape)
+
+
+def threshold(chips: AnyArray, log_alpha: float) -> float:
+    r"""The smallest \|T\| whose two-sided p-value is at most exp(``log_alpha``): what an accusation must reach.
+
+    Args:
+      chips: the read-out y, shape [m].
+      log_alpha: natural logarithm of the level for a single customer (alpha / N for N customers).
+
+    Returns:
+      The threshold, to within 1e-9 of the true one and never below it; infinity when even perfect agreement of all
+      chips would not be significant (too few chips for this level).
+
+    Raises:
+      ValueError: when chips are not a vector of finite numbers.
+    """
+    low, high = 0.0, float(np.abs(direction(chips)).sum())
+    if log_p_value(high, chips) > log_alpha or high == 0:
+        return math.inf
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (low, middle) if log_p_value(middle, chips) <= log_alpha else (middle, high)
+    return high
+
+
+def _log_chernoff(t: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Logarithm of inf_s exp(sum_i ln cosh(s u_i) - s t) for each t in [0, sum u], u >= 0."""
+    return np.array([_log_chernoff_one(x, u) for x in t])
+
+
+def _log_chernoff_one(t: float, u: np.ndarray) -> float:
+    s = t
+    best = 0.0
+    for _ in range(_NEWTON_STEPS):
+        # ln cosh x = x + ln(1 + e^-2x) - ln 2, which neither overflows nor cancels.
+        value = s * (u.sum() - t) + float(np.sum(np.log1p(np.exp(-2 * s * u)) - _LOG_TWO))
+        tanh = np.tanh(s * u)
+        slope, curvature = float(u @ tanh) - t, float(np.square(u) @ (1 - np.square(tanh)))
+        if value < best:
+            best = value
+        if slope >= 0 or curvature <= 0 or -slope / curvature <= 1e-12 * s:
+            break
+        s -= slope / curvature
+    return best

@@ -1,0 +1,18 @@
+"""Eight virtual CPU devices, no silent broadcasting, and keys for the tests."""
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from smark_jax import keys  # noqa: E402
+
+
+@pytest.fixture
+def key() -> keys.SecretKey:
+    return keys.from_bytes(bytes(range(32)))
+
+
+def party_secrets(num_parties: int) -> list[keys.SecretKey]:
+    return [keys.derive(keys.from_bytes(bytes(32)), "party", str(party)) for party in range(num_parties)]

@@ -1,0 +1,88 @@
+"""The console script as a user runs it, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SMARK = Path(sysconfig.get_path("scripts")) / "smark"
+
+
+def smark(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(SMARK), *arguments], capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A short demo: two parties, three epochs, six customers."""
+    out = tmp_path_factory.mktemp("demo") / "new folder"
+    arguments = ("--parties", "2", "--epochs", "3", "--customers", "6", "--out", str(out))
+    return smark("demo", *arguments, COLUMNS="160"), out
+
+
+def test_demo_traces_all_and_accuses_no_innocent(demo):
+    run, out = demo
+    assert run.returncode == 0, run.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert results["base_accuracy"] > 0.9
+    assert results["base_accuracy"] - results["marked_accuracy_mean"] < 0.01
+    assert (results["bit_errors"], results["issued"], results["traced"]) == (0, 6, 6)
+    assert results["worst_p_value"] <= 1e-25
+    assert (results["leaks_traced"], results["innocents_accused"]) == (3, 0)
+    assert results["owner_mark_log10_p"] < -25
+    assert results["suspects"][-1]["accused"] == []
+    assert results["seconds"] > 0
+    assert len(results["devices"]) == 2
+
+
+def test_demo_prints_the_verdicts_and_draws_the_picture(demo):
+    run, out = demo
+    for text in ("Who leaked?", "fine-tuned", "pruned", "quantised", "independent", "nobody", "results.json"):
+        assert text in run.stdout
+    assert "wrong)" not in run.stdout
+    with Image.open(out / "statistics.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"), np.int16)
+    assert pixels.shape[1] > 1000
+    red = (pixels[..., 0] > 150) & (pixels[..., 1] < 100) & (pixels[..., 2] < 100)
+    assert red.sum() > 500
+
+
+def test_help_has_examples_and_version_is_told():
+    shown = smark("demo", "--help", COLUMNS="120")
+    assert shown.returncode == 0
+    for text in ("--out", "--parties", "Examples", "smark demo --out out/demo --customers 50"):
+        assert text in shown.stdout
+    assert "demo" in smark("--help").stdout
+    assert smark("--version").stdout.startswith("smark 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("demo", "--parties", "0"), ("demo", "--customers", "2"), ("demo", "--colour"), ("dance",)]
+)
+def test_wrong_usage_exits_with_2_and_writes_nothing(arguments, tmp_path):
+    run = smark(*arguments, *(("--out", str(tmp_path / "out")) if arguments[0] == "demo" else ()))
+    assert run.returncode == 2
+    assert "Usage" in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_impossible_folder_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = smark("demo", "--out", str(tmp_path / "file"))
+    assert run.returncode == 1
+    assert "smark:" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_import_is_light_and_help_does_not_start_jax():
+    code = "import sys, smark_jax.cli; print([m for m in ('flax', 'optax', 'tensorflow_datasets') if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"

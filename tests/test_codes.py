@@ -1,0 +1,61 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from smark_jax import codes, keys
+
+
+def reference_word(key: keys.SecretKey, serial: int, num_chips: int) -> np.ndarray:
+    nonce = bytes(4) + serial.to_bytes(8, "little")
+    blocks = -(-num_chips // 512)
+    stream = b"".join(reference.chacha20_block(key.to_bytes(), i, nonce) for i in range(blocks))
+    bits = np.unpackbits(np.frombuffer(stream, np.uint8), bitorder="little")[:num_chips]
+    return 1 - 2 * bits.astype(int)
+
+
+@pytest.mark.parametrize("num_chips", [1, 304, 512, 513, 1300])
+def test_words_are_the_keyed_stream_at_the_serial(key, num_chips):
+    serials = np.array([0, 5, 2**32 - 1, 2**32, 2**40 + 7])
+    book = np.asarray(codes.codebook(key, serials, num_chips))
+    assert book.shape == (5, num_chips)
+    assert book.dtype == np.int8
+    for serial, word in zip(serials, book, strict=True):
+        np.testing.assert_array_equal(word, reference_word(key, int(serial), num_chips))
+
+
+def test_a_word_depends_on_nothing_but_key_and_serial(key):
+    one = codes.codebook(key, [7])
+    many = codes.codebook(key, [3, 7, 11])
+    np.testing.assert_array_equal(one[0], many[1])
+    np.testing.assert_array_equal(one[0, :100], codes.codebook(key, jnp.array([7]), 100)[0])
+    assert (one != codes.codebook(keys.derive(key, "other"), [7])).any()
+
+
+def test_words_are_unbiased_and_uncorrelated(key):
+    """Column means and pairwise products stay within what independent fair signs give (5 standard deviations)."""
+    book = np.asarray(codes.codebook(key, range(4000)), np.float64)
+    assert np.abs(book.mean(axis=0)).max() < 5 / np.sqrt(4000)
+    gram = book[:300] @ book[:300].T / 304
+    assert np.abs(gram - np.eye(300)).max() < 5.5 / np.sqrt(304)
+    biased = np.sign(book + 0.2)
+    biased[:400] = 1  # a control that the test must catch
+    assert np.abs(biased.mean(axis=0)).max() > 5 / np.sqrt(4000)
+
+
+@pytest.mark.parametrize("serials", [[3, 3], [-1], [], [[1, 2]], [1.5]])
+def test_codebook_refuses(key, serials):
+    with pytest.raises(ValueError, match=r"codebook: expected (distinct )?serials"):
+        codes.codebook(key, np.array(serials))
+
+
+def test_duplicates_are_named(key):
+    with pytest.raises(ValueError, match=r"distinct serials, but got duplicates of \[4\]"):
+        codes.codebook(key, [4, 1, 4])
+
+
+def test_codebook_refuses_sizes(key):
+    with pytest.raises(ValueError, match="num_chips"):
+        codes.codebook(key, [1], 0)
+    with pytest.raises(ValueError, match="num_customers"):
+        codes.Codebook(key, 0)

@@ -1,0 +1,103 @@
+"""The package as a whole: documented examples run, annotations hold, memory stays in bounds, the README is true."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import smark_jax
+
+ROOT = Path(__file__).parent.parent
+MODULES = [name for _, name, _ in pkgutil.walk_packages(smark_jax.__path__, "smark_jax.")]
+
+
+def run(code: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    failures, _ = doctest.testmod(importlib.import_module(name))
+    assert failures == 0
+
+
+def test_every_public_module_is_reachable_and_unknown_names_say_what_there_is():
+    for name in smark_jax.__all__:
+        assert getattr(smark_jax, name).__doc__
+    with pytest.raises(AttributeError, match="its modules are aggregation"):
+        smark_jax.encryption  # noqa: B018
+
+
+def test_annotations_hold_on_the_way_from_key_to_verdict():
+    """Beartype checks every call of a whole run, shapes included, in a process of its own."""
+    code = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from jaxtyping import install_import_hook
+install_import_hook("smark_jax", "beartype.beartype")
+import jax.numpy as jnp, numpy as np, optax
+from smark_jax import (aggregation, attacks, carriers, codes, embedding, extraction, keys, losses, parallel,
+                       statistics, tracing, training)
+key = keys.from_bytes(bytes(32))
+base = {"w": jnp.sin(jnp.arange(6000.0)).reshape(60, 100), "b": jnp.cos(jnp.arange(100.0))}
+spec = carriers.select(base)
+carrier = carriers.draw(keys.derive(key, "carrier"), spec)
+book = codes.codebook(keys.derive(key, "code"), [3, 1, 4])
+copies = embedding.embed_batch(base, spec, carrier, book)
+chips = extraction.extract_batch(copies, base, spec, carrier)
+assert [a.serial for a in tracing.trace(chips[1], book).accused] == [1]
+streamed = codes.Codebook(keys.derive(key, "code"), 10)
+assert [a.serial for a in tracing.trace(np.asarray(chips[1]), streamed).accused] == [1]
+embedder = embedding.embedder(losses.code_mse, optax.adam(1e-3))
+state, info = embedder.update(embedder.init(base, embedding.mark(base, spec, carrier, book[0])), spec)
+apply_fn = lambda p, x: x @ p["w"] + p["b"][None]
+x, y = np.ones((8, 60), np.float32), np.arange(8)
+pairs = aggregation.pair_keys([keys.derive(key, str(i)) for i in range(2)])
+for engine in ("pmap", "shard_map"):
+    step = parallel.train_step(apply_fn, optax.sgd(0.1), aggregation.FixedPoint(1.0, 2), engine=engine)
+    training.fit(step, step.init(base), training.batches(*training.partition(x, y, 2, 0), 2, 1, 0), pairs)
+attacks.quantise(attacks.prune(attacks.fine_tune(base, apply_fn, x, y, batch_size=4), 0.5), 4)
+print("sound")
+"""
+    assert run(code).strip() == "sound"
+
+
+def test_memory_stays_far_below_a_dense_carrier():
+    """4M weights, 8,192 chips: a dense carrier would take 131 GB; D = 25M, m = 65,536 is experiments/large_model.py."""
+    code = "import sys; from experiments import large_model; large_model.main(sys.argv[1:])"
+    shown = run(code, "--weights", "4000000", "--chips", "8192", "--customers", "3")
+    peak = float(re.search(r"peak memory\s+([\d.]+) GB", shown).group(1))
+    assert 0.1 < peak < 1.5
+    assert re.search(r"wrong chips\s+0 of 24,576", shown)
+    assert re.search(r"traced\s+3 of 3", shown)
+
+
+def test_readme_example_runs_as_printed():
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(example.strip().splitlines()) <= 20
+    expected = re.search(r"prints\s+```text\n(.*?)```", text, flags=re.DOTALL).group(1)
+    assert run(example).strip() == expected.strip()
+
+
+def test_nothing_names_a_machine_or_a_registry():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for name in files:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".yaml", ".yml", ".cfg") and path != Path(__file__):
+            assert not re.search(r"files\.pythonhosted|pypi\.org/simple|/home/|/root/", path.read_text()), name
