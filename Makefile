@@ -4,7 +4,7 @@ OUT    ?= out/demo
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench help clean
+.PHONY: demo test check bench docs help clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -36,6 +36,9 @@ check: $(VENV)/installed-dev  ## ruff, pyright, import-linter
 bench: $(VENV)/installed-demo  ## timings and memory on this machine, written to out/bench
 	$(BIN)/python -m experiments.benchmarks.core --out out/bench
 	$(BIN)/python -m experiments.large_model --out out/bench
+
+docs: $(VENV)/installed-docs  ## the documentation, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## remove .venv and outputs
 	rm -rf $(VENV) out

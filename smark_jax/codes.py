@@ -36,7 +36,7 @@ def codebook(
     Raises:
       ValueError: on duplicate, negative or non-integer serials, or no chips.
 
-    Example:
+    Examples:
       >>> from smark_jax import codes, keys
       >>> codes.codebook(keys.from_bytes(bytes(32)), [0, 7], num_chips=304).shape
       (2, 304)

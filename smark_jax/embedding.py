@@ -50,7 +50,7 @@ def embed(
         drawn for another number of weights, ``params`` does not fit the spec or holds NaN or infinite weights, or
         ``strength`` is not positive and finite.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from smark_jax import carriers, codes, embedding, extraction, keys
       >>> key = keys.from_bytes(bytes(32))
@@ -223,7 +223,7 @@ def embedder(loss_fn: FingerprintLoss, optimizer: optax.GradientTransformation) 
     Returns:
       The pair (init, update).
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from smark_jax import carriers, codes, embedding, keys, losses
       >>> base = {"kernel": jnp.sin(jnp.arange(10_000.0))}

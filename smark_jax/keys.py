@@ -77,7 +77,7 @@ def derive(key: SecretKey, *labels: str) -> SecretKey:
 
     Labels are joined with their lengths, so that ``("ab", "c")`` and ``("a", "bc")`` give different keys.
 
-    Example:
+    Examples:
       >>> from smark_jax import keys
       >>> master = keys.from_bytes(bytes(32))
       >>> keys.derive(master, "resnet", "carrier") == keys.derive(master, "resnet", "code")

@@ -27,7 +27,7 @@ def bit_cross_entropy(chips: Float[Array, " m"], code: Float[Array, " m"]) -> Fl
     Raises:
       ValueError: when the shapes differ.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> print(bit_cross_entropy(jnp.zeros(4), jnp.ones(4)))  # ln 2
       0.6931472
@@ -51,7 +51,7 @@ def code_mse(chips: Float[Array, " m"], code: Float[Array, " m"]) -> Float[Array
     Raises:
       ValueError: when the shapes differ.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> print(code_mse(jnp.zeros(4), jnp.ones(4)))
       1.0
@@ -76,7 +76,7 @@ def sign_hinge(chips: Float[Array, " m"], code: Float[Array, " m"], *, margin: f
     Raises:
       ValueError: when the shapes differ.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> print(sign_hinge(jnp.array([0.5, -0.5]), jnp.ones(2)))
       0.3

@@ -31,7 +31,7 @@ class CNN(nn.Module):
     Attributes:
       num_classes: length of the logits.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from smark_jax import models
       >>> model = models.CNN()
@@ -70,7 +70,7 @@ class ResNet18(nn.Module):
     Raises:
       ValueError: when initialized or applied with another ``norm``.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from smark_jax import models
       >>> model = models.ResNet18(width=8)
@@ -150,7 +150,7 @@ def apply_fn(model: nn.Module) -> ApplyFn:
     It takes what :func:`init` returns: the dict of layers, or a variables dict, known by its key ``"params"``. Batch
     norm uses its running statistics. Two calls with equal networks return functions that are equal and hash alike.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from smark_jax import models
       >>> apply = jax.jit(models.apply_fn(models.CNN(num_classes=3)))

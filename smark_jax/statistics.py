@@ -62,7 +62,7 @@ def log_p_value(statistic: float | AnyArray, chips: AnyArray) -> Float[np.ndarra
     Raises:
       ValueError: when chips are not a vector of finite numbers.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> float(round(log_p_value(16.0, np.ones(256)) / np.log(10), 2))  # all 256 signs agree: 2 * 2^-256
       -76.76

@@ -96,7 +96,7 @@ def trace(
       ValueError: on chips that are not a finite vector, a codebook of another length or with entries other than -1 and
         +1, no customers, serials that do not match, or alpha outside (0, 1).
 
-    Example:
+    Examples:
       >>> from smark_jax import codes, keys, tracing
       >>> words = codes.codebook(keys.from_bytes(bytes(32)), range(1000))
       >>> [accusation.serial for accusation in tracing.trace(0.3 * words[42], words).accused]

@@ -57,7 +57,7 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
     Raises:
       ValueError: when no leaf is left, or a leaf holds NaN or infinite weights.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> params = {"dense": {"bias": jnp.zeros(4), "kernel": jnp.ones((3, 4))}}
       >>> [leaf.path for leaf in select(params).leaves]

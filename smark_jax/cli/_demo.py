@@ -264,11 +264,11 @@ def _results(
 
 def _print(console: rich.console.Console, config: Config, results: dict[str, Any]) -> None:
     table = rich.table.Table(title=f"Who leaked? {config.customers} customers, alpha = {ALPHA:g}", title_justify="left")
-    for column in ("suspect", "accuracy", "largest |T|", "threshold", "p-value", "verdict"):
-        table.add_column(column, justify="left" if column in ("suspect", "verdict") else "right")
+    for column in ("suspect", "accuracy", "|T|", "threshold", "p-value", "verdict"):
+        table.add_column(column, justify="left" if column in ("suspect", "verdict") else "right", no_wrap=True)
     rows = results["suspects"]
     weakest = max(rows[: config.customers], key=lambda row: row["p_value"])
-    for row in ({**weakest, "suspect": f"weakest intact copy ({weakest['customer']})"}, *rows[config.customers :]):
+    for row in ({**weakest, "suspect": f"weakest intact copy, {weakest['customer']}"}, *rows[config.customers :]):
         who = ", ".join(f"customer {serial}" for serial in row["accused"]) or "nobody"
         right = row["traced"]
         table.add_row(
@@ -276,7 +276,7 @@ def _print(console: rich.console.Console, config: Config, results: dict[str, Any
             f"{row['accuracy']:.3f}",
             f"{abs(row['statistic']):.1f}",
             f"{row['threshold']:.1f}",
-            f"1e{math.ceil(row['log10_p'])}" if row["log10_p"] < 0 else "-",
+            f"< 1e{math.floor(row['log10_p']) + 1}" if row["log10_p"] < 0 else "-",
             f"[green]{who}[/green]" if right else f"[bold red]{who} (wrong)[/bold red]",
         )
     console.print()

@@ -73,7 +73,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) 
       ImportError: when a package that the preparation needs is missing.
       OSError: when ``data_dir`` cannot be written to, or its files cannot be read.
 
-    Example:
+    Examples:
       >>> from smark_jax import data
       >>> test = data.load("mnist_5k", "test")
       >>> test.images.shape, test.labels.shape, test.num_classes

@@ -1,4 +1,4 @@
-"""What a leaker may do to a copy before it turns up: pure functions from parameters to parameters."""
+"""Attempts to remove the fingerprint from one copy."""
 
 import functools
 from collections.abc import Callable
