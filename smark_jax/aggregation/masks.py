@@ -9,6 +9,7 @@ sign, so the masks sum to zero. (Bonawitz et al. 2017, "Practical secure aggrega
 learning", section 4; its self-masks, with which parties may drop out, are for organisations, not for one program.)
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -108,6 +109,12 @@ def pairwise_mask(
     if not _validate.is_traced(party) and not 0 <= int(party) < num_parties:
         cause = "Were keys agreed with all parties?"
         raise _validate.fail("pairwise_mask", f"a party from 0 to {num_parties - 1}", str(party), cause)
+    return _pairwise_mask(row, jnp.asarray(party, jnp.int32), jnp.asarray(round, jnp.uint32), num_words)
+
+
+@functools.partial(jax.jit, static_argnames="num_words")
+def _pairwise_mask(row: Array, party: Array, round: Array, num_words: int) -> Array:
+    num_parties = row.shape[0]
     nonce = _nonce(round, _MASK)
 
     def signed_stream(step: int | Array) -> Array:
