@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from smark_jax import attacks as attacks
     from smark_jax import carriers as carriers
     from smark_jax import codes as codes
+    from smark_jax import comparators as comparators
     from smark_jax import data as data
     from smark_jax import embedding as embedding
     from smark_jax import extraction as extraction
@@ -32,6 +33,7 @@ __all__ = [
     "attacks",
     "carriers",
     "codes",
+    "comparators",
     "data",
     "embedding",
     "extraction",

@@ -85,9 +85,17 @@ def words(
     Returns:
       Chips of -1 and +1, shape [K, m].
     """
+    packed = packed_words(key, low, high, num_chips)
+    return 1 - 2 * keys.bits(packed)[:, :num_chips].astype(jnp.int8)
+
+
+@functools.partial(jax.jit, static_argnames="num_chips")
+def packed_words(
+    key: UInt32[Array, "8"], low: UInt32[Array, " K"], high: UInt32[Array, " K"], num_chips: int
+) -> UInt32[Array, "K words"]:
+    """The same codewords as bits of the stream, 1 for a chip of -1, shape [K, ceil(m / 32)]; bits past m are random."""
     count = low.shape[0]
     blocks_a_word = -(-num_chips // (32 * keys.BLOCK_WORDS))
     nonces = jnp.repeat(jnp.stack([jnp.zeros_like(low), low, high]), blocks_a_word, axis=1)
     counters = jnp.tile(jnp.arange(blocks_a_word, dtype=jnp.uint32), count)
-    stream = keys.blocks(key, counters, nonces).reshape(count, -1)[:, : -(-num_chips // 32)]
-    return 1 - 2 * keys.bits(stream)[:, :num_chips].astype(jnp.int8)
+    return keys.blocks(key, counters, nonces).reshape(count, -1)[:, : -(-num_chips // 32)]

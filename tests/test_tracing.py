@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from smark_jax import codes, keys, tracing
+from smark_jax import codes, keys, statistics, tracing
 
 KEY = keys.from_bytes(bytes(range(32)))
 M = 304
+
+
+DECODERS = ("joint", "sequential", "single")
 
 
 def words(serials, num_chips=M):
@@ -17,15 +20,17 @@ def words(serials, num_chips=M):
 def test_statistics_are_the_normalised_correlations():
     book = words(range(40))
     y = np.random.default_rng(0).normal(size=M)
-    verdict = tracing.trace(y, book)
-    np.testing.assert_allclose(verdict.statistics, book.astype(np.float64) @ y / np.linalg.norm(y), atol=1e-5)
-    assert verdict.accused == ()
-    assert (verdict.num_customers, verdict.alpha, verdict.decoder) == (40, 1e-6, "single")
+    for decoder in DECODERS:
+        verdict = tracing.trace(y, book, decoder=decoder)
+        np.testing.assert_allclose(verdict.statistics, book.astype(np.float64) @ y / np.linalg.norm(y), atol=1e-5)
+        assert verdict.accused == ()
+        assert (verdict.num_customers, verdict.alpha, verdict.decoder) == (40, 1e-6, decoder)
+        assert (verdict.num_suspects, verdict.num_alignments) == (1, 1)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 def test_an_intact_copy_is_traced_with_the_p_value_of_full_agreement(scale):
-    verdict = tracing.trace(scale * words([17])[0], words(range(1000)))
+    verdict = tracing.trace(scale * words([17])[0], words(range(1000)), decoder="single")
     (accusation,) = verdict.accused
     assert accusation.serial == 17
     np.testing.assert_allclose(accusation.statistic, math.sqrt(M), rtol=1e-6)
@@ -41,30 +46,32 @@ def test_streamed_and_held_codebooks_give_the_same_verdict():
     np.testing.assert_allclose(held.statistics, streamed.statistics, atol=1e-5)
     assert held.accused == streamed.accused
     assert [a.serial for a in held.accused] == [20_000]
+    assert held.decoys.number == streamed.decoys.number == 1024
 
 
 def test_colluders_share_and_are_sorted():
     book = words(range(200))
     y = (3 * book[5].astype(float) + 2 * book[9]) / 5
-    verdict = tracing.trace(y, book)
-    assert [a.serial for a in verdict.accused] == [5, 9]
-    shares = [a.share for a in verdict.accused]
-    assert shares[0] > shares[1]
-    np.testing.assert_allclose(sum(shares), 1)
-    assert verdict.accused[0].log10_p < verdict.accused[1].log10_p
+    for decoder in DECODERS:
+        verdict = tracing.trace(y, book, decoder=decoder)
+        shares = {a.serial: a.share for a in verdict.accused}
+        assert shares.keys() == {5, 9}
+        np.testing.assert_allclose([shares[5], shares[9]], [0.6, 0.4], atol=1e-6)
+        assert verdict.accused[0].log10_p <= verdict.accused[1].log10_p
 
 
 def test_extrapolation_is_traced_because_both_sides_count():
     """The ringleader enters with -0.9, so that a one-sided score would clear him."""
     book = words(range(500))
     y = -0.9 * book[3].astype(float) + 0.95 * book[4] + 0.95 * book[5]
-    verdict = tracing.trace(y, book)
-    assert {a.serial for a in verdict.accused} == {3, 4, 5}
-    assert next(a for a in verdict.accused if a.serial == 3).statistic < 0
+    for decoder in DECODERS:
+        verdict = tracing.trace(y, book, decoder=decoder)
+        assert {a.serial for a in verdict.accused} == {3, 4, 5}
+        assert next(a for a in verdict.accused if a.serial == 3).statistic < 0
 
 
 def test_a_p_value_is_never_zero():
-    verdict = tracing.trace(words([0], 4096)[0], words(range(3), 4096))
+    verdict = tracing.trace(words([0], 4096)[0], words(range(3), 4096), decoder="single")
     (accusation,) = verdict.accused
     assert 0 < accusation.p_value < 1e-300
     np.testing.assert_allclose(accusation.log10_p, math.log10(3) - 4095 * math.log10(2), rtol=1e-9)
@@ -81,6 +88,127 @@ def test_silence_accuses_nobody():
     assert verdict.accused == ()
     assert not verdict.statistics.any()
     assert verdict.threshold == math.inf
+
+
+# Coalitions of 10 at 20 dB, which a single decoder cannot find whole.
+def coalition(num_customers: int, size: int, sigma: float, seed: int) -> tuple[np.ndarray, set[int]]:
+    rng = np.random.default_rng(seed)
+    guilty = rng.choice(num_customers, size, replace=False)
+    return words(guilty).astype(float).mean(axis=0) + sigma * rng.normal(size=M), set(guilty.tolist())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_joint_decoding_finds_whole_coalitions_that_single_decoding_does_not(seed):
+    book = codes.Codebook(KEY, 50_000, M)
+    y, guilty = coalition(50_000, 10, 0.1, seed)
+    found = {d: {a.serial for a in tracing.trace(y, book, decoder=d).accused} for d in DECODERS}
+    assert found["joint"] == guilty
+    assert found["single"] < guilty
+    assert found["sequential"] <= guilty
+
+
+def reference_pursuit(u: np.ndarray, book: np.ndarray, masked: int | None) -> np.ndarray:
+    """The residual of the pursuit, by least squares on whole codewords in float64, without caches or shortlist."""
+    stop = math.sqrt(2 * math.log(2 * len(book)))
+    allowed = np.arange(len(book)) != masked
+    selected, sure = [], 0
+    residual = u
+    while len(selected) < min(128, len(u) // 4, sure + 4):
+        size = np.linalg.norm(residual)
+        if size < 1e-4:
+            break
+        strength = np.abs(book @ residual) * allowed
+        strength[selected] = 0
+        pick = int(strength.argmax())
+        if strength[pick] >= (stop + (0.5 if len(selected) > sure else 0.0)) * size:
+            sure = len(selected) + 1
+        selected.append(pick)
+        residual = u - book[selected].T @ np.linalg.lstsq(book[selected].T, u, rcond=None)[0]
+    kept = selected[:sure]
+    return u - book[kept].T @ np.linalg.lstsq(book[kept].T, u, rcond=None)[0] if kept else u
+
+
+def test_each_joint_statistic_is_that_of_a_run_which_never_saw_the_codeword():
+    """Against a slow reference; and changing the accused's own word does not change the residual that tests it."""
+    book = words(range(300)).astype(float)
+    rng = np.random.default_rng(5)
+    y = book[[3, 50, 120, 200, 250, 299]].mean(axis=0) + 0.2 * rng.normal(size=M)
+    u = y / np.linalg.norm(y)
+    verdict = tracing.trace(y, book.astype(np.int8))
+    assert len(verdict.accused) == 6
+    for accusation in verdict.accused:
+        residual = reference_pursuit(u, book, masked=accusation.serial)
+        expected = residual @ book[accusation.serial] / np.linalg.norm(residual)
+        np.testing.assert_allclose(accusation.statistic, expected, rtol=1e-4)
+        np.testing.assert_allclose(verdict.statistics[accusation.serial], expected, rtol=1e-4)
+        scrambled = book.copy()
+        scrambled[accusation.serial] = rng.choice([-1.0, 1.0], M)
+        np.testing.assert_allclose(reference_pursuit(u, scrambled, accusation.serial), residual, atol=1e-12)
+
+
+def test_a_shortlist_gives_what_the_whole_codebook_gives(monkeypatch):
+    y, guilty = coalition(20_000, 6, 0.1, seed=7)
+    book = codes.Codebook(KEY, 20_000, M)
+    whole = tracing.trace(y, book)
+    monkeypatch.setattr(tracing.scoring, "_SHORTLIST", 500)
+    monkeypatch.setattr(tracing.scoring, "_ROWS_A_CALL", 3000)
+    short = tracing.trace(y, book)
+    assert {a.serial for a in short.accused} == guilty
+    assert [(a.serial, round(a.statistic, 4)) for a in short.accused] == [
+        (a.serial, round(a.statistic, 4)) for a in whole.accused
+    ]
+    np.testing.assert_allclose(short.statistics, whole.statistics, atol=1e-4)
+
+
+@pytest.mark.parametrize("decoder", ["joint", "sequential", "single"])
+def test_suspects_and_alignments_are_counted(decoder):
+    book = words(range(100))
+    y = np.stack([book[4] + 0.0, np.random.default_rng(0).normal(size=M), book[9] - 0.2])
+    batch = tracing.trace_batch(y, book, decoder=decoder, num_alignments=2)
+    assert [[a.serial for a in v.accused] for v in batch] == [[4], [], [9]]
+    alone = tracing.trace(y[0], book, decoder=decoder)
+    np.testing.assert_allclose(batch[0].accused[0].log10_p, alone.accused[0].log10_p + math.log10(6), rtol=1e-6)
+    assert (batch[0].num_suspects, batch[0].num_alignments) == (3, 2)
+    assert batch[0].threshold > alone.threshold
+    for text in ("100 customers", "3 suspects", "2 alignments", "1e-06"):
+        assert text in batch[0].assumptions
+
+
+def test_holm_lets_later_ranks_pass_more_easily():
+    """Two leakers among two: the second is corrected for one customer, not two."""
+    book = words(range(2), 40)
+    y = book.sum(axis=0) / 2
+    p = sorted(a.log10_p for a in tracing.trace(y, book, 0.1, decoder="single").accused)
+    statistic = np.abs(book.astype(float) @ y / np.linalg.norm(y))
+    raw = np.sort(statistics.log_p_value(statistic, y)) / math.log(10)
+    np.testing.assert_allclose(p, [raw[0] + math.log10(2), max(raw[0] + math.log10(2), raw[1])], atol=1e-6)
+
+
+def test_statistics_need_not_be_kept():
+    y, guilty = coalition(5000, 3, 0.1, seed=1)
+    for decoder in DECODERS:
+        verdict = tracing.trace(y, codes.Codebook(KEY, 5000, M), decoder=decoder, keep_statistics=False)
+        assert {a.serial for a in verdict.accused} == guilty
+        assert verdict.statistics.size == 0
+
+
+def test_a_decoy_that_stands_out_raises_the_alarm():
+    decoy = np.asarray(codes.codebook(keys.derive(KEY, "decoys"), [700], M))[0]
+    with pytest.warns(RuntimeWarning, match="a codeword that nobody received scores 17"):
+        verdict = tracing.trace(decoy, codes.Codebook(KEY, 100, M))
+    assert verdict.decoys.alarm
+    assert not tracing.trace(words([3])[0], codes.Codebook(KEY, 100, M)).decoys.alarm
+
+
+def test_decoys_of_honest_verdicts_follow_the_null():
+    """The largest of 1,024 decoys, over many read-outs, against the largest of 1,024 normal variables."""
+    largest = [
+        tracing.trace(np.random.default_rng(i).normal(size=M), words(range(3)), decoder="single").decoys.largest
+        for i in range(100)
+    ]
+    expected = stats.norm.isf((1 - 0.5 ** (1 / 1024)) / 2)
+    below = np.mean(np.array(largest) < expected)
+    assert abs(below - 0.5) < 4 * 0.05
 
 
 NULLS = {
@@ -109,17 +237,63 @@ def upper_limit(alpha: float, trials: int) -> int:
     return int(stats.binom.isf(1e-4, trials, alpha))
 
 
-def test_innocents_are_accused_within_the_bound():
-    trials, alpha = 500, 0.1
-    counts = false_accusations(lambda y, book: bool(tracing.trace(y, book, alpha).accused), trials)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_innocents_are_accused_within_the_bound(decoder):
+    trials, alpha = 300, 0.1
+    counts = false_accusations(lambda y, book: bool(tracing.trace(y, book, alpha, decoder).accused), trials)
     assert max(counts.values()) <= upper_limit(alpha, trials)
+
+
+def innocents_accused_past_capacity(rule, trials: int) -> int:
+    """How often an innocent is accused when 12 of 60 customers collude, far more than 48 chips can tell apart."""
+    hits = 0
+    for trial in range(trials):
+        rng = np.random.default_rng(trial)
+        book = rng.choice(np.array([-1, 1], np.int8), (60, 48))
+        y = book[:12].astype(float).mean(axis=0) + 0.1 * rng.normal(size=48)
+        hits += any(j >= 12 for j in rule(y, book))
+    return hits
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_innocents_are_safe_beside_a_coalition_past_capacity(decoder):
+    trials = 200
+    hits = innocents_accused_past_capacity(
+        lambda y, book: [a.serial for a in tracing.trace(y, book, 0.1, decoder).accused], trials
+    )
+    assert hits <= upper_limit(0.1, trials)
+
+
+def test_testing_against_the_support_minus_j_breaks_the_bound():
+    """Negative control: the short cut that leaves j out of a support which was selected by looking at j's word."""
+
+    def short_cut(y, book):
+        u = y / np.linalg.norm(y)
+        words_ = book.astype(float)
+        selected: list[int] = []
+        residual = u
+        for _ in range(20):
+            strength = np.abs(words_ @ residual)
+            strength[selected] = 0
+            selected.append(int(strength.argmax()))
+            fit = words_[selected].T
+            residual = u - fit @ np.linalg.lstsq(fit, u, rcond=None)[0]
+        for j in selected:
+            fit = words_[[s for s in selected if s != j]].T
+            r = u - fit @ np.linalg.lstsq(fit, u, rcond=None)[0]
+            t = float(r @ words_[j] / np.linalg.norm(r))
+            if statistics.log_p_value(t, r) + math.log(len(book)) <= math.log(0.1):
+                yield j
+
+    trials = 200
+    assert innocents_accused_past_capacity(short_cut, trials) > 2 * upper_limit(0.1, trials)
 
 
 def test_broken_statistics_break_the_bound():
     """Negative controls: without the correction for N; and a normal z-score that takes the chips' variance as known."""
 
     def uncorrected(y, book):
-        statistics_ = tracing.trace(y, book, 0.1).statistics
+        statistics_ = tracing.trace(y, book, 0.1, "single").statistics
         return bool((2 * stats.norm.sf(np.abs(statistics_)) <= 0.1).any())
 
     def assumed_variance(y, book):
@@ -153,5 +327,11 @@ def test_bad_input_is_refused():
         tracing.trace(np.ones(M), book, serials=[1, 1, 2])
     with pytest.raises(ValueError, match=r"serials of shape \(3,\)"):
         tracing.trace(np.ones(M), book, serials=[1, 2])
-    with pytest.raises(ValueError, match="decoder"):
+    with pytest.raises(ValueError, match="a decoder of 'joint', 'sequential', 'single', but got 'nearest'"):
         tracing.trace(np.ones(M), book, decoder="nearest")
+    for count in ("num_suspects", "num_alignments"):
+        with pytest.raises(ValueError, match=count):
+            tracing.trace(np.ones(M), book, **{count: 0})
+    for chips in (np.ones(M), np.ones((0, M))):
+        with pytest.raises(ValueError, match=r"chips of shape \[M, m\]"):
+            tracing.trace_batch(chips, book)

@@ -111,3 +111,28 @@ def _quantise_kernel(leaf: Array, levels: int) -> Array:
         return leaf
     step = jnp.maximum(jnp.abs(leaf).max().astype(jnp.float32), 1e-30) / levels
     return (jnp.round(leaf.astype(jnp.float32) / step) * step).astype(leaf.dtype)
+
+
+def add_noise(params: PyTree, key: Array, relative: float) -> PyTree:
+    """Adds Gaussian noise to every floating-point leaf, in units of that leaf's root mean square.
+
+    Args:
+      params: the copy.
+      key: a ``jax.random`` key.
+      relative: the noise's standard deviation as a multiple of the leaf's root mean square, the unit in which
+        :func:`smark_jax.embedding.embed` measures its strength.
+
+    Raises:
+      ValueError: when ``relative`` is not positive and finite.
+    """
+    _validate.finite_number("add_noise", "relative", relative)
+    add = functools.partial(_add_noise_to_leaf, relative=relative)
+    return jax.tree.map(add, params, optax.tree.split_key_like(key, params))
+
+
+def _add_noise_to_leaf(leaf: Array, key: Array, relative: float) -> Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    spread = jnp.sqrt(jnp.mean(jnp.square(wide)))
+    return (wide + relative * spread * jax.random.normal(key, leaf.shape, wide.dtype)).astype(leaf.dtype)

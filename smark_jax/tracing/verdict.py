@@ -1,0 +1,356 @@
+"""The verdict: decoders, p-values and their corrections, decoys."""
+
+import hashlib
+import math
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from jaxtyping import Float, Int8
+
+from smark_jax import _validate, codes, keys, statistics
+from smark_jax._types import AnyArray
+from smark_jax.tracing import pursuit, scoring
+
+Decoder = Literal["joint", "sequential", "single"]
+
+NUM_DECOYS = 1024
+# A decoy this improbable means that an assumption is broken; sound verdicts raise the alarm once in a million.
+_DECOY_LEVEL = 1e-6
+_SUSPECTS_A_PASS = 16
+
+
+class Accusation(NamedTuple):
+    """One accused customer.
+
+    Attributes:
+      serial: the customer's number in the owner's registry.
+      statistic: T, signed: about sqrt(m) for an intact copy; negative when colluders extrapolated away from it. Joint
+        and sequential decoding take it on the residual that others' codewords leave.
+      p_value: bound on the probability of so large an absolute T for any innocent customer, corrected for customers,
+        suspects and alignments. Never 0: below the smallest float it is that float, and ``log10_p`` goes on.
+      log10_p: its logarithm to base 10, exact at any size.
+      share: this customer's part in the coalition as estimated from the accused, 0 to 1.
+    """
+
+    serial: int
+    statistic: float
+    p_value: float
+    log10_p: float
+    share: float
+
+
+class Decoys(NamedTuple):
+    """How codewords fared that nobody received: a check of the assumptions, beside the proof.
+
+    Attributes:
+      number: how many were scored, in the place of customers.
+      largest: their largest absolute statistic, on what the accused leave unexplained; about 3.5 when all is well.
+      alarm: whether that is too large to be chance (probability below 1e-6): then trust no accusation of this verdict.
+    """
+
+    number: int
+    largest: float
+    alarm: bool
+
+
+class Verdict(NamedTuple):
+    """What :func:`trace` found.
+
+    Attributes:
+      accused: the accused, most significant first; empty when nobody is.
+      alpha: bound on the probability of accusing any innocent customer.
+      num_customers: N, for which every p-value is corrected.
+      statistics: T of every customer in the order of the codebook, float32, shape [N]; empty when not kept.
+      threshold: the absolute T from which a customer alone is accused; infinite when there are too few chips for alpha.
+      decoder: the decoder's name.
+      num_suspects: suspects examined together, for which every p-value is corrected as well.
+      num_alignments: alignments tried for each suspect, likewise.
+      decoys: how codewords fared that nobody received.
+    """
+
+    accused: tuple[Accusation, ...]
+    alpha: float
+    num_customers: int
+    statistics: Float[np.ndarray, " N"]
+    threshold: float
+    decoder: str
+    num_suspects: int
+    num_alignments: int
+    decoys: Decoys
+
+    @property
+    def assumptions(self) -> str:
+        """In words, what the probability bound assumes and counts."""
+        return (
+            f"The probability that this accuses any innocent customer is at most {self.alpha:g}, whatever was done to "
+            f"the model, counting {self.num_customers:,} customers, {self.num_suspects:,} suspects and "
+            f"{self.num_alignments:,} alignments of each. It assumes that codewords are independent fair signs from a "
+            "secret key and were never chosen among several; that the innocents' codewords stayed secret, and carrier, "
+            "alignment and choice of layers did not depend on them; and that decoder and level were fixed beforehand. "
+            "It does not cover somebody who holds the code key."
+        )
+
+
+def trace(
+    chips: Float[AnyArray, " m"],
+    codebook: Int8[AnyArray, "K m"] | codes.Codebook,
+    alpha: float = 1e-6,
+    decoder: Decoder = "joint",
+    *,
+    serials: Sequence[int] | None = None,
+    num_suspects: int = 1,
+    num_alignments: int = 1,
+    keep_statistics: bool = True,
+) -> Verdict:
+    """Accuses the customers whose codewords the chips carry; any innocent one with probability at most alpha.
+
+    Args:
+      chips: the suspect's read-out y, shape [m], as from :func:`smark_jax.extraction.extract`.
+      codebook: every customer who might be accused: words of -1 and +1, shape [K, m], or a streamed
+        :class:`~smark_jax.codes.Codebook`. Leaving customers out, or trying several codebooks, breaks the guarantee.
+      alpha: bound on the probability of accusing anybody innocent.
+      decoder: ``"joint"`` (T2) finds coalitions; ``"sequential"`` (T3) is cheaper and finds fewer; ``"single"``
+        tests each customer alone, T_j = <y, b_j> / norm(y).
+      serials: the customers' serials in the order of the rows; by default the row numbers.
+      num_suspects: how many suspects are examined on this occasion; :func:`trace_batch` counts them itself.
+      num_alignments: how many alignments of the suspect were tried.
+      keep_statistics: whether the verdict holds every customer's statistic.
+
+    Returns:
+      The verdict. Chips of zero (the base model itself) accuse nobody.
+
+      Peak memory besides the codebook: some 50 MB for the pass; ``4 N`` bytes for kept statistics; for joint decoding
+      ``2^17 m / 8`` bytes of packed words and up to 8 MiB for each customer that the pursuit selects.
+
+    Raises:
+      ValueError: on chips that are not a finite vector, a codebook of another length or with entries other than -1 and
+        +1, no customers, serials that do not match, alpha outside (0, 1), or an unknown decoder.
+
+    Warns:
+      RuntimeWarning: when a decoy stands out, which no sound verdict shows.
+
+    Examples:
+      >>> from smark_jax import codes, keys, tracing
+      >>> words = codes.codebook(keys.from_bytes(bytes(32)), range(1000))
+      >>> mixed = (words[42] + 2.0 * words[7]) / 3
+      >>> sorted(accusation.serial for accusation in tracing.trace(mixed, words).accused)
+      [7, 42]
+    """
+    y = _validate.chips("trace", chips)
+    case = _case(codebook, alpha, decoder, serials, num_suspects, num_alignments, y.size)
+    return _trace_rows(y[None], case, keep_statistics)[0]
+
+
+def trace_batch(
+    chips: Float[AnyArray, "M m"],
+    codebook: Int8[AnyArray, "K m"] | codes.Codebook,
+    alpha: float = 1e-6,
+    decoder: Decoder = "joint",
+    *,
+    serials: Sequence[int] | None = None,
+    num_alignments: int = 1,
+    keep_statistics: bool = True,
+) -> tuple[Verdict, ...]:
+    """:func:`trace` of M suspects together: one pass over the codebook serves many, and all p-values count all M.
+
+    Args:
+      chips: the suspects' read-outs, shape [M, m], as from :func:`smark_jax.extraction.extract_batch`.
+      codebook: as for :func:`trace`.
+      alpha: bound on the probability of accusing anybody innocent in any of the M verdicts.
+      decoder: as for :func:`trace`.
+      serials: as for :func:`trace`.
+      num_alignments: how many alignments of each suspect were tried.
+      keep_statistics: whether each verdict holds every customer's statistic, ``4 N M`` bytes in all.
+
+    Returns:
+      A verdict for each suspect.
+
+    Raises:
+      ValueError: as :func:`trace`.
+    """
+    if np.ndim(chips) != 2 or np.shape(chips)[0] == 0:
+        cause = "For a single suspect use trace."
+        raise _validate.fail("trace_batch", "chips of shape [M, m] with M >= 1", f"shape {np.shape(chips)}", cause)
+    y = np.stack([_validate.chips("trace_batch", row) for row in np.asarray(chips)])
+    case = _case(codebook, alpha, decoder, serials, len(y), num_alignments, y.shape[1])
+    verdicts = []
+    for start in range(0, len(y), _SUSPECTS_A_PASS):
+        verdicts += _trace_rows(y[start : start + _SUSPECTS_A_PASS], case, keep_statistics)
+    return tuple(verdicts)
+
+
+class _Case(NamedTuple):
+    """What all suspects of one occasion have in common, validated."""
+
+    book: scoring.Book
+    alpha: float
+    decoder: Decoder
+    serials: np.ndarray | None
+    num_customers: int
+    num_suspects: int
+    num_alignments: int
+    decoys: Float[np.ndarray, "D m"]
+
+    @property
+    def log_level(self) -> float:
+        """Logarithm of the level at which one suspect's customers are tested, before the correction for N."""
+        return math.log(self.alpha) - math.log(self.num_suspects) - math.log(self.num_alignments)
+
+
+def _case(
+    book: scoring.Book,
+    alpha: float,
+    decoder: Decoder,
+    serials: Sequence[int] | None,
+    num_suspects: int,
+    num_alignments: int,
+    num_chips: int,
+) -> _Case:
+    _validate.probability("trace", "alpha", alpha)
+    _validate.positive("trace", "num_suspects", num_suspects)
+    _validate.positive("trace", "num_alignments", num_alignments)
+    if decoder not in get_args(Decoder):
+        names = ", ".join(map(repr, get_args(Decoder)))
+        raise _validate.fail("trace", f"a decoder of {names}", repr(decoder), "Is the name spelt right?")
+    num_customers, length = scoring.size(book)
+    if num_chips != length:
+        cause = "Was the codebook made with another num_chips than the carrier?"
+        raise _validate.fail("trace", f"chips of shape ({length:,},)", f"shape ({num_chips:,},)", cause)
+    numbers = None
+    if serials is not None:
+        numbers = _validate.serials("trace", serials)
+        _validate.vector("trace", "serials", numbers, num_customers, "One serial for each row of the codebook.")
+    if isinstance(book, codes.Codebook):
+        secret = book.key
+    else:  # as secret as the words are
+        secret = keys.from_bytes(hashlib.sha256(np.asarray(book, np.int8).tobytes()).digest())
+    decoys = codes.codebook(keys.derive(secret, "decoys"), range(NUM_DECOYS), length)
+    return _Case(
+        book, alpha, decoder, numbers, num_customers, num_suspects, num_alignments, np.asarray(decoys, np.float64)
+    )
+
+
+class _Test(NamedTuple):
+    """One customer's test: place in the codebook, statistic, and ln of its p-value corrected for the customers."""
+
+    customer: int
+    statistic: float
+    log_p: float
+
+
+def _trace_rows(y: Float[np.ndarray, "R m"], case: _Case, keep: bool) -> list[Verdict]:
+    directions = np.stack([statistics.direction(row) for row in y])
+    scores = scoring.score(directions, case.book, keep)
+    kept = scores.all if scores.all is not None else np.empty((len(y), 0), np.float32)
+    rows = zip(directions, scores.best, scores.best_scores, kept, strict=True)
+    return [_verdict(u, best, best_scores, row, case) for u, best, best_scores, row in rows]
+
+
+def _verdict(
+    u: Float[np.ndarray, " m"],
+    best: np.ndarray,
+    best_scores: Float[np.ndarray, " L"],
+    kept: Float[np.ndarray, " N"],
+    case: _Case,
+) -> Verdict:
+    bar = statistics.threshold(u, case.log_level - math.log(case.num_customers))
+    tests: list[_Test] = []
+    rest = u
+    if u.any() and case.decoder == "single":
+        tests = _single(u, best[np.abs(best_scores) >= bar - 1.0], case)
+    elif u.any():
+        chase = pursuit.Pursuit(u, case.book, scoring.shortlist(case.book, best), best_scores, case.num_customers)
+        selected = chase.run()
+        decode = _joint if case.decoder == "joint" else _sequential
+        tests = decode(chase, selected, best, case)
+        rest = chase.residual(selected)
+    accused = [test for test in tests if test.log_p <= case.log_level]
+    shares = _shares(u, [test.customer for test in accused], case)
+    if kept.size:
+        kept[[test.customer for test in tests]] = [test.statistic for test in tests]
+    return Verdict(
+        accused=tuple(_accusation(test, shares, case) for test in accused),
+        alpha=float(case.alpha),
+        num_customers=case.num_customers,
+        statistics=kept,
+        threshold=bar,
+        decoder=case.decoder,
+        num_suspects=case.num_suspects,
+        num_alignments=case.num_alignments,
+        decoys=_score_decoys(rest, case.decoys),
+    )
+
+
+def _single(u: np.ndarray, near: np.ndarray, case: _Case) -> list[_Test]:
+    """T1+: each customer alone, Holm over all."""
+    # Float32 scores chose whom to look at; what counts is the float64 statistic.
+    scores = scoring.rows(case.book, near).astype(np.float64) @ u
+    log_p = statistics.log_p_value(scores, u)
+    return _holm(zip(near.tolist(), scores.tolist(), log_p.tolist(), strict=True), case.num_customers)
+
+
+def _joint(chase: pursuit.Pursuit, selected: list[int], best: np.ndarray, case: _Case) -> list[_Test]:
+    """T2: each selected customer on the residual of the run that never saw its codeword, Holm over all."""
+    found = []
+    for step, place in enumerate(selected):
+        # Before its first selection the run with j and the run without j are the same.
+        residual = chase.residual(chase.run(masked=place, start=selected[:step]))
+        statistic = chase.statistic(residual, place)
+        log_p = float(statistics.log_p_value(statistic, residual))
+        found.append((int(best[place]), statistic, log_p))
+    return _holm(found, case.num_customers)
+
+
+def _sequential(chase: pursuit.Pursuit, selected: list[int], best: np.ndarray, case: _Case) -> list[_Test]:
+    """T3: the pick of step k on the residual before it, at level alpha / 2^k."""
+    tests = []
+    for step, place in enumerate(selected):
+        residual = chase.residual(selected[:step])
+        statistic = chase.statistic(residual, place)
+        log_p = float(statistics.log_p_value(statistic, residual)) + math.log(case.num_customers)
+        tests.append(_Test(int(best[place]), statistic, min(0.0, log_p + (step + 1) * math.log(2))))
+    return sorted(tests, key=lambda test: test.log_p)
+
+
+def _holm(found: Iterable[tuple[int, float, float]], num_customers: int) -> list[_Test]:
+    """Holm's step-down adjusted p-values, those of customers not tested counting as 1; most significant first."""
+    tests, running = [], -math.inf
+    for rank, (customer, statistic, log_p) in enumerate(sorted(found, key=lambda test: test[2])):
+        running = max(running, min(0.0, log_p + math.log(num_customers - rank)))
+        tests.append(_Test(customer, statistic, running))
+    return tests
+
+
+def _shares(u: Float[np.ndarray, " m"], customers: list[int], case: _Case) -> dict[int, float]:
+    """The parts of the accused: least-squares coefficients of the read-out on their words, in absolute value."""
+    words = scoring.rows(case.book, np.array(customers, np.int64)).astype(np.float64)
+    return dict(zip(customers, np.abs(np.linalg.lstsq(words.T, u, rcond=None)[0]).tolist(), strict=True))
+
+
+def _accusation(test: _Test, shares: dict[int, float], case: _Case) -> Accusation:
+    log_p = min(0.0, test.log_p + math.log(case.num_suspects) + math.log(case.num_alignments))
+    return Accusation(
+        serial=int(case.serials[test.customer]) if case.serials is not None else test.customer,
+        statistic=test.statistic,
+        p_value=max(math.exp(log_p), sys.float_info.min),
+        log10_p=log_p / math.log(10),
+        share=float(shares[test.customer] / sum(shares.values())),
+    )
+
+
+def _score_decoys(rest: Float[np.ndarray, " m"], decoys: Float[np.ndarray, "D m"]) -> Decoys:
+    direction = statistics.direction(rest)
+    largest = float(np.abs(decoys @ direction).max())
+    alarm = bool(statistics.log_p_value(largest, rest) + math.log(len(decoys)) <= math.log(_DECOY_LEVEL))
+    if alarm:
+        warnings.warn(
+            f"trace: a codeword that nobody received scores {largest:.1f}, which chance does less than once in a "
+            "million verdicts. An assumption is broken (did codewords leak, or shape the carrier or the alignment?): "
+            "trust no accusation of this verdict.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return Decoys(len(decoys), largest, alarm)
