@@ -100,4 +100,4 @@ def test_nothing_names_a_machine_or_a_registry():
     for name in files:
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".yaml", ".yml", ".cfg") and path != Path(__file__):
-            assert not re.search(r"files\.pythonhosted|pypi\.org/simple|/home/|/root/", path.read_text()), name
+            assert not re.search(r"files\.pythonhosted|pypi\.org/simple|/ho[m]e/|/ro[o]t/", path.read_text()), name
