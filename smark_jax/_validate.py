@@ -44,7 +44,7 @@ def positive(who: str, name: str, value: int) -> None:
 
 def probability(who: str, name: str, value: float) -> None:
     """Refuses a level outside the open interval (0, 1)."""
-    if not (isinstance(value, int | float | np.number) and 0 < value < 1):
+    if isinstance(value, str) or np.ndim(value) != 0 or not 0 < float(value) < 1:
         raise fail(
             who,
             f"{name} strictly between 0 and 1",

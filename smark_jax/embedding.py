@@ -112,7 +112,8 @@ def _embed(
 ) -> tuple[PyTree, Array, Array]:
     delta = strength * (carrier.num_carrying / carrier.num_chips) ** 0.5
     copy = carriers.write(params, spec, delta * carriers.spread(code, carrier))
-    return copy, jnp.isfinite(carriers.read(params, spec)).all(), jnp.all(jnp.abs(code) == 1)
+    # Of the copy: a strength that overflows a narrow dtype shows as well.
+    return copy, jnp.isfinite(carriers.read(copy, spec)).all(), jnp.all(jnp.abs(code) == 1)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -147,7 +148,9 @@ def mark(base: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, code: Num
     carriers.check_carrier("mark", carrier, spec)
     cause = "Was the codeword made with another num_chips than the carrier?"
     _validate.vector("mark", "code", code, carrier.num_chips, cause)
-    return Mark(carriers.read(base, spec), carrier, jnp.asarray(code, jnp.float32))
+    weights = carriers.read(base, spec)
+    _verify("mark", jnp.isfinite(weights).all(), jnp.all(jnp.abs(jnp.asarray(code)) == 1))
+    return Mark(weights, carrier, jnp.asarray(code, jnp.float32))
 
 
 def _read_loss(loss_fn: FingerprintLoss, params: PyTree, spec: carriers.Spec, aim: Mark) -> tuple[Array, Array]:

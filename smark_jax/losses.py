@@ -60,7 +60,7 @@ def code_mse(chips: Float[Array, " m"], code: Float[Array, " m"]) -> Float[Array
     return jnp.mean(jnp.square(chips - code))
 
 
-def sign_hinge(chips: Float[Array, " m"], code: Float[Array, " m"], *, margin: float = 0.1) -> Float[Array, ""]:
+def sign_hinge(chips: Float[Array, " m"], code: Float[Array, " m"], margin: float = 0.1) -> Float[Array, ""]:
     r"""Mean of :math:`\max(0, \mu - b_i y_i)`: zero once every chip clears ``margin``.
 
     It stops touching the weights as soon as the code reads with room to spare.

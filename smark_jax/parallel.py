@@ -60,7 +60,7 @@ def masked_mean(
       tree: this party's floats.
       pair_keys: this party's row of pair keys, shape [P, 8].
       round: the round's number; never used twice with the same keys.
-      fixed_point: the format; values beyond its clip are clipped.
+      fixed_point: the format; values beyond its clip are clipped, NaN counts as zero (test for it beforehand).
       axis_name: the mapped axis of P parties.
 
     Returns:
@@ -153,7 +153,10 @@ def train_step(
       engine: what maps the body over devices; the results are the same bit for bit.
 
     Returns:
-      The pair (init, update). A state is never modified: after an error, the one before is still there.
+      The pair (init, update). A state is never modified: after an error, the one before is still there. Masks are made
+      from the pair keys and the round's number, and two messages under one mask show their difference: to go back to
+      an earlier state, or to begin anew, agree new pair keys first. With a single party there is nobody to hide
+      among, and nothing is masked.
 
     Raises:
       ValueError: for an unknown engine or too few devices; from ``update``, when the batch or the keys are not one row
@@ -196,6 +199,9 @@ def train_step(
                 cause = "Stack the parties' batches along a first axis."
                 expected = f"{name} with a row for each of {num_parties} parties"
                 raise _validate.fail("train_step", expected, f"shape {np.shape(value)}", cause)
+        if not np.array_equal(pair_keys, np.swapaxes(pair_keys, 0, 1)):
+            cause = "Row u is what aggregation.agree gives to party u; aggregation.pair_keys makes all rows."
+            raise _validate.fail("train_step", "the same key for (u, v) and (v, u)", "asymmetric pair_keys", cause)
         mean, info = collect(state.params, images, labels, pair_keys, state.round)
         mean, info = jax.device_put((mean, info), owner_device)
         return owner_round(state.params, state.opt_state, mean, state.round), info

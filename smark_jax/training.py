@@ -102,7 +102,8 @@ def fit(
       step: from :func:`smark_jax.parallel.train_step`.
       state: where to begin: ``step.init(params)``, or a state saved earlier.
       batches: images [P, B, ...] and labels [P, B] of each round.
-      pair_keys: the parties' pair keys, shape [P, P, 8]; never used before with the same round numbers.
+      pair_keys: the parties' pair keys, shape [P, P, 8]; never used before with the same round numbers: after an error
+        or a crash agree new ones, since the masks of rounds already sent must not cover other gradients.
       on_round: called after each round with its state and info: a progress bar, a checkpoint.
 
     Returns:

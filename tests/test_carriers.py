@@ -207,6 +207,11 @@ def test_select_refuses_weights_that_are_not_finite(bad):
         carriers.select(params)
 
 
+def test_paths_that_collide_are_refused():
+    with pytest.raises(ValueError, match="select: expected a path of its own for each leaf, but got 'x/y' twice"):
+        carriers.select({"x": {"y": np.ones(3, np.float32)}, "x/y": np.ones(3, np.float32)})
+
+
 def test_another_architecture_is_refused():
     spec = carriers.select(PARAMS)
     with pytest.raises(ValueError, match="a model without 'dense/bias', 'dense/kernel'"):

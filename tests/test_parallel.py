@@ -215,6 +215,10 @@ def test_bad_input_is_refused():
         step.update(state, images[:1], labels, pair_keys)
     with pytest.raises(ValueError, match="train_step: expected pair_keys with a row for each of 2"):
         step.update(state, images, labels, pair_keys[:1])
+    crooked = pair_keys.copy()
+    crooked[0, 1] += 1
+    with pytest.raises(ValueError, match="train_step: expected the same key"):
+        step.update(state, images, labels, crooked)
     with pytest.raises(ValueError, match=r"masked_mean: expected pair_keys of shape \(2, 8\)"):
         collect("pmap", images, np.zeros((2, 3, 8), np.uint32), 0, fixed)
     with pytest.raises(ValueError, match="may have wrapped around"):

@@ -42,7 +42,7 @@ _MAX_FACTOR = 64
     data_fields=("inner_signs", "outer_signs", "positions"),
     meta_fields=("num_weights",),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Carrier:
     """A secret orthonormal m x D matrix, in the form that its transforms take. A pytree.
 

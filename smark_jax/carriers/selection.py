@@ -63,6 +63,10 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
       >>> [leaf.path for leaf in select(params).leaves]
       ['dense/kernel']
     """
+    names = [_validate.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _validate.fail("select", "a path of its own for each leaf", f"{twice!r} twice", "Is '/' part of a name?")
     wanted: Callable[[str], object]
     if match is None:
         wanted = lambda path: True  # noqa: E731

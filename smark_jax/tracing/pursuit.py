@@ -18,8 +18,8 @@ from smark_jax.tracing import scoring
 
 # No coalition that can be traced is larger than a quarter of the chips, or than this.
 MAX_SELECTED = 128
-# A strong colluder who is masked hides the others behind the noise of their own words; a few selections beyond the stop
-# bring them out. Unless one of these then exceeds the stop, they are dropped.
+# A strong colluder who is masked keeps the residual long, and the others' shares of it below the stop. So at the stop
+# the next few are taken on trial: they stay only when somebody then exceeds the stop by the surplus.
 _LOOK_AHEAD = 4
 _SURPLUS = 0.5
 # A residual below this part of the read-out is rounding.
@@ -53,36 +53,47 @@ class Pursuit:
         self._stop = math.sqrt(2 * math.log(2 * num_customers))
         self._cap = min(MAX_SELECTED, direction.size // 4, chosen.customers.size)
         self._scores = scores
+        self._prefix: list[int] = []
         self._words: dict[int, np.ndarray] = {}
         self._columns: dict[int, np.ndarray] = {}
 
-    def run(self, masked: int | None = None, start: Sequence[int] = ()) -> list[int]:
+    def run(self, masked: int | None = None) -> list[int]:
         """Selects customers, as places in the shortlist, in order of selection.
 
         Args:
           masked: a place to leave out, as if that customer were not in the codebook.
-          start: first selections already known.
         """
-        selected = list(start)
+        # The unmasked run's selections up to its first trial each exceeded the stop and everybody else, whether or not
+        # the masked customer was there: the masked run begins with the same ones, up to that customer's own.
+        before = self._prefix.index(masked) if masked in self._prefix else len(self._prefix)
+        selected = self._prefix[:before] if masked is not None else []
+        single = masked is None
         kept = set(self._columns)
-        sure = len(selected)  # selections up to the last that exceeded what innocents reach
-        while len(selected) < min(self._cap, sure + _LOOK_AHEAD):
-            correlations, norm = self._residual_correlations(selected)
+        while len(selected) < self._cap:
+            strength, norm = self._strength(selected, masked)
             if norm < _SMALLEST_RESIDUAL:
                 break
-            strength = np.abs(correlations)
-            strength[selected] = 0
-            if masked is not None:
-                strength[masked] = 0
-            pick = int(strength.argmax())
-            self._prepare(pick, strength)
-            selected.append(pick)
-            surplus = 0.0 if sure == len(selected) - 1 else _SURPLUS
-            if strength[pick] >= (self._stop + surplus) * norm:
-                sure = len(selected)
+            order = _largest(strength, _COLUMNS_A_PASS)
+            if strength[order[0]] >= self._stop * norm:
+                likely = [place for place in order if masked is None and strength[place] >= self._stop / 2]
+                self._prepare(order[0], likely, _COLUMNS_A_PASS)
+                selected.append(order[0])
+                if single:
+                    self._prefix = selected.copy()
+                continue
+            single = False
+            ahead = [*selected, *order[:_LOOK_AHEAD]]
+            if len(ahead) > self._cap:
+                break
+            for place in order[:_LOOK_AHEAD]:
+                self._prepare(place, order[:_LOOK_AHEAD], _LOOK_AHEAD)
+            strength, norm = self._strength(ahead, masked)
+            if norm < _SMALLEST_RESIDUAL or strength.max() < (self._stop + _SURPLUS) * norm:
+                break
+            selected = ahead
         if masked is not None:  # what only this run needed
             self._columns = {place: column for place, column in self._columns.items() if place in kept}
-        return selected[:sure]
+        return selected
 
     def residual(self, selected: Sequence[int]) -> Float[np.ndarray, " m"]:
         """What of u is orthogonal to the selected codewords, in float64, shape [m]."""
@@ -101,30 +112,35 @@ class Pursuit:
             self._words[place] = scoring.rows(self._book, self._chosen.customers[[place]])[0]
         return self._words[place]
 
-    def _residual_correlations(self, selected: list[int]) -> tuple[np.ndarray, float]:
-        """The residual's correlations with the whole shortlist, and its length."""
-        if not selected:
-            return self._scores.copy(), 1.0
-        columns = np.stack([self._columns[place] for place in selected])  # [k, L]
-        known = self._scores[selected].astype(np.float64)
-        coefficients = np.linalg.lstsq(columns[:, selected].astype(np.float64), known, rcond=None)[0]
-        norm = math.sqrt(max(0.0, 1.0 - float(coefficients @ known)))
-        return self._scores - coefficients.astype(np.float32) @ columns, norm
+    def _strength(self, selected: list[int], masked: int | None) -> tuple[np.ndarray, float]:
+        """The residual's absolute correlations with everybody who may still be selected, and its length."""
+        if selected:
+            columns = np.stack([self._columns[place] for place in selected])  # [k, L]
+            known = self._scores[selected].astype(np.float64)
+            coefficients = np.linalg.lstsq(columns[:, selected].astype(np.float64), known, rcond=None)[0]
+            norm = math.sqrt(max(0.0, 1.0 - float(coefficients @ known)))
+            strength = np.abs(self._scores - coefficients.astype(np.float32) @ columns)
+        else:
+            strength, norm = np.abs(self._scores), 1.0
+        strength[selected] = 0
+        if masked is not None:
+            strength[masked] = 0
+        return strength, norm
 
-    def _prepare(self, pick: int, strength: np.ndarray) -> None:
-        """Makes the column of ``pick``, and with it those of the next best that have none yet."""
-        if pick in self._columns:
+    def _prepare(self, place: int, likely: Sequence[int], rows: int) -> None:
+        """Makes a column of G that is missing, and in the same pass those of others that may be wanted next."""
+        if place in self._columns:
             return
-        count = min(4 * _COLUMNS_A_PASS, strength.size)
-        likely = np.argpartition(-strength, count - 1)[:count]
-        likely = likely[np.argsort(-strength[likely], kind="stable")]
-        wanted = [int(place) for place in likely if place not in self._columns and strength[place] >= self._stop / 2]
-        wanted = [pick, *(place for place in wanted if place != pick)][:_COLUMNS_A_PASS]
-        missing = [place for place in wanted if place not in self._words]
-        for place, word in zip(missing, scoring.rows(self._book, self._chosen.customers[missing]), strict=True):
-            self._words[place] = word
-        # A fixed number of rows, so that this compiles once.
-        vectors = np.zeros((_COLUMNS_A_PASS, self._direction.size))
-        vectors[: len(wanted)] = [self._words[place] for place in wanted]
-        for place, column in zip(wanted, scoring.correlate(vectors, self._chosen), strict=False):
-            self._columns[place] = column
+        wanted = [place, *(other for other in likely if other != place and other not in self._columns)][:rows]
+        missing = [other for other in wanted if other not in self._words]
+        self._words |= zip(missing, scoring.rows(self._book, self._chosen.customers[missing]), strict=True)
+        vectors = np.zeros((rows, self._direction.size))  # a fixed number of rows, so that this compiles once
+        vectors[: len(wanted)] = [self._words[other] for other in wanted]
+        self._columns |= zip(wanted, scoring.correlate(vectors, self._chosen), strict=False)
+
+
+def _largest(strength: np.ndarray, count: int) -> list[int]:
+    """The places of the largest values, in descending order."""
+    count = min(count, strength.size)
+    top = np.argpartition(strength, strength.size - count)[strength.size - count :]
+    return top[np.argsort(-strength[top], kind="stable")].tolist()

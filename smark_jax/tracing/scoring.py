@@ -6,7 +6,7 @@ vectors at once the working memory is about ``8192 * 4 * (m + R)`` bytes besides
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -23,8 +23,9 @@ Book = AnyArray | codes.Codebook
 # Codewords of one step inside jit, and of one call of it: between calls a progress bar may move.
 _ROWS_A_STEP = 8192
 _ROWS_A_CALL = 1 << 20
-# Customers whom joint decoding considers: those whose words correlate best with the read-out.
-_SHORTLIST = 1 << 17
+# Joint decoding considers the customers whose words correlate best with the read-out: as many as have this many chips
+# together (40 MB packed), which is all of a million at 304 chips.
+_SHORTLIST_CHIPS = 320_000_000
 _SECONDS_BEFORE_A_BAR = 2.0
 
 
@@ -79,9 +80,9 @@ def score(vectors: Float[np.ndarray, "R m"], book: Book, keep: bool) -> Scores:
       keep: whether to keep all N correlations, which takes ``4 N R`` bytes.
 
     Returns:
-      The correlations and the shortlist of at most 2^17 customers for each vector.
+      The correlations, and for each vector the shortlist of at most ``320e6 / m`` customers.
     """
-    num_customers, _ = size(book)
+    num_customers, num_chips = size(book)
     device_vectors = jnp.asarray(vectors, jnp.float32)
     everything = np.empty((len(vectors), num_customers), np.float32) if keep else None
     best = [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in vectors]
@@ -91,7 +92,7 @@ def score(vectors: Float[np.ndarray, "R m"], book: Book, keep: bool) -> Scores:
         if everything is not None:
             everything[:, start : start + count] = found
         for r, row in enumerate(found):
-            best[r] = _merge(*best[r], np.arange(start, start + count), row)
+            best[r] = _merge(*best[r], np.arange(start, start + count), row, _SHORTLIST_CHIPS // num_chips)
     order = [np.argsort(customers) for customers, _ in best]
     return Scores(
         everything,
@@ -100,10 +101,12 @@ def score(vectors: Float[np.ndarray, "R m"], book: Book, keep: bool) -> Scores:
     )
 
 
-def _merge(index: np.ndarray, value: np.ndarray, more: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _merge(
+    index: np.ndarray, value: np.ndarray, more: np.ndarray, scores: np.ndarray, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
     index, value = np.concatenate([index, more]), np.concatenate([value, scores])
-    if index.size > _SHORTLIST:
-        top = np.argpartition(np.abs(value), index.size - _SHORTLIST)[index.size - _SHORTLIST :]
+    if index.size > limit:
+        top = np.argpartition(np.abs(value), index.size - limit)[index.size - limit :]
         index, value = index[top], value[top]
     return index, value
 
@@ -144,7 +147,7 @@ def _score_streamed(vectors: jax.Array, key: jax.Array, start: jax.Array, count:
 
 @jax.jit
 def _score_held(vectors: jax.Array, book: jax.Array) -> jax.Array:
-    return jax.lax.map(lambda word: _dot(vectors, word[None])[:, 0], book, batch_size=_ROWS_A_STEP).T
+    return _in_steps(lambda words: _dot(vectors, words), book)
 
 
 def _dot(vectors: jax.Array, words: jax.Array) -> jax.Array:
@@ -188,7 +191,14 @@ def correlate(vectors: Float[np.ndarray, "R m"], chosen: Shortlist) -> Float[np.
 
 @jax.jit
 def _correlate(vectors: jax.Array, packed: jax.Array) -> jax.Array:
-    def one(bits: jax.Array) -> jax.Array:
-        return _dot(vectors, 1 - 2 * keys.bits(bits)[None, : vectors.shape[1]].astype(jnp.int8))[:, 0]
+    num_chips = vectors.shape[1]
+    return _in_steps(lambda bits: _dot(vectors, 1 - 2 * keys.bits(bits)[:, :num_chips].astype(jnp.int8)), packed)
 
-    return jax.lax.map(one, packed, batch_size=_ROWS_A_STEP).T
+
+def _in_steps(function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
+    """``function([rows, ...]) -> [R, rows]`` over all rows, some thousand at a time."""
+    count = array.shape[0]
+    step = min(count, _ROWS_A_STEP)
+    padded = jnp.pad(array, ((0, -count % step), (0, 0))).reshape(-1, step, array.shape[1])
+    scores = jax.lax.map(function, padded)  # [steps, R, rows]
+    return scores.swapaxes(0, 1).reshape(scores.shape[1], -1)[:, :count]

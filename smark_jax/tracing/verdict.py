@@ -63,7 +63,8 @@ class Verdict(NamedTuple):
       accused: the accused, most significant first; empty when nobody is.
       alpha: bound on the probability of accusing any innocent customer.
       num_customers: N, for which every p-value is corrected.
-      statistics: T of every customer in the order of the codebook, float32, shape [N]; empty when not kept.
+      statistics: T of every customer in the order of the codebook, float32, shape [N]; empty when not kept. For those
+        whom joint or sequential decoding tested, the statistic of that test.
       threshold: the absolute T from which a customer alone is accused; infinite when there are too few chips for alpha.
       decoder: the decoder's name.
       num_suspects: suspects examined together, for which every p-value is corrected as well.
@@ -114,7 +115,8 @@ def trace(
       alpha: bound on the probability of accusing anybody innocent.
       decoder: ``"joint"`` (T2) finds coalitions; ``"sequential"`` (T3) is cheaper and finds fewer; ``"single"``
         tests each customer alone, T_j = <y, b_j> / norm(y).
-      serials: the customers' serials in the order of the rows; by default the row numbers.
+      serials: the customers' serials in the order of the rows of an array; by default the row numbers, which is right
+        only when customers are numbered from 0.
       num_suspects: how many suspects are examined on this occasion; :func:`trace_batch` counts them itself.
       num_alignments: how many alignments of the suspect were tried.
       keep_statistics: whether the verdict holds every customer's statistic.
@@ -123,7 +125,8 @@ def trace(
       The verdict. Chips of zero (the base model itself) accuse nobody.
 
       Peak memory besides the codebook: some 50 MB for the pass; ``4 N`` bytes for kept statistics; for joint decoding
-      ``2^17 m / 8`` bytes of packed words and up to 8 MiB for each customer that the pursuit selects.
+      40 MB of packed words, and ``4 L`` bytes for each of some 20 customers more than the pursuit selects, with
+      L = min(N, 320e6 / m).
 
     Raises:
       ValueError: on chips that are not a finite vector, a codebook of another length or with entries other than -1 and
@@ -220,6 +223,9 @@ def _case(
         cause = "Was the codebook made with another num_chips than the carrier?"
         raise _validate.fail("trace", f"chips of shape ({length:,},)", f"shape ({num_chips:,},)", cause)
     numbers = None
+    if serials is not None and isinstance(book, codes.Codebook):
+        cause = "Codebook(key, N) holds the words of serials 0 to N - 1; codes.codebook(key, serials) those of others."
+        raise _validate.fail("trace", "serials only with an array of codewords", "a Codebook with serials", cause)
     if serials is not None:
         numbers = _validate.serials("trace", serials)
         _validate.vector("trace", "serials", numbers, num_customers, "One serial for each row of the codebook.")
@@ -295,9 +301,8 @@ def _single(u: np.ndarray, near: np.ndarray, case: _Case) -> list[_Test]:
 def _joint(chase: pursuit.Pursuit, selected: list[int], best: np.ndarray, case: _Case) -> list[_Test]:
     """T2: each selected customer on the residual of the run that never saw its codeword, Holm over all."""
     found = []
-    for step, place in enumerate(selected):
-        # Before its first selection the run with j and the run without j are the same.
-        residual = chase.residual(chase.run(masked=place, start=selected[:step]))
+    for place in selected:
+        residual = chase.residual(chase.run(masked=place))
         statistic = chase.statistic(residual, place)
         log_p = float(statistics.log_p_value(statistic, residual))
         found.append((int(best[place]), statistic, log_p))

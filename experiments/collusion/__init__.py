@@ -1,0 +1,1 @@
+"""What this project claims about coalitions, measured by one command: ``python -m experiments.collusion``."""
