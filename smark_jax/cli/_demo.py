@@ -77,7 +77,7 @@ def run(config: Config, console: rich.console.Console) -> dict[str, Any]:
     network = models.CNN()
     apply_fn = models.apply_fn(network)
     accuracy = functools.partial(models.accuracy, apply_fn, images=test.images, labels=test.labels)
-    # All secrets follow from the seed, so that the demo repeats itself. In earnest the owner's master key is keys.new(),
+    # All secrets follow from the seed, so that the demo repeats itself. In earnest the master key is keys.new(),
     # and each party draws a secret of its own, of which only aggregation.public_key leaves it.
     master = keys.derive(keys.from_bytes(config.seed.to_bytes(32, "big")), "demo")
 
