@@ -22,7 +22,7 @@ Book = AnyArray | codes.Codebook
 
 # Codewords of one step inside jit, and of one call of it: between calls a progress bar may move.
 _ROWS_A_STEP = 8192
-_ROWS_A_CALL = 1 << 20
+_ROWS_A_CALL = 1 << 18
 # Joint decoding considers the customers whose words correlate best with the read-out: as many as have this many chips
 # together (40 MB packed), which is all of a million at 304 chips.
 _SHORTLIST_CHIPS = 320_000_000
@@ -53,7 +53,13 @@ def rows(book: Book, index: np.ndarray) -> Int8[np.ndarray, "k m"]:
     if index.size == 0:
         return np.empty((0, size(book)[1]), np.int8)
     if isinstance(book, codes.Codebook):
-        return np.asarray(codes.codebook(book.key, index, book.num_chips))
+        # Padded to a power of two, so that this compiles for few sizes.
+        low = np.zeros(1 << (index.size - 1).bit_length(), np.uint32)
+        low[: index.size] = index
+        words = codes.words(
+            jnp.asarray(book.key.to_words()), jnp.asarray(low), jnp.zeros(low.shape, jnp.uint32), book.num_chips
+        )
+        return np.asarray(words)[: index.size]
     return np.asarray(book)[index]
 
 
@@ -62,53 +68,73 @@ class Scores(NamedTuple):
 
     Attributes:
       all: correlation of each vector with each customer's word, float32, shape [R, N]; None when not kept.
-      best: for each vector the customers with the largest absolute correlations, in their order, shape [R, L].
-      best_scores: their correlations, float32, shape [R, L].
+      best: for each vector the customers with the largest absolute correlations, in their order, R arrays of shape [L].
+      best_scores: their correlations, float32, R arrays of shape [L].
     """
 
     all: Float[np.ndarray, "R N"] | None
-    best: np.ndarray
-    best_scores: Float[np.ndarray, "R L"]
+    best: tuple[np.ndarray, ...]
+    best_scores: tuple[Float[np.ndarray, " L"], ...]
 
 
-def score(vectors: Float[np.ndarray, "R m"], book: Book, keep: bool) -> Scores:
+def score(vectors: Float[np.ndarray, "R m"], book: Book, floors: Float[np.ndarray, " R"], keep: bool) -> Scores:
     """One pass over all N customers, with a progress bar on a terminal once it has taken two seconds.
 
     Args:
       vectors: R vectors of m chips.
       book: the codebook.
+      floors: for each vector the absolute correlation below which nobody is shortlisted.
       keep: whether to keep all N correlations, which takes ``4 N R`` bytes.
 
     Returns:
       The correlations, and for each vector the shortlist of at most ``320e6 / m`` customers.
     """
     num_customers, num_chips = size(book)
+    limit = max(1, _SHORTLIST_CHIPS // num_chips)
     device_vectors = jnp.asarray(vectors, jnp.float32)
     everything = np.empty((len(vectors), num_customers), np.float32) if keep else None
-    best = [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in vectors]
+    best = [_Best(limit, floor) for floor in floors.tolist()]
     for start in _with_bar(range(0, num_customers, _ROWS_A_CALL), num_customers):
         count = min(_ROWS_A_CALL, num_customers - start)
         found = np.asarray(_score_call(device_vectors, book, start, count))
         if everything is not None:
             everything[:, start : start + count] = found
-        for r, row in enumerate(found):
-            best[r] = _merge(*best[r], np.arange(start, start + count), row, _SHORTLIST_CHIPS // num_chips)
-    order = [np.argsort(customers) for customers, _ in best]
-    return Scores(
-        everything,
-        np.stack([customers[o] for (customers, _), o in zip(best, order, strict=True)]),
-        np.stack([value[o] for (_, value), o in zip(best, order, strict=True)]),
-    )
+        for keeper, row in zip(best, found, strict=True):
+            keeper.add(start, row)
+    return Scores(everything, *zip(*(keeper.result() for keeper in best), strict=True))
 
 
-def _merge(
-    index: np.ndarray, value: np.ndarray, more: np.ndarray, scores: np.ndarray, limit: int
-) -> tuple[np.ndarray, np.ndarray]:
-    index, value = np.concatenate([index, more]), np.concatenate([value, scores])
-    if index.size > limit:
-        top = np.argpartition(np.abs(value), index.size - limit)[index.size - limit :]
-        index, value = index[top], value[top]
-    return index, value
+class _Best:
+    """The customers with the largest absolute correlations so far, at least ``floor`` and at most ``limit`` of them.
+
+    The floor rises to the smallest of them whenever there are more than the limit, so that most of a long codebook is
+    passed over with one comparison; a quarter more than the limit are held in between, to sort seldom.
+    """
+
+    def __init__(self, limit: int, floor: float) -> None:
+        self._limit, self._floor = limit, floor
+        self._customers = [np.empty(0, np.int64)]
+        self._scores = [np.empty(0, np.float32)]
+
+    def add(self, start: int, scores: Float[np.ndarray, " rows"]) -> None:
+        near = np.flatnonzero(np.abs(scores) >= self._floor)
+        self._customers.append(start + near)
+        self._scores.append(scores[near])
+        if sum(part.size for part in self._scores) > 1.25 * self._limit:
+            self._cut()
+
+    def _cut(self) -> None:
+        customers, scores = np.concatenate(self._customers), np.concatenate(self._scores)
+        if scores.size > self._limit:
+            strength = np.abs(scores)
+            top = np.sort(np.argpartition(strength, scores.size - self._limit)[scores.size - self._limit :])
+            customers, scores = customers[top], scores[top]
+            self._floor = float(strength[top].min())
+        self._customers, self._scores = [customers], [scores]
+
+    def result(self) -> tuple[np.ndarray, Float[np.ndarray, " L"]]:
+        self._cut()
+        return self._customers[0], self._scores[0]
 
 
 def _with_bar(starts: range, num_customers: int) -> Iterator[int]:

@@ -124,7 +124,7 @@ def trace(
     Returns:
       The verdict. Chips of zero (the base model itself) accuse nobody.
 
-      Peak memory besides the codebook: some 50 MB for the pass; ``4 N`` bytes for kept statistics; for joint decoding
+      Peak memory besides the codebook: some 100 MB for the pass; ``4 N`` bytes for kept statistics; for joint decoding
       40 MB of packed words, and ``4 L`` bytes for each of some 20 customers more than the pursuit selects, with
       L = min(N, 320e6 / m).
 
@@ -249,24 +249,26 @@ class _Test(NamedTuple):
 
 def _trace_rows(y: Float[np.ndarray, "R m"], case: _Case, keep: bool) -> list[Verdict]:
     directions = np.stack([statistics.direction(row) for row in y])
-    scores = scoring.score(directions, case.book, keep)
+    levels = np.array([statistics.threshold(u, case.log_level - math.log(case.num_customers)) for u in directions])
+    floors = levels - 1.0 if case.decoder == "single" else np.zeros(len(y))
+    scores = scoring.score(directions, case.book, floors, keep)
     kept = scores.all if scores.all is not None else np.empty((len(y), 0), np.float32)
-    rows = zip(directions, scores.best, scores.best_scores, kept, strict=True)
-    return [_verdict(u, best, best_scores, row, case) for u, best, best_scores, row in rows]
+    rows = zip(directions, levels.tolist(), scores.best, scores.best_scores, kept, strict=True)
+    return [_verdict(u, level, best, best_scores, row, case) for u, level, best, best_scores, row in rows]
 
 
 def _verdict(
     u: Float[np.ndarray, " m"],
+    level: float,
     best: np.ndarray,
     best_scores: Float[np.ndarray, " L"],
     kept: Float[np.ndarray, " N"],
     case: _Case,
 ) -> Verdict:
-    bar = statistics.threshold(u, case.log_level - math.log(case.num_customers))
     tests: list[_Test] = []
     rest = u
     if u.any() and case.decoder == "single":
-        tests = _single(u, best[np.abs(best_scores) >= bar - 1.0], case)
+        tests = _single(u, best, case)
     elif u.any():
         chase = pursuit.Pursuit(u, case.book, scoring.shortlist(case.book, best), best_scores, case.num_customers)
         selected = chase.run()
@@ -282,7 +284,7 @@ def _verdict(
         alpha=float(case.alpha),
         num_customers=case.num_customers,
         statistics=kept,
-        threshold=bar,
+        threshold=level,
         decoder=case.decoder,
         num_suspects=case.num_suspects,
         num_alignments=case.num_alignments,
@@ -292,7 +294,7 @@ def _verdict(
 
 def _single(u: np.ndarray, near: np.ndarray, case: _Case) -> list[_Test]:
     """T1+: each customer alone, Holm over all."""
-    # Float32 scores chose whom to look at; what counts is the float64 statistic.
+    # Float32 scores chose whom to look at, a margin below the threshold; what counts is the float64 statistic.
     scores = scoring.rows(case.book, near).astype(np.float64) @ u
     log_p = statistics.log_p_value(scores, u)
     return _holm(zip(near.tolist(), scores.tolist(), log_p.tolist(), strict=True), case.num_customers)
