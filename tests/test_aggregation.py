@@ -67,6 +67,31 @@ def test_sum_of_words_decodes_to_the_sum_of_floats(num_parties, bits, seed):
     assert rms <= 5 * fixed.mean_standard_error + 1e-6
 
 
+def test_a_weighted_sum_is_the_mean_over_all_examples():
+    fixed = aggregation.FixedPoint(2.0, 4)
+    rng = np.random.default_rng(0)
+    x, counts = rng.uniform(-2, 2, (4, 60)).astype(np.float32), [3, 1000, 0, 250]
+    sent = [
+        aggregation.encode_weighted(jnp.asarray(row), n, 1000, fixed, jax.random.key(i))
+        for i, (row, n) in enumerate(zip(x, counts, strict=True))
+    ]
+    total = (jnp.asarray(total_of([words for words, _ in sent])), sum(int(count) for _, count in sent))
+    mean, examples = aggregation.decode_weighted(total, 1000, fixed, 4)
+    assert examples == 1253
+    exact = np.average(x.astype(np.float64), axis=0, weights=counts)
+    np.testing.assert_allclose(mean, exact, atol=4 * fixed.resolution * 1000 / 1253 + 1e-6)
+    assert np.abs(exact - x.mean(axis=0)).max() > 0.1  # the control: weights matter here
+    for n, most, message in (
+        (1001, 1000, "0 to 1,000 examples"),
+        (-1, 1000, "0 to 1,000 examples"),
+        (1, 2**31, "most_examples below"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            aggregation.encode_weighted(jnp.ones(2), n, most, fixed, jax.random.key(0))
+    with pytest.raises(ValueError, match="at least one example"):
+        aggregation.decode_weighted((jnp.zeros(2, jnp.uint32), jnp.uint32(0)), 1000, fixed, 4)
+
+
 def test_the_largest_number_of_parties_does_not_wrap_and_one_more_is_refused():
     for bits in (4, 8, 32):
         most = (2**bits - 1) // 2 if bits < 32 else 5000

@@ -142,6 +142,64 @@ def decode(total: PyTree, fixed_point: FixedPoint, num_survivors: int) -> PyTree
     return jax.tree.map(decode_leaf, total)
 
 
+def encode_weighted(
+    tree: PyTree, num_examples: int, most_examples: int, fixed_point: FixedPoint, key: Array
+) -> tuple[PyTree, Array]:
+    """A party's floats times its share of examples, and that number itself, as words: both stay under the mask.
+
+    Args:
+      tree: pytree of floats.
+      num_examples: n_u, how many examples the party computed it from; 0 takes part without weight.
+      most_examples: the most that any party may have, the same for all.
+      fixed_point: the format.
+      key: a ``jax.random`` key for the rounding.
+
+    Returns:
+      Words of ``tree * num_examples / most_examples``, and ``num_examples`` as a uint32 scalar.
+
+    Raises:
+      ValueError: as :func:`encode`; when the number does not lie in 0 to ``most_examples``, or sums could wrap.
+    """
+    _check_weights("encode_weighted", most_examples, fixed_point)
+    if not 0 <= num_examples <= most_examples:
+        cause = "Raise most_examples for all parties."
+        raise _validate.fail("encode_weighted", f"0 to {most_examples:,} examples", f"{num_examples:,}", cause)
+    weight = num_examples / most_examples
+    return encode(jax.tree.map(lambda leaf: leaf * weight, tree), fixed_point, key), jnp.uint32(num_examples)
+
+
+def decode_weighted(
+    total: tuple[PyTree, Array], most_examples: int, fixed_point: FixedPoint, num_survivors: int
+) -> tuple[PyTree, int]:
+    r"""The mean over all examples, :math:`\sum_u n_u x_u / \sum_u n_u`, and how many there were.
+
+    Args:
+      total: sum over the parties of what :func:`encode_weighted` returned, modulo 2^32.
+      most_examples: as for encoding.
+      fixed_point: the format.
+      num_survivors: how many parties are in the sum.
+
+    Returns:
+      The mean, a tree of float32, and the number of examples.
+
+    Raises:
+      ValueError: as :func:`decode`, or when there were no examples.
+    """
+    _check_weights("decode_weighted", most_examples, fixed_point)
+    words, count = total[0], int(total[1])
+    if count == 0:
+        raise _validate.fail("decode_weighted", "at least one example", "none", "Did all parties send weight 0?")
+    summed = decode(words, fixed_point, num_survivors)
+    return jax.tree.map(lambda leaf: leaf * (most_examples / count), summed), count
+
+
+def _check_weights(who: str, most_examples: int, fixed_point: FixedPoint) -> None:
+    _validate.positive(who, "most_examples", most_examples)
+    if most_examples * fixed_point.num_parties >= 2**32:
+        expected = f"most_examples below {2**32 // fixed_point.num_parties:,} for {fixed_point.num_parties} parties"
+        raise _validate.fail(who, expected, f"{most_examples:,}", "Count in hundreds of examples, say.")
+
+
 def stack(updates: Mapping[int, PyTree] | Sequence[PyTree]) -> PyTree:
     """Parties' updates as one tree whose leaves have a leading axis of P parties, as pmap and shard_map take them.
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import x25519
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from jaxtyping import Array, UInt32
 
 from smark_jax import _validate, keys
@@ -126,6 +127,13 @@ def _pairwise_mask(row: Array, party: Array, round: Array, num_words: int) -> Ar
         return jnp.zeros(num_words, jnp.uint32)
     mask = signed_stream(1)
     return jax.lax.fori_loop(2, num_parties, lambda step, total: total + signed_stream(step), mask)
+
+
+def stream(key: keys.SecretKey, round: int, num_words: int) -> UInt32[np.ndarray, " num_words"]:
+    """The mask that a key gives in a round, on the host: what :func:`pairwise_mask` adds for a pair with this key."""
+    nonce = np.array([0, round, 0, _MASK], "<u4").tobytes()  # block counter, then the nonce (RFC 8439, section 2.3)
+    encryptor = Cipher(algorithms.ChaCha20(key.to_bytes(), nonce), None).encryptor()
+    return np.frombuffer(encryptor.update(bytes(4 * num_words)), "<u4").astype(np.uint32)
 
 
 def rounding_key(pair_keys: UInt32[AnyArray, "P 8"], party: int | Array, round: int | Array) -> Array:
