@@ -13,7 +13,7 @@ from scipy import stats
 from smark_jax import aggregation, keys
 from smark_jax.aggregation import masks, protocol
 from smark_jax.aggregation.protocol import messages, party, server, sharing
-from smark_jax.aggregation.protocol.setup import neighbours
+from smark_jax.aggregation.protocol.parameters import neighbours
 
 STAGES = ("keys", "shares", "masked", "unmask")
 MODEL, OTHER = b"m" * 32, b"o" * 32

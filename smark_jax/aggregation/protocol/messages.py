@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from jaxtyping import UInt32
 
 from smark_jax import keys
-from smark_jax.aggregation.protocol.setup import Setup, pack, refuse
+from smark_jax.aggregation.protocol.parameters import Setup, pack, refuse
 
 
 class Keys(NamedTuple):

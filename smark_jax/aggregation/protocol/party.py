@@ -21,7 +21,7 @@ from jaxtyping import UInt32
 from smark_jax import _validate, keys
 from smark_jax.aggregation import masks
 from smark_jax.aggregation.protocol import messages, sharing
-from smark_jax.aggregation.protocol.setup import Setup, neighbours, refuse
+from smark_jax.aggregation.protocol.parameters import Setup, neighbours, refuse
 
 NO_MODEL = bytes(32)
 

@@ -10,7 +10,7 @@ from smark_jax import _validate, keys
 from smark_jax._types import PyTree
 from smark_jax.aggregation.protocol import messages, server
 from smark_jax.aggregation.protocol import party as parties
-from smark_jax.aggregation.protocol.setup import Neighbourhood, setup
+from smark_jax.aggregation.protocol.parameters import Neighbourhood, setup
 
 Stage = Literal["keys", "shares", "masked", "confirm", "unmask"]
 

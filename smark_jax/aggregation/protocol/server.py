@@ -21,7 +21,7 @@ from smark_jax import _validate, keys
 from smark_jax.aggregation import masks
 from smark_jax.aggregation.protocol import messages, sharing
 from smark_jax.aggregation.protocol import party as parties
-from smark_jax.aggregation.protocol.setup import Setup, neighbours, refuse
+from smark_jax.aggregation.protocol.parameters import Setup, neighbours, refuse
 
 STAGES = ("keys", "shares", "masked", "confirm", "unmask")
 
@@ -85,6 +85,11 @@ _KIND = {
     messages.Confirm: "confirm",
     messages.Reveal: "unmask",
 }
+
+
+def stage_of(message: object) -> str | None:
+    """The stage at which a message is due; None for anything that is no message."""
+    return _KIND.get(type(message))
 
 
 def start(setup: Setup) -> Server:

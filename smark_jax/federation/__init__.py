@@ -1,0 +1,15 @@
+"""Masked aggregation over Flower, for organisations that do not trust each other (extra ``flower``).
+
+A client adds :func:`masked_mod` to its ClientApp, the server wraps its strategy in :class:`Masked`. Flower moves the
+messages; :mod:`smark_jax.aggregation.protocol` decides what may be said.
+"""
+
+try:
+    import flwr  # noqa: F401
+except ImportError as error:
+    raise ImportError("smark_jax.federation needs Flower: pip install 'smark-jax[flower]'") from error
+
+from smark_jax.federation.mod import masked_mod
+from smark_jax.federation.strategy import Fingerprints, Masked, RoundLog, participant_carrier
+
+__all__ = ["Fingerprints", "Masked", "RoundLog", "masked_mod", "participant_carrier"]

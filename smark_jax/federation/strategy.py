@@ -1,0 +1,367 @@
+"""The server's side: a Flower strategy around another one, which sees nothing but the sum of the updates.
+
+A round takes two exchanges of messages: parties train and send masked words, then reveal the shares that open their
+sum. The next round's keys and shares travel in the same messages. Two more exchanges are needed before the first round,
+or after one that failed; one more where somebody dropped out while training.
+"""
+
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from logging import ERROR, INFO, WARNING
+from typing import Any, NamedTuple
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from smark_jax import _validate, carriers, codes, embedding, keys
+from smark_jax.aggregation import protocol
+from smark_jax.aggregation.protocol import messages, server
+from smark_jax.federation import update, wire
+
+_POLL_SECONDS = 0.2
+_MOST_FAILURES = 3
+
+
+class Fingerprints(NamedTuple):
+    """A fingerprint of its own in every model that a participant is given.
+
+    Attributes:
+      key: the model's key; carrier and codewords are derived from it as ``keys.derive(key, "carrier")`` and
+        ``keys.derive(key, "code")``.
+      num_chips: m.
+      strength: per-weight strength relative to a layer's spread, as for :func:`smark_jax.embedding.embed`.
+    """
+
+    key: keys.SecretKey
+    num_chips: int = 304
+    strength: float = 0.03
+
+
+class Masked(Strategy):
+    """Wraps a strategy of Flower, so that it aggregates one update: the weighted mean of all, opened from masked words.
+
+    ::
+
+        strategy = federation.Masked(FedAvg(fraction_evaluate=0.0), metrics=("train-loss",))
+        strategy.start(grid, initial_arrays=arrays, num_rounds=10, timeout=60)
+
+    Clients add :func:`smark_jax.federation.masked_mod`. Choose ``timeout`` of ``start`` above a client's slowest
+    training, start of its process included: who has not answered by then has dropped out of the round.
+
+    Args:
+      strategy: who samples clients, configures them, and does with the mean what it does (FedAvg, FedAdam, ...).
+      clip: largest absolute change of a weight in a round. Larger ones are clipped; how many is logged.
+      most_examples: the most training examples of any client. Generosity costs precision: an update's fixed point is
+        finer by the share of these that the client has.
+      metrics: names of training metrics to average under the mask; values between -16 and 16. Others are not sent.
+      quorum: the fewest clients whose sum may be opened; by default more than two thirds of the round's.
+      neighbourhood: of a sparse mask graph, for many clients; see :func:`smark_jax.aggregation.neighbourhood`.
+      fingerprints: gives every participant's copy of the global model a fingerprint of its own.
+      bind_model: whether masks cancel only between clients that were given the same model, so that a server cannot give
+        a client a model of its own to single out its update. By default yes, and no with fingerprints, where all models
+        differ by design: the price of tracing participants is to trust the server in this.
+      exchange_timeout: seconds to wait for answers that need no training.
+
+    Raises:
+      ValueError: when both fingerprints and bind_model are asked for.
+    """
+
+    def __init__(
+        self,
+        strategy: FedAvg,
+        *,
+        clip: float = 2.0,
+        most_examples: int = 10_000,
+        metrics: Iterable[str] = (),
+        quorum: int | None = None,
+        neighbourhood: protocol.Neighbourhood | None = None,
+        fingerprints: Fingerprints | None = None,
+        bind_model: bool | None = None,
+        exchange_timeout: float = 60.0,
+    ) -> None:
+        if fingerprints is not None and bind_model:
+            raise _validate.fail(
+                "Masked",
+                "either fingerprints or bind_model",
+                "both",
+                "With fingerprints every participant is given another model, with bind_model all the same one.",
+            )
+        self.strategy = strategy
+        self.fingerprints = fingerprints
+        self.serials: dict[str, int] = {}
+        """A participant's serial by its public identity in hexadecimal, in the order of first contact."""
+        self.results: list[RoundLog] = []
+        """What happened in each round."""
+        self._format = (clip, most_examples, tuple(metrics))
+        self._quorum, self._neighbourhood = quorum, neighbourhood
+        self._bind_model = fingerprints is None if bind_model is None else bind_model
+        self._timeout = exchange_timeout
+        self._session = secrets.token_bytes(32)
+        self._identities: dict[int, bytes] = {}
+        self._now: _Round | None = None
+        self._next: _Round | None = None
+        self._failures = 0
+        self._carrier: tuple[carriers.Spec, carriers.Carrier] | None = None
+
+    def summary(self) -> None:
+        """Logs the settings of both strategies."""
+        self.strategy.summary()
+        log(INFO, "\t└──> Masked aggregation:")
+        log(INFO, "\t\t├── Quorum: %s", self._quorum or "more than 2/3 of the round's clients")
+        log(INFO, "\t\t├── Model bound into the masks: %s", "yes" if self._bind_model else "no")
+        log(INFO, "\t\t└── Fingerprints in participants' models: %s", "yes" if self.fingerprints else "no")
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Asks the round's clients to train, and the next round's for their keys."""
+        self._grid, self._before, self._began = grid, arrays, time.monotonic()
+        drafts = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        nodes = sorted(draft.metadata.dst_node_id for draft in drafts)
+        self._greet(nodes)
+        model = wire.tree(arrays)
+        num_words = self._form(1).num_words(model)
+        try:
+            now = self._prepare(server_round, nodes, num_words)
+            now.state, requests = server.close(now.state, update.digest(model))
+            following = self._begin(server_round + 1, nodes, num_words)
+        except protocol.ProtocolError as error:
+            self._fail(server_round, error)
+            return []
+        self._now, self._next = now, following
+        out = []
+        for node in dict.fromkeys([*(now.nodes[p] for p in requests), *self._next.nodes]):
+            content = RecordDict()
+            items: dict[str, Any] = {"setup": self._next.state.setup if node in self._next.nodes else None}
+            if node in now.nodes and now.nodes.index(node) in requests:
+                content = RecordDict(dict(drafts[0].content.items()))
+                content[self.strategy.arrayrecord_key] = self._copy_for(node, arrays)
+                items["requests"] = ((server_round, requests[now.nodes.index(node)]),)
+                items["format"] = tuple(self._form(len(now.nodes)))
+            out.append(Message(wire.put(content, **items), dst_node_id=node, message_type=MessageType.TRAIN))
+        return out
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Opens the sum with the clients' help and hands the mean to the wrapped strategy as one reply."""
+        now, following = self._now, self._next
+        if now is None or following is None:
+            return None, None
+        self._now = None
+        for reply in replies:
+            self._take(reply, now, following)
+        try:
+            now.state, requests = server.close(now.state)
+            shares = self._close_quietly(following)
+            while now.state.stage != "done":
+                asked = {now.nodes[p]: [(server_round, request)] for p, request in requests.items()}
+                for p, request in shares.items():
+                    asked.setdefault(following.nodes[p], []).append((server_round + 1, request))
+                shares = {}
+                contents = {node: wire.put(RecordDict(), requests=tuple(items)) for node, items in asked.items()}
+                for reply in self._exchange(contents):
+                    self._take(reply, now, following)
+                now.state, requests = server.close(now.state)
+            total = server.open_sum(now.state)
+            mean = update.decode(total, wire.tree(self._before), len(now.state.survivors), self._form(len(now.nodes)))
+        except ValueError as error:
+            self._fail(server_round, error)
+            return None, None
+        self._failures = 0
+        for place in set(range(len(now.nodes))) - set(now.state.survivors):
+            self._identities.pop(now.nodes[place], None)
+        return self._aggregate(server_round, now, mean)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As the wrapped strategy; participants evaluate their own copies where these carry fingerprints."""
+        drafts = list(self.strategy.configure_evaluate(server_round, arrays, config, grid))
+        if self.fingerprints is None:
+            return drafts
+        self._greet([draft.metadata.dst_node_id for draft in drafts])
+        out = []
+        for draft in drafts:
+            node = draft.metadata.dst_node_id
+            if node in self._identities:
+                content = RecordDict(dict(draft.content.items()))
+                content[self.strategy.arrayrecord_key] = self._copy_for(node, arrays)
+                out.append(Message(content, dst_node_id=node, message_type=MessageType.EVALUATE))
+        return out
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """As the wrapped strategy."""
+        return self.strategy.aggregate_evaluate(server_round, replies)
+
+    def _form(self, num_parties: int) -> update.Format:
+        clip, most_examples, metrics = self._format
+        return update.Format(clip, num_parties, most_examples, self.strategy.weighted_by_key, metrics)
+
+    def _greet(self, nodes: list[int]) -> None:
+        """Asks clients that are new for their identities."""
+        strangers = {n: wire.put(RecordDict(), hello=True) for n in nodes if n not in self._identities}
+        for reply in self._exchange(strangers):
+            found = self._read(reply).get("identity")
+            if isinstance(found, bytes) and len(found) == 32 and found not in self._identities.values():
+                self._identities[reply.metadata.src_node_id] = found
+                self.serials.setdefault(found.hex(), len(self.serials))
+
+    def _begin(self, number: int, nodes: list[int], num_words: int) -> "_Round":
+        nodes = [node for node in nodes if node in self._identities]
+        if not nodes:
+            raise protocol.ProtocolError("Masked: no client answered; are SuperNodes running, with masked_mod?")
+        roster = [self._identities[node] for node in nodes]
+        agreed = protocol.setup(
+            roster,
+            num_words,
+            number,
+            session=self._session,
+            quorum=self._quorum,
+            neighbourhood=self._neighbourhood,
+            bind_model=self._bind_model,
+        )
+        return _Round(server.start(agreed), nodes)
+
+    def _prepare(self, number: int, nodes: list[int], num_words: int) -> "_Round":
+        """The round whose keys and shares came along with the last one, or else a fresh one with two exchanges."""
+        ready = self._next
+        if ready is not None and ready.state.stage == "shares" and ready.state.setup.num_words == num_words:
+            if len(ready.state.shared) >= ready.state.setup.quorum and ready.state.setup.round == number:
+                return ready
+        fresh = self._begin(number, nodes, num_words)
+        for reply in self._exchange({n: wire.put(RecordDict(), setup=fresh.state.setup) for n in fresh.nodes}):
+            self._take(reply, fresh)
+        fresh.state, requests = server.close(fresh.state)
+        asked = {fresh.nodes[p]: wire.put(RecordDict(), requests=((number, r),)) for p, r in requests.items()}
+        for reply in self._exchange(asked):
+            self._take(reply, fresh)
+        return fresh
+
+    def _exchange(self, contents: Mapping[int, RecordDict]) -> list[Message]:
+        """Sends each node its content and waits for the answers, polling more often than Flower's three seconds."""
+        if not contents:
+            return []
+        out = [Message(c, dst_node_id=node, message_type=MessageType.TRAIN) for node, c in contents.items()]
+        waiting, replies = set(self._grid.push_messages(out)), []
+        end = time.monotonic() + self._timeout
+        while waiting and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+            came = list(self._grid.pull_messages(waiting))
+            waiting -= {reply.metadata.reply_to_message_id for reply in came}
+            replies += came
+        return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+
+    def _read(self, reply: Message) -> dict[str, Any]:
+        if reply.has_error():
+            self._identities.pop(reply.metadata.src_node_id, None)  # ask again: it may have been restarted
+            log(WARNING, "Client %s dropped out: %s", reply.metadata.src_node_id, reply.error.reason)
+            return {}
+        try:
+            return wire.take(reply.content)
+        except (ValueError, KeyError) as error:
+            log(WARNING, "Client %s sent something else: %s", reply.metadata.src_node_id, error)
+            return {}
+
+    def _take(self, reply: Message, *rounds: "_Round") -> None:
+        """Gives a client's messages to the rounds that wait for them; a bad one counts as no message."""
+        for item in self._read(reply).values():
+            for one in rounds:
+                node = reply.metadata.src_node_id
+                kind = server.stage_of(item)
+                if kind != one.state.stage or node not in one.nodes or one.nodes.index(node) != item.party:
+                    continue
+                try:
+                    one.state = server.receive(one.state, item)
+                except protocol.ProtocolError as error:
+                    log(WARNING, "Client %s is left out of round %s: %s", node, one.state.setup.round, error)
+
+    def _close_quietly(self, following: "_Round") -> dict[int, messages.Request]:
+        """Ends the next round's collection of keys; when it lacks a quorum that round is set up afresh later."""
+        try:
+            following.state, requests = server.close(following.state)
+        except protocol.ProtocolError:
+            return {}
+        return requests
+
+    def _aggregate(
+        self, server_round: int, now: "_Round", mean: update.Mean
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        before = wire.tree(self._before)
+        after = {name: before[name].astype(np.float32) + change for name, change in mean.change.items()}
+        if mean.clipped:
+            log(WARNING, "%s weight changes were clipped in round %s: raise clip", mean.clipped, server_round)
+        metrics: dict[str, Any] = {self.strategy.weighted_by_key: mean.examples, **mean.metrics}
+        content = RecordDict(
+            {self.strategy.arrayrecord_key: wire.record(after, self._before), "metrics": MetricRecord(metrics)}
+        )
+        survivors = tuple(now.nodes[p] for p in now.state.survivors)
+        seconds = time.monotonic() - self._began
+        self.results.append(RoundLog(server_round, survivors, mean.examples, mean.clipped, seconds, ""))
+        log(INFO, "Opened the sum of %s clients with %s examples", len(survivors), mean.examples)
+        reply = Message(content, dst_node_id=survivors[0], message_type=MessageType.TRAIN)
+        return self.strategy.aggregate_train(server_round, [reply])
+
+    def _fail(self, server_round: int, error: Exception) -> None:
+        """A round without result: the model stays as it was. Several in a row end the run."""
+        log(ERROR, "Round %s opened nothing: %s", server_round, error)
+        self.results.append(RoundLog(server_round, (), 0, 0, time.monotonic() - self._began, str(error)))
+        self._now = self._next = None
+        self._failures += 1
+        if self._failures >= _MOST_FAILURES:
+            raise protocol.ProtocolError(f"Masked: {_MOST_FAILURES} rounds in a row opened nothing. The last: {error}")
+
+    def _copy_for(self, node: int, arrays: ArrayRecord) -> ArrayRecord:
+        """The model that a node is given: the global one, or its fingerprinted copy."""
+        if self.fingerprints is None:
+            return arrays
+        params, marks = wire.tree(arrays), self.fingerprints
+        spec, carrier = self._carrier or participant_carrier(params, marks)
+        self._carrier = spec, carrier
+        serial = self.serials[self._identities[node].hex()]
+        code = codes.codebook(keys.derive(marks.key, "code"), [serial], marks.num_chips)[0]
+        return wire.record(embedding.embed(params, spec, carrier, code, marks.strength), arrays)
+
+
+class RoundLog(NamedTuple):
+    """What happened in a round.
+
+    Attributes:
+      round: its number.
+      nodes: Flower's node ids of those whose updates are in the sum.
+      examples: on how many examples they trained.
+      clipped: how many weight changes were clipped.
+      seconds: from the first message to the opened sum.
+      error: why nothing was opened, or empty.
+    """
+
+    round: int
+    nodes: tuple[int, ...]
+    examples: int
+    clipped: int
+    seconds: float
+    error: str
+
+
+class _Round:
+    """A round's server, and which node each party is."""
+
+    def __init__(self, state: server.Server, nodes: list[int]) -> None:
+        self.state, self.nodes = state, nodes
+
+
+def participant_carrier(
+    params: Mapping[str, np.ndarray], fingerprints: Fingerprints
+) -> tuple[carriers.Spec, carriers.Carrier]:
+    """The carrying arrays and the carrier of participants' fingerprints, for :func:`smark_jax.extraction.extract`.
+
+    Args:
+      params: the global model's arrays by name.
+      fingerprints: the strategy's.
+    """
+    spec = carriers.select(dict(params))
+    return spec, carriers.draw(keys.derive(fingerprints.key, "carrier"), spec, fingerprints.num_chips)

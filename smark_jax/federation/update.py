@@ -1,0 +1,106 @@
+"""What a participant's update is as words, the same on both sides."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import UInt32
+
+from smark_jax import _validate, aggregation, keys
+from smark_jax.aggregation.protocol.parameters import pack
+
+METRIC_RANGE = 16.0
+"""Metrics travel in the words of the update: this much of a metric becomes one clip."""
+
+
+class Format(NamedTuple):
+    """How updates are encoded; the strategy sets it and sends it along.
+
+    Attributes:
+      clip: largest absolute change of a weight in one round; beyond it, changes are clipped and counted.
+      num_parties: participants of the round, the most in a sum.
+      most_examples: the most training examples that a participant may report.
+      weight: name of the metric that counts a participant's training examples.
+      metrics: names of the training metrics that are averaged, under the mask as well.
+    """
+
+    clip: float = 2.0
+    num_parties: int = 1
+    most_examples: int = 10_000
+    weight: str = "num-examples"
+    metrics: tuple[str, ...] = ()
+
+    def num_words(self, arrays: Mapping[str, np.ndarray]) -> int:
+        """Words of a message: the weights, the metrics, the number of clipped weights, the number of examples."""
+        return sum(array.size for array in arrays.values()) + len(self.metrics) + 2
+
+
+class Mean(NamedTuple):
+    """What a sum of updates says.
+
+    Attributes:
+      change: mean change of every array, weighted by examples, float32.
+      metrics: their means, likewise.
+      clipped: how many weights were clipped, in all updates together.
+      examples: how many examples there were.
+    """
+
+    change: dict[str, np.ndarray]
+    metrics: dict[str, float]
+    clipped: int
+    examples: int
+
+
+def encode(
+    before: Mapping[str, np.ndarray],
+    after: Mapping[str, np.ndarray],
+    metrics: Mapping[str, Any],
+    form: Format,
+) -> UInt32[np.ndarray, " num_words"]:
+    """A participant's message before masking: its change of the model it was given, relative to that.
+
+    Raises:
+      ValueError: when the arrays differ in name or shape, hold NaN, a metric is missing, or examples are too many.
+    """
+    _validate.same_trees("federation", [dict(before), dict(after)])
+    missing = [name for name in form.metrics if name not in metrics]
+    if missing:
+        cause = "Return it in the MetricRecord of the train function, or take it out of the strategy's metrics."
+        raise _validate.fail("federation", f"the metrics {form.metrics}", f"none of name {missing}", cause)
+    change = {name: np.asarray(after[name], np.float32) - np.asarray(before[name], np.float32) for name in before}
+    clipped = sum(int(np.count_nonzero(np.abs(array) > form.clip)) for array in change.values())
+    scaled = np.array([metrics[name] for name in form.metrics], np.float32) * (form.clip / METRIC_RANGE)
+    fixed = aggregation.FixedPoint(form.clip, form.num_parties)
+    rounding = jax.random.wrap_key_data(keys.new().to_words()[:2], impl="threefry2x32")
+    flat = np.concatenate([*(array.reshape(-1) for array in change.values()), scaled])
+    words, examples = aggregation.encode_weighted(flat, int(metrics[form.weight]), form.most_examples, fixed, rounding)
+    return np.concatenate([np.asarray(words), np.array([clipped, examples], np.uint32)])
+
+
+def decode(
+    total: UInt32[np.ndarray, " num_words"], like: Mapping[str, np.ndarray], num_survivors: int, form: Format
+) -> Mean:
+    """The mean that a sum of :func:`encode`'s messages stands for.
+
+    Raises:
+      ValueError: when the survivors had no examples at all, or are more than the format has room for.
+    """
+    fixed = aggregation.FixedPoint(form.clip, form.num_parties)
+    flat, examples = aggregation.decode_weighted((total[:-2], total[-1]), form.most_examples, fixed, num_survivors)
+    ends = np.cumsum([*(array.size for array in like.values())])
+    *parts, scaled = np.split(np.asarray(flat), ends)
+    change = {name: part.reshape(like[name].shape) for name, part in zip(like, parts, strict=True)}
+    metrics = dict(zip(form.metrics, (scaled * (METRIC_RANGE / form.clip)).tolist(), strict=True))
+    return Mean(change, metrics, int(total[-2]), examples)
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """SHA-256 of a model: names, shapes, types and values."""
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        sha.update(pack(name, array.dtype.str, str(array.shape), array.size))
+        sha.update(array.data)
+    return sha.digest()
