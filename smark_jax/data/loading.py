@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import secrets
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -358,13 +359,19 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS's and urllib3's warnings out of the log: what matters comes as an exception."""
+    """Keeps TFDS's and urllib3's warnings out of the log: what matters comes as an exception.
+
+    Deprecations between TFDS and protobuf are neither the caller's nor damage to the files, even where a program makes
+    warnings errors.
+    """
     loggers = [logging.getLogger(name) for name in ("absl", "urllib3")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

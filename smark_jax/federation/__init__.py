@@ -4,12 +4,24 @@ A client adds :func:`masked_mod` to its ClientApp, the server wraps its strategy
 messages; :mod:`smark_jax.aggregation.protocol` decides what may be said.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 try:
     import flwr  # noqa: F401
 except ImportError as error:
     raise ImportError("smark_jax.federation needs Flower: pip install 'smark-jax[flower]'") from error
 
 from smark_jax.federation.mod import masked_mod
-from smark_jax.federation.strategy import Fingerprints, Masked, RoundLog, participant_carrier
+
+if TYPE_CHECKING:
+    from smark_jax.federation.strategy import Fingerprints, Masked, RoundLog, participant_carrier
 
 __all__ = ["Fingerprints", "Masked", "RoundLog", "masked_mod", "participant_carrier"]
+
+
+def __getattr__(name: str) -> Any:
+    # Flower starts a process for each message to a client; it has no use for the server's side.
+    if name in __all__:
+        return getattr(importlib.import_module("smark_jax.federation.strategy"), name)
+    raise AttributeError(f"module 'smark_jax.federation' has no attribute {name!r}")

@@ -12,6 +12,7 @@ _EXAMPLE = """example:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m smark_jax.federation", epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from smark_jax import _validate
 
@@ -202,6 +201,8 @@ def neighbourhood(
 
 def _log_tail(population: int, marked: int, drawn: int) -> np.ndarray:
     """Log P(at least c marked among those drawn), for c = 0 to drawn + 1."""
+    from scipy import stats  # half a second, which no round needs
+
     if drawn == 0:
         return np.array([0.0, -math.inf])
     return stats.hypergeom.logsf(np.arange(drawn + 2) - 1, population, marked, drawn)

@@ -1,0 +1,158 @@
+"""Masked training over Flower, measured.
+
+killed        SuperLink and SuperNodes as processes on loopback (TLS, authenticated nodes); a client's process is
+              killed in the middle of several rounds, and training goes on
+timing        seconds a round, masked against plain FedAvg, the same processes and the same million weights
+participants  ten participants in one process, a fingerprint of its own in every copy of the global model: leaks of
+              several rounds are traced, the global model stays clean
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.table
+
+from experiments.federation import participants, processes
+
+_EXAMPLES = """examples:
+  python -m experiments.federation participants
+  python -m experiments.federation killed --rounds 10
+  python -m experiments.federation timing --rounds 5 --out out/federation
+"""
+_HIDDEN_OF_A_MILLION = 312
+
+
+def _rounds(report: Path) -> dict[str, Any]:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        return json.loads(report.read_text())
+    return {"rounds": [], "logs": []}
+
+
+def _follow(report: Path, rounds: int, console: rich.console.Console, limit_seconds: float) -> Iterator[int]:
+    """Yields each second the number of finished rounds, until there are enough.
+
+    Raises:
+      RuntimeError: when the run takes longer than the limit.
+    """
+    end, shown = time.monotonic() + limit_seconds, -1
+    while time.monotonic() < end:
+        lines = _rounds(report)["rounds"]
+        if len(lines) - 1 > shown:
+            shown = len(lines) - 1
+            last = lines[-1]
+            console.print(
+                f"round {last['round']} of {rounds}: accuracy {last['accuracy']:.3f}, {last['seconds']:.0f} s"
+            )
+        yield max(0, shown)
+        if shown >= rounds:
+            return
+        time.sleep(1)
+    raise RuntimeError(f"The run did not end in {limit_seconds:.0f} seconds; see the logs beside {report}")
+
+
+def killed(options: argparse.Namespace, console: rich.console.Console) -> dict[str, Any]:
+    """Kills the ClientApp process of another client in rounds 2, 4 and 6, as soon as it is seen training."""
+    folder = Path(tempfile.mkdtemp(prefix="smark-federation-"))
+    report, plan, victims = folder / "masked.json", {2: 1, 4: 3, 6: 0}, []
+    with processes.start(folder, options.clients) as federation:
+        console.print(f"{options.clients} SuperNodes are up; logs in {folder}")
+        processes.submit(
+            federation,
+            aggregation="masked",
+            rounds=options.rounds,
+            report=str(report),
+            seed=options.seed,
+            clients=options.clients,
+            quorum=options.clients - 2,
+            train_timeout=options.timeout,
+        )
+        for finished in _follow(report, options.rounds, console, 180.0 * options.rounds):
+            victim = plan.get(finished + 1)
+            running = processes.client_processes(federation.nodes[victim]) if victim is not None else []
+            if running:
+                time.sleep(2)  # into its training
+                for pid in running:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                victims.append({"round": finished + 1, "client": victim})
+                console.print(f"killed the process of client {victim} in round {finished + 1}")
+                del plan[finished + 1]
+    result = {**_rounds(report), "killed": victims}
+    table = rich.table.Table("round", "updates in the sum", "examples", "seconds", title="Rounds", title_justify="left")
+    for log in result["logs"]:
+        table.add_row(str(log["round"]), str(len(log["nodes"])), str(log["examples"]), f"{log['seconds']:.1f}")
+    console.print(table)
+    console.print(f"final accuracy {result['rounds'][-1]['accuracy']:.3f}; processes killed in {len(victims)} rounds")
+    return result
+
+
+def timing(options: argparse.Namespace, console: rich.console.Console) -> dict[str, Any]:
+    """Masked and plain runs in turn over the same processes; the first round of each is left out."""
+    folder = Path(tempfile.mkdtemp(prefix="smark-federation-"))
+    seconds: dict[str, list[float]] = {"masked": [], "plain": []}
+    with processes.start(folder, options.clients) as federation:
+        for turn in range(2):
+            for kind in seconds:
+                report = folder / f"{kind}{turn}.json"
+                processes.submit(
+                    federation,
+                    aggregation=kind,
+                    rounds=options.rounds,
+                    report=str(report),
+                    seed=options.seed,
+                    clients=options.clients,
+                    hidden=_HIDDEN_OF_A_MILLION,
+                )
+                list(_follow(report, options.rounds, console, 180.0 * options.rounds))
+                ends = [line["seconds"] for line in _rounds(report)["rounds"]]
+                seconds[kind] += [b - a for a, b in zip(ends[1:], ends[2:], strict=False)]
+                time.sleep(5)
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    ratio = medians["masked"] / medians["plain"]
+    console.print(
+        f"median seconds a round: masked {medians['masked']:.1f}, plain {medians['plain']:.1f}; ratio {ratio:.2f}"
+    )
+    return {"seconds": seconds, "medians": medians, "ratio": ratio, "load_average": os.getloadavg()[0]}
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace, rich.console.Console], dict[str, Any]]] = {
+    "killed": killed,
+    "timing": timing,
+    "participants": participants.run,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.federation",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=tuple(_COMMANDS))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--clients", type=int, default=5, help="of killed and timing")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a client has dropped out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/federation"), help="folder for results")
+    options = parser.parse_args(arguments)
+    console = rich.console.Console()
+    result = _COMMANDS[options.what](options, console)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.what}.json"
+    path.write_text(json.dumps({"seed": options.seed, "rounds": options.rounds, "result": result}, indent=2) + "\n")
+    console.print(f"Results in {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A Flower app whose updates are masked: see the README beside it."""

@@ -1,0 +1,23 @@
+"""A participant. One line makes it masked: the mod."""
+
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from smark_jax.federation import masked_mod
+
+app = ClientApp()
+
+
+def train(message: Message, context: Context) -> Message:
+    """Trains on this participant's digits."""
+    from digits import task  # heavy imports only where there is training to do: each message is a process of its own
+
+    index = int(context.node_config["partition-id"])
+    round_ = int(message.content["config"]["server-round"])
+    arrays, examples, loss = task.train(message.content["arrays"], index, round_, context.run_config)
+    metrics = MetricRecord({"num-examples": examples, "train-loss": loss})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+app.train(mods=[masked_mod])(train)
+app.train("plain")(train)  # for comparison only; a real app has no such door

@@ -1,0 +1,124 @@
+"""Participants as suspects: every copy of the global model carries its participant's fingerprint."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.table
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+
+from experiments.federation.local import LocalGrid
+from smark_jax import codes, extraction, federation, keys, tracing
+
+sys.path.insert(0, str(Path(__file__).parent / "app"))
+from digits import task
+
+PARTICIPANTS = 10
+_REGISTRY = 1000  # participants who might be accused, here or elsewhere
+_ALPHA = 1e-6
+
+
+def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str, Any]:
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    key = keys.derive(keys.from_bytes(options.seed.to_bytes(32, "big")), "participants")
+    config = {"clients": PARTICIPANTS, "epochs": 2, "learning-rate": 1e-3, "hidden": 128, "seed": options.seed}
+    marks = federation.Fingerprints(key)
+    marked, grid, strategy = _train(config, options.rounds, marks, console)
+    plain, _, _ = _train(config, options.rounds, None, console)
+
+    spec, carrier = federation.participant_carrier(_tree(marked[0]), marks)
+    book = codes.Codebook(keys.derive(key, "code"), _REGISTRY, marks.num_chips)
+
+    def verdict(leak: dict[str, np.ndarray], base: ArrayRecord) -> tracing.Verdict:
+        return tracing.trace(extraction.extract(leak, _tree(base), spec, carrier), book, _ALPHA)
+
+    serials = {node: strategy.serials[strategy._identities[node].hex()] for node in grid.get_node_ids()}
+    rows, coalitions = [], []
+    for round_ in sorted({1, min(5, options.rounds), options.rounds}):
+        base = marked[round_ - 1]
+        given = {
+            m.metadata.dst_node_id: _tree(m.content["arrays"])
+            for m in grid.sent
+            if "arrays" in m.content and m.content["config"]["server-round"] == round_
+        }
+        found = {node: verdict(copy, base) for node, copy in given.items()}
+        right = [v for n, v in found.items() if [a.serial for a in v.accused] == [serials[n]]]
+        worst = max((v.accused[0].p_value for v in right), default=1.0)
+        rows.append({"round": round_, "copies": len(found), "traced": len(right), "largest_p": worst})
+        three = list(given)[:3]
+        mixed = {name: np.mean([given[n][name] for n in three], axis=0) for name in given[three[0]]}
+        accused = {a.serial for a in verdict(mixed, base).accused}
+        coalitions.append(
+            {
+                "round": round_,
+                "caught": len(accused & {serials[n] for n in three}),
+                "innocent": len(accused - {serials[n] for n in three}),
+            }
+        )
+    statistics = []
+    for base in (marked[0], marked[-2]):  # against the start, and against the round before
+        found = verdict(_tree(marked[-1]), base)
+        own = np.abs(found.statistics[list(serials.values())])
+        statistics.append({"largest": float(own.max()), "threshold": float(found.threshold)})
+    accuracy = {"with": task.accuracy(marked[-1], config), "without": task.accuracy(plain[-1], config)}
+
+    table = rich.table.Table(
+        "leaked in round",
+        "traced",
+        "largest p",
+        "three who average",
+        title_justify="left",
+        title="Leaks of participants' copies",
+    )
+    for row, mix in zip(rows, coalitions, strict=True):
+        table.add_row(
+            str(row["round"]),
+            f"{row['traced']} of {row['copies']}",
+            f"{row['largest_p']:.1e}",
+            f"{mix['caught']} of 3, innocent {mix['innocent']}",
+        )
+    console.print(table)
+    for name, row in zip(("start", "round before"), statistics, strict=True):
+        console.print(
+            f"global model against the {name}: largest participant's |T| {row['largest']:.2f}, "
+            f"threshold {row['threshold']:.2f}"
+        )
+    console.print(f"accuracy {accuracy['with']:.4f} with fingerprints, {accuracy['without']:.4f} without")
+    return {"leaks": rows, "coalitions": coalitions, "global": statistics, "accuracy": accuracy}
+
+
+def _train(
+    config: dict[str, Any], rounds: int, marks: federation.Fingerprints | None, console: rich.console.Console
+) -> tuple[list[ArrayRecord], LocalGrid, federation.Masked]:
+    """The global model before and after every round, and what was sent."""
+    app = ClientApp(mods=[federation.masked_mod])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        index, round_ = int(context.node_config["partition-id"]), int(message.content["config"]["server-round"])
+        arrays, examples, _ = task.train(message.content["arrays"], index, round_, config)
+        return Message(
+            RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": examples})}), reply_to=message
+        )
+
+    models: list[ArrayRecord] = []
+
+    def keep(round_: int, arrays: ArrayRecord) -> None:
+        models.append(arrays)
+        console.print(f"round {round_} of {rounds}: accuracy {task.accuracy(arrays, config):.4f}")
+
+    grid = LocalGrid(app, {100 + p: {"partition-id": p} for p in range(PARTICIPANTS)})
+    inner = FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+    strategy = federation.Masked(inner, fingerprints=marks)
+    strategy.start(grid, task.to_record(task.initial(config)), num_rounds=rounds, timeout=5, evaluate_fn=keep)
+    return models, grid, strategy
+
+
+def _tree(arrays: ArrayRecord) -> dict[str, np.ndarray]:
+    return {name: arrays[name].numpy() for name in sorted(arrays)}
