@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from smark_jax import data as data
     from smark_jax import embedding as embedding
     from smark_jax import extraction as extraction
+    from smark_jax import federation as federation
     from smark_jax import keys as keys
     from smark_jax import losses as losses
     from smark_jax import models as models
     from smark_jax import parallel as parallel
+    from smark_jax import privacy as privacy
     from smark_jax import statistics as statistics
     from smark_jax import tracing as tracing
     from smark_jax import training as training
@@ -37,10 +39,12 @@ __all__ = [
     "data",
     "embedding",
     "extraction",
+    "federation",
     "keys",
     "losses",
     "models",
     "parallel",
+    "privacy",
     "statistics",
     "tracing",
     "training",

@@ -3,8 +3,12 @@
 This is the only module that names devices and meshes. The step's body is written once, with an axis name, and runs
 under ``pmap`` and ``shard_map`` alike. Devices of one program protect what crosses between them, not one organisation
 from another.
+
+After ``jax.distributed.initialize`` the same step runs over the devices of several processes, hosts that trust each
+other: each passes only the rows of its own parties (:func:`own_parties`), and each does the owner's update for itself.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, UInt32
 
 from smark_jax import _validate, aggregation
@@ -26,7 +31,7 @@ _LOSS_RANGE = 16.0
 
 
 def devices(num_parties: int) -> list[Device]:
-    """One device for each party: accelerators where there are enough, else CPU devices.
+    """One device for each party, process by process: accelerators where there are enough, else CPU devices.
 
     Raises:
       ValueError: when there are too few of either; it says how to get virtual CPU devices.
@@ -36,13 +41,33 @@ def devices(num_parties: int) -> list[Device]:
     cpu = default if default[0].platform == "cpu" else jax.devices("cpu")
     for found in (default, cpu):
         if len(found) >= num_parties:
-            return found[:num_parties]
+            return sorted(found, key=lambda device: device.process_index)[:num_parties]
     raise _validate.fail(
         "devices",
         f"{num_parties} devices, one for each party",
         f"{len(default)} of kind {default[0].platform} and {len(cpu)} CPU",
         f'Before the first computation call jax.config.update("jax_num_cpu_devices", {num_parties}).',
     )
+
+
+def own_parties(num_parties: int) -> range:
+    """The parties whose devices belong to this process: all of them, unless ``jax.distributed`` runs.
+
+    Args:
+      num_parties: P, over all processes.
+
+    Raises:
+      ValueError: in every process alike, when there are too few devices, or so many that a process is left without a
+        party.
+    """
+    owners = [device.process_index for device in devices(num_parties)]
+    if len(set(owners)) < jax.process_count():
+        expected = f"at least one party in each of {jax.process_count()} processes"
+        got = f"{num_parties} parties, which the first {len(set(owners))} have room for"
+        cause = f"Have a party for each of the {jax.device_count()} devices, or start fewer processes."
+        raise _validate.fail("own_parties", expected, got, cause)
+    first = owners.index(jax.process_index())
+    return range(first, first + owners.count(jax.process_index()))
 
 
 def masked_mean(
@@ -118,7 +143,8 @@ class TrainStep(NamedTuple):
 
     Attributes:
       init: ``init(params) -> TrainState``.
-      update: ``update(state, images [P B H W C], labels [P B], pair_keys [P P 8]) -> (TrainState, TrainInfo)``.
+      update: ``update(state, images [P B H W C], labels [P B], pair_keys [P P 8]) -> (TrainState, TrainInfo)``; where
+        several processes run, with the rows of the process's own parties only.
     """
 
     init: Callable[[PyTree], TrainState]
@@ -136,6 +162,7 @@ def train_step(
     fixed_point: aggregation.FixedPoint,
     *,
     loss_fn: Callable[[Array, Array], Array] = cross_entropy,
+    value_and_grad: Callable[[Callable[..., Array]], Callable[..., tuple[Array, PyTree]]] = jax.value_and_grad,
     engine: Engine = "pmap",
 ) -> TrainStep:
     """A distributed training step with masked aggregation.
@@ -150,7 +177,13 @@ def train_step(
       optimizer: the owner's optax optimiser.
       fixed_point: the words' format; its clip bounds the norm of a party's gradient, its ``num_parties`` is P.
       loss_fn: ``loss_fn(logits, labels) -> scalar``, a mean over the batch.
+      value_and_grad: makes of ``loss(params, images, labels) -> scalar`` the function that a party runs, with the same
+        arguments, which returns loss and gradient; :func:`smark_jax.privacy.value_and_clipped_grad` clips each example.
       engine: what maps the body over devices; the results are the same bit for bit.
+
+    Where several processes run, all make the same step, begin with the same params and call ``update`` equally often.
+    Each does the owner's update on its own first device: alike processors get the same params bit for bit. A process
+    that stops takes the others with it; it never makes a wrong sum.
 
     Returns:
       The pair (init, update). A state is never modified: after an error, the one before is still there. Masks are made
@@ -159,15 +192,18 @@ def train_step(
       among, and nothing is masked.
 
     Raises:
-      ValueError: for an unknown engine or too few devices; from ``update``, when the batch or the keys are not one row
-        for each party.
+      ValueError: for an unknown engine or too few devices; from ``init``, when processes begin with different params;
+        from ``update``, when the batch or the keys are not one row for each of the process's parties, or two of these
+        hold different keys for each other. Whether parties of different processes do, nobody sees: the sum is noise.
     """
     num_parties = fixed_point.num_parties
-    party_devices = devices(num_parties)
-    owner_device = party_devices[0]
+    party_devices, own = devices(num_parties), own_parties(num_parties)
+    owner_device = party_devices[own[0]]
+
+    party_gradient = value_and_grad(lambda params, images, labels: loss_fn(apply_fn(params, images), labels))
 
     def party_round(params: PyTree, images: Array, labels: Array, row: Array, round: Array) -> tuple[PyTree, TrainInfo]:
-        loss, gradient = jax.value_and_grad(lambda p: loss_fn(apply_fn(p, images), labels))(params)
+        loss, gradient = party_gradient(params, images, labels)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         scale = jnp.minimum(1.0, fixed_point.clip / jnp.maximum(norm, 1e-30))
@@ -187,6 +223,7 @@ def train_step(
         return TrainState(optax.apply_updates(params, updates), opt_state, round + 1)
 
     def init(params: PyTree) -> TrainState:
+        _same_in_every_process(params)
         params = jax.device_put(params, owner_device)
         opt_state = jax.device_put(optimizer.init(params), owner_device)
         return TrainState(params, opt_state, jax.device_put(jnp.uint32(0), owner_device))
@@ -195,15 +232,16 @@ def train_step(
         state: TrainState, images: AnyArray, labels: AnyArray, pair_keys: AnyArray
     ) -> tuple[TrainState, TrainInfo]:
         for name, value in (("images", images), ("labels", labels), ("pair_keys", pair_keys)):
-            if not np.shape(value) or np.shape(value)[0] != num_parties:
+            if not np.shape(value) or np.shape(value)[0] != len(own):
                 cause = "Stack the parties' batches along a first axis."
-                expected = f"{name} with a row for each of {num_parties} parties"
+                expected = f"{name} with a row for each of {len(own)} parties"
                 raise _validate.fail("train_step", expected, f"shape {np.shape(value)}", cause)
-        if not np.array_equal(pair_keys, np.swapaxes(pair_keys, 0, 1)):
+        among_own = np.asarray(pair_keys)[:, own.start : own.stop]
+        if not np.array_equal(among_own, np.swapaxes(among_own, 0, 1)):
             cause = "Row u is what aggregation.agree gives to party u; aggregation.pair_keys makes all rows."
             raise _validate.fail("train_step", "the same key for (u, v) and (v, u)", "asymmetric pair_keys", cause)
         mean, info = collect(state.params, images, labels, pair_keys, state.round)
-        mean, info = jax.device_put((mean, info), owner_device)
+        mean, info = jax.device_put(jax.tree.map(lambda leaf: leaf.addressable_data(0), (mean, info)), owner_device)
         return owner_round(state.params, state.opt_state, mean, state.round), info
 
     return TrainStep(init, update)
@@ -227,6 +265,22 @@ def _map_parties(body: Callable[..., Any], party_devices: list[Device], engine: 
     mapped = jax.jit(jax.shard_map(one_row, mesh=mesh, in_specs=specs, out_specs=common, check_vma=False))
 
     def call(*args: Any) -> Any:
-        return mapped(*(jax.device_put(a, jax.NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)))
+        return mapped(*(_place(a, jax.NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)))
 
     return call
+
+
+def _place(tree: PyTree, sharding: jax.NamedSharding) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
+
+
+def _same_in_every_process(params: PyTree) -> None:
+    """Refuses, in every process alike, params that are not the same bit for bit."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
+    different = np.flatnonzero((digests != digests[0]).any(axis=1))
+    if different.size:
+        got = f"others in process {different.tolist()} than in process 0"
+        raise _validate.fail("train_step", "the same params in every process", got, "Draw them from the same seed.")

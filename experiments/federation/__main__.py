@@ -9,6 +9,7 @@ participants  ten participants in one process, a fingerprint of its own in every
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -115,7 +116,7 @@ def timing(options: argparse.Namespace, console: rich.console.Console) -> dict[s
                 )
                 list(_follow(report, options.rounds, console, 180.0 * options.rounds))
                 ends = [line["seconds"] for line in _rounds(report)["rounds"]]
-                seconds[kind] += [b - a for a, b in zip(ends[1:], ends[2:], strict=False)]
+                seconds[kind] += [after - before for before, after in itertools.pairwise(ends[1:])]
                 time.sleep(5)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     ratio = medians["masked"] / medians["plain"]

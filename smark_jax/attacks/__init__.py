@@ -1,4 +1,7 @@
-"""What leakers may do to copies before one turns up: pure functions from parameters to parameters."""
+"""What leakers may do to copies before one turns up: pure functions from parameters to parameters.
+
+Besides, what an eavesdropper may do to a party's message: :func:`invert_gradient`, from gradients to images.
+"""
 
 from smark_jax.attacks.collusion import (
     COLLUSIONS,
@@ -14,16 +17,21 @@ from smark_jax.attacks.collusion import (
     modified_negative,
     randomised_negative,
 )
+from smark_jax.attacks.inversion import InversionMethod, Reconstruction, infer_label, invert_gradient
 from smark_jax.attacks.removal import add_noise, fine_tune, prune, quantise
 
 __all__ = [
     "COLLUSIONS",
     "Collusion",
+    "InversionMethod",
+    "Reconstruction",
     "add_noise",
     "average",
     "extrapolate",
     "fine_tune",
+    "infer_label",
     "interleave",
+    "invert_gradient",
     "largest_difference",
     "maximum",
     "median",

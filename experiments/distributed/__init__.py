@@ -1,0 +1,1 @@
+"""The training step over several processes, and over one with differential privacy."""

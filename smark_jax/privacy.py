@@ -1,0 +1,308 @@
+r"""Differential privacy of single examples: each example's gradient clipped, Gaussian noise added by the owner.
+
+A party draws each of its n examples with probability q (Poisson sampling, at most B of them), clips each example's
+gradient to norm C and divides the sum by b = q n. The owner adds noise to the mean over the P parties, which one
+example more or less moves by at most :func:`sensitivity`. ::
+
+    sampling = privacy.Sampling(num_parties=4, examples=1000, probability=0.064, rounds=150)
+    guarantee = privacy.plan(sampling, epsilon=8.0, delta=1e-5)
+    noise = privacy.gaussian_noise(guarantee, 1.0, params, key)
+    step = parallel.train_step(
+        apply_fn,
+        optax.chain(noise, optax.adam(1e-3)),
+        privacy.fixed_point(sampling, 1.0),
+        value_and_grad=privacy.value_and_clipped_grad(sampling, 1.0),
+    )
+    batches = privacy.batches(sampling, images, labels, party_secrets)
+
+The owner is trusted: it (and every device of the program) sees the sums before noise. Sampling, clipping and noise are
+jax_privacy's, the accounting is dp_accounting's; they come with ``pip install 'smark-jax[dp]'``. (Abadi et al. 2016,
+"Deep learning with differential privacy".)
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int
+from scipy import stats
+
+from smark_jax import _validate, aggregation, keys
+from smark_jax._types import PyTree
+
+try:
+    import dp_accounting
+    from dp_accounting import pld
+    from jax_privacy import batch_selection, clipped_grad, noise_addition
+except ImportError as error:
+    raise ImportError(
+        f"smark_jax.privacy: expected jax-privacy and dp-accounting, but {error.name} is missing.\n"
+        "pip install 'smark-jax[dp]'"
+    ) from error
+
+# Batches longer than the padded length are cut, which the accountant is told; so seldom that it costs next to nothing.
+_CUT_PROBABILITY = 1e-7
+# Of privacy losses in the accountant, whose result is an upper bound at any value; dp_accounting's own takes minutes.
+_DISCRETIZATION = 1e-3
+_FIXED_POINT_ROOM = 1.001
+_PADDING = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Who takes part in which round; known to everybody.
+
+    Attributes:
+      num_parties: P.
+      examples: n, how many examples each party holds.
+      probability: q, with which each example enters a round, independently of all others.
+      rounds: T.
+
+    Raises:
+      ValueError: for counts below one, or a probability outside (0, 1].
+    """
+
+    num_parties: int
+    examples: int
+    probability: float
+    rounds: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_parties", "examples", "rounds"):
+            _validate.positive("Sampling", name, getattr(self, name))
+        if not 0 < self.probability <= 1:
+            cause = "It is the expected batch size over the examples of a party."
+            raise _validate.fail("Sampling", "a probability above 0 and at most 1", repr(self.probability), cause)
+
+    @property
+    def expected_batch(self) -> float:
+        """The number b = q n, by which a party divides its sum."""
+        return self.probability * self.examples
+
+    @property
+    def batch_size(self) -> int:
+        """B, the length to which batches are padded; of longer ones, one in 10^7, a random choice of B is kept."""
+        return max(1, int(stats.binom.isf(_CUT_PROBABILITY, self.examples + 1, self.probability)))
+
+
+class Guarantee(NamedTuple):
+    """What a run with this noise guarantees; ``str`` says it in words.
+
+    Attributes:
+      epsilon: of differential privacy for adding or removing one example.
+      delta: likewise.
+      noise_multiplier: standard deviation of the noise over the sensitivity.
+      sampling: of the run that it covers.
+    """
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sampling: Sampling
+
+    def __str__(self) -> str:
+        s = self.sampling
+        return (
+            f"epsilon {self.epsilon:.3g} at delta {self.delta:.3g}, for one example added to or removed from one "
+            f"party's data.\nCovers the weights after each of {s.rounds} rounds, whoever sees them; not the sums "
+            "before noise, nor settings chosen by looking at the data.\n"
+            f"Noise multiplier {self.noise_multiplier:.4g}, sampling probability {s.probability:.4g} of "
+            f"{s.num_parties} x {s.examples:,} examples, PLD accountant."
+        )
+
+
+def achieved(sampling: Sampling, noise_multiplier: float, delta: float) -> Guarantee:
+    """The guarantee of a given noise.
+
+    Args:
+      sampling: of the whole run.
+      noise_multiplier: standard deviation of the noise over the sensitivity.
+      delta: well below one over the number of all examples.
+
+    Raises:
+      ValueError: for a noise that is not positive, or a delta outside (0, 1).
+    """
+    _validate.finite_number("achieved", "noise_multiplier", noise_multiplier)
+    _check_delta("achieved", delta)
+    epsilon = _accountant().compose(_event(sampling, noise_multiplier)).get_epsilon(delta)
+    return Guarantee(float(epsilon), delta, noise_multiplier, sampling)
+
+
+def plan(sampling: Sampling, epsilon: float, delta: float) -> Guarantee:
+    """The least noise, to a thousandth, with which a run is (epsilon, delta)-differentially private.
+
+    Args:
+      sampling: of the whole run.
+      epsilon: positive.
+      delta: well below one over the number of all examples.
+
+    Returns:
+      The guarantee with the noise; its epsilon is the one achieved, at most the one asked for.
+
+    Raises:
+      ValueError: for an epsilon that is not positive, or a delta outside (0, 1).
+
+    Examples:
+      >>> from smark_jax import privacy
+      >>> sampling = privacy.Sampling(num_parties=2, examples=500, probability=0.1, rounds=1)
+      >>> guarantee = privacy.plan(sampling, epsilon=1.0, delta=1e-5)
+      >>> 0.99 < guarantee.epsilon <= 1.0
+      True
+    """
+    _validate.finite_number("plan", "epsilon", epsilon)
+    _check_delta("plan", delta)
+    bracket = dp_accounting.LowerEndpointAndGuess(0.1, 1.0)
+    noise = dp_accounting.calibrate_dp_mechanism(
+        _accountant, lambda noise: _event(sampling, noise), epsilon, delta, bracket, tol=1e-3
+    )
+    return achieved(sampling, float(noise), delta)
+
+
+def value_and_clipped_grad(
+    sampling: Sampling, clip: float
+) -> Callable[[Callable[..., Array]], Callable[..., tuple[Array, PyTree]]]:
+    """For ``train_step(value_and_grad=...)``: the sum of the examples' gradients, each clipped to ``clip``, over b.
+
+    Examples labelled -1 are padding and count as zero, and so does an example whose gradient is NaN or infinite. The
+    loss it returns is always zero: a round's true loss is not covered by any noise, so it is never opened.
+
+    Args:
+      sampling: of the run.
+      clip: C, the largest norm of one example's gradient.
+    """
+    _validate.finite_number("value_and_clipped_grad", "clip", clip)
+
+    def transform(loss: Callable[..., Array]) -> Callable[..., tuple[Array, PyTree]]:
+        gradient = clipped_grad(loss, batch_argnums=(1, 2), l2_clip_norm=clip, normalize_by=sampling.expected_batch)
+
+        def value_and_grad(params: PyTree, images: Array, labels: Array) -> tuple[Array, PyTree]:
+            padding = labels == _PADDING
+            real = jnp.where(padding, 0, labels)
+            return jnp.float32(0.0), gradient(params, images, real, is_padding_example=padding)
+
+        return value_and_grad
+
+    return transform
+
+
+def fixed_point(sampling: Sampling, clip: float) -> aggregation.FixedPoint:
+    """The words' format for a run: its clip, C B / b and a little more, is beyond what a party's sum can reach.
+
+    So the step's own clipping of a party's gradient, which is not what the sensitivity rests on, never acts.
+    """
+    _validate.finite_number("fixed_point", "clip", clip)
+    largest = clip * sampling.batch_size / sampling.expected_batch
+    return aggregation.FixedPoint(largest * _FIXED_POINT_ROOM, sampling.num_parties)
+
+
+def sensitivity(sampling: Sampling, clip: float, num_weights: int) -> float:
+    r"""How far one example more or less moves the decoded mean, in Euclidean norm.
+
+    .. math:: \frac{C}{P b} + \frac{\Delta \sqrt{D}}{P} + 2^{-21} F
+
+    Only the example's own party sends other words. Its exact sum over b moves by at most C / b. Its D words are rounded
+    with the same random numbers in both worlds, since these do not depend on the data (given them, noise covers the
+    difference; averaged over them, the guarantee stays): rounding is monotone, so that each coordinate moves by at most
+    one level Delta more. The last term covers the float32 roundings of encoding and decoding: one of relative 2^-24 on
+    a party's vector and three on the sum's, in each world, on vectors of norm at most F and P F, F being the format's
+    clip. Not covered, as in jax_privacy, is float32 within the gradient's own computation.
+
+    Args:
+      sampling: of the run.
+      clip: C, the largest norm of one example's gradient.
+      num_weights: D.
+    """
+    _validate.positive("sensitivity", "num_weights", num_weights)
+    form, parties = fixed_point(sampling, clip), sampling.num_parties
+    rounding = form.resolution * math.sqrt(num_weights) / parties + 2**-21 * form.clip
+    return clip / (parties * sampling.expected_batch) + rounding
+
+
+def gaussian_noise(
+    guarantee: Guarantee, clip: float, params: PyTree, key: keys.SecretKey
+) -> optax.GradientTransformation:
+    """The owner's noise, to be chained first into its optimiser: fresh in each round and for each weight.
+
+    Its standard deviation is ``guarantee.noise_multiplier * sensitivity(...)``. Its state holds the generator's key: a
+    checkpoint with it is as secret as ``key``. Going back to an earlier state repeats the noise: begin with a new key.
+    The generator is jax.random's threefry, seeded with 64 bits of ``key``: the guarantee is against adversaries who
+    cannot search through 2^64 keys.
+
+    Args:
+      guarantee: from :func:`plan` or :func:`achieved`.
+      clip: C, the same as in :func:`value_and_clipped_grad`.
+      params: the model, for its number of weights.
+      key: the owner's, fresh for each run.
+    """
+    if not isinstance(key, keys.SecretKey):
+        got, cause = type(key).__name__, "Noise that others can draw again protects nobody: keys.new()."
+        raise _validate.fail("gaussian_noise", "a SecretKey", got, cause)
+    num_weights = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+    stddev = guarantee.noise_multiplier * sensitivity(guarantee.sampling, clip, num_weights)
+    words = keys.derive(key, "privacy noise").to_words()[:2]
+    generator = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+    return noise_addition.gaussian_privatizer(stddev=stddev, prng_key=generator)
+
+
+def batches(
+    sampling: Sampling, images: np.ndarray, labels: Int[np.ndarray, "P n"], party_secrets: Sequence[keys.SecretKey]
+) -> Iterator[tuple[np.ndarray, Int[np.ndarray, "P B"]]]:
+    """Poisson-sampled batches for all rounds of a run; which examples they hold is to stay secret.
+
+    Args:
+      sampling: of the run.
+      images: every party's images, shape [P, n, ...]; where several processes run, of the process's own parties.
+      labels: their labels, shape [P, n].
+      party_secrets: a key of each of these parties, fresh for each run; the draws are derived from them.
+
+    Yields:
+      Images of shape [P, B, ...] and labels of shape [P, B]; padding is zeros labelled -1.
+
+    Raises:
+      ValueError: when a party has another number of examples than the sampling says, or no key of its own.
+    """
+    if labels.shape[1:] != (sampling.examples,) or images.shape[:2] != labels.shape:
+        got = f"images {images.shape} and labels {labels.shape}"
+        cause = "The guarantee was computed for this number: make the Sampling from the data's shape."
+        raise _validate.fail("batches", f"{sampling.examples} examples for each party", got, cause)
+    if len(party_secrets) != len(labels) or len(set(party_secrets)) != len(labels):
+        cause = "Each party draws its own with keys.new()."
+        got = f"{len(set(party_secrets))} different keys of {len(party_secrets)}"
+        raise _validate.fail("batches", f"a key of its own for each of {len(labels)} parties", got, cause)
+    return _draw_batches(sampling, images, labels, party_secrets)
+
+
+def _draw_batches(
+    sampling: Sampling, images: np.ndarray, labels: np.ndarray, party_secrets: Sequence[keys.SecretKey]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    strategy = batch_selection.CyclicPoissonSampling(sampling.probability, sampling.rounds, sampling.batch_size)
+    seeds = [int.from_bytes(keys.derive(secret, "privacy sampling").to_bytes()) for secret in party_secrets]
+    draws = [strategy.batch_iterator(sampling.examples, np.random.default_rng(seed)) for seed in seeds]
+    party = np.arange(len(labels))[:, None]
+    for drawn in zip(*draws, strict=True):
+        index = np.stack([batch_selection.split_and_pad_global_batch(i, sampling.batch_size)[0] for i in drawn])
+        image, label = images[party, index], labels[party, index]
+        image[index < 0], label[index < 0] = 0, _PADDING
+        yield image, label
+
+
+def _event(sampling: Sampling, noise_multiplier: float) -> dp_accounting.DpEvent:
+    # One example more than there are now. Other parties' draws are independent of it, so the batch of its own counts.
+    one_round = dp_accounting.TruncatedSubsampledGaussianDpEvent(
+        sampling.examples + 1, sampling.probability, sampling.batch_size, noise_multiplier
+    )
+    return dp_accounting.SelfComposedDpEvent(one_round, sampling.rounds)
+
+
+def _accountant() -> pld.PLDAccountant:
+    return pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, _DISCRETIZATION)
+
+
+def _check_delta(who: str, delta: float) -> None:
+    if not 0 < delta < 1:
+        raise _validate.fail(who, "delta strictly between 0 and 1", repr(delta), "Take below one over all examples.")
