@@ -7,12 +7,12 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from experiments.federation.local import LocalGrid
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
-from smark_jax import carriers, codes, extraction, federation, keys, tracing
+from experiments.federation.local import LocalGrid
+from smark_jax import codes, extraction, federation, keys, tracing
 from smark_jax.aggregation import ProtocolError
 from smark_jax.federation import identities, update, wire
 
