@@ -1,5 +1,6 @@
 """The model and its training: what one would write without masks, too."""
 
+import functools
 from typing import Any
 
 import jax
@@ -45,17 +46,20 @@ def from_record(record: ArrayRecord, config: Any) -> Any:
     return jax.tree.unflatten(structure, [record[name].numpy() for name in names])
 
 
+@functools.cache
+def _digits() -> data.Dataset:
+    return data.load("mnist_5k", "train")
+
+
 def partition(index: int, config: Any) -> tuple[np.ndarray, np.ndarray]:
-    digits = data.load("mnist_5k", "train")
+    digits = _digits()
     images, labels = training.partition(digits.images, digits.labels, int(config["clients"]), int(config["seed"]))
     return images[index], labels[index]
 
 
-def train(record: ArrayRecord, index: int, round_: int, config: Any) -> tuple[ArrayRecord, int, float]:
-    """Some epochs of Adam on the participant's own digits; arrays, examples and the mean loss."""
-    images, labels = partition(index, config)
-    apply_fn = models.apply_fn(Digits(int(config["hidden"])))
-    optimizer = optax.adam(float(config["learning-rate"]))
+@functools.cache
+def _stepper(hidden: int, learning_rate: float) -> tuple[optax.GradientTransformation, Any]:
+    apply_fn, optimizer = models.apply_fn(Digits(hidden)), optax.adam(learning_rate)
 
     @jax.jit
     def step(params: Any, state: Any, x: Any, y: Any) -> Any:
@@ -66,6 +70,13 @@ def train(record: ArrayRecord, index: int, round_: int, config: Any) -> tuple[Ar
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
 
+    return optimizer, step
+
+
+def train(record: ArrayRecord, index: int, round_: int, config: Any) -> tuple[ArrayRecord, int, float]:
+    """Some epochs of Adam on the participant's own digits; arrays, examples and the mean loss."""
+    images, labels = partition(index, config)
+    optimizer, step = _stepper(int(config["hidden"]), float(config["learning-rate"]))
     params = from_record(record, config)
     state, losses = optimizer.init(params), []
     rng = np.random.default_rng([int(config["seed"]), index, round_])
