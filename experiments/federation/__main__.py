@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,9 +63,9 @@ def _follow(report: Path, rounds: int, console: rich.console.Console, limit_seco
 
 
 def killed(options: argparse.Namespace, console: rich.console.Console) -> dict[str, Any]:
-    """Kills the ClientApp process of another client in rounds 2, 4 and 6, as soon as it is seen training."""
+    """Kills a client in rounds 2, 4 and 6 while its ClientApp runs, and starts it again when the round is over."""
     folder = Path(tempfile.mkdtemp(prefix="smark-federation-"))
-    report, plan, victims = folder / "masked.json", {2: 1, 4: 3, 6: 0}, []
+    report, plan, victims, down = folder / "masked.json", {2: 1, 4: 3, 6: 0}, [], {}
     with processes.start(folder, options.clients) as federation:
         console.print(f"{options.clients} SuperNodes are up; logs in {folder}")
         processes.submit(
@@ -77,23 +78,24 @@ def killed(options: argparse.Namespace, console: rich.console.Console) -> dict[s
             quorum=options.clients - 2,
             train_timeout=options.timeout,
         )
-        for finished in _follow(report, options.rounds, console, 180.0 * options.rounds):
+        for finished in _follow(report, options.rounds, console, 240.0 * options.rounds):
+            for client in [client for client, round_ in down.items() if round_ <= finished]:
+                federation.nodes[client] = federation.launch(client)
+                del down[client]
             victim = plan.get(finished + 1)
-            running = processes.client_processes(federation.nodes[victim]) if victim is not None else []
-            if running:
-                time.sleep(2)  # into its training
-                for pid in running:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+            if victim is not None and processes.training(federation.nodes[victim]):
+                time.sleep(1)  # into its work
+                processes.kill(federation.nodes[victim])
+                down[victim] = finished + 1
                 victims.append({"round": finished + 1, "client": victim})
-                console.print(f"killed the process of client {victim} in round {finished + 1}")
+                console.print(f"killed client {victim} in round {finished + 1}")
                 del plan[finished + 1]
     result = {**_rounds(report), "killed": victims}
     table = rich.table.Table("round", "updates in the sum", "examples", "seconds", title="Rounds", title_justify="left")
     for log in result["logs"]:
         table.add_row(str(log["round"]), str(len(log["nodes"])), str(log["examples"]), f"{log['seconds']:.1f}")
     console.print(table)
-    console.print(f"final accuracy {result['rounds'][-1]['accuracy']:.3f}; processes killed in {len(victims)} rounds")
+    console.print(f"final accuracy {result['rounds'][-1]['accuracy']:.3f}; a client killed in {len(victims)} rounds")
     return result
 
 
@@ -147,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/federation"), help="folder for results")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are stopped as well
     console = rich.console.Console()
     result = _COMMANDS[options.what](options, console)
     options.out.mkdir(parents=True, exist_ok=True)

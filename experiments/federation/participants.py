@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from experiments.federation.local import LocalGrid
 from smark_jax import codes, extraction, federation, keys, tracing
+from smark_jax.federation import wire
 
 sys.path.insert(0, str(Path(__file__).parent / "app"))
 from digits import task
@@ -42,11 +43,8 @@ def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str,
     rows, coalitions = [], []
     for round_ in sorted({1, min(5, options.rounds), options.rounds}):
         base = marked[round_ - 1]
-        given = {
-            m.metadata.dst_node_id: _tree(m.content["arrays"])
-            for m in grid.sent
-            if "arrays" in m.content and m.content["config"]["server-round"] == round_
-        }
+        asked = [(m, wire.take(m.content).get("requests", ())) for m in grid.sent if "arrays" in m.content]
+        given = {m.metadata.dst_node_id: _tree(m.content["arrays"]) for m, ((number, _),) in asked if number == round_}
         found = {node: verdict(copy, base) for node, copy in given.items()}
         right = [v for n, v in found.items() if [a.serial for a in v.accused] == [serials[n]]]
         worst = max((v.accused[0].p_value for v in right), default=1.0)

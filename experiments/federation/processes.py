@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +31,13 @@ class Federation(NamedTuple):
       folder: certificates, keys, logs.
       environment: for ``flwr`` commands.
       nodes: the SuperNodes, in order of partition.
+      launch: starts the SuperNode of a partition, again after it was killed.
     """
 
     folder: Path
     environment: dict[str, str]
     nodes: list[subprocess.Popen]
+    launch: Callable[[int], subprocess.Popen]
 
 
 @contextlib.contextmanager
@@ -78,20 +80,22 @@ def start(folder: Path, clients: int, wait_seconds: float = 90.0) -> Iterator[Fe
         link += ["--disable-runtime-dependency-installation"]
         superlink = _spawn(stack, link, folder, environment, "superlink")
         _wait_for_port(port, superlink, folder / "superlink.log", wait_seconds)
-        nodes = []
         for index in range(clients):
             _node_key(folder, index)
             _register(folder, index, environment)
+
+        def launch(index: int) -> subprocess.Popen:
             command = ["flower-supernode", "--superlink", f"127.0.0.1:{port}", "--root-certificates", "ca.pem"]
             command += ["--auth-supernode-private-key", f"node{index}.key", "--port", str(runtime[index])]
             config = f'partition-id={index} smark-identity="{folder}/{index}.identity" smark-roster="{roster}"'
-            command += ["--node-config", config]
-            nodes.append(_spawn(stack, command, folder, environment, f"node{index}"))
+            return _spawn(stack, [*command, "--node-config", config], folder, environment, f"node{index}")
+
+        nodes = [launch(index) for index in range(clients)]
         time.sleep(5)
         for index, node in enumerate(nodes):
             if node.poll() is not None:
                 raise RuntimeError(f"SuperNode {index} ended at once; see {folder / f'node{index}.log'}")
-        yield Federation(folder, environment, nodes)
+        yield Federation(folder, environment, nodes, launch)
 
 
 def submit(federation: Federation, **config: object) -> str:
@@ -112,24 +116,22 @@ def submit(federation: Federation, **config: object) -> str:
     return str(answer["run-id"])
 
 
-def client_processes(node: subprocess.Popen) -> list[int]:
-    """Process ids below a SuperNode that run a ClientApp at this moment."""
-    found, parents = [], {node.pid}
-    table = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in table.splitlines()[1:]]
-    for _ in range(4):  # generations
-        for pid, parent, arguments in rows:
-            if int(parent) in parents and int(pid) not in parents:
-                parents.add(int(pid))
-                if "clientapp" in arguments or "client-app" in arguments:
-                    found.append(int(pid))
-    return found
+def training(node: subprocess.Popen) -> bool:
+    """Whether a SuperNode has a ClientApp's process running at this moment."""
+    table = subprocess.run(["ps", "-eo", "pgid,args"], capture_output=True, text=True, check=True).stdout
+    return any(f"{node.pid} " in line.lstrip()[:12] and "flwr-clientapp" in line for line in table.splitlines())
+
+
+def kill(node: subprocess.Popen) -> None:
+    """Kills a client outright: its SuperNode, and the ClientApp's process below it."""
+    os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
 
 
 def _spawn(
     stack: contextlib.ExitStack, command: list[str], folder: Path, environment: dict[str, str], name: str
 ) -> subprocess.Popen:
-    log = stack.enter_context((folder / f"{name}.log").open("w"))
+    log = stack.enter_context((folder / f"{name}.log").open("a"))
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
