@@ -104,7 +104,7 @@ def timing(options: argparse.Namespace, console: rich.console.Console) -> dict[s
     folder = Path(tempfile.mkdtemp(prefix="smark-federation-"))
     seconds: dict[str, list[float]] = {"masked": [], "plain": []}
     with processes.start(folder, options.clients) as federation:
-        for turn in range(2):
+        for turn in range(options.turns):
             for kind in seconds:
                 report = folder / f"{kind}{turn}.json"
                 processes.submit(
@@ -145,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=tuple(_COMMANDS))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--clients", type=int, default=5, help="of killed and timing")
+    parser.add_argument("--turns", type=int, default=2, help="of timing: how often masked and plain take turns")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a client has dropped out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/federation"), help="folder for results")
