@@ -104,7 +104,7 @@ def _identity(context: Context) -> keys.SecretKey:
     return keys.from_bytes(record["identity"])
 
 
-def _record(context: Context) -> ConfigRecord:
+def _record(context: Context) -> Any:
     if _STATE not in context.state.config_records:
         context.state[_STATE] = ConfigRecord()
     return context.state.config_records[_STATE]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt32
 
@@ -73,7 +74,7 @@ def encode(
     clipped = sum(int(np.count_nonzero(np.abs(array) > form.clip)) for array in change.values())
     scaled = np.array([metrics[name] for name in form.metrics], np.float32) * (form.clip / METRIC_RANGE)
     fixed = aggregation.FixedPoint(form.clip, form.num_parties)
-    rounding = jax.random.wrap_key_data(keys.new().to_words()[:2], impl="threefry2x32")
+    rounding = jax.random.wrap_key_data(jnp.asarray(keys.new().to_words()[:2]), impl="threefry2x32")
     flat = np.concatenate([*(array.reshape(-1) for array in change.values()), scaled])
     words, examples = aggregation.encode_weighted(flat, int(metrics[form.weight]), form.most_examples, fixed, rounding)
     return np.concatenate([np.asarray(words), np.array([clipped, examples], np.uint32)])

@@ -21,7 +21,7 @@ def split(secret: keys.SecretKey, threshold: int, num_shares: int) -> list[bytes
       32 bytes for each holder. Their randomness comes from the operating system.
     """
     whole = secret.to_bytes()
-    halves = [Shamir.split(threshold, num_shares, whole[start : start + 16]) for start in (0, 16)]
+    halves = [Shamir.split(threshold, num_shares, whole[start : start + 16], False) for start in (0, 16)]
     return [first + second for (_, first), (_, second) in zip(*halves, strict=True)]
 
 
@@ -31,5 +31,5 @@ def combine(shares: Mapping[int, bytes], threshold: int) -> keys.SecretKey:
     Wrong shares give a wrong secret without notice: compare with a commitment.
     """
     chosen = sorted(shares.items())[:threshold]
-    halves = [Shamir.combine([(i + 1, share[start : start + 16]) for i, share in chosen]) for start in (0, 16)]
+    halves = [Shamir.combine([(i + 1, share[start : start + 16]) for i, share in chosen], False) for start in (0, 16)]
     return keys.from_bytes(halves[0] + halves[1])
