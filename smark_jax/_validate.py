@@ -4,12 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from smark_jax._types import PyTree
+PyTree = Any  # as _types.PyTree, which comes with jax; jax is loaded only where a tree is walked
 
 
 def fail(who: str, expected: str, got: str, cause: str) -> ValueError:
@@ -19,7 +16,9 @@ def fail(who: str, expected: str, got: str, cause: str) -> ValueError:
 
 def is_traced(*values: Any) -> bool:
     """True under jit, vmap or grad, where shapes are known and values are not."""
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
+    import jax
+
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
 def same_shape(who: str, **named: Any) -> None:
@@ -97,13 +96,15 @@ def serials(who: str, value: Any) -> np.ndarray:
 
 def same_trees(who: str, trees: Mapping[int, PyTree] | Sequence[PyTree]) -> None:
     """Refuses parties' updates that differ in structure, leaf shape or dtype, naming the first party that differs."""
+    import jax
+
     items = list(trees.items()) if isinstance(trees, Mapping) else list(enumerate(trees))
     if not items:
         raise fail(who, "updates of at least one party", "zero parties", "Did every party drop out?")
 
     def describe(tree: PyTree) -> dict[str, str]:
         paths = jax.tree_util.tree_leaves_with_path(tree)
-        return {path_name(path): f"{np.shape(leaf)} {jnp.result_type(leaf)}" for path, leaf in paths}
+        return {path_name(path): f"{np.shape(leaf)} {jax.numpy.result_type(leaf)}" for path, leaf in paths}
 
     first_party, first_tree = items[0]
     first = describe(first_tree)
@@ -122,6 +123,8 @@ def same_trees(who: str, trees: Mapping[int, PyTree] | Sequence[PyTree]) -> None
 
 def stacked(who: str, name: str, trees: PyTree) -> int:
     """The length of the leading axis that all leaves share, or an error when there is no such axis."""
+    import jax
+
     axes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(trees)}
     if len(axes) != 1 or axes == {()} or axes == {(0,)}:
         raise fail(
@@ -135,4 +138,6 @@ def stacked(who: str, name: str, trees: PyTree) -> int:
 
 def path_name(path: Any) -> str:
     """A leaf's pytree path as text, its steps joined by ``/``; the same names that our files use."""
+    import jax
+
     return jax.tree_util.keystr(path, simple=True, separator="/")

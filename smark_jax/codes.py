@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Int8, UInt32
 
-from smark_jax import _validate, keys
+from smark_jax import _validate, chacha, keys
 from smark_jax._types import AnyArray
 
 
@@ -86,7 +86,7 @@ def words(
       Chips of -1 and +1, shape [K, m].
     """
     packed = packed_words(key, low, high, num_chips)
-    return 1 - 2 * keys.bits(packed)[:, :num_chips].astype(jnp.int8)
+    return 1 - 2 * chacha.bits(packed)[:, :num_chips].astype(jnp.int8)
 
 
 @functools.partial(jax.jit, static_argnames="num_chips")
@@ -95,7 +95,7 @@ def packed_words(
 ) -> UInt32[Array, "K words"]:
     """The same codewords as bits of the stream, 1 for a chip of -1, shape [K, ceil(m / 32)]; bits past m are random."""
     count = low.shape[0]
-    blocks_a_word = -(-num_chips // (32 * keys.BLOCK_WORDS))
+    blocks_a_word = -(-num_chips // (32 * chacha.BLOCK_WORDS))
     nonces = jnp.repeat(jnp.stack([jnp.zeros_like(low), low, high]), blocks_a_word, axis=1)
     counters = jnp.tile(jnp.arange(blocks_a_word, dtype=jnp.uint32), count)
-    return keys.blocks(key, counters, nonces).reshape(count, -1)[:, : -(-num_chips // 32)]
+    return chacha.blocks(key, counters, nonces).reshape(count, -1)[:, : -(-num_chips // 32)]

@@ -1,32 +1,26 @@
-"""Secret keys, their derivation and commitment, and the ChaCha20 keystream under jit.
+"""Secret keys, their derivation and commitment, and the keystream that is drawn from them.
 
-Every secret of the owner comes from one 256-bit master key through HKDF, so that a vault stores 32 bytes. Everything
-drawn from a key (codewords, carrier signs, masks) is ChaCha20 keystream (RFC 8439), not ``jax.random``: threefry has a
-64-bit key, which is too short for a secret.
+Every secret of the owner comes from one 256-bit master key through HKDF, so that a vault stores 32 bytes.
 """
 
-import functools
 import hashlib
 import hmac
 import os
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from jaxtyping import Array, UInt32
+from jaxtyping import UInt32
 
 from smark_jax import _validate
-from smark_jax._types import AnyArray
+
+if TYPE_CHECKING:
+    from smark_jax.chacha import keystream
+
+__all__ = ["KEY_BYTES", "SecretKey", "commitment", "derive", "from_bytes", "keystream", "new"]
 
 KEY_BYTES = 32
-BLOCK_WORDS = 16
-"""Words of one ChaCha20 block: 64 bytes."""
-
-_CONSTANTS = np.frombuffer(b"expand 32-byte k", "<u4")
-# The state of this many blocks (16 words each, 512 KiB) stays in cache for all 20 rounds.
-_BLOCKS_PER_PASS = 8192
 
 
 class SecretKey:
@@ -101,101 +95,10 @@ def commitment(key: SecretKey) -> str:
     return hashlib.sha256(key.to_bytes()).hexdigest()
 
 
-def keystream(
-    key: UInt32[AnyArray, "8"], nonce: UInt32[AnyArray, "3"], num_words: int, start_block: int | AnyArray = 0
-) -> UInt32[Array, " num_words"]:
-    """``num_words`` words of the ChaCha20 keystream (RFC 8439, section 2.4); runs under jit, vmap, pmap and shard_map.
+def __getattr__(name: str) -> Any:
+    # The keystream needs jax, which takes half a second to load; who only signs and derives keys does without.
+    if name == "keystream":
+        from smark_jax import chacha
 
-    Args:
-      key: eight words, see :meth:`SecretKey.to_words`.
-      nonce: three words. A pair of key and nonce must never serve two purposes.
-      num_words: how many 32-bit words; static under jit.
-      start_block: block counter of the first word; 16 words a block. A traced value is the caller's to keep in range.
-
-    Returns:
-      uint32 words in stream order, shape [num_words].
-
-    Raises:
-      ValueError: when key or nonce have another shape or dtype, or the stream would pass its 2^32 blocks and repeat.
-    """
-    key, nonce = jnp.asarray(key), jnp.asarray(nonce)
-    for name, value, length in (("key", key, 8), ("nonce", nonce, 3)):
-        if value.shape != (length,) or value.dtype != jnp.uint32:
-            got = f"{value.dtype}{list(value.shape)}"
-            raise _validate.fail("keystream", f"{name} to be uint32[{length}]", got, "Use SecretKey.to_words().")
-    _validate.positive("keystream", "num_words", num_words)
-    num_blocks = -(-num_words // BLOCK_WORDS)
-    if not _validate.is_traced(start_block) and not 0 <= int(start_block) <= 2**32 - num_blocks:
-        got = f"{num_blocks} blocks from block {int(start_block)}"
-        raise _validate.fail("keystream", "at most 2^32 blocks", got, "Take another nonce before the stream repeats.")
-    return _keystream(key, nonce, num_words, jnp.asarray(start_block, jnp.uint32))
-
-
-@functools.partial(jax.jit, static_argnames="num_words")
-def _keystream(key: Array, nonce: Array, num_words: int, start_block: Array) -> Array:
-    num_blocks = -(-num_words // BLOCK_WORDS)
-    counters = start_block + jnp.arange(num_blocks, dtype=jnp.uint32)
-    return blocks(key, counters, jnp.broadcast_to(nonce[:, None], (3, num_blocks))).reshape(-1)[:num_words]
-
-
-def blocks(
-    key: UInt32[Array, "8"], counters: UInt32[Array, " n"], nonces: UInt32[Array, "3 n"]
-) -> UInt32[Array, "n 16"]:
-    """ChaCha20 blocks (RFC 8439, section 2.3), one for each pair of counter and nonce; to be called under jit.
-
-    Args:
-      key: eight words.
-      counters: block counters, shape [n].
-      nonces: their nonces, shape [3, n].
-
-    Returns:
-      uint32 words, shape [n, 16].
-    """
-    n = counters.shape[0]
-    rows = jnp.concatenate([counters[None], nonces])  # [4, n]
-    if n <= _BLOCKS_PER_PASS:
-        return _chacha20(key, rows)
-    passes = -(-n // _BLOCKS_PER_PASS)
-    rows = jnp.pad(rows, ((0, 0), (0, passes * _BLOCKS_PER_PASS - n)))
-    rows = rows.reshape(4, passes, _BLOCKS_PER_PASS).swapaxes(0, 1)
-    return jax.lax.map(functools.partial(_chacha20, key), rows).reshape(-1, BLOCK_WORDS)[:n]
-
-
-def bits(words: UInt32[Array, "*batch w"]) -> UInt32[Array, "*batch 32*w"]:
-    """The bits of words, 0 or 1: bit i of word w stands at 32 w + i, shape [..., 32 w]."""
-    shifts = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * words.ndim + (32,))
-    return ((words[..., None] >> shifts) & 1).reshape(*words.shape[:-1], -1)
-
-
-def _chacha20(key: Array, rows: Array) -> Array:
-    n = rows.shape[1]
-    start = (
-        *(jnp.full(n, word, jnp.uint32) for word in _CONSTANTS),
-        *(jnp.broadcast_to(word, (n,)) for word in key),
-        *rows,
-    )
-    # The first double round runs outside the loop: it mixes key and counter into every word, so that under shard_map,
-    # where one may differ between devices and the constants do not, the loop's carry has one type throughout.
-    mixed = _double_round(start)
-    end = jax.lax.fori_loop(1, 10, lambda _, state: _double_round(state), mixed)
-    return jnp.stack([a + b for a, b in zip(start, end, strict=True)], axis=-1)
-
-
-def _double_round(state: tuple[Array, ...]) -> tuple[Array, ...]:
-    x = list(state)
-    columns = ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15))
-    diagonals = ((0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14))
-    for a, b, c, d in columns + diagonals:
-        x[a] += x[b]
-        x[d] = _rotate(x[d] ^ x[a], 16)
-        x[c] += x[d]
-        x[b] = _rotate(x[b] ^ x[c], 12)
-        x[a] += x[b]
-        x[d] = _rotate(x[d] ^ x[a], 8)
-        x[c] += x[d]
-        x[b] = _rotate(x[b] ^ x[c], 7)
-    return tuple(x)
-
-
-def _rotate(word: Array, bits: int) -> Array:
-    return (word << bits) | (word >> (32 - bits))
+        return chacha.keystream
+    raise AttributeError(f"module 'smark_jax.keys' has no attribute {name!r}")

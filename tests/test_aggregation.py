@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from smark_jax import aggregation, keys
+from smark_jax import aggregation, chacha
 
 
 def total_of(words: list) -> np.ndarray:
@@ -228,4 +228,4 @@ def test_rounding_keys_differ_between_parties_and_rounds():
         tuple(np.asarray(jax.random.key_data(aggregation.rounding_key(row, p, r)))) for p in (0, 1) for r in (0, 1)
     }
     assert len(drawn) == 4
-    assert keys.BLOCK_WORDS == 16
+    assert chacha.BLOCK_WORDS == 16

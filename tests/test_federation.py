@@ -1,6 +1,8 @@
 """Masked training over Flower's messages, in one process: sums, drop-outs, cheating, participants' fingerprints."""
 
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -293,3 +295,9 @@ def test_bad_updates_are_errors_of_the_client():
 def test_protocol_objects_survive_the_wire():
     value = ({1: (b"x", KEY)}, "text", 7, True, None)
     assert wire.load(wire.dump(value)) == value
+
+
+def test_a_client_that_does_not_train_loads_no_jax():
+    """Flower starts a process for each message to a client; jax would double the time to its answer."""
+    code = "import sys, smark_jax.federation; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

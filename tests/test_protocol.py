@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from smark_jax import aggregation, keys
-from smark_jax.aggregation import masks, protocol
+from smark_jax.aggregation import exchange, protocol
 from smark_jax.aggregation.protocol import messages, party, server, sharing
 from smark_jax.aggregation.protocol.parameters import neighbours
 
@@ -117,7 +117,7 @@ def test_trees_and_party_numbers_are_kept():
 def test_the_host_stream_is_the_keystream_of_the_pmap_path():
     key = keys.from_bytes(bytes(range(32)))
     nonce = np.array([5, 0, 1], np.uint32)
-    np.testing.assert_array_equal(masks.stream(key, 5, 100), keys.keystream(key.to_words(), nonce, 100))
+    np.testing.assert_array_equal(exchange.stream(key, 5, 100), keys.keystream(key.to_words(), nonce, 100))
 
 
 @settings(deadline=None, max_examples=20)
@@ -156,7 +156,7 @@ def test_masked_words_are_uniform_and_unmasked_ones_fail_the_same_test():
 
 def test_a_wrong_signature_is_refused_and_the_round_goes_on_without_it():
     crowd = Crowd(4, quorum=3)
-    forged = crowd.answer(0)._replace(channel=masks.public_key(keys.new()))
+    forged = crowd.answer(0)._replace(channel=exchange.public_key(keys.new()))
     with pytest.raises(aggregation.ProtocolError, match="party 0's signature on this message in round 0"):
         crowd.receive(forged)
     crowd.stage(without=(0,))
@@ -186,7 +186,7 @@ def test_every_altered_message_is_refused(stage):
 def test_a_server_that_forges_keys_is_noticed_by_the_parties():
     crowd = Crowd(4, quorum=3).until("shares")
     advertised = dict(crowd.requests[0].advertised)
-    advertised[2] = advertised[2]._replace(channel=masks.public_key(keys.new()))
+    advertised[2] = advertised[2]._replace(channel=exchange.public_key(keys.new()))
     with pytest.raises(aggregation.ProtocolError, match="party 2's signature"):
         crowd.answer(0, messages.ShareRequest(advertised))
     exchanged = {**crowd.requests[0].advertised, 2: crowd.requests[0].advertised[3]}

@@ -7,9 +7,16 @@ parties drop out and the server may lie, :mod:`~smark_jax.aggregation.protocol` 
 visible is that sum: use differential privacy where even it says too much.
 """
 
-from smark_jax.aggregation.fixed_point import FixedPoint, decode, decode_weighted, encode, encode_weighted, stack
-from smark_jax.aggregation.masks import agree, pair_keys, pairwise_mask, public_key, rounding_key
-from smark_jax.aggregation.protocol import Neighbourhood, ProtocolError, RoundResult, neighbourhood, run_round
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from smark_jax.aggregation.exchange import agree, pair_keys, public_key
+from smark_jax.aggregation.protocol import Neighbourhood, ProtocolError, neighbourhood
+
+if TYPE_CHECKING:
+    from smark_jax.aggregation.fixed_point import FixedPoint, decode, decode_weighted, encode, encode_weighted, stack
+    from smark_jax.aggregation.masks import pairwise_mask, rounding_key
+    from smark_jax.aggregation.rounds import RoundResult, run_round
 
 __all__ = [
     "FixedPoint",
@@ -29,3 +36,17 @@ __all__ = [
     "run_round",
     "stack",
 ]
+
+_NEED_JAX = {
+    "fixed_point": ("FixedPoint", "decode", "decode_weighted", "encode", "encode_weighted", "stack"),
+    "masks": ("pairwise_mask", "rounding_key"),
+    "rounds": ("RoundResult", "run_round"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # jax takes half a second to load, and Flower starts a process for each message to a client: most need no jax.
+    for module, names in _NEED_JAX.items():
+        if name in names:
+            return getattr(importlib.import_module(f"smark_jax.aggregation.{module}"), name)
+    raise AttributeError(f"module 'smark_jax.aggregation' has no attribute {name!r}")

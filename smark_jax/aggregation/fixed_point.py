@@ -13,6 +13,7 @@ the decoded sum.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -95,12 +96,16 @@ def encode(tree: PyTree, fixed_point: FixedPoint, key: Array) -> PyTree:
     leaves, structure = jax.tree.flatten(tree)
     if not leaves:
         raise _validate.fail("encode", "a tree with at least one leaf", "none", "Is the update empty?")
-    leaves = [jnp.asarray(leaf, jnp.float32) for leaf in leaves]
-    if not _validate.is_traced(leaves):
-        _validate.all_finite("encode", "update", all(bool(jnp.isfinite(leaf).all()) for leaf in leaves))
+    words, finite = _encode_leaves([jnp.asarray(leaf, jnp.float32) for leaf in leaves], fixed_point, key)
+    _validate.all_finite("encode", "update", finite)
+    return jax.tree.unflatten(structure, words)
+
+
+@functools.partial(jax.jit, static_argnames="fixed_point")
+def _encode_leaves(leaves: list[Array], fixed_point: FixedPoint, key: Array) -> tuple[list[Array], Array]:
     rounding = jax.random.split(key, len(leaves))
     words = [_encode_leaf(leaf, fixed_point, leaf_key) for leaf, leaf_key in zip(leaves, rounding, strict=True)]
-    return jax.tree.unflatten(structure, words)
+    return words, jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def _encode_leaf(x: Array, fixed_point: FixedPoint, key: Array) -> Array:

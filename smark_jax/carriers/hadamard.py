@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Num, UInt32
 
-from smark_jax import _validate, keys
+from smark_jax import _validate, chacha, keys
 from smark_jax._types import AnyArray
 from smark_jax.carriers.selection import Spec
 
@@ -102,7 +102,7 @@ def draw(key: keys.SecretKey, spec: Spec, num_chips: int = 304) -> Carrier:
     words = -(-length // 32)
     zero = np.zeros(3, np.uint32)
     inner, outer = (
-        keys.keystream(keys.derive(key, label).to_words(), zero, n * words).reshape(n, words)
+        chacha.keystream(keys.derive(key, label).to_words(), zero, n * words).reshape(n, words)
         for label in ("inner signs", "outer signs")
     )
     positions = _positions(keys.derive(key, "positions"), n, length, num_chips)
@@ -219,7 +219,7 @@ def _hadamard_matrix(size: int) -> np.ndarray:
 
 def _flip(x: Array, packed: Array) -> Array:
     """Negates the entries whose bit is set."""
-    return x * (1 - 2 * keys.bits(packed)[: x.shape[0]].astype(jnp.float32))
+    return x * (1 - 2 * chacha.bits(packed)[: x.shape[0]].astype(jnp.float32))
 
 
 def _positions(key: keys.SecretKey, n: int, length: int, num_chips: int) -> Int32[np.ndarray, "n m"]:
@@ -231,8 +231,8 @@ def _positions(key: keys.SecretKey, n: int, length: int, num_chips: int) -> Int3
     step = min(n, max(1, (1 << 20) // length))
     for start in range(0, n, step):
         count = min(step, n - start)
-        first = start * length * 2 // keys.BLOCK_WORDS  # n > 1 only for a length that a block of keystream divides
-        stream = np.asarray(keys.keystream(key.to_words(), nonce, 2 * count * length, first))
+        first = start * length * 2 // chacha.BLOCK_WORDS  # n > 1 only for a length that a block of keystream divides
+        stream = np.asarray(chacha.keystream(key.to_words(), nonce, 2 * count * length, first))
         # Random high bits, the index in the low ones: sorting the numbers permutes the indices, and nothing ties.
         numbers = stream.view(np.uint64).reshape(count, length) >> index_bits << index_bits | index
         numbers.sort(axis=1)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from smark_jax import _validate, keys, statistics
+from smark_jax import _validate, chacha, keys, statistics
 from smark_jax._types import AnyArray
 from smark_jax.comparators import chernoff
 from smark_jax.comparators.interface import Comparator, Decision
@@ -159,7 +159,7 @@ def _check(who: str, num_customers: int, num_chips: int, colluders: int) -> None
 def _uniform(key: keys.SecretKey, name: str, count: int) -> np.ndarray:
     """Keyed numbers in [0, 1) of 53 bits."""
     bias_key = keys.derive(key, "comparator", name, "biases")
-    stream = np.asarray(keys.keystream(bias_key.to_words(), np.zeros(3, np.uint32), 2 * count), np.uint64)
+    stream = np.asarray(chacha.keystream(bias_key.to_words(), np.zeros(3, np.uint32), 2 * count), np.uint64)
     return ((stream[::2] << np.uint64(21)) ^ (stream[1::2] >> np.uint64(11))).astype(np.float64) * 2.0**-53
 
 
@@ -183,11 +183,11 @@ def _draw(key: keys.SecretKey, cuts: np.ndarray, num_customers: int) -> np.ndarr
 @jax.jit
 def _biased_words(key: Array, cuts: Array, serials: Array) -> Array:
     count, num_chips = serials.shape[0], cuts.shape[0]
-    blocks_a_word = -(-num_chips // keys.BLOCK_WORDS)
+    blocks_a_word = -(-num_chips // chacha.BLOCK_WORDS)
     zeros = jnp.zeros_like(serials)
     nonces = jnp.repeat(jnp.stack([zeros, serials, zeros]), blocks_a_word, axis=1)
     counters = jnp.tile(jnp.arange(blocks_a_word, dtype=jnp.uint32), count)
-    stream = keys.blocks(key, counters, nonces).reshape(count, -1)[:, :num_chips]
+    stream = chacha.blocks(key, counters, nonces).reshape(count, -1)[:, :num_chips]
     return 2 * (stream < cuts[None, :]).astype(jnp.int8) - 1
 
 

@@ -24,7 +24,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from smark_jax import _validate, keys
 from smark_jax.aggregation import protocol
 from smark_jax.aggregation.protocol import messages, party
-from smark_jax.federation import identities, update, wire
+from smark_jax.federation import identities, wire
 
 _STATE = "smark"
 
@@ -72,6 +72,8 @@ def _train(
     message: Message, context: Context, call_next: ClientAppCallable, asked: dict[str, Any]
 ) -> tuple[np.ndarray, bytes]:
     """Words of this client's update, and the hash of the model that it was computed from."""
+    from smark_jax.federation import update  # loads jax, which only training needs
+
     form = update.Format(*asked["format"])
     del message.content[wire.RECORD]
     before = wire.tree(next(iter(message.content.array_records.values())))

@@ -2,13 +2,13 @@
 
 import base64
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from smark_jax import _validate, keys
-from smark_jax._types import PyTree
 from smark_jax.aggregation.protocol import messages, parameters, party
 
 RECORD = "smark"
@@ -117,6 +117,6 @@ def tree(arrays: ArrayRecord) -> dict[str, np.ndarray]:
     return found
 
 
-def record(arrays: PyTree, like: ArrayRecord) -> ArrayRecord:
+def record(arrays: Mapping[str, Any], like: ArrayRecord) -> ArrayRecord:
     """Arrays by name as a record in the order and with the dtypes of another."""
     return ArrayRecord({name: Array(np.asarray(arrays[name], like[name].dtype)) for name in like})

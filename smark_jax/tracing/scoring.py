@@ -15,7 +15,7 @@ import numpy as np
 import rich.progress
 from jaxtyping import Float, Int8, UInt32
 
-from smark_jax import _validate, codes, keys
+from smark_jax import _validate, chacha, codes
 from smark_jax._types import AnyArray
 
 Book = AnyArray | codes.Codebook
@@ -218,7 +218,7 @@ def correlate(vectors: Float[np.ndarray, "R m"], chosen: Shortlist) -> Float[np.
 @jax.jit
 def _correlate(vectors: jax.Array, packed: jax.Array) -> jax.Array:
     num_chips = vectors.shape[1]
-    return _in_steps(lambda bits: _dot(vectors, 1 - 2 * keys.bits(bits)[:, :num_chips].astype(jnp.int8)), packed)
+    return _in_steps(lambda bits: _dot(vectors, 1 - 2 * chacha.bits(bits)[:, :num_chips].astype(jnp.int8)), packed)
 
 
 def _in_steps(function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:

@@ -12,17 +12,14 @@ set, but reveals shares once, for one set. To collect both secrets of a party a 
 
 from smark_jax.aggregation.protocol import messages, party, server
 from smark_jax.aggregation.protocol.parameters import Neighbourhood, ProtocolError, Setup, neighbourhood, setup
-from smark_jax.aggregation.protocol.rounds import RoundResult, run_round
 
 __all__ = [
     "Neighbourhood",
     "ProtocolError",
-    "RoundResult",
     "Setup",
     "messages",
     "neighbourhood",
     "party",
-    "run_round",
     "server",
     "setup",
 ]

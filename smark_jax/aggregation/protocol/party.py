@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from jaxtyping import UInt32
 
 from smark_jax import _validate, keys
-from smark_jax.aggregation import masks
+from smark_jax.aggregation import exchange
 from smark_jax.aggregation.protocol import messages, sharing
 from smark_jax.aggregation.protocol.parameters import Setup, neighbours, refuse
 
@@ -85,7 +85,7 @@ def join(setup: Setup, identity: keys.SecretKey, secret: keys.SecretKey) -> tupl
         raise _validate.fail("join", "an identity on the roster", public.hex()[:16] + "...", cause)
     party = setup.roster.index(public)
     state = Party(setup, party, identity, secret, "shares")
-    channel, mask = (masks.public_key(state.key(purpose)) for purpose in ("channel", "mask"))
+    channel, mask = (exchange.public_key(state.key(purpose)) for purpose in ("channel", "mask"))
     unsigned = messages.Keys(party, channel, mask, seed_hash(setup, party, state.key("seed")), b"")
     signature = messages.sign(identity, setup, "keys", b"", party, messages.content(unsigned))
     return state, unsigned._replace(signature=signature)
@@ -101,7 +101,7 @@ def share(state: Party, request: messages.ShareRequest) -> tuple[Party, messages
     setup, advertised = state.setup, dict(request.advertised)
     check_advertised(setup, advertised)
     own = advertised.get(state.party)
-    if own is None or own.mask != masks.public_key(state.key("mask")):
+    if own is None or own.mask != exchange.public_key(state.key("mask")):
         raise refuse("share", f"party {state.party}'s own keys in the list", "none or others", "Is the server honest?")
     bound = messages.transcript(setup, advertised)
     state = state._replace(advertised=advertised, transcript=bound, stage="masked")
@@ -218,7 +218,7 @@ def check_advertised(setup: Setup, advertised: Mapping[int, messages.Keys]) -> N
 def seed_stream(setup: Setup, party: int, seed: keys.SecretKey) -> UInt32[np.ndarray, " num_words"]:
     """PRG(b_u): the words that hide a party until its seed is recovered."""
     key = keys.derive(seed, "self mask", setup.context.hex(), str(party))
-    return masks.stream(key, setup.round, setup.num_words)
+    return exchange.stream(key, setup.round, setup.num_words)
 
 
 def pair_stream(
@@ -238,7 +238,7 @@ def pair_stream(
     shared = _exchange(own, peer)
     pair = f"{min(party, other)}-{max(party, other)}"
     key = keys.derive(shared, "pair mask", setup.context.hex(), bound.hex(), model.hex(), pair)
-    stream = masks.stream(key, setup.round, setup.num_words)
+    stream = exchange.stream(key, setup.round, setup.num_words)
     return stream if other > party else np.negative(stream)
 
 

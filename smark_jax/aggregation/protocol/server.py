@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from smark_jax import _validate, keys
-from smark_jax.aggregation import masks
+from smark_jax.aggregation import exchange
 from smark_jax.aggregation.protocol import messages, sharing
 from smark_jax.aggregation.protocol import party as parties
 from smark_jax.aggregation.protocol.parameters import Setup, neighbours, refuse
@@ -206,7 +206,7 @@ def open_sum(server: Server) -> UInt32[np.ndarray, " num_words"]:
         total -= parties.seed_stream(setup, u, seed)
     for v in sorted(set(server.shared) - set(server.survivors)):
         secret = _recover(server, v, "secrets")
-        if masks.public_key(secret) != server.advertised[v].mask:
+        if exchange.public_key(secret) != server.advertised[v].mask:
             raise _wrong_share(v)
         for u in sorted(set(_neighbours(server)[v]) & set(server.survivors)):
             # What v would have added for u is the opposite of what u added for v.
