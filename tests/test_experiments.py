@@ -1,37 +1,29 @@
 """The experiments run at a tiny size, write what they promise, and resume."""
 
 import dataclasses
-import json
 
 import pytest
-import rich.console
 
 pytest.importorskip("matplotlib")
 
+import section_checks
+
+from experiments import sections
 from experiments.collusion import __main__ as collusion
-from experiments.collusion import capability, code_table, null, roc
+from experiments.collusion import capability, codes, null, roc
 
 TINY = {
-    "capability": capability.Config(((304, 20, 200),), ((304, 20, 1000),), (2,), joint_trials=2, single_trials=5),
-    "null": null.Config(trials=3, control_trials=8),
-    "codes": code_table.Config((3,), ("average",), trials=1, order=7, weights=1 << 12, designed_for=3),
-    "roc": roc.Config(customers=20_000, num_chips=48),
+    capability: capability.Config(((304, 20, 200),), ((304, 20, 1000),), (2,), joint_trials=2, single_trials=5),
+    null: null.Config(trials=3, control_trials=8),
+    codes: codes.Config((3,), ("average",), trials=1, order=7, weights=1 << 12, designed_for=3),
+    roc: roc.Config(customers=20_000, num_chips=48),
 }
 
 
 def test_collusion_sections_run_and_resume(tmp_path):
-    console = rich.console.Console(quiet=True)
-    documents = {name: collusion.run_section(name, config, 0, tmp_path, console) for name, config in TINY.items()}
-    for name, document in documents.items():
-        path = tmp_path / f"{name}.json"
-        assert json.loads(path.read_text()) == json.loads(json.dumps(document))
-        assert {"config", "parameters", "seed", "device", "seconds", "result"} <= document.keys()
-        assert (tmp_path / f"{name}.png").stat().st_size > 1000
-        written = path.stat().st_mtime_ns
-        collusion.run_section(name, TINY[name], 0, tmp_path, console)
-        assert path.stat().st_mtime_ns == written
-    changed = dataclasses.replace(TINY["roc"], customers=10_000)
-    again = collusion.run_section("roc", changed, 0, tmp_path, console)
+    documents = section_checks.run_and_resume(TINY, tmp_path)
+    changed = dataclasses.replace(TINY[roc], customers=10_000)
+    again = sections.run_section(roc, changed, 0, tmp_path, section_checks.CONSOLE)
     assert again["result"]["innocents_a_curve"] == 10_000
 
     ours = [row for row in documents["codes"]["result"]["rows"] if row["code"] == "ours, joint"]

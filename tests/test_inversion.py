@@ -1,13 +1,11 @@
 """Inversion against networks whose answer is known, against masks, and the experiment at a tiny size."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
 from conftest import party_secrets
 from test_parallel import apply_linear
 
@@ -136,34 +134,27 @@ def test_inversion_refuses_bad_input():
 # The experiment
 
 
-def test_privacy_sections_run_and_resume(tmp_path, monkeypatch):
+def test_inversion_sections_run_and_resume(tmp_path, monkeypatch):
     for package in ("matplotlib", "skimage"):
         pytest.importorskip(package)
-    from experiments.privacy import __main__ as privacy
-    from experiments.privacy import inversion, sums
+    import section_checks
+
+    from experiments import sections
+    from experiments.inversion import single, sums
 
     tiny = {
-        "inversion": inversion.Config((inversion.Case("LeNet", "fresh", "dlg", steps=40, digits=2),)),
-        "sums": sums.Config((sums.Case("LeNet", "dlg", (1,), steps=40, trials=2),)),
+        single: single.Config((single.Case("LeNet", "fresh", "dlg", steps=40, digits=2),)),
+        sums: sums.Config((sums.Case("LeNet", "dlg", (1,), steps=40, trials=2),)),
     }
     rng = np.random.default_rng(0)
     noise = rng.integers(256, size=(20, 28, 28, 1), dtype=np.uint8)
     monkeypatch.setattr(data, "load", lambda name, split: data.Dataset(noise, rng.integers(10, size=20), 10))
-    console = rich.console.Console(quiet=True)
-    documents = {name: privacy.run_section(name, config, 0, tmp_path, console) for name, config in tiny.items()}
-    for name, document in documents.items():
-        path = tmp_path / f"{name}.json"
-        assert json.loads(path.read_text()) == json.loads(json.dumps(document))
-        assert {"config", "parameters", "seed", "device", "seconds", "result"} <= document.keys()
-        assert (tmp_path / f"{name}.png").stat().st_size > 1000
-        written = path.stat().st_mtime_ns
-        privacy.run_section(name, tiny[name], 0, tmp_path, console)
-        assert path.stat().st_mtime_ns == written
-    changed = dataclasses.replace(tiny["sums"], cases=(sums.Case("LeNet", "dlg", (1,), steps=20),))
-    again = privacy.run_section("sums", changed, 0, tmp_path, console)
+    documents = section_checks.run_and_resume(tiny, tmp_path)
+    changed = dataclasses.replace(tiny[sums], cases=(sums.Case("LeNet", "dlg", (1,), steps=20),))
+    again = sections.run_section(sums, changed, 0, tmp_path, section_checks.CONSOLE)
     assert [row["steps"] for row in again["result"]["rows"]] == [20]
 
-    result = documents["inversion"]["result"]
+    result = documents["single"]["result"]
     rows = {row["message"]: row for row in result["rows"]}
     assert rows["unmasked"]["psnr"] > result["control"]["psnr"] + 3 > rows["masked"]["psnr"] + 3
     assert (rows["unmasked"]["labels_right"], rows["unmasked"]["better_than_control"]) == (2, 2)
@@ -175,7 +166,7 @@ def test_privacy_sections_run_and_resume(tmp_path, monkeypatch):
 
 def test_privacy_measures():
     pytest.importorskip("skimage")
-    from experiments.privacy import common, inversion
+    from experiments.inversion import common
 
     rng = np.random.default_rng(0)
     originals = rng.uniform(size=(5, 28, 28, 1)).astype(np.float32)
@@ -186,18 +177,17 @@ def test_privacy_measures():
     assert measured.ssim < common.likeness(originals[0] * 0.999, originals[0]).ssim <= 1
 
     # Of 200 uniform samples, tests at 1 % refuse about two each; of words short of one bit, all.
-    uniform = [inversion.uniformity(rng.integers(2**32, size=4096, dtype=np.uint32)) for _ in range(200)]
+    uniform = [single.uniformity(rng.integers(2**32, size=4096, dtype=np.uint32)) for _ in range(200)]
     for name in ("bytes_p", "bits_p"):
         assert sum(test[name] < 0.01 for test in uniform) < 12
-    short = inversion.uniformity(rng.integers(2**32, size=4096, dtype=np.uint32) & np.uint32(0xFFFFFFFE))
+    short = single.uniformity(rng.integers(2**32, size=4096, dtype=np.uint32) & np.uint32(0xFFFFFFFE))
     assert max(short["bytes_p"], short["bits_p"]) < 1e-10
 
 
-def test_privacy_help_lists_examples(capsys):
+def test_inversion_help_lists_examples(capsys):
     for package in ("matplotlib", "skimage"):
         pytest.importorskip(package)
-    from experiments.privacy import __main__ as privacy
 
     with pytest.raises(SystemExit):
-        privacy.main(["--help"])
+        inversion.main(["--help"])
     assert "--only sums --seed 7" in capsys.readouterr().out

@@ -13,6 +13,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from experiments import sections
 from experiments.collusion import common
 from smark_jax import codes, keys, statistics, tracing
 
@@ -78,7 +79,7 @@ FULL = Config(
 )
 
 
-def run(config: Config, seed: int, meter: common.Meter) -> common.Result:
+def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     cases = [("single", case) for case in config.single] + [("joint", case) for case in config.joint]
     meter.start(len(cases))
     key, rows = common.master_key(seed, "capability"), []
@@ -96,7 +97,7 @@ def run(config: Config, seed: int, meter: common.Meter) -> common.Result:
     return {"alpha": ALPHA, "least_success": LEAST_SUCCESS, "rows": rows}
 
 
-def _largest(catch: Catch, sizes: tuple[int, ...]) -> common.Result:
+def _largest(catch: Catch, sizes: tuple[int, ...]) -> sections.Result:
     """Bisection for the largest coalition of which anyone, and of which everyone, is caught often enough."""
     rates: dict[int, tuple[float, float]] = {}
     best = {}
@@ -159,7 +160,7 @@ def _words(book: np.ndarray | codes.Codebook, customers: np.ndarray) -> np.ndarr
     return book[customers].astype(np.float64)
 
 
-def show(console: rich.console.Console, result: common.Result) -> None:
+def show(console: rich.console.Console, result: sections.Result) -> None:
     table = rich.table.Table(title="Largest coalition traced, anyone / everyone, miss <= 5 %", title_justify="left")
     for column in ("decoder", "m", "SNR [dB]", "N", "any/all", "stated"):
         table.add_column(column, justify="left" if column == "decoder" else "right")
@@ -175,14 +176,14 @@ def show(console: rich.console.Console, result: common.Result) -> None:
     console.print(table)
 
 
-def _label(row: common.Result) -> str:
+def _label(row: sections.Result) -> str:
     return "/".join(f"{'>=' if row[f'{name}_open'] else ''}{row[name]}" for name in ("any", "all"))
 
 
-def picture(path: Path, result: common.Result) -> None:
+def picture(path: Path, result: sections.Result) -> None:
     rows = sorted(result["rows"], key=lambda row: (row["m"], row["snr_db"], row["decoder"], row["customers"]))
     colours = {"single": "#7f8c8d", "joint": "#c0392b"}
-    with common.figure(path, 8, 1.4 + 0.27 * len(rows)) as fig:
+    with sections.figure(path, 8, 1.4 + 0.27 * len(rows)) as fig:
         axes = fig.subplots()
         for height, row in enumerate(rows):
             axes.plot([row["all"], row["any"]], [height] * 2, color=colours[row["decoder"]], lw=3, alpha=0.5)

@@ -17,6 +17,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from experiments import sections
 from experiments.collusion import common
 from smark_jax import codes, keys, statistics, tracing
 
@@ -56,7 +57,7 @@ READ_OUTS: dict[str, ReadOut] = {
 }
 
 
-def run(config: Config, seed: int, meter: common.Meter) -> common.Result:
+def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     meter.start(len(READ_OUTS) * config.trials + 4 * config.control_trials)
     key = common.master_key(seed, "null")
     rows, alarms = [], 0
@@ -97,7 +98,7 @@ def run(config: Config, seed: int, meter: common.Meter) -> common.Result:
     return {"alpha": ALPHA, "rows": rows, "decoy_alarms": alarms, "controls": controls, "one_sided": sided}
 
 
-def _row(decoder: str, name: str, events: int, trials: int, seconds: float) -> common.Result:
+def _row(decoder: str, name: str, events: int, trials: int, seconds: float) -> sections.Result:
     low, high = common.interval(events, trials)
     return {
         "decoder": decoder,
@@ -154,7 +155,7 @@ def _residual(u: np.ndarray, words: np.ndarray) -> np.ndarray:
     return u - np.linalg.lstsq(words.T, u, rcond=None)[0] @ words if len(words) else u
 
 
-def _one_sided(trials: int, key: keys.SecretKey, rng: np.random.Generator, meter: common.Meter) -> common.Result:
+def _one_sided(trials: int, key: keys.SecretKey, rng: np.random.Generator, meter: sections.Meter) -> sections.Result:
     """How often the colluder who enters negatively escapes a one-sided and the two-sided single decoder."""
     # A one-sided test may spend the whole level on its side: twice that of a two-sided one.
     level = math.log(_SIDED_ALPHA) - math.log(_SIDED_CUSTOMERS)
@@ -180,7 +181,7 @@ def _one_sided(trials: int, key: keys.SecretKey, rng: np.random.Generator, meter
     }
 
 
-def show(console: rich.console.Console, result: common.Result) -> None:
+def show(console: rich.console.Console, result: sections.Result) -> None:
     title = f"Trials that accuse anybody innocent, alpha = {result['alpha']:g} (99.9 % Clopper-Pearson)"
     table = rich.table.Table(title=title, title_justify="left")
     for column in ("decoder", "read-out", "rate", "interval", "trials", "trials/s", "verdict"):
@@ -205,10 +206,10 @@ def show(console: rich.console.Console, result: common.Result) -> None:
     )
 
 
-def picture(path: Path, result: common.Result) -> None:
+def picture(path: Path, result: sections.Result) -> None:
     rows = [*result["rows"], *result["controls"]]
     colours = {"joint": "#c0392b", "sequential": "#d9a441", "single": "#7f8c8d", "support minus j": "#000000"}
-    with common.figure(path, 8, 1.4 + 0.24 * len(rows)) as fig:
+    with sections.figure(path, 8, 1.4 + 0.24 * len(rows)) as fig:
         axes = fig.subplots()
         for height, row in enumerate(rows):
             colour = colours.get(row["decoder"], "#2c6fa8")

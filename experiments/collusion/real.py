@@ -9,6 +9,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from experiments import sections
 from experiments.collusion import common
 from smark_jax import attacks, carriers, codes, data, embedding, extraction, keys, models, tracing
 from smark_jax._types import PyTree
@@ -43,7 +44,7 @@ QUICK = Config(10**6, (Case(304, 10, ("average", "median", "extrapolate")),), ep
 FULL = Config(10**6, (Case(304, 10, _ALL), Case(4096, 50, ("average", "median", "interleave"))))
 
 
-def run(config: Config, seed: int, meter: common.Meter) -> common.Result:
+def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")
     images, labels = train.images[: config.train_images], train.labels[: config.train_images]
     network = models.CNN()
@@ -110,7 +111,7 @@ def _attack(name: str, copies: PyTree, key: jax.Array) -> PyTree:
     return attacks.COLLUSIONS[name](copies, key)
 
 
-def _trace(chips: np.ndarray, book: codes.Codebook, coalition: set[int]) -> common.Result:
+def _trace(chips: np.ndarray, book: codes.Codebook, coalition: set[int]) -> sections.Result:
     began = time.perf_counter()
     verdict = tracing.trace(chips, book, ALPHA, keep_statistics=False)
     seconds = time.perf_counter() - began
@@ -132,7 +133,7 @@ def _trace(chips: np.ndarray, book: codes.Codebook, coalition: set[int]) -> comm
     }
 
 
-def show(console: rich.console.Console, result: common.Result) -> None:
+def show(console: rich.console.Console, result: sections.Result) -> None:
     console.print(
         f"CNN of {result['weights']:,} carrying weights, base accuracy {result['base_accuracy']:.3f}, "
         f"N = {result['customers']:,}, alpha = {result['alpha']:g}"
@@ -161,8 +162,8 @@ def show(console: rich.console.Console, result: common.Result) -> None:
         console.print(table)
 
 
-def picture(path: Path, result: common.Result) -> None:
-    with common.figure(path, 9, 1 + 1.0 * max(1, sum(len(case["attacks"]) for case in result["cases"])) * 0.6) as fig:
+def picture(path: Path, result: sections.Result) -> None:
+    with sections.figure(path, 9, 1 + 1.0 * max(1, sum(len(case["attacks"]) for case in result["cases"])) * 0.6) as fig:
         ratios = [len(case["attacks"]) for case in result["cases"]]
         panels = np.atleast_1d(fig.subplots(len(ratios), 1, height_ratios=ratios))
         for axes, case in zip(panels, result["cases"], strict=True):

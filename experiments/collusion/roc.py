@@ -7,6 +7,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from experiments import sections
 from experiments.collusion import common
 from smark_jax import codes, keys, statistics, tracing
 
@@ -37,7 +38,7 @@ def _read_outs(m: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     }
 
 
-def run(config: Config, seed: int, meter: common.Meter) -> common.Result:
+def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     rng = np.random.default_rng(seed)
     key = common.master_key(seed, "roc")
     meter.start(5 * config.read_outs)
@@ -65,7 +66,7 @@ def run(config: Config, seed: int, meter: common.Meter) -> common.Result:
     return {"innocents_a_curve": config.customers, "curves_each": config.read_outs, "rows": rows}
 
 
-def show(console: rich.console.Console, result: common.Result) -> None:
+def show(console: rich.console.Console, result: sections.Result) -> None:
     table = rich.table.Table(title="Share of innocents with p <= x, over x (at most 1)", title_justify="left")
     for column in ("read-out", "innocents", "largest ratio", "at the smallest x seen 30 times"):
         table.add_column(column, justify="left" if column == "read-out" else "right")
@@ -80,8 +81,8 @@ def show(console: rich.console.Console, result: common.Result) -> None:
     console.print(table)
 
 
-def picture(path: Path, result: common.Result) -> None:
-    with common.figure(path, 6.5, 5.5) as fig:
+def picture(path: Path, result: sections.Result) -> None:
+    with sections.figure(path, 6.5, 5.5) as fig:
         axes = fig.subplots()
         total = result["innocents_a_curve"]
         for row in result["rows"]:

@@ -18,6 +18,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from experiments import sections
 from experiments.collusion import common
 from smark_jax import codes, tracing
 
@@ -52,7 +53,7 @@ QUICK = Config(
 FULL = Config((*QUICK.cases, Case(10**7, "single", 3, 4), Case(10**8, "single", 3, None, 500, keep=False)))
 
 
-def run(config: Config, seed: int, meter: common.Meter) -> common.Result:
+def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     meter.start(len(config.cases))
     rows = []
     for case in config.cases:
@@ -69,7 +70,7 @@ def run(config: Config, seed: int, meter: common.Meter) -> common.Result:
     return {"rows": rows}
 
 
-def measure(customers: int, decoder: Decoder, colluders: int, m: int, seed: int, keep: bool) -> common.Result:
+def measure(customers: int, decoder: Decoder, colluders: int, m: int, seed: int, keep: bool) -> sections.Result:
     key = common.master_key(seed, "speed")
     rng = np.random.default_rng(seed)
     serials = rng.choice(customers, colluders, replace=False)
@@ -101,7 +102,7 @@ def _peak_megabytes() -> float:
     return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
-def show(console: rich.console.Console, result: common.Result) -> None:
+def show(console: rich.console.Console, result: sections.Result) -> None:
     table = rich.table.Table(title="From key to corrected p-values", title_justify="left")
     for column in ("decoder", "N", "kept", "caught", "cold [s]", "warm [s]", "target", "peak [MB]", "target", "load"):
         table.add_column(column, justify="left" if column == "decoder" else "right")
@@ -122,11 +123,11 @@ def show(console: rich.console.Console, result: common.Result) -> None:
     console.print(table)
 
 
-def picture(path: Path, result: common.Result) -> None:
+def picture(path: Path, result: sections.Result) -> None:
     rows = result["rows"]
     names = [f"{r['decoder']}, N = {r['customers']:,}" + ("" if r["keep"] else "\nstatistics not kept") for r in rows]
     places = np.arange(len(rows))
-    with common.figure(path, 9, 1.4 + 0.6 * len(rows)) as fig:
+    with sections.figure(path, 9, 1.4 + 0.6 * len(rows)) as fig:
         left, right = fig.subplots(1, 2, sharey=True)
         warm = [row["measured"]["warm_seconds"] or row["measured"]["cold_seconds"] for row in rows]
         left.barh(places, warm, color="#c0392b")

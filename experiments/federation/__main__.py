@@ -2,7 +2,8 @@
 
 killed        SuperLink and SuperNodes as processes on loopback (TLS, authenticated nodes); a client's process is
               killed in the middle of several rounds, and training goes on
-timing        seconds a round, masked against plain FedAvg, the same processes and the same million weights
+timing        seconds a round: masked, plain FedAvg, and the SecAgg+ of Flower, on the same processes and the same
+              million weights
 participants  ten participants in one process, a fingerprint of its own in every copy of the global model: leaks of
               several rounds are traced, the global model stays clean
 """
@@ -11,7 +12,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import signal
 import statistics
 import sys
@@ -100,9 +100,9 @@ def killed(options: argparse.Namespace, console: rich.console.Console) -> dict[s
 
 
 def timing(options: argparse.Namespace, console: rich.console.Console) -> dict[str, Any]:
-    """Masked and plain runs in turn over the same processes; the first round of each is left out."""
+    """Masked, plain and SecAgg+ runs in turn over the same processes; the first round of each is left out."""
     folder = Path(tempfile.mkdtemp(prefix="smark-federation-"))
-    seconds: dict[str, list[float]] = {"masked": [], "plain": []}
+    seconds: dict[str, list[float]] = {kind: [] for kind in processes.APPS}
     with processes.start(folder, options.clients) as federation:
         for turn in range(options.turns):
             for kind in seconds:
@@ -116,16 +116,19 @@ def timing(options: argparse.Namespace, console: rich.console.Console) -> dict[s
                     clients=options.clients,
                     hidden=_HIDDEN_OF_A_MILLION,
                 )
-                list(_follow(report, options.rounds, console, 180.0 * options.rounds))
+                list(_follow(report, options.rounds, console, 240.0 * options.rounds))
                 ends = [line["seconds"] for line in _rounds(report)["rounds"]]
                 seconds[kind] += [after - before for before, after in itertools.pairwise(ends[1:])]
                 time.sleep(5)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-    ratio = medians["masked"] / medians["plain"]
-    console.print(
-        f"median seconds a round: masked {medians['masked']:.1f}, plain {medians['plain']:.1f}; ratio {ratio:.2f}"
+    ratios = {kind: value / medians["plain"] for kind, value in medians.items()}
+    table = rich.table.Table(
+        "aggregation", "median seconds a round", "against plain", title="Rounds of a million weights"
     )
-    return {"seconds": seconds, "medians": medians, "ratio": ratio, "load_average": os.getloadavg()[0]}
+    for kind, value in medians.items():
+        table.add_row(kind, f"{value:.1f}", f"{ratios[kind]:.2f}")
+    console.print(table)
+    return {"seconds": seconds, "medians": medians, "ratios": ratios}
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace, rich.console.Console], dict[str, Any]]] = {
@@ -145,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=tuple(_COMMANDS))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--clients", type=int, default=5, help="of killed and timing")
-    parser.add_argument("--turns", type=int, default=2, help="of timing: how often masked and plain take turns")
+    parser.add_argument("--turns", type=int, default=2, help="of timing: how often the three take turns")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a client has dropped out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/federation"), help="folder for results")

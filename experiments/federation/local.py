@@ -53,8 +53,10 @@ class LocalGrid(Grid):
     def run(self) -> Any:
         return None
 
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError("Use flwr.app.Message.")
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._configs)

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str,
     def verdict(leak: dict[str, np.ndarray], base: ArrayRecord) -> tracing.Verdict:
         return tracing.trace(extraction.extract(leak, _tree(base), spec, carrier), book, _ALPHA)
 
-    serials = {node: strategy.serials[strategy._identities[node].hex()] for node in grid.get_node_ids()}
+    serials = {node: strategy.serial(node) for node in grid.get_node_ids()}
     rows, coalitions = [], []
     for round_ in sorted({1, min(5, options.rounds), options.rounds}):
         base = marked[round_ - 1]

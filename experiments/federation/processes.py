@@ -19,9 +19,15 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from experiments.distributed.launch import free_port
 from smark_jax.federation import identities
 
-APP = Path(__file__).parent / "app"
+APPS = {
+    "masked": Path(__file__).parent / "app",
+    "plain": Path(__file__).parent / "app",
+    "secaggplus": Path(__file__).parent / "secaggplus",
+}
+"""The Flower app of each aggregation."""
 
 
 class Federation(NamedTuple):
@@ -50,7 +56,7 @@ def start(folder: Path, clients: int, wait_seconds: float = 90.0) -> Iterator[Fe
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     _certificates(folder)
-    port, runtime = _free_port(), [_free_port() for _ in range(clients)]
+    port, runtime = free_port(), [free_port() for _ in range(clients)]
     home = folder / "flwr"
     home.mkdir(exist_ok=True)
     (home / "config.toml").write_text(
@@ -98,14 +104,16 @@ def start(folder: Path, clients: int, wait_seconds: float = 90.0) -> Iterator[Fe
         yield Federation(folder, environment, nodes, launch)
 
 
-def submit(federation: Federation, **config: object) -> str:
-    """Submits the app with this run configuration, and returns the run's number."""
+def submit(federation: Federation, aggregation: str, **config: object) -> str:
+    """Submits the app of an aggregation with this run configuration, and returns the run's number."""
+    if aggregation != "secaggplus":
+        config["aggregation"] = aggregation
     pairs = " ".join(
         f"{name.replace('_', '-')}={value}" if not isinstance(value, str) else f'{name.replace("_", "-")}="{value}"'
         for name, value in config.items()
     )
     done = subprocess.run(
-        ["flwr", "run", str(APP), "loopback", "--run-config", pairs, "--format", "json"],
+        ["flwr", "run", str(APPS[aggregation]), "loopback", "--run-config", pairs, "--format", "json"],
         env=federation.environment,
         capture_output=True,
         text=True,
@@ -157,12 +165,6 @@ def _wait_for_port(port: int, process: subprocess.Popen, log: Path, seconds: flo
             return
         time.sleep(0.3)
     raise RuntimeError(f"SuperLink did not answer in {seconds:g} seconds; see {log}")
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def _register(folder: Path, index: int, environment: dict[str, str]) -> None:

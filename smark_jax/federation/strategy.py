@@ -107,6 +107,14 @@ class Masked(Strategy):
         self._failures = 0
         self._carrier: tuple[carriers.Spec, carriers.Carrier] | None = None
 
+    def serial(self, node: int) -> int:
+        """The serial of the participant behind one of Flower's node ids.
+
+        Raises:
+          KeyError: when the node has not been greeted, or has dropped out since.
+        """
+        return self.serials[self._identities[node].hex()]
+
     def summary(self) -> None:
         """Logs the settings of both strategies."""
         self.strategy.summary()
@@ -322,8 +330,7 @@ class Masked(Strategy):
         params, marks = wire.tree(arrays), self.fingerprints
         spec, carrier = self._carrier or participant_carrier(params, marks)
         self._carrier = spec, carrier
-        serial = self.serials[self._identities[node].hex()]
-        code = codes.codebook(keys.derive(marks.key, "code"), [serial], marks.num_chips)[0]
+        code = codes.codebook(keys.derive(marks.key, "code"), [self.serial(node)], marks.num_chips)[0]
         return wire.record(embedding.embed(params, spec, carrier, code, marks.strength), arrays)
 
 

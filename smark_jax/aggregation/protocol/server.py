@@ -68,14 +68,19 @@ class Server(NamedTuple):
             "confirm": self.masked,
             "unmask": self.masked,
         }
-        answered = {
+        return tuple(sorted(set(asked.get(self.stage, ())) - set(self.answered)))
+
+    @property
+    def answered(self) -> Mapping[int, Any]:
+        """What came at this stage, by party."""
+        came = {
             "keys": self.advertised,
             "shares": self.shared,
             "masked": self.masked,
             "confirm": self.agreements,
             "unmask": self.revealed,
         }
-        return tuple(sorted(set(asked.get(self.stage, ())) - set(answered.get(self.stage, ()))))
+        return came.get(self.stage, {})
 
 
 _KIND = {
@@ -144,14 +149,7 @@ def close(server: Server, model: bytes = parties.NO_MODEL) -> tuple[Server, dict
     Raises:
       ProtocolError: when fewer than the quorum are left: the round is over and nothing is opened.
     """
-    setup = server.setup
-    came = {
-        "keys": server.advertised,
-        "shares": server.shared,
-        "masked": server.masked,
-        "confirm": server.agreements,
-        "unmask": server.revealed,
-    }.get(server.stage, {})
+    setup, came = server.setup, server.answered
     if len(came) < setup.quorum:
         raise refuse(
             f"round {setup.round}, stage {server.stage!r}",

@@ -39,6 +39,11 @@ def to_record(params: Any) -> ArrayRecord:
     )
 
 
+def named(arrays: list[np.ndarray], like: ArrayRecord) -> ArrayRecord:
+    """A list of arrays, as Flower's former API has them, with the names of a record."""
+    return ArrayRecord({name: Array(array) for name, array in zip(like, arrays, strict=True)})
+
+
 def from_record(record: ArrayRecord, config: Any) -> Any:
     like = initial(config)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)

@@ -13,8 +13,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments.collusion.common import Meter, figure
-from experiments.privacy import common
+from experiments import sections
+from experiments.inversion import common
 from smark_jax import attacks
 
 
@@ -41,7 +41,7 @@ FULL = Config(
 )
 
 
-def run(config: Config, seed: int, meter: Meter) -> dict[str, Any]:
+def run(config: Config, seed: int, meter: sections.Meter) -> dict[str, Any]:
     meter.start(sum(case.steps * case.trials * sum(case.parties) for case in config.cases))
     images, labels, mean = common.digits()
     rows = []
@@ -110,7 +110,7 @@ def show(console: rich.console.Console, result: dict[str, Any]) -> None:
 
 def picture(path: Path, result: dict[str, Any]) -> None:
     colours = iter(("#c0392b", "#2c6fa8", "#d9a441"))
-    with figure(path, 6.5, 4.2) as fig:
+    with sections.figure(path, 6.5, 4.2) as fig:
         axes = fig.subplots()
         control: dict[int, float] = {}
         for name in dict.fromkeys((row["network"], row["method"]) for row in result["rows"]):

@@ -18,8 +18,8 @@ import rich.table
 from jax.flatten_util import ravel_pytree
 from scipy import stats
 
-from experiments.collusion.common import Meter, figure, master_key
-from experiments.privacy import common
+from experiments import sections
+from experiments.inversion import common
 from smark_jax import aggregation, attacks, keys
 from smark_jax._types import PyTree
 
@@ -72,7 +72,8 @@ class Messages(NamedTuple):
 
 def _messages(victim: common.Victim, number: int, images: np.ndarray, labels: np.ndarray, seed: int) -> Messages:
     purpose = f"party of network {number}"
-    secrets = [keys.derive(master_key(seed, "privacy"), purpose, str(party)) for party in range(_PARTIES)]
+    master = keys.derive(keys.from_bytes(seed.to_bytes(32, "big")), "experiments.inversion", purpose)
+    secrets = [keys.derive(master, str(party)) for party in range(_PARTIES)]
     pair_keys = aggregation.pair_keys(secrets)[0]
     gradients = [victim.gradient(images[i : i + 1], labels[i : i + 1]) for i in range(len(images))]
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
@@ -87,7 +88,7 @@ def _messages(victim: common.Victim, number: int, images: np.ndarray, labels: np
     return Messages(words, jax.jit(lambda flat: aggregation.decode(unravel(flat), fixed_point, 1)))
 
 
-def run(config: Config, seed: int, meter: Meter) -> dict[str, Any]:
+def run(config: Config, seed: int, meter: sections.Meter) -> dict[str, Any]:
     meter.start(sum(2 * case.digits * case.steps for case in config.cases))
     images, labels, mean = common.digits()
     most = max(case.digits for case in config.cases)
@@ -222,7 +223,7 @@ def _figures(row: dict[str, Any]) -> list[str]:
 
 def picture(path: Path, result: dict[str, Any]) -> None:
     strips = result["pictures"]
-    with figure(path, 8, 0.72 * len(strips)) as fig:
+    with sections.figure(path, 8, 0.72 * len(strips)) as fig:
         for axes, (name, strip) in zip(np.atleast_1d(fig.subplots(len(strips))), strips.items(), strict=True):
             axes.imshow(_unpacked(strip), cmap="gray", vmin=0, vmax=255)
             axes.set_axis_off()

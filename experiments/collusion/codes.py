@@ -13,6 +13,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from experiments import sections
 from experiments.collusion import common
 from smark_jax import attacks, carriers, codes, comparators, embedding, extraction, keys, tracing
 
@@ -49,7 +50,7 @@ FULL = Config(
 )
 
 
-def run(config: Config, seed: int, meter: common.Meter) -> common.Result:
+def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     key = common.master_key(seed, "codes")
     others = _comparators(config, key)
     customers = len(others["BIBD"].words)
@@ -128,7 +129,7 @@ def _comparators(config: Config, key: keys.SecretKey) -> dict[str, comparators.C
     }
 
 
-def show(console: rich.console.Console, result: common.Result) -> None:
+def show(console: rich.console.Console, result: sections.Result) -> None:
     lengths = ", ".join(f"{name} {m}" for name, m in result["num_chips"].items())
     console.print(f"N = {result['customers']:,} customers, equal strength per weight; chips: {lengths}")
     for attack in dict.fromkeys(row["attack"] for row in result["rows"]):
@@ -145,14 +146,14 @@ def show(console: rich.console.Console, result: common.Result) -> None:
         console.print(table)
 
 
-def _cell(row: common.Result) -> str:
+def _cell(row: sections.Result) -> str:
     innocents = f" [bold red](+{row['innocents_mean']:.1f})[/bold red]" if row["innocents_mean"] else ""
     return f"{row['caught_mean']:.1f}{innocents}"
 
 
-def picture(path: Path, result: common.Result) -> None:
+def picture(path: Path, result: sections.Result) -> None:
     names = list(dict.fromkeys(row["attack"] for row in result["rows"]))
-    with common.figure(path, 3.2 * max(2, len(names)) + 1, 6) as fig:
+    with sections.figure(path, 3.2 * max(2, len(names)) + 1, 6) as fig:
         panels = fig.subplots(2, len(names), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
         for (upper, lower), attack in zip(panels.T, names, strict=True):
             for code, (colour, style) in STYLES.items():

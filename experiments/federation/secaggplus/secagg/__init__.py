@@ -1,0 +1,1 @@
+"""Digits under the SecAgg+ of Flower."""

@@ -1,0 +1,1 @@
+"""What a party's messages give away about its images, measured by one command: ``python -m experiments.inversion``."""

@@ -1,0 +1,136 @@
+"""What experiments with several sections share: the command line, results that resume, progress, pictures.
+
+A section is a module with ``QUICK`` and ``FULL`` (frozen dataclasses), ``run(config, seed, meter)``,
+``show(console, result)`` and ``picture(path, result)``; its result is of what JSON can hold.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+
+Result = dict[str, Any]
+_SECONDS_A_LOG_LINE = 20
+
+
+class Meter:
+    """One line of a progress display; in a log, a line now and then."""
+
+    def __init__(self, progress: rich.progress.Progress | None = None, name: str = "") -> None:
+        self._progress = progress
+        self._name, self._printed = name, time.monotonic()
+        self._task = progress.add_task(name, total=None, note="") if progress else rich.progress.TaskID(0)
+
+    def start(self, total: int) -> None:
+        if self._progress:
+            self._progress.reset(self._task, total=total)
+
+    def step(self, note: str = "", advance: int = 1) -> None:
+        if self._progress:
+            self._progress.update(self._task, advance=advance, note=note)
+            if not self._progress.console.is_terminal and time.monotonic() - self._printed > _SECONDS_A_LOG_LINE:
+                self._printed = time.monotonic()
+                task = self._progress.tasks[self._task]
+                self._progress.console.print(f"{self._name} {task.completed:.0f} of {task.total:.0f}: {note}")
+
+    def finish(self) -> None:
+        """The steps were planned as an upper bound, so the line may end early."""
+        if self._progress:
+            task = self._progress.tasks[self._task]
+            self._progress.update(self._task, total=task.completed or 1, completed=task.completed or 1)
+
+
+@contextlib.contextmanager
+def figure(path: Path, width: float, height: float) -> Iterator[Any]:
+    """A matplotlib figure that is saved at the end, without a display and without global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    FigureCanvasAgg(picture)
+    yield picture
+    for axes in picture.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    picture.savefig(path)
+
+
+def run_section(
+    section: ModuleType,
+    config: Any,
+    seed: int,
+    out: Path,
+    console: rich.console.Console,
+    *,
+    label: str = "custom",
+    fresh: bool = False,
+) -> Result:
+    """Runs one section unless its result is there, prints its tables, draws its picture, and returns the result."""
+    name = section.__name__.rpartition(".")[2]
+    path = out / f"{name}.json"
+    # As JSON gives it back: tuples are lists there.
+    parameters = json.loads(json.dumps(dataclasses.asdict(config)))
+    identity = {"section": name, "config": label, "parameters": parameters, "seed": seed}
+    document = json.loads(path.read_text()) if path.exists() and not fresh else {}
+    if {key: document.get(key) for key in identity} == identity:
+        console.print(f"[bold]{name}[/bold]: taken from {path}")
+    else:
+        columns = (
+            rich.progress.TextColumn("{task.description:<11}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[note]}"),
+        )
+        began = time.perf_counter()
+        with rich.progress.Progress(*columns, console=console) as progress:
+            meter = Meter(progress, name)
+            result = section.run(config, seed, meter)
+            meter.finish()
+        device = str(jax.devices()[0].device_kind)
+        seconds = round(time.perf_counter() - began, 1)
+        document = {**identity, "device": device, "seconds": seconds, "result": result}
+        path.write_text(json.dumps(document, indent=2) + "\n")
+    section.show(console, document["result"])
+    section.picture(path.with_suffix(".png"), document["result"])
+    console.print(f"{name}: {document['seconds']:g} seconds; {path} and {path.with_suffix('.png').name}\n")
+    return document
+
+
+def main(
+    package: str, sections: Mapping[str, ModuleType], about: str, examples: str, arguments: Sequence[str] | None = None
+) -> None:
+    """The command line ``python -m experiments.PACKAGE``."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments.{package}",
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", choices=("quick", "full"), default="quick", help="quick: under three minutes")
+    parser.add_argument("--out", type=Path, help=f"folder for results (default: out/{package}/CONFIG)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=tuple(sections), metavar="NAME", help="sections to run")
+    parser.add_argument("--fresh", action="store_true", help="run sections again whose results exist")
+    options = parser.parse_args(arguments)
+    if options.seed < 0:
+        parser.error(f"--seed: expected a number of at least 0, got {options.seed}")
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console = rich.console.Console(width=140)  # a log has room for the tables
+    out = options.out or Path("out") / package / options.config
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    for name in options.only or sections:
+        config = getattr(sections[name], options.config.upper())
+        run_section(sections[name], config, options.seed, out, console, label=options.config, fresh=options.fresh)
+    console.print(f"Results in {out}; {time.perf_counter() - began:.0f} seconds.")
