@@ -1,0 +1,27 @@
+"""Undoing what leaves a network's function alone: permuted, rescaled, flipped, split and dummy neurons.
+
+::
+
+    aligned = alignment.align(suspect, base, apply_fn, example_images)
+    verdict = tracing.trace(extraction.extract(aligned.params, base, spec, carrier), book)
+
+No table of the network is needed: :func:`trace_graph` reads its channel spaces off its jaxpr. Alignment looks at the
+suspect and the base and at nothing else: an innocent's codeword cannot enter, so that p-values hold as they do without
+(aligning to a customer's own copy would break them).
+"""
+
+from smark_jax.alignment.align import Alignment, NothingMatched, Report, SpaceReport, align
+from smark_jax.alignment.graph import FIXED, Graph, Segment
+from smark_jax.alignment.graph import trace as trace_graph
+
+__all__ = [
+    "FIXED",
+    "Alignment",
+    "Graph",
+    "NothingMatched",
+    "Report",
+    "Segment",
+    "SpaceReport",
+    "align",
+    "trace_graph",
+]

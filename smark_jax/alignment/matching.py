@@ -1,0 +1,290 @@
+r"""Which unit of the suspect is which unit of the base: balanced kernels, assignment problems, coordinate descent.
+
+A kernel's slices may have been scaled by any positive number, along its inputs and its outputs. Balancing (Sinkhorn and
+Knopp: every slice to a root mean square of one, in turns, until nothing changes) gives what all such kernels have in
+common; the suspect's and the base's balanced kernels then differ by the order of units alone, and by what was done to
+the weights. Units are matched space by space: by the inner products of all slices whose other axes are known already,
+as a linear assignment problem, beginning where most is known, then in turns until nothing changes.
+(Ainsworth, Hayase, Srinivasa 2023, "Git Re-Basin", section 3.2, without the scales.)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import optimize
+
+from smark_jax.alignment.graph import Graph
+
+_ROUNDS = 30
+_TOLERANCE = 1e-4
+_SWEEPS = 20
+_PARALLEL = 1e-3
+
+Leaves = dict[str, np.ndarray]
+
+
+class Match(NamedTuple):
+    """Which of the suspect's units stands at the place of which of the base's.
+
+    Attributes:
+      units: for each space, the suspect's unit for each of the base's, or -1; shape [units of the base].
+      signs: for each space, +-1 for each unit of the base.
+      score: mean similarity of matched slices, -1 to 1.
+    """
+
+    units: tuple[np.ndarray, ...]
+    signs: tuple[np.ndarray, ...]
+    score: float
+
+
+def kernels(graph: Graph) -> list[str]:
+    """The leaves by which units are recognised: of two or more axes, one of them a space's."""
+    return [
+        path
+        for path, shape in graph.shapes.items()
+        if len(shape) > 1 and any(graph.spaces(path, axis) for axis in range(len(shape)))
+    ]
+
+
+def balance(graph: Graph, path: str, leaf: np.ndarray, sizes: Sequence[int]) -> dict[int, np.ndarray]:
+    """By axis, the factor of each entry that brings every unit's slice to a root mean square of one.
+
+    Slices of zeros keep the factor one. Entries of fixed places have the factor one.
+    """
+    power = np.square(leaf, dtype=np.float32)
+    axes = {axis: graph.entries(path, axis, sizes) for axis in range(leaf.ndim) if graph.spaces(path, axis)}
+    factors = {axis: np.ones(leaf.shape[axis], np.float32) for axis in axes}
+    for _ in range(_ROUNDS):
+        change = 0.0
+        for axis, spaces in axes.items():
+            others = tuple(a for a in range(leaf.ndim) if a != axis)
+            weights = power
+            for other in set(axes) - {axis}:
+                weights = weights * along(np.square(factors[other]), other, leaf.ndim)
+            mean = weights.mean(axis=others)
+            for entries in spaces.values():
+                level = mean[entries].mean(axis=1)
+                new = np.where(level > 0, 1 / np.sqrt(np.where(level > 0, level, 1)), 1).astype(np.float32)
+                old = factors[axis][entries[:, 0]]
+                change = max(change, float(np.abs(np.log(new / old)).max()))
+                factors[axis][entries] = new[:, None]
+        if change < _TOLERANCE or len(axes) == 1:
+            break
+    return factors
+
+
+def balanced(graph: Graph, path: str, leaf: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """The leaf times its factors."""
+    for axis, factor in balance(graph, path, leaf, sizes).items():
+        leaf = leaf * along(factor, axis, leaf.ndim)
+    return leaf
+
+
+class Merged(NamedTuple):
+    """A suspect whose units with parallel incoming weights were added up.
+
+    Attributes:
+      leaves: by path; the units that were added to another have no outgoing weights any more.
+      alive: for each space, which units are left to be matched.
+      members: for each space, by unit, those that were added to it.
+    """
+
+    leaves: Leaves
+    alive: tuple[np.ndarray, ...]
+    members: tuple[dict[int, list[int]], ...]
+
+
+def merge_duplicates(graph: Graph, leaves: Leaves, sizes: Sequence[int]) -> Merged:
+    """Adds up the outgoing weights of units whose incoming weights are parallel (a split neuron, a clique).
+
+    Only where a space is wider than the base's. What a unit with incoming weights c w adds through its outgoing weights
+    v is what a unit with w adds through c v; after a normalisation, which takes c out again, through v. That is good
+    enough to match the sum; :func:`smark_jax.alignment.align` then fits the factors.
+    """
+    leaves, alive = dict(leaves), [np.ones(size, bool) for size in sizes]
+    members: list[dict[int, list[int]]] = [{} for _ in sizes]
+    for space, size in enumerate(sizes):
+        if size == graph.sizes[space]:
+            continue
+        places = graph.places(space)
+        made = [p for p in places if p not in graph.consumed and len(graph.shapes[p[0]]) > 1]
+        used = [p for p in places if p in graph.consumed]
+        single = [p for p in places if len(graph.shapes[p[0]]) == 1]
+        if not made or not used:
+            continue
+        normalised = graph.normalised(space)
+        rows = [_slices(graph, leaves[p[0]], p, space, sizes) for p in made + ([] if normalised else single)]
+        vectors = np.concatenate([row.reshape(size, -1) for row in rows], axis=1)
+        norms = np.linalg.norm(vectors, axis=1)
+        unit = vectors / np.where(norms > 0, norms, 1)[:, None]
+        close = np.triu(unit @ unit.T > 1 - _PARALLEL, 1)
+        for first in range(size):
+            for second in np.flatnonzero(close[first]):
+                if not (alive[space][first] and alive[space][second]):
+                    continue
+                alive[space][second] = False
+                members[space].setdefault(first, []).append(int(second))
+                ratio = 1.0 if normalised else norms[second] / norms[first]
+                for path, axis in used:
+                    entries = graph.entries(path, axis, sizes)[space]
+                    leaf = np.moveaxis(leaves[path].copy(), axis, 0)
+                    leaf[entries[first]] += ratio * leaf[entries[second]]
+                    leaf[entries[second]] = 0
+                    leaves[path] = np.moveaxis(leaf, 0, axis)
+    return Merged(leaves, tuple(alive), tuple(members))
+
+
+def match(
+    graph: Graph, suspect: Leaves, base: Leaves, sizes: Sequence[int], alive: Sequence[np.ndarray]
+) -> Match:
+    """Finds the suspect's unit for each of the base's.
+
+    Args:
+      graph: of the base.
+      suspect: leaves by path, of the suspect's widths.
+      base: leaves by path.
+      sizes: the suspect's widths.
+      alive: which of its units may be matched.
+
+    Returns:
+      The better of two descents: one from what is known of itself, image, logits and windows; one from the suspect's
+      own order, where all widths agree.
+    """
+    paths = kernels(graph)
+    theirs = {path: balanced(graph, path, suspect[path], sizes) for path in paths}
+    ours = {path: balanced(graph, path, base[path], graph.sizes) for path in paths}
+    search = _Search(graph, theirs, ours, tuple(sizes), alive)
+    starts: list[dict[int, tuple[np.ndarray, np.ndarray]]] = [search.greedy()]
+    if tuple(sizes) == graph.sizes and all(a.all() for a in alive):
+        starts.append({s: (np.arange(n), np.ones(n, np.float32)) for s, n in enumerate(graph.sizes)})
+    ends = [search.descend(start) for start in starts]
+    return max(ends, key=lambda end: end.score)
+
+
+class _Search:
+    """Two sets of balanced kernels, and assignments between their units."""
+
+    def __init__(
+        self, graph: Graph, theirs: Leaves, ours: Leaves, sizes: tuple[int, ...], alive: Sequence[np.ndarray]
+    ) -> None:
+        self.graph, self.theirs, self.ours, self.sizes, self.alive = graph, theirs, ours, sizes, alive
+        self.uses: dict[int, list[tuple[str, int]]] = {
+            space: [place for place in graph.places(space) if place[0] in theirs] for space in range(len(sizes))
+        }
+
+    def known(self, place: tuple[str, int], space: int, done: Mapping[int, object]) -> bool:
+        path, axis = place
+        others = (a for a in range(self.ours[path].ndim) if a != axis)
+        return all(self.graph.spaces(path, a) <= set(done) for a in others) and (
+            self.graph.spaces(path, axis) <= {space, *done}
+        )
+
+    def greedy(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        done: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        while len(done) < len(self.sizes):
+            evidence = {
+                space: sum(self.ours[p[0]].size // self.graph.sizes[space] for p in uses if self.known(p, space, done))
+                for space, uses in self.uses.items()
+                if space not in done
+            }
+            space = max(evidence, key=lambda s: evidence[s])
+            places = [p for p in self.uses[space] if self.known(p, space, done)]
+            done[space] = self.assign(space, places, done)[:2]
+        return done
+
+    def descend(self, start: dict[int, tuple[np.ndarray, np.ndarray]]) -> Match:
+        now = dict(start)
+        scores = dict.fromkeys(now, 0.0)
+        for _ in range(_SWEEPS):
+            before = {space: units.copy() for space, (units, _) in now.items()}
+            for space in now:
+                units, signs, scores[space] = self.assign(space, self.uses[space], now)
+                now[space] = units, signs
+            if all((before[space] == now[space][0]).all() for space in now):
+                break
+        weights = [sum(self.ours[p[0]].size for p in self.uses[space]) for space in scores]
+        mean = float(np.average(list(scores.values()), weights=weights)) if scores else 1.0
+        order = range(len(self.sizes))
+        return Match(tuple(now[s][0] for s in order), tuple(now[s][1] for s in order), mean)
+
+    def assign(
+        self, space: int, places: Sequence[tuple[str, int]], done: Mapping[int, tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """The best assignment of a space's units, their signs, and their mean similarity."""
+        size = self.graph.sizes[space]
+        total = np.zeros((size, self.sizes[space]), np.float32)
+        signed = np.zeros_like(total)
+        norm = 0.0
+        for place in places:
+            ours = _slices(self.graph, self.ours[place[0]], place, space, self.graph.sizes).reshape(size, -1)
+            products = [
+                ours @ self.carried(place, space, done, flips).reshape(self.sizes[space], -1).T
+                for flips in (True, False)[: 1 + any((done[s][1] < 0).any() for s in done if s != space)]
+            ]
+            best = max(products, key=lambda product: float(np.abs(product).max(axis=1).sum()))
+            total += np.abs(best)
+            signed += best
+            norm += float(np.square(ours).sum()) / size
+        total[:, ~self.alive[space]] = -1
+        rows, columns = optimize.linear_sum_assignment(total, maximize=True)
+        units = np.full(size, -1)
+        units[rows] = np.where(self.alive[space][columns], columns, -1)
+        signs = np.ones(size, np.float32)
+        signs[rows] = np.where(signed[rows, columns] < 0, -1, 1)
+        score = float(np.maximum(total[rows, columns], 0).sum()) / size / max(norm, 1e-30)
+        return units, signs, score
+
+    def carried(
+        self, place: tuple[str, int], space: int, done: Mapping[int, tuple[np.ndarray, np.ndarray]], flips: bool
+    ) -> np.ndarray:
+        """The suspect's slices of a space's units, their other axes in the base's order."""
+        path, axis = place
+        leaf = self.theirs[path]
+        for other in range(leaf.ndim):
+            if other != axis and self.graph.spaces(path, other):
+                leaf = reorder(self.graph, leaf, (path, other), self.sizes, done, flips)
+        return _slices(self.graph, leaf, place, space, self.sizes)
+
+
+def reorder(
+    graph: Graph,
+    leaf: np.ndarray,
+    place: tuple[str, int],
+    sizes: Sequence[int],
+    done: Mapping[int, tuple[np.ndarray, np.ndarray]],
+    flips: bool = False,
+) -> np.ndarray:
+    """A leaf with one axis in the base's order; entries without a unit in the suspect are zero."""
+    path, axis = place
+    theirs, ours = graph.entries(path, axis, sizes), graph.entries(path, axis, graph.sizes)
+    index = np.full(graph.length(path, axis, graph.sizes), -1)
+    sign = np.ones(index.size, np.float32)
+    for space, (units, signs) in done.items():
+        if space in ours:
+            index[ours[space]] = np.where(units[:, None] >= 0, theirs[space][units], -1)
+            sign[ours[space]] = signs[:, None]
+    index[_fixed(graph, place, graph.sizes)] = _fixed(graph, place, sizes)
+    taken = leaf.take(index, axis=axis)
+    factor = np.where(index >= 0, sign if flips else 1, 0).astype(np.float32)
+    return taken * along(factor, axis, leaf.ndim)
+
+
+def _fixed(graph: Graph, place: tuple[str, int], sizes: Sequence[int]) -> np.ndarray:
+    """An axis' entries that belong to no space."""
+    everything = np.ones(graph.length(*place, sizes), bool)
+    for entries in graph.entries(*place, sizes).values():
+        everything[entries] = False
+    return np.flatnonzero(everything)
+
+
+def _slices(
+    graph: Graph, leaf: np.ndarray, place: tuple[str, int], space: int, sizes: Sequence[int]
+) -> np.ndarray:
+    """The slices of a space's units along an axis, shape [units, entries of each, ...]."""
+    path, axis = place
+    return np.moveaxis(leaf, axis, 0)[graph.entries(path, axis, sizes)[space]]
+
+
+def along(vector: np.ndarray, axis: int, ndim: int) -> np.ndarray:
+    return vector.reshape([-1 if a == axis else 1 for a in range(ndim)])

@@ -1,0 +1,263 @@
+"""Rewrites that leave a network's function alone and move everything that a fingerprint could be read from.
+
+Permuted and rescaled neurons: Lukas et al. 2022, "SoK: How robust is image classification deep neural network
+watermarking?", and arXiv 2205.00199; dummy neurons (NSO: zero, clique, split): arXiv 2303.09732. All take a network's
+graph from :func:`smark_jax.alignment.trace_graph` and may be composed in any order, on models that were widened before.
+
+Rescaling needs activations with a(c x) = c a(x) for c > 0 (ReLU, leaky ReLU, max and average pooling), flips odd ones
+(tanh). Normalisations are known by Flax's names: ``scale``, ``bias``, ``mean``, ``var``.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from smark_jax import _validate
+from smark_jax._types import PyTree
+from smark_jax.alignment import Graph
+
+Dummy = Literal["zero", "clique", "split"]
+_EPSILON = 1e-5  # of Flax's normalisations
+
+
+def permute(params: PyTree, graph: Graph, key: Array) -> PyTree:
+    """Shuffles the channels of every space; under group norm, whole groups and channels within them.
+
+    Args:
+      params: the copy.
+      graph: of its network.
+      key: a ``jax.random`` key.
+    """
+    leaves = _leaves(params)
+    sizes = graph.widths(leaves)
+    rng = _rng(key)
+    for space, size in enumerate(sizes):
+        blocks = np.arange(size).reshape(-1, graph.groups[space])
+        order = rng.permuted(rng.permutation(blocks), axis=1).reshape(-1)
+        for path, axis in graph.places(space):
+            entries = graph.entries(path, axis, sizes)[space]
+            moved = np.moveaxis(leaves[path].copy(), axis, 0)
+            moved[entries] = moved[entries[order]]
+            leaves[path] = np.moveaxis(moved, 0, axis)
+    return _tree(params, leaves)
+
+
+def rescale(params: PyTree, graph: Graph, key: Array, spread: float = 1.0) -> PyTree:
+    """Multiplies what enters each channel by a positive factor, and divides what leaves it by the same.
+
+    In spaces that are normalised, gain and bias of the normalisation are scaled in place of the kernel before it; and
+    the kernel by a factor of its own, which the running mean and variance of batch norm follow.
+
+    Args:
+      params: the copy.
+      graph: of its network.
+      key: a ``jax.random`` key.
+      spread: standard deviation of the factors' natural logarithm.
+
+    Raises:
+      ValueError: when the spread is not positive and finite.
+    """
+    _validate.finite_number("rescale", "spread", spread)
+    rng = _rng(key)
+    sizes = graph.widths(_leaves(params))
+    out = [np.exp(rng.normal(0, spread, size)).astype(np.float32) for size in sizes]
+    inner = [np.exp(rng.normal(0, spread, size)).astype(np.float32) for size in sizes]
+    return _multiply(params, graph, out, inner)
+
+
+def flip(params: PyTree, graph: Graph, key: Array) -> PyTree:
+    """Changes the sign of half the channels, going in and coming out: for odd activations such as tanh.
+
+    Args:
+      params: the copy.
+      graph: of its network.
+      key: a ``jax.random`` key.
+    """
+    rng = _rng(key)
+    sizes = graph.widths(_leaves(params))
+    signs = [rng.choice(np.float32([-1, 1]), size) for size in sizes]
+    return _multiply(params, graph, signs, [np.ones(size, np.float32) for size in sizes])
+
+
+def fold_batch_norm(params: PyTree, graph: Graph) -> PyTree:
+    """Moves gain and variance of every batch norm into the kernel before it, and its bias into the running mean.
+
+    Args:
+      params: the copy, the whole variables dict.
+      graph: of its network.
+
+    Raises:
+      ValueError: when there is no batch norm.
+    """
+    leaves = _leaves(params)
+    norms = _norms(leaves)
+    if not norms:
+        raise _validate.fail("fold_batch_norm", "a network with batch norm", "none", "Pass the whole variables dict.")
+    sizes = graph.widths(leaves)
+    for stem, names in norms.items():
+        kernel = _kernel_before(graph, stem, leaves)
+        gain = leaves[names["scale"]] / np.sqrt(leaves[names["var"]] + _EPSILON)
+        entries = graph.entries(kernel, leaves[kernel].ndim - 1, sizes)
+        factor = np.ones(leaves[kernel].shape[-1], np.float32)
+        for where in entries.values():
+            factor[where] = gain[where]
+        leaves[kernel] = leaves[kernel] * factor
+        leaves[names["mean"]] = leaves[names["mean"]] * gain - leaves[names["bias"]]
+        leaves[names["var"]] = np.full_like(gain, 1 - _EPSILON)
+        leaves[names["scale"]] = np.ones_like(gain)
+        leaves[names["bias"]] = np.zeros_like(gain)
+    return _tree(params, leaves)
+
+
+def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, kind: Dummy = "zero") -> PyTree:
+    """Widens every space by neurons that change nothing.
+
+    Args:
+      params: the copy.
+      graph: of its network.
+      key: a ``jax.random`` key.
+      share: new neurons of each space, relative to those it has; at least one, for a clique two.
+      kind: ``"zero"``: random incoming weights, none outgoing. ``"clique"``: two with the same random incoming weights
+        and opposite outgoing ones. ``"split"``: a neuron becomes two with its incoming weights, whose outgoing weights
+        are random and add up to its own.
+
+    Returns:
+      The copy with wider leaves.
+
+    Raises:
+      ValueError: when the share is not positive, the kind unknown, or the network has group norm, whose statistics every
+        new channel would change.
+    """
+    _validate.finite_number("add_neurons", "share", share)
+    if kind not in ("zero", "clique", "split"):
+        raise _validate.fail("add_neurons", "kind 'zero', 'clique' or 'split'", repr(kind), "Typing error?")
+    if max(graph.groups, default=1) > 1:
+        raise _validate.fail("add_neurons", "a network without group norm", "one with it", "Its function would change.")
+    rng = _rng(key)
+    leaves = _leaves(params)
+    old = graph.widths(leaves)
+    extra = [max(1, round(share * size)) for size in old]
+    if kind == "clique":
+        extra = [2 * -(-count // 2) for count in extra]
+    for space, (size, count) in enumerate(zip(old, extra, strict=True)):
+        widths = list(graph.widths(leaves))
+        origin = rng.permutation(size)[:count] if kind == "split" else rng.integers(size, size=count)
+        origin = np.resize(origin, count)
+        for path in dict.fromkeys(path for path, _ in graph.places(space)):
+            for axis in sorted(axis for p, axis in graph.places(space) if p == path):
+                widths[space] = size
+                leaf = np.moveaxis(leaves[path], axis, 0)
+                before = graph.entries(path, axis, widths)[space]
+                fixed = _others(graph, (path, axis), space, widths)
+                widths[space] = size + count
+                after = graph.entries(path, axis, widths)[space]
+                wide = np.zeros((graph.length(path, axis, widths), *leaf.shape[1:]), leaf.dtype)
+                wide[after[:size]] = leaf[before]
+                wide[_others(graph, (path, axis), space, widths)] = leaf[fixed]
+                wide[after[size:]] = _new(leaf[before], origin, (path, axis) in graph.consumed, kind, rng)
+                if kind == "split" and (path, axis) in graph.consumed:
+                    np.subtract.at(wide, after[origin], wide[after[size:]])
+                leaves[path] = np.moveaxis(wide, 0, axis)
+    return _tree(params, leaves)
+
+
+def _new(
+    slices: np.ndarray, origin: np.ndarray, outgoing: bool, kind: Dummy, rng: np.random.Generator
+) -> np.ndarray:
+    """Slices of new neurons, shape [new, ...], from those of the neurons there are."""
+    shape = (len(origin), *slices.shape[1:])
+    spread = float(np.sqrt(np.mean(np.square(slices)))) or 1.0
+    if outgoing:
+        noise = rng.normal(0, spread, shape).astype(np.float32)
+        if kind == "zero":
+            return np.zeros(shape, np.float32)
+        if kind == "clique":
+            noise[1::2] = -noise[::2]
+        return noise
+    if kind == "split" or slices.ndim == 2:  # gains, statistics: of a neuron there is
+        chosen = slices[origin]
+    else:
+        chosen = rng.normal(0, spread, shape).astype(np.float32)
+    if kind == "clique":
+        chosen = chosen.copy()
+        chosen[1::2] = chosen[::2]
+    return chosen
+
+
+def _multiply(params: PyTree, graph: Graph, out: list[np.ndarray], inner: list[np.ndarray]) -> PyTree:
+    """Scales channels by ``out`` where they leave, and by ``inner`` between a kernel and its normalisation."""
+    leaves = _leaves(params)
+    sizes = graph.widths(leaves)
+    for space in range(len(sizes)):
+        normalised = graph.normalised(space)
+        for path, axis in graph.places(space):
+            if (path, axis) in graph.consumed:
+                factor = 1 / out[space]
+            elif not normalised:
+                factor = out[space]
+            elif leaves[path].ndim > 1 or path.rpartition("/")[2] == "mean":
+                factor = inner[space] if _has_statistics(leaves) else np.ones_like(inner[space])
+            elif path.rpartition("/")[2] == "var":
+                leaves[path] = np.square(inner[space]) * (leaves[path] + _EPSILON) - _EPSILON
+                continue
+            else:
+                factor = out[space]
+            whole = np.ones(leaves[path].shape[axis], np.float32)
+            for i, where in graph.entries(path, axis, sizes).items():
+                if i == space:
+                    whole[where] = factor[:, None]
+            leaves[path] = leaves[path] * whole.reshape([-1 if a == axis else 1 for a in range(leaves[path].ndim)])
+    return _tree(params, leaves)
+
+
+def _has_statistics(leaves: dict[str, np.ndarray]) -> bool:
+    return any(path.rpartition("/")[2] == "var" for path in leaves)
+
+
+def _norms(leaves: dict[str, np.ndarray]) -> dict[str, dict[str, str]]:
+    """By module, the paths of a batch norm's four vectors."""
+    found: dict[str, dict[str, str]] = {}
+    for path in leaves:
+        if path.startswith("batch_stats/") and path.endswith("/var"):
+            stem = path.removeprefix("batch_stats/").removesuffix("/var")
+            found[stem] = {
+                "mean": f"batch_stats/{stem}/mean",
+                "var": path,
+                "scale": f"params/{stem}/scale",
+                "bias": f"params/{stem}/bias",
+            }
+    return found
+
+
+def _kernel_before(graph: Graph, stem: str, leaves: dict[str, np.ndarray]) -> str:
+    """The kernel before a batch norm: Flax numbers both in the order of their making."""
+    number = stem.rpartition("_")[2]
+    path = next((p for p in leaves if p.endswith(f"Conv_{number}/kernel")), None)
+    if path is None:
+        raise _validate.fail("fold_batch_norm", f"a kernel Conv_{number}", "none", "Are modules named by Flax?")
+    return path
+
+
+def _others(graph: Graph, place: tuple[str, int], space: int, sizes: list[int]) -> np.ndarray:
+    """Entries of an axis that do not belong to a space; their order does not depend on its width."""
+    path, axis = place
+    keep = np.ones(graph.length(path, axis, sizes), bool)
+    keep[graph.entries(path, axis, sizes)[space]] = False
+    return np.flatnonzero(keep)
+
+
+def _leaves(params: PyTree) -> dict[str, np.ndarray]:
+    named = jax.tree_util.tree_leaves_with_path(params)
+    return {_validate.path_name(path): np.asarray(leaf) for path, leaf in named}
+
+
+def _tree(params: PyTree, leaves: dict[str, np.ndarray]) -> PyTree:
+    paths = [_validate.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), [jnp.asarray(leaves[path]) for path in paths])
+
+
+def _rng(key: Array) -> np.random.Generator:
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
