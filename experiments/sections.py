@@ -107,7 +107,11 @@ def run_section(
 
 
 def main(
-    package: str, sections: Mapping[str, ModuleType], about: str, examples: str, arguments: Sequence[str] | None = None
+    package: str,
+    sections: Mapping[str, ModuleType],
+    about: str | None,
+    examples: str,
+    arguments: Sequence[str] | None = None,
 ) -> None:
     """The command line ``python -m experiments.PACKAGE``."""
     parser = argparse.ArgumentParser(

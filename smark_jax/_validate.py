@@ -17,8 +17,9 @@ def fail(who: str, expected: str, got: str, cause: str) -> ValueError:
 def is_traced(*values: Any) -> bool:
     """True under jit, vmap or grad, where shapes are known and values are not."""
     import jax
+    from jax import core
 
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+    return any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(values))
 
 
 def same_shape(who: str, **named: Any) -> None:

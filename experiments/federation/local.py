@@ -77,7 +77,7 @@ class LocalGrid(Grid):
         self._count += 1
         name, node = str(self._count), message.metadata.dst_node_id
         meta = Metadata(1, name, 1, node, "", "", time.time(), 3600.0, message.metadata.message_type)
-        arrived = Message(copy.deepcopy(message.content), metadata=meta)
+        arrived = Message(copy.deepcopy(message.content), metadata=meta)  # pyright: ignore[reportCallIssue]
         self.sent.append(message)
         if self._fails(node, arrived):
             self._contexts[node] = self._context(node)

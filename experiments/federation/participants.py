@@ -18,7 +18,7 @@ from smark_jax import codes, extraction, federation, keys, tracing
 from smark_jax.federation import wire
 
 sys.path.insert(0, str(Path(__file__).parent / "app"))
-from digits import task
+from digits import task  # pyright: ignore[reportMissingImports]
 
 PARTICIPANTS = 10
 _REGISTRY = 1000  # participants who might be accused, here or elsewhere
@@ -44,7 +44,11 @@ def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str,
     for round_ in sorted({1, min(5, options.rounds), options.rounds}):
         base = marked[round_ - 1]
         asked = [(m, wire.take(m.content).get("requests", ())) for m in grid.sent if "arrays" in m.content]
-        given = {m.metadata.dst_node_id: _tree(m.content["arrays"]) for m, ((number, _),) in asked if number == round_}
+        given = {
+            m.metadata.dst_node_id: _tree(m.content.array_records["arrays"])
+            for m, ((number, _),) in asked
+            if number == round_
+        }
         found = {node: verdict(copy, base) for node, copy in given.items()}
         right = [v for n, v in found.items() if [a.serial for a in v.accused] == [serials[n]]]
         worst = max((v.accused[0].p_value for v in right), default=1.0)
@@ -99,8 +103,9 @@ def _train(
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        index, round_ = int(context.node_config["partition-id"]), int(message.content["config"]["server-round"])
-        arrays, examples, _ = task.train(message.content["arrays"], index, round_, config)
+        index = int(str(context.node_config["partition-id"]))
+        round_ = int(str(message.content.config_records["config"]["server-round"]))
+        arrays, examples, _ = task.train(message.content.array_records["arrays"], index, round_, config)
         return Message(
             RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": examples})}), reply_to=message
         )

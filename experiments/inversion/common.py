@@ -1,7 +1,7 @@
 """What the sections share: networks, data, and how alike two sets of images are."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -87,7 +87,7 @@ def likeness(found: np.ndarray, original: np.ndarray) -> Likeness:
     return Likeness(
         float(metrics.mean_squared_error(original, found)),
         float(metrics.peak_signal_noise_ratio(original, found, data_range=1)),
-        float(metrics.structural_similarity(original, found, data_range=1, channel_axis=-1)),
+        float(cast(float, metrics.structural_similarity(original, found, data_range=1, channel_axis=-1))),
     )
 
 

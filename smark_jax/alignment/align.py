@@ -61,7 +61,8 @@ class Report(NamedTuple):
     unfollowed: tuple[str, ...]
 
     def __str__(self) -> str:
-        units, theirs, matched, moved = (sum(s[i] for s in self.spaces) for i in range(1, 5))
+        units, theirs = sum(s.units for s in self.spaces), sum(s.suspect_units for s in self.spaces)
+        matched, moved = sum(s.matched for s in self.spaces), sum(s.moved for s in self.spaces)
         lines = [
             f"{matched} of {units} channels matched, {moved} of them moved, {theirs - matched} others left out; "
             f"similarity {self.similarity:.3f}; scales {self.scale_range[0]:.3g} to {self.scale_range[1]:.3g}"
@@ -163,7 +164,9 @@ def _named(tree: PyTree, who: str) -> Leaves:
         name = _validate.path_name(path)
         array = np.asarray(leaf)
         if not jax.numpy.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
-            raise _validate.fail("align", f"real arrays in {who}", f"{array.dtype} at {name!r}", "Is it a weights file?")
+            raise _validate.fail(
+                "align", f"real arrays in {who}", f"{array.dtype} at {name!r}", "Is it a weights file?"
+            )
         floats = jax.numpy.issubdtype(array.dtype, np.floating)
         _validate.all_finite("align", f"weights in {who}'s leaf {name!r}", not floats or np.isfinite(array).all())
         found[name] = array.astype(np.float32) if floats else array
@@ -212,7 +215,7 @@ def _could_be(graph: Graph, path: str, leaf: np.ndarray) -> bool:
 
 
 def _profile(leaf: np.ndarray) -> np.ndarray:
-    """What neither order, nor sign, nor scale of channels changes: singular values of the balanced matrix, or values."""
+    """What neither order, nor sign, nor scale of channels changes: singular values, balanced; or sorted values."""
     if leaf.ndim < 2:
         values = np.sort(np.abs(leaf.reshape(-1)))[::-1]
     else:
@@ -303,7 +306,9 @@ def _unscaled(
 
 def _split(graph: Graph, path: str, axis: int, merged: matching.Merged, match: matching.Match) -> dict[int, list[int]]:
     """By space, the base's units to which several of the suspect's belong."""
-    found = {s: [b for b, u in enumerate(match.units[s]) if int(u) in merged.members[s]] for s in graph.spaces(path, axis)}
+    found = {
+        s: [b for b, u in enumerate(match.units[s]) if int(u) in merged.members[s]] for s in graph.spaces(path, axis)
+    }
     return {space: units for space, units in found.items() if units}
 
 

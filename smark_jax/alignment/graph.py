@@ -2,8 +2,8 @@ r"""Which axes of which weights share a channel space, read off a network's own 
 
 Every axis of every leaf starts with an identity of its own for each of its entries. The pass walks through the
 network's equations: where two entries must keep together (a kernel's input channel and the activation that it meets,
-the two sides of a residual addition, a bias and the channel that it is added to), their identities are linked. Reshapes,
-transposes, concatenations and slices carry identities along. Connected components are the network's *units*; units that
+the two sides of a residual addition, a bias and the channel that it is added to), their identities are linked.
+Reshapes, transposes, concatenations and slices carry identities along. Connected components are the network's *units*; units that
 touch the same axes in the same way can change places with each other and form a *space*. Images, logits, kernels'
 windows and everything that an unknown operation touches stay fixed.
 """
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 from scipy import sparse
 
 from smark_jax import _validate
@@ -353,7 +352,9 @@ class _Walk:
             elif inside:
                 role = inside[0]
                 shape = [shapes[0][a] for a in before]
-                spread = np.broadcast_to(role.ids.reshape([n if a in role.axes else 1 for a, n in zip(before, shape, strict=True)]), shape)
+                spread = np.broadcast_to(
+                    role.ids.reshape([n if a in role.axes else 1 for a, n in zip(before, shape, strict=True)]), shape
+                )
                 found.append(_Role(tuple(after), spread.reshape([out[a] for a in after]), role.source))
             if crossing:
                 self.give_up("reshape across two channel axes", crossing)
@@ -485,14 +486,17 @@ def _graph(shapes: dict[str, tuple[int, ...]], axes: dict[tuple[str, int], np.nd
         shape=(int(label.max(initial=-1)) + 1, len(places)),
     ).tocsr()
     still = set(label[np.concatenate([np.zeros(0, int), *walk.frozen])].tolist())
-    groups: dict[Any, list[int]] = {}
+    alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for component in dict.fromkeys(np.concatenate([np.zeros(0, int), *entries]).tolist()):
         row = counts[component]
         if component not in still and row.nnz > 1:
-            groups.setdefault(tuple(zip(row.indices.tolist(), row.data.tolist(), strict=True)), []).append(component)
-    rank = {c: (s, u) for s, units in enumerate(g for g in groups.values() if len(g) > 1) for u, c in enumerate(units)}
-    sizes = [len(units) for units in groups.values() if len(units) > 1]
-    layout = {place: _segments([rank.get(c, (FIXED, 0)) for c in e.tolist()], sizes) for place, e in zip(places, entries, strict=True)}
+            alike.setdefault(tuple(zip(row.indices.tolist(), row.data.tolist(), strict=True)), []).append(component)
+    rank = {c: (s, u) for s, units in enumerate(g for g in alike.values() if len(g) > 1) for u, c in enumerate(units)}
+    sizes = [len(units) for units in alike.values() if len(units) > 1]
+    layout = {
+        place: _segments([rank.get(c, (FIXED, 0)) for c in e.tolist()], sizes)
+        for place, e in zip(places, entries, strict=True)
+    }
     # An axis whose units stand in no regular order is left alone, and with it the spaces that it touches.
     irregular = {
         rank[c][0]
@@ -506,7 +510,10 @@ def _graph(shapes: dict[str, tuple[int, ...]], axes: dict[tuple[str, int], np.nd
         renumber = {s: i for i, s in enumerate(s for s in range(len(sizes)) if s not in irregular)}
         rank = {c: (renumber[s], u) for c, (s, u) in rank.items() if s in renumber}
         sizes = [size for s, size in enumerate(sizes) if s in renumber]
-        layout = {place: _segments([rank.get(c, (FIXED, 0)) for c in e.tolist()], sizes) for place, e in zip(places, entries, strict=True)}
+        layout = {
+            place: _segments([rank.get(c, (FIXED, 0)) for c in e.tolist()], sizes)
+            for place, e in zip(places, entries, strict=True)
+        }
     whole = {
         (path, axis): layout.get((path, axis)) or (Segment(FIXED, 1, 1, size),)
         for path, shape in shapes.items()

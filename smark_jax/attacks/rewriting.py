@@ -128,8 +128,8 @@ def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, ki
       The copy with wider leaves.
 
     Raises:
-      ValueError: when the share is not positive, the kind unknown, or the network has group norm, whose statistics every
-        new channel would change.
+      ValueError: when the share is not positive, the kind unknown, or the network has group norm, whose statistics
+        every new channel would change.
     """
     _validate.finite_number("add_neurons", "share", share)
     if kind not in ("zero", "clique", "split"):
@@ -164,9 +164,7 @@ def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, ki
     return _tree(params, leaves)
 
 
-def _new(
-    slices: np.ndarray, origin: np.ndarray, outgoing: bool, kind: Dummy, rng: np.random.Generator
-) -> np.ndarray:
+def _new(slices: np.ndarray, origin: np.ndarray, outgoing: bool, kind: Dummy, rng: np.random.Generator) -> np.ndarray:
     """Slices of new neurons, shape [new, ...], from those of the neurons there are."""
     shape = (len(origin), *slices.shape[1:])
     spread = float(np.sqrt(np.mean(np.square(slices)))) or 1.0

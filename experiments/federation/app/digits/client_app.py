@@ -12,9 +12,10 @@ def train(message: Message, context: Context) -> Message:
     """Trains on this participant's digits."""
     from digits import task  # heavy imports only where there is training to do: each message is a process of its own
 
-    index = int(context.node_config["partition-id"])
-    round_ = int(message.content["config"]["server-round"])
-    arrays, examples, loss = task.train(message.content["arrays"], index, round_, context.run_config)
+    index = int(str(context.node_config["partition-id"]))
+    round_ = int(str(message.content.config_records["config"]["server-round"]))
+    given = message.content.array_records["arrays"]
+    arrays, examples, loss = task.train(given, index, round_, context.run_config)
     metrics = MetricRecord({"num-examples": examples, "train-loss": loss})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
