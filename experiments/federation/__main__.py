@@ -6,6 +6,7 @@ timing        seconds a round: masked, plain FedAvg, and the SecAgg+ of Flower, 
               million weights
 participants  ten participants in one process, a fingerprint of its own in every copy of the global model: leaks of
               several rounds are traced, the global model stays clean
+simulation    the same app in Flower's own simulation (needs ray)
 """
 
 import argparse
@@ -131,10 +132,17 @@ def timing(options: argparse.Namespace, console: rich.console.Console) -> dict[s
     return {"seconds": seconds, "medians": medians, "ratios": ratios}
 
 
+def _simulation(options: argparse.Namespace, console: rich.console.Console) -> dict[str, Any]:
+    from experiments.federation import simulation  # it alone needs ray
+
+    return simulation.run(options, console)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace, rich.console.Console], dict[str, Any]]] = {
     "killed": killed,
     "timing": timing,
     "participants": participants.run,
+    "simulation": _simulation,
 }
 
 
@@ -147,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("what", choices=tuple(_COMMANDS))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--clients", type=int, default=5, help="of killed and timing")
+    parser.add_argument("--clients", type=int, default=5, help="of killed, timing and simulation")
     parser.add_argument("--turns", type=int, default=2, help="of timing: how often the three take turns")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a client has dropped out")
     parser.add_argument("--seed", type=int, default=0)

@@ -3,9 +3,9 @@ r"""Which axes of which weights share a channel space, read off a network's own 
 Every axis of every leaf starts with an identity of its own for each of its entries. The pass walks through the
 network's equations: where two entries must keep together (a kernel's input channel and the activation that it meets,
 the two sides of a residual addition, a bias and the channel that it is added to), their identities are linked.
-Reshapes, transposes, concatenations and slices carry identities along. Connected components are the network's *units*; units that
-touch the same axes in the same way can change places with each other and form a *space*. Images, logits, kernels'
-windows and everything that an unknown operation touches stay fixed.
+Reshapes, transposes, concatenations and slices carry identities along. Connected components are the network's *units*;
+units that touch the same axes in the same way can change places with each other and form a *space*. Images, logits,
+kernels' windows and everything that an unknown operation touches stay fixed.
 """
 
 import itertools

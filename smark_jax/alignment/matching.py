@@ -103,8 +103,8 @@ def merge_duplicates(graph: Graph, leaves: Leaves, sizes: Sequence[int]) -> Merg
 
     Only where a space is wider than the base's, and no more units than it is wider: a base may have such units of its
     own. What a unit with incoming weights c w adds through its outgoing weights v is what a unit with w adds through
-    c v; after a normalisation, which takes c out again, it is the gain's ratio that counts. That is good enough to match
-    the sum; :func:`smark_jax.alignment.align` then fits the factors. A split unit's copies are parallel only once the
+    c v; after a normalisation, which takes c out again, the gain's ratio counts. That is good enough to match the sum;
+    :func:`smark_jax.alignment.align` then fits the factors. A split unit's copies are parallel only once the
     parts before them are added up, so that spaces take turns.
     """
     leaves, alive = dict(leaves), [np.ones(size, bool) for size in sizes]

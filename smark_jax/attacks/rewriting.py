@@ -78,7 +78,7 @@ def flip(params: PyTree, graph: Graph, key: Array) -> PyTree:
     """
     rng = _rng(key)
     sizes = graph.widths(_leaves(params))
-    signs = [rng.choice(np.float32([-1, 1]), size) for size in sizes]
+    signs = [rng.choice(np.array([-1, 1], np.float32), size) for size in sizes]
     return _multiply(params, graph, signs, [np.ones(size, np.float32) for size in sizes])
 
 
@@ -258,4 +258,4 @@ def _tree(params: PyTree, leaves: dict[str, np.ndarray]) -> PyTree:
 
 
 def _rng(key: Array) -> np.random.Generator:
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))

@@ -1,0 +1,58 @@
+"""The same app in Flower's own simulation: clients are actors of Ray in this machine's processes."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import rich.console
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
+
+from smark_jax import federation
+
+sys.path.insert(0, str(Path(__file__).parent / "app"))
+from digits import task  # pyright: ignore[reportMissingImports]
+
+
+def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str, Any]:
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    config = {"clients": options.clients, "epochs": 2, "learning-rate": 1e-3, "hidden": 128, "seed": options.seed}
+    app = ClientApp(mods=[federation.masked_mod])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        index = int(str(context.node_config["partition-id"]))
+        round_ = int(str(message.content.config_records["config"]["server-round"]))
+        arrays, examples, _ = task.train(message.content.array_records["arrays"], index, round_, config)
+        metrics = MetricRecord({"num-examples": examples})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    server, rounds = ServerApp(), []
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        everyone = {"min_train_nodes": options.clients, "min_available_nodes": options.clients}
+        strategy = federation.Masked(FedAvg(fraction_evaluate=0.0, **everyone))
+
+        def evaluate(round_: int, arrays: ArrayRecord) -> MetricRecord:
+            accuracy = task.accuracy(arrays, config)
+            updates = len(strategy.results[-1].nodes) if round_ else 0
+            rounds.append({"round": round_, "accuracy": accuracy, "updates": updates})
+            console.print(f"round {round_} of {options.rounds}: accuracy {accuracy:.3f}, {updates} updates in the sum")
+            return MetricRecord({"accuracy": accuracy})
+
+        strategy.start(
+            grid,
+            task.to_record(task.initial(config)),
+            num_rounds=options.rounds,
+            timeout=options.timeout,
+            evaluate_fn=evaluate,
+        )
+
+    run_simulation(server, app, options.clients, backend_config={"client_resources": {"num_cpus": 1}})
+    return {"rounds": rounds}
