@@ -8,6 +8,7 @@ copies, fingerprints or compares the model then cannot lose half of it. A tree w
 Images are uint8 of 0 to 255, or floats already scaled to [0, 1]; the networks do the scaling.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -138,17 +139,32 @@ class _Apply:
     """A function with an identity: equal for equal networks, so that jit compiles once for each and not once a call."""
 
     model: nn.Module
+    any_width: bool
 
     def __call__(self, params: PyTree, images: Num[Array, "B H W C"]) -> Float[Array, "B classes"]:
         variables = params if "params" in params else {"params": params}
-        return self.model.apply(variables, images)  # pyright: ignore[reportReturnType]
+        with nn.intercept_methods(_widen) if self.any_width else contextlib.nullcontext():
+            return self.model.apply(variables, images)  # pyright: ignore[reportReturnType]
 
 
-def apply_fn(model: nn.Module) -> ApplyFn:
+def _widen(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    """Before a dense or convolutional layer runs, it takes its number of features from its kernel."""
+    layer = context.module
+    if isinstance(layer, nn.Dense | nn.Conv) and context.method_name == "__call__":
+        object.__setattr__(layer, "features", layer.get_variable("params", "kernel").shape[-1])
+    return call(*args, **kwargs)
+
+
+def apply_fn(model: nn.Module, any_width: bool = False) -> ApplyFn:
     """The pure ``apply_fn(params, images) -> logits`` of a Flax network, for inference.
 
     It takes what :func:`init` returns: the dict of layers, or a variables dict, known by its key ``"params"``. Batch
     norm uses its running statistics. Two calls with equal networks return functions that are equal and hash alike.
+
+    Args:
+      model: any Flax network that maps images to logits.
+      any_width: take the channels of ``nn.Dense`` and ``nn.Conv`` from the weights, not from the network: to run suspects
+        that were widened by neurons which change nothing. Without it, wider weights are an error.
 
     Examples:
       >>> import jax
@@ -158,7 +174,7 @@ def apply_fn(model: nn.Module) -> ApplyFn:
       >>> apply(params, jax.numpy.ones((4, 8, 8, 1))).shape
       (4, 3)
     """
-    return _Apply(model)
+    return _Apply(model, any_width)
 
 
 def accuracy(

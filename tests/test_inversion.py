@@ -166,7 +166,7 @@ def test_inversion_sections_run_and_resume(tmp_path, monkeypatch):
 
 def test_privacy_measures():
     pytest.importorskip("skimage")
-    from experiments.inversion import common
+    from experiments.inversion import common, single
 
     rng = np.random.default_rng(0)
     originals = rng.uniform(size=(5, 28, 28, 1)).astype(np.float32)
@@ -188,6 +188,8 @@ def test_inversion_help_lists_examples(capsys):
     for package in ("matplotlib", "skimage"):
         pytest.importorskip(package)
 
+    import experiments.inversion.__main__ as experiment
+
     with pytest.raises(SystemExit):
-        inversion.main(["--help"])
+        experiment.main(["--help"])
     assert "--only sums --seed 7" in capsys.readouterr().out

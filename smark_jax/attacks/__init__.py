@@ -19,16 +19,20 @@ from smark_jax.attacks.collusion import (
 )
 from smark_jax.attacks.inversion import InversionMethod, Reconstruction, infer_label, invert_gradient
 from smark_jax.attacks.removal import add_noise, fine_tune, prune, quantise
+from smark_jax.attacks.rewriting import add_neurons, flip, fold_batch_norm, permute, rescale
 
 __all__ = [
     "COLLUSIONS",
     "Collusion",
     "InversionMethod",
     "Reconstruction",
+    "add_neurons",
     "add_noise",
     "average",
     "extrapolate",
     "fine_tune",
+    "flip",
+    "fold_batch_norm",
     "infer_label",
     "interleave",
     "invert_gradient",
@@ -38,7 +42,9 @@ __all__ = [
     "min_max",
     "minimum",
     "modified_negative",
+    "permute",
     "prune",
     "quantise",
     "randomised_negative",
+    "rescale",
 ]

@@ -1,0 +1,1 @@
+"""Fingerprints under attack: removal, and rewrites that leave the function alone."""

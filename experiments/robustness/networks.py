@@ -1,0 +1,104 @@
+"""The networks under attack, trained on digits, and what every section asks of them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from smark_jax import data, keys, models, parallel
+from smark_jax._types import ApplyFn, PyTree
+
+CUSTOMERS = 10**6
+ALPHA = 1e-6
+
+
+class ConcatNet(nn.Module):
+    """Every convolution's output is appended to its input, as in DenseNet (Huang et al. 2017): 44,490 weights."""
+
+    growth: int = 16
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Logits of a batch of images."""
+        x = images.astype(jnp.float32) / (255 if images.dtype == jnp.uint8 else 1)
+        x = nn.relu(nn.Conv(2 * self.growth, (3, 3), 2)(x))
+        for _ in range(2):
+            for _ in range(3):
+                x = jnp.concatenate([x, nn.relu(nn.Conv(self.growth, (3, 3))(x))], axis=-1)
+            x = nn.avg_pool(nn.relu(nn.Conv(2 * self.growth, (1, 1))(x)), (2, 2), strides=(2, 2))
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+class Subject(NamedTuple):
+    """A trained network and its data; labels are class numbers."""
+
+    apply_fn: ApplyFn
+    any_width: ApplyFn
+    base: PyTree
+    images: np.ndarray
+    labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+    def accuracy(self, params: PyTree) -> float:
+        return models.accuracy(self.any_width, params, self.test_images, self.test_labels)
+
+
+def networks() -> dict[str, nn.Module]:
+    return {"CNN": models.CNN(), "ResNet-18": models.ResNet18(width=8, norm="batch"), "concatenating": ConcatNet()}
+
+
+def train(
+    network: nn.Module, seed: int, epochs: int, on_step: Callable[[], None] = lambda: None, train_images: int | None = None
+) -> Subject:
+    """Trains on MNIST-5k with Adam, batch statistics included."""
+    train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")
+    images, labels = np.asarray(train.images)[:train_images], np.asarray(train.labels)[:train_images]
+    start = models.init(network, jax.random.key(seed), images.shape[1:])
+    variables = dict(start) if "params" in start else {"params": start}
+    statistics = "batch_stats" in variables
+    optimizer = optax.adam(1e-3)
+
+    def loss(params: PyTree, rest: PyTree, x: Array, y: Array) -> tuple[Array, PyTree]:
+        if not statistics:
+            logits, new = network.apply({"params": params}, x), {}
+        else:
+            logits, new = network.apply({"params": params, **rest}, x, train=True, mutable=["batch_stats"])
+        return parallel.cross_entropy(logits, y), new  # pyright: ignore[reportArgumentType]
+
+    @jax.jit
+    def step(params: PyTree, rest: PyTree, state: optax.OptState, x: Array, y: Array) -> tuple[PyTree, ...]:
+        gradient, rest = jax.grad(loss, has_aux=True)(params, rest, x, y)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), rest, state
+
+    params, rest = variables.pop("params"), variables
+    state, rng = optimizer.init(params), np.random.default_rng(seed)
+    for _ in range(epochs):
+        order = rng.permutation(len(images))
+        for at in range(0, len(order) - 63, 64):
+            params, rest, state = step(params, rest, state, images[order[at : at + 64]], labels[order[at : at + 64]])
+            on_step()
+    base = {"params": params, **rest} if statistics else params
+    return Subject(
+        models.apply_fn(network),
+        models.apply_fn(network, any_width=True),
+        base,
+        images,
+        labels,
+        np.asarray(test.images),
+        np.asarray(test.labels),
+    )
+
+
+def steps(epochs: int, images: int = 4000) -> int:
+    return epochs * (images // 64)
+
+
+def secret(seed: int, *names: str) -> keys.SecretKey:
+    return keys.derive(keys.from_bytes(seed.to_bytes(32, "big")), "experiments.robustness", *names)
