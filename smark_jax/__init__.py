@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smark_jax import aggregation as aggregation
+    from smark_jax import alignment as alignment
     from smark_jax import attacks as attacks
     from smark_jax import carriers as carriers
     from smark_jax import codes as codes
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "aggregation",
+    "alignment",
     "attacks",
     "carriers",
     "codes",

@@ -163,8 +163,8 @@ def apply_fn(model: nn.Module, any_width: bool = False) -> ApplyFn:
 
     Args:
       model: any Flax network that maps images to logits.
-      any_width: take the channels of ``nn.Dense`` and ``nn.Conv`` from the weights, not from the network: to run suspects
-        that were widened by neurons which change nothing. Without it, wider weights are an error.
+      any_width: take the channels of ``nn.Dense`` and ``nn.Conv`` from the weights, not from the network: to run
+        suspects that were widened by neurons which change nothing. Without it, wider weights are an error.
 
     Examples:
       >>> import jax

@@ -54,7 +54,11 @@ def networks() -> dict[str, nn.Module]:
 
 
 def train(
-    network: nn.Module, seed: int, epochs: int, on_step: Callable[[], None] = lambda: None, train_images: int | None = None
+    network: nn.Module,
+    seed: int,
+    epochs: int,
+    on_step: Callable[[], None] = lambda: None,
+    train_images: int | None = None,
 ) -> Subject:
     """Trains on MNIST-5k with Adam, batch statistics included."""
     train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
@@ -87,7 +88,7 @@ def _one(
     word = codes.codebook(book.key, [leaker], config.num_chips)[0]
     marked = embedding.embed(weights(base), spec, carrier, word, config.strength)
     copy = {**base, "params": marked} if "params" in base else marked
-    logits = np.asarray(subject.any_width(copy, images))
+    logits = np.asarray(subject.any_width(copy, jnp.asarray(images)))
     innocents = np.setdiff1d(np.arange(INNOCENTS + 1), [leaker])[:INNOCENTS]
     innocent_words = np.asarray(codes.codebook(book.key, innocents, config.num_chips), np.float64)
 
@@ -104,7 +105,7 @@ def _one(
     means = []
     for _ in range(config.compositions):
         suspect, names = compose(copy, graph, rng)
-        change = float(np.abs(np.asarray(subject.any_width(suspect, images)) - logits).max())
+        change = float(np.abs(np.asarray(subject.any_width(suspect, jnp.asarray(images))) - logits).max())
         began = time.perf_counter()
         aligned, report = alignment.align(suspect, base, subject.apply_fn, images)
         seconds = time.perf_counter() - began
@@ -286,9 +287,9 @@ def picture(path: Path, result: sections.Result) -> None:
             for offset, key, color in ((-0.2, "T_unaligned", "tab:gray"), (0.2, "T", "tab:blue")):
                 label = {"T": "aligned", "T_unaligned": "as found"}[key] if at == 0 else None
                 axes.plot(at + offset + spread, [f[key] for f in found], ".", color=color, label=label)
-        axes.axhline(statistics.threshold(np.ones(304), math.log(ALPHA / CUSTOMERS)), color="tab:red", lw=1, label="accused above, 1 in 1,000,000 customers")
+        bar = statistics.threshold(np.ones(304), math.log(ALPHA / CUSTOMERS))
+        axes.axhline(bar, color="tab:red", lw=1, label="accused above, 1 in 1,000,000 customers")
         axes.set_xticks(range(len(result["networks"])), [row["network"] for row in result["networks"]])
         axes.set_ylabel("statistic T of the leaker")
         axes.set_title("Rewritten copies, each point a random composition")
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-

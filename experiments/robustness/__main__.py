@@ -1,0 +1,27 @@
+"""Copies under attack: what is still traced.
+
+Each section writes NAME.json and NAME.png into the output folder, and is skipped where they exist for the same
+configuration and seed, so that an interrupted run goes on where it stopped.
+"""
+
+from collections.abc import Sequence
+
+from experiments import sections
+from experiments.robustness import rewrites
+
+SECTIONS = {"rewrites": rewrites}
+_EXAMPLES = """sections:
+  rewrites  random compositions of rewrites that leave the function alone, on three networks, with and without alignment
+
+examples:
+  python -m experiments.robustness
+  python -m experiments.robustness --config full --out out/robustness/full
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    sections.main("robustness", SECTIONS, __doc__, _EXAMPLES, arguments)
+
+
+if __name__ == "__main__":
+    main()
