@@ -70,3 +70,40 @@ def test_bad_settings_are_refused():
         attacks.fine_tune(params, apply_linear, images[0], labels[0])
     with pytest.raises(ValueError, match="epochs"):
         attacks.fine_tune(params, apply_linear, images[0], labels[0], epochs=0, batch_size=5)
+
+
+CONV = np.float32(np.random.default_rng(3).normal(size=(3, 3, 4, 10)))
+
+
+def test_prune_filters_zeroes_the_weakest_outputs_of_convolutions():
+    pruned = attacks.prune_filters({"conv": jnp.asarray(CONV), **PARAMS}, 0.35)
+    weakest = np.argsort(np.abs(CONV.astype(np.float64)).sum(axis=(0, 1, 2)))[:3]
+    wanted = CONV.copy()
+    wanted[..., weakest] = 0
+    np.testing.assert_array_equal(pruned["conv"], wanted)
+    np.testing.assert_array_equal(pruned["kernel"], PARAMS["kernel"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_cast_rounds_as_numpy_does(dtype):
+    rounded = attacks.cast({"conv": jnp.asarray(CONV), "count": jnp.arange(3)}, dtype)
+    assert rounded["conv"].dtype == jnp.float32
+    np.testing.assert_array_equal(rounded["conv"], CONV.astype(jnp.dtype(dtype)).astype(np.float32))
+    assert not np.array_equal(rounded["conv"], CONV)
+    np.testing.assert_array_equal(rounded["count"], np.arange(3))
+
+
+def test_low_rank_leaves_the_tail_of_the_singular_values():
+    values = np.linalg.svd(CONV.astype(np.float64).reshape(36, 10), compute_uv=False)
+    kept = np.asarray(attacks.low_rank({"conv": jnp.asarray(CONV), **PARAMS}, 0.5)["conv"], np.float64)
+    np.testing.assert_allclose(np.linalg.norm(kept - CONV), np.linalg.norm(values[5:]), rtol=1e-5)
+    assert np.linalg.matrix_rank(kept.reshape(36, 10), tol=1e-4) == 5
+
+
+def test_new_attacks_refuse_bad_input():
+    for fraction in (0, 1, -0.5, float("nan")):
+        for attack in (attacks.prune_filters, attacks.low_rank):
+            with pytest.raises(ValueError, match="strictly between 0 and 1"):
+                attack(PARAMS, fraction)
+    with pytest.raises(ValueError, match="floating-point"):
+        attacks.cast(PARAMS, "int8")

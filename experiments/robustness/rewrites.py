@@ -43,7 +43,8 @@ FULL = Config(compositions=50, epochs=6)
 def compose(params: PyTree, graph: alignment.Graph, rng: np.random.Generator) -> tuple[PyTree, list[str]]:
     """Three to five rewrites, drawn at random; always a permutation among them."""
     folds = ["fold"] if isinstance(params, dict) and "batch_stats" in params else []
-    names = [str(n) for n in rng.choice(["permute", "rescale", "zero", "clique", "split", *folds], rng.integers(2, 5))]
+    kinds = ["permute", "rescale", "zero", "clique", "split", *folds]
+    names: list[Any] = [str(name) for name in rng.choice(kinds, rng.integers(2, 5))]
     names.insert(int(rng.integers(len(names) + 1)), "permute")
     for name in names:
         key = jax.random.key(int(rng.integers(2**31)))

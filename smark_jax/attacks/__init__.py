@@ -18,7 +18,7 @@ from smark_jax.attacks.collusion import (
     randomised_negative,
 )
 from smark_jax.attacks.inversion import InversionMethod, Reconstruction, infer_label, invert_gradient
-from smark_jax.attacks.removal import add_noise, fine_tune, prune, quantise
+from smark_jax.attacks.removal import add_noise, cast, fine_tune, low_rank, prune, prune_filters, quantise
 from smark_jax.attacks.rewriting import add_neurons, flip, fold_batch_norm, permute, rescale
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "add_neurons",
     "add_noise",
     "average",
+    "cast",
     "extrapolate",
     "fine_tune",
     "flip",
@@ -37,6 +38,7 @@ __all__ = [
     "interleave",
     "invert_gradient",
     "largest_difference",
+    "low_rank",
     "maximum",
     "median",
     "min_max",
@@ -44,6 +46,7 @@ __all__ = [
     "modified_negative",
     "permute",
     "prune",
+    "prune_filters",
     "quantise",
     "randomised_negative",
     "rescale",

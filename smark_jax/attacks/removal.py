@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,3 +137,71 @@ def _add_noise_to_leaf(leaf: Array, key: Array, relative: float) -> Array:
     wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
     spread = jnp.sqrt(jnp.mean(jnp.square(wide)))
     return (wide + relative * spread * jax.random.normal(key, leaf.shape, wide.dtype)).astype(leaf.dtype)
+
+
+def prune_filters(params: PyTree, fraction: float) -> PyTree:
+    """Sets the output channels of least L1 norm of every convolution (leaf of three or more axes) to zero.
+
+    Li, Kadav, Durdanovic, Samet, Graf, "Pruning filters for efficient ConvNets", ICLR 2017, without the fine-tuning
+    that may follow. Dense layers, and so the logits' own, are left alone.
+
+    Args:
+      params: the copy.
+      fraction: part of each convolution's output channels (its last axis) to remove, strictly between 0 and 1; rounded
+        down to whole channels.
+
+    Raises:
+      ValueError: when the fraction is outside (0, 1).
+    """
+    if not 0 < fraction < 1:
+        raise _validate.fail("prune_filters", "a fraction strictly between 0 and 1", repr(fraction), "50 % is 0.5.")
+    return jax.tree.map(functools.partial(_prune_filters_of_kernel, fraction=fraction), params)
+
+
+def _prune_filters_of_kernel(leaf: Array, fraction: float) -> Array:
+    if leaf.ndim < 3:
+        return leaf
+    norms = jnp.abs(leaf).astype(jnp.float32).sum(axis=tuple(range(leaf.ndim - 1)))
+    return leaf.at[..., jnp.argsort(norms)[: int(fraction * norms.size)]].set(0)
+
+
+def cast(params: PyTree, dtype: Any) -> PyTree:
+    """Rounds every floating-point leaf to a narrower type and gives it back in its own.
+
+    Args:
+      params: the copy.
+      dtype: a floating-point type, such as ``jax.numpy.bfloat16`` or ``"float16"``.
+
+    Raises:
+      ValueError: when ``dtype`` is not a floating-point type.
+    """
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise _validate.fail("cast", "a floating-point dtype", repr(dtype), "For whole numbers, use quantise.")
+    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.astype(dtype).astype(leaf.dtype) if floating(leaf) else leaf, params)
+
+
+def low_rank(params: PyTree, fraction: float) -> PyTree:
+    """Keeps the largest singular values of each kernel (leaf of two or more axes) as a matrix [inputs, outputs].
+
+    By Eckart and Young the nearest kernel of that rank.
+
+    Args:
+      params: the copy.
+      fraction: part of the singular values to keep, strictly between 0 and 1; at least one is kept.
+
+    Raises:
+      ValueError: when the fraction is outside (0, 1).
+    """
+    if not 0 < fraction < 1:
+        raise _validate.fail("low_rank", "a fraction strictly between 0 and 1", repr(fraction), "Half is 0.5.")
+    return jax.tree.map(functools.partial(_low_rank_kernel, fraction=fraction), params)
+
+
+def _low_rank_kernel(leaf: Array, fraction: float) -> Array:
+    if leaf.ndim < 2:
+        return leaf
+    matrix = leaf.astype(jnp.float32).reshape(-1, leaf.shape[-1])
+    left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
+    rank = max(1, int(fraction * values.size))
+    return ((left[:, :rank] * values[None, :rank]) @ right[:rank]).reshape(leaf.shape).astype(leaf.dtype)
