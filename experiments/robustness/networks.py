@@ -18,7 +18,7 @@ ALPHA = 1e-6
 
 
 class ConcatNet(nn.Module):
-    """Every convolution's output is appended to its input, as in DenseNet (Huang et al. 2017): 44,490 weights."""
+    """Every convolution's output is appended to its input, as in DenseNet (Huang et al. 2017): 49,962 weights."""
 
     growth: int = 16
 

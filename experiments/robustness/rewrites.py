@@ -36,7 +36,7 @@ class Config:
     large: bool = True
 
 
-QUICK = Config(compositions=5, epochs=3, large=False)
+QUICK = Config(compositions=5, epochs=2, large=False)
 FULL = Config(compositions=50, epochs=6)
 
 
