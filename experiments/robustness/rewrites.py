@@ -293,4 +293,4 @@ def picture(path: Path, result: sections.Result) -> None:
         axes.set_xticks(range(len(result["networks"])), [row["network"] for row in result["networks"]])
         axes.set_ylabel("statistic T of the leaker")
         axes.set_title("Rewritten copies, each point a random composition")
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
