@@ -18,8 +18,15 @@ import jax
 import rich.console
 import rich.progress
 
+from smark_jax import keys
+
 Result = dict[str, Any]
 _SECONDS_A_LOG_LINE = 20
+
+
+def secret(seed: int, *names: str) -> keys.SecretKey:
+    """The key of these names that follows from a seed, so that an experiment repeats itself."""
+    return keys.derive(keys.from_bytes(seed.to_bytes(32, "big")), *names)
 
 
 class Meter:

@@ -53,6 +53,12 @@ def probability(who: str, name: str, value: float) -> None:
         )
 
 
+def unit_interval(who: str, name: str, value: float, cause: str) -> None:
+    """Refuses a number outside the open interval (0, 1)."""
+    if not is_traced(value) and not 0 < value < 1:
+        raise fail(who, f"{name} strictly between 0 and 1", repr(value), cause)
+
+
 def finite_number(who: str, name: str, value: float) -> None:
     """Refuses a strength, clip or margin that is not a positive finite number."""
     if is_traced(value):

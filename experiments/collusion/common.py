@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from experiments import sections
 from smark_jax import keys, tracing
 
 DECODERS = ("joint", "sequential", "single")
 
 
 def master_key(seed: int, section: str) -> keys.SecretKey:
-    return keys.derive(keys.from_bytes(seed.to_bytes(32, "big")), "experiments.collusion", section)
+    return sections.secret(seed, "experiments.collusion", section)
 
 
 def interval(events: int, trials: int, confidence: float = 0.999) -> tuple[float, float]:

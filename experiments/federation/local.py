@@ -5,14 +5,36 @@ Flower's own: messages, contexts, mods, strategies.
 """
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Error, Message, Metadata, RecordDict
+from flwr.app import Context, Error, Message, Metadata, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+
+from smark_jax import federation
+
+sys.path.insert(0, str(Path(__file__).parent / "app"))
+from digits import task  # pyright: ignore[reportMissingImports]
+
+
+def client_app(config: dict[str, Any]) -> ClientApp:
+    """The masked ClientApp of digits, with the configuration of a run that no ``flwr run`` started."""
+    app = ClientApp(mods=[federation.masked_mod])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        index = int(str(context.node_config["partition-id"]))
+        round_ = int(str(message.content.config_records["config"]["server-round"]))
+        arrays, examples, _ = task.train(message.content.array_records["arrays"], index, round_, config)
+        metrics = MetricRecord({"num-examples": examples})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    return app
 
 
 class LocalGrid(Grid):

@@ -2,23 +2,17 @@
 
 import argparse
 import logging
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rich.console
 import rich.table
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
-from experiments.federation.local import LocalGrid
+from experiments.federation.local import LocalGrid, client_app, task
 from smark_jax import codes, extraction, federation, keys, tracing
 from smark_jax.federation import wire
-
-sys.path.insert(0, str(Path(__file__).parent / "app"))
-from digits import task  # pyright: ignore[reportMissingImports]
 
 PARTICIPANTS = 10
 _REGISTRY = 1000  # participants who might be accused, here or elsewhere
@@ -99,17 +93,7 @@ def _train(
     config: dict[str, Any], rounds: int, marks: federation.Fingerprints | None, console: rich.console.Console
 ) -> tuple[list[ArrayRecord], LocalGrid, federation.Masked]:
     """The global model before and after every round, and what was sent."""
-    app = ClientApp(mods=[federation.masked_mod])
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        index = int(str(context.node_config["partition-id"]))
-        round_ = int(str(message.content.config_records["config"]["server-round"]))
-        arrays, examples, _ = task.train(message.content.array_records["arrays"], index, round_, config)
-        return Message(
-            RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": examples})}), reply_to=message
-        )
-
+    app = client_app(config)
     models: list[ArrayRecord] = []
 
     def keep(round_: int, arrays: ArrayRecord) -> None:

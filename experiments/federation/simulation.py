@@ -2,36 +2,22 @@
 
 import argparse
 import logging
-import sys
-from pathlib import Path
 from typing import Any
 
 import rich.console
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
+from experiments.federation.local import client_app, task
 from smark_jax import federation
-
-sys.path.insert(0, str(Path(__file__).parent / "app"))
-from digits import task  # pyright: ignore[reportMissingImports]
 
 
 def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str, Any]:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     config = {"clients": options.clients, "epochs": 2, "learning-rate": 1e-3, "hidden": 128, "seed": options.seed}
-    app = ClientApp(mods=[federation.masked_mod])
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        index = int(str(context.node_config["partition-id"]))
-        round_ = int(str(message.content.config_records["config"]["server-round"]))
-        arrays, examples, _ = task.train(message.content.array_records["arrays"], index, round_, config)
-        metrics = MetricRecord({"num-examples": examples})
-        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
-
+    app = client_app(config)
     server, rounds = ServerApp(), []
 
     @server.main()

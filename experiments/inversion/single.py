@@ -72,7 +72,7 @@ class Messages(NamedTuple):
 
 def _messages(victim: common.Victim, number: int, images: np.ndarray, labels: np.ndarray, seed: int) -> Messages:
     purpose = f"party of network {number}"
-    master = keys.derive(keys.from_bytes(seed.to_bytes(32, "big")), "experiments.inversion", purpose)
+    master = sections.secret(seed, "experiments.inversion", purpose)
     secrets = [keys.derive(master, str(party)) for party in range(_PARTIES)]
     pair_keys = aggregation.pair_keys(secrets)[0]
     gradients = [victim.gradient(images[i : i + 1], labels[i : i + 1]) for i in range(len(images))]

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from experiments import sections
 from smark_jax import data, keys, models, parallel
 from smark_jax._types import ApplyFn, PyTree
 
@@ -105,4 +106,4 @@ def steps(epochs: int, images: int = 4000) -> int:
 
 
 def secret(seed: int, *names: str) -> keys.SecretKey:
-    return keys.derive(keys.from_bytes(seed.to_bytes(32, "big")), "experiments.robustness", *names)
+    return sections.secret(seed, "experiments.robustness", *names)

@@ -167,7 +167,7 @@ def randomised_negative(copies: PyTree, key: Array, probability: float = 0.5) ->
       ValueError: when the leaves share no leading axis of at least two colluders, or the probability is outside (0, 1).
     """
     _num_colluders("randomised_negative", copies)
-    _unit_interval("randomised_negative", "probability", probability, "Sure outcomes are minimum and maximum.")
+    _validate.unit_interval("randomised_negative", "probability", probability, "Sure outcomes are minimum and maximum.")
     return _merge(functools.partial(_random_extreme, probability=probability), copies, key)
 
 
@@ -242,7 +242,7 @@ def largest_difference(copies: PyTree, key: Array, fraction: float = 0.5) -> PyT
       ValueError: when the leaves share no leading axis of at least two colluders, or the fraction is outside (0, 1).
     """
     _num_colluders("largest_difference", copies)
-    _unit_interval("largest_difference", "fraction", fraction, "All is randomised_negative, none is average.")
+    _validate.unit_interval("largest_difference", "fraction", fraction, "All is randomised_negative, none is average.")
 
     def rule(x: Array, key: Array) -> Array:
         difference = x.max(axis=0) - x.min(axis=0)
@@ -257,11 +257,6 @@ def _num_colluders(who: str, copies: PyTree) -> int:
     if num_colluders < 2:
         raise _validate.fail(who, "copies of at least two colluders", "one copy", "For one copy, see attacks.removal.")
     return num_colluders
-
-
-def _unit_interval(who: str, name: str, value: float, cause: str) -> None:
-    if not _validate.is_traced(value) and not 0 < value < 1:
-        raise _validate.fail(who, f"{name} strictly between 0 and 1", repr(value), cause)
 
 
 def _merge(rule: Callable[..., Array], copies: PyTree, *keys: Array) -> PyTree:

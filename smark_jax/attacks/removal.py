@@ -80,8 +80,7 @@ def prune(params: PyTree, fraction: float) -> PyTree:
     Raises:
       ValueError: when the fraction is outside (0, 1).
     """
-    if not 0 < fraction < 1:
-        raise _validate.fail("prune", "a fraction strictly between 0 and 1", repr(fraction), "50 % is 0.5.")
+    _validate.unit_interval("prune", "a fraction", fraction, "50 % is 0.5.")
     return jax.tree.map(functools.partial(_prune_kernel, fraction=fraction), params)
 
 
@@ -153,8 +152,7 @@ def prune_filters(params: PyTree, fraction: float) -> PyTree:
     Raises:
       ValueError: when the fraction is outside (0, 1).
     """
-    if not 0 < fraction < 1:
-        raise _validate.fail("prune_filters", "a fraction strictly between 0 and 1", repr(fraction), "50 % is 0.5.")
+    _validate.unit_interval("prune_filters", "a fraction", fraction, "50 % is 0.5.")
     return jax.tree.map(functools.partial(_prune_filters_of_kernel, fraction=fraction), params)
 
 
@@ -193,8 +191,7 @@ def low_rank(params: PyTree, fraction: float) -> PyTree:
     Raises:
       ValueError: when the fraction is outside (0, 1).
     """
-    if not 0 < fraction < 1:
-        raise _validate.fail("low_rank", "a fraction strictly between 0 and 1", repr(fraction), "Half is 0.5.")
+    _validate.unit_interval("low_rank", "a fraction", fraction, "Half is 0.5.")
     return jax.tree.map(functools.partial(_low_rank_kernel, fraction=fraction), params)
 
 

@@ -18,6 +18,7 @@ from jax import Array
 from smark_jax import _validate
 from smark_jax._types import PyTree
 from smark_jax.alignment import Graph
+from smark_jax.alignment.matching import along
 
 Dummy = Literal["zero", "clique", "split"]
 _EPSILON = 1e-5  # of Flax's normalisations
@@ -189,6 +190,7 @@ def _multiply(params: PyTree, graph: Graph, out: list[np.ndarray], inner: list[n
     """Scales channels by ``out`` where they leave, and by ``inner`` between a kernel and its normalisation."""
     leaves = _leaves(params)
     sizes = graph.widths(leaves)
+    statistics = any(path.rpartition("/")[2] == "var" for path in leaves)
     for space in range(len(sizes)):
         normalised = graph.normalised(space)
         for path, axis in graph.places(space):
@@ -197,22 +199,16 @@ def _multiply(params: PyTree, graph: Graph, out: list[np.ndarray], inner: list[n
             elif not normalised:
                 factor = out[space]
             elif leaves[path].ndim > 1 or path.rpartition("/")[2] == "mean":
-                factor = inner[space] if _has_statistics(leaves) else np.ones_like(inner[space])
+                factor = inner[space] if statistics else np.ones_like(inner[space])
             elif path.rpartition("/")[2] == "var":
                 leaves[path] = np.square(inner[space]) * (leaves[path] + _EPSILON) - _EPSILON
                 continue
             else:
                 factor = out[space]
             whole = np.ones(leaves[path].shape[axis], np.float32)
-            for i, where in graph.entries(path, axis, sizes).items():
-                if i == space:
-                    whole[where] = factor[:, None]
-            leaves[path] = leaves[path] * whole.reshape([-1 if a == axis else 1 for a in range(leaves[path].ndim)])
+            whole[graph.entries(path, axis, sizes)[space]] = factor[:, None]
+            leaves[path] = leaves[path] * along(whole, axis, leaves[path].ndim)
     return _tree(params, leaves)
-
-
-def _has_statistics(leaves: dict[str, np.ndarray]) -> bool:
-    return any(path.rpartition("/")[2] == "var" for path in leaves)
 
 
 def _norms(leaves: dict[str, np.ndarray]) -> dict[str, dict[str, str]]:
