@@ -11,11 +11,12 @@ Trained embedding minimises a fingerprint loss of the read-out together with wha
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Num
 
@@ -92,6 +93,84 @@ def embed_batch(
     copies, ok, signs = _embed_batch(params, spec, carrier, jnp.asarray(codes), strength)
     _verify("embed_batch", ok, signs)
     return copies
+
+
+class Calibration(NamedTuple):
+    """What strengths cost a model.
+
+    Attributes:
+      strength: the largest one that was tried with a cost in bounds.
+      strengths: those tried, in rising order, shape [S].
+      mean_drops: mean of the base's score minus the copies', shape [S].
+      worst_drops: the largest of a copy, shape [S].
+    """
+
+    strength: float
+    strengths: tuple[float, ...]
+    mean_drops: tuple[float, ...]
+    worst_drops: tuple[float, ...]
+
+
+def calibrate(
+    params: PyTree,
+    spec: carriers.Spec,
+    carrier: carriers.Carrier,
+    score: Callable[[PyTree], float],
+    max_drop: float = 0.002,
+    *,
+    strengths: Sequence[float] = (0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2),
+    copies: int = 5,
+    seed: int = 0,
+) -> Calibration:
+    """The strength that this model can bear: how much differs by a factor of ten between networks.
+
+    Tries strengths in rising order on copies with throw-away random codewords, and stops where their mean score has
+    dropped by more than ``max_drop``, or one of them by more than three times that. The stronger the mark, the more a
+    leaker must destroy: see the page on robustness.
+
+    Args:
+      params: the base model.
+      spec: its carrying leaves.
+      carrier: the model's carrier.
+      score: ``score(params) -> float``, the larger the better, such as the accuracy on held-out images.
+      max_drop: largest acceptable mean drop, in the score's unit.
+      strengths: to try.
+      copies: with each strength.
+      seed: of the codewords.
+
+    Returns:
+      The strength, and what each cost.
+
+    Raises:
+      ValueError: when even the smallest strength costs more, a setting is out of range, or as :func:`embed`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from smark_jax import carriers, embedding, keys
+      >>> base = {"kernel": jnp.sin(jnp.arange(10_000.0))}
+      >>> spec = carriers.select(base)
+      >>> carrier = carriers.draw(keys.from_bytes(bytes(32)), spec)
+      >>> score = lambda params: float(-jnp.square(params["kernel"] - base["kernel"]).mean() ** 0.5)
+      >>> embedding.calibrate(base, spec, carrier, score, max_drop=0.05).strength
+      0.07
+    """
+    _validate.positive("calibrate", "copies", copies)
+    _validate.finite_number("calibrate", "max_drop", max_drop)
+    rising = sorted(strengths)
+    words = np.random.default_rng(seed).choice(np.int8([-1, 1]), (copies, carrier.num_chips))
+    original = float(score(params))
+    tried: list[tuple[float, float, float]] = []
+    for strength in rising:
+        drops = [original - float(score(embed(params, spec, carrier, word, strength))) for word in words]
+        tried.append((float(strength), float(np.mean(drops)), float(np.max(drops))))
+        if not (tried[-1][1] <= max_drop and tried[-1][2] <= 3 * max_drop):
+            break
+    good = [strength for strength, mean, worst in tried if mean <= max_drop and worst <= 3 * max_drop]
+    if not good:
+        got = f"drops of {tried[0][1]:.3g} in the mean and {tried[0][2]:.3g} at worst" if tried else "no strengths"
+        cause = "Accept a larger drop, mark kernels only (carriers.select(params, 'kernel')), or try smaller strengths."
+        raise _validate.fail("calibrate", f"a strength that costs at most {max_drop:g}", got, cause)
+    return Calibration(good[-1], *zip(*tried, strict=True))
 
 
 def _check(who: str, params: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, strength: float) -> None:

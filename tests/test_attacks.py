@@ -1,10 +1,14 @@
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from test_parallel import apply_linear, linear_problem
 
-from smark_jax import attacks, parallel
+from smark_jax import attacks, carriers, codes, extraction, keys, parallel
 
 RNG = np.random.default_rng(0)
 PARAMS = {"kernel": jnp.float32(RNG.normal(size=(40, 50))), "bias": jnp.float32(RNG.normal(size=50))}
@@ -107,3 +111,141 @@ def test_new_attacks_refuse_bad_input():
                 attack(PARAMS, fraction)
     with pytest.raises(ValueError, match="floating-point"):
         attacks.cast(PARAMS, "int8")
+
+
+def test_only_matched_weights_are_trained_and_statistics_never():
+    params, images, labels = linear_problem(1)
+    statistics = {"mean": jnp.ones(3), "count": jnp.arange(2)}
+    variables = {"params": {"first": params, "second": params}, "batch_stats": statistics}
+
+    def apply(variables, images):
+        weights, shift = variables["params"], variables["batch_stats"]["mean"].sum()
+        return apply_linear(weights["first"], images) + shift * apply_linear(weights["second"], images)
+
+    tune = functools.partial(attacks.fine_tune, apply_fn=apply, images=images[0], labels=labels[0], batch_size=5)
+    tuned = tune(variables, epochs=1)
+    for part in ("first", "second"):
+        assert _moved(tuned["params"][part], variables["params"][part]).all()
+    tuned = tune(variables, epochs=1, trainable="^params/second")
+    chex.assert_trees_all_equal(tuned["params"]["first"], variables["params"]["first"])
+    chex.assert_trees_all_equal(tuned["batch_stats"], statistics)
+    assert _moved(tuned["params"]["second"], variables["params"]["second"]).all()
+    with pytest.raises(ValueError, match=r"(?s)fine_tune: expected a pattern.*'third'.*params/first"):
+        tune(variables, trainable="third")
+
+
+def _moved(tree, other):
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    return np.array([not np.array_equal(a, b) for a, b in leaves])
+
+
+@pytest.mark.parametrize(("smoothing", "l2", "weight"), [(0, 0, 0), (0.3, 0, 0), (0, 0.1, 0), (0, 0, 0.7)])
+def test_first_step_of_fine_tuning_follows_the_float64_gradient(smoothing, l2, weight):
+    """Adam's first step is rate * g / (|g| + 1e-8)."""
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(8, 6)), rng.integers(3, size=8)
+    kernel = rng.normal(size=(6, 3))
+    logits = x @ kernel
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    wanted = np.eye(3)[y] * (1 - smoothing) + smoothing / 3
+    gradient = x.T @ (p - wanted) / 8 + l2 * kernel + 2 * weight * kernel
+    tuned = attacks.fine_tune(
+        {"kernel": jnp.float32(kernel)},
+        lambda params, images: images @ params["kernel"],
+        np.float32(x),
+        y,
+        epochs=1,
+        batch_size=8,
+        learning_rate=0.01,
+        label_smoothing=smoothing,
+        l2=l2,
+        penalty=lambda params: weight * jnp.sum(jnp.square(params["kernel"])),
+    )
+    np.testing.assert_allclose(tuned["kernel"], kernel - 0.01 * gradient / (np.abs(gradient) + 1e-8), atol=2e-6)
+
+
+def test_pruned_weights_stay_at_zero_where_held():
+    params, images, labels = linear_problem(1)
+    pruned = attacks.prune(params, 0.5)
+    tune = functools.partial(attacks.fine_tune, pruned, apply_linear, images[0], labels[0], epochs=3, batch_size=5)
+    held, free = tune(hold_zeros=True), tune()
+    for name, leaf in pruned.items():
+        zero = np.asarray(leaf) == 0
+        if np.ndim(leaf) > 1:
+            assert zero.any() and not np.asarray(held[name])[zero].any()
+            assert np.asarray(free[name])[zero].any()
+            assert (np.asarray(held[name]) != np.asarray(leaf))[~zero].all()
+
+
+def test_distil_minimises_the_divergence_from_the_teacher():
+    params, images, _ = linear_problem(1)
+    student = jax.tree.map(lambda leaf: 0.1 * leaf[::-1], params)
+    taught = attacks.distil(params, apply_linear, images[0], student, epochs=300, batch_size=5, learning_rate=0.05)
+
+    def divergence(p):
+        t, s = (
+            scipy.special.log_softmax(np.asarray(apply_linear(q, images[0]), np.float64) / 3, 1) for q in (params, p)
+        )
+        return (np.exp(t) * (t - s)).sum(axis=1).mean()
+
+    assert divergence(taught) < 0.01 * divergence(student)
+    np.testing.assert_array_equal(
+        attacks.predicted_labels(params, apply_linear, images[0]),
+        np.asarray(apply_linear(params, images[0])).argmax(axis=1),
+    )
+    with pytest.raises(ValueError, match="temperature"):
+        attacks.distil(params, apply_linear, images[0], student, temperature=0)
+
+
+def test_reinitialise_replaces_what_matches():
+    fresh = jax.tree.map(jnp.zeros_like, PARAMS)
+    mixed = attacks.reinitialise(PARAMS, fresh, "^ker")
+    chex.assert_trees_all_equal(mixed, {"kernel": fresh["kernel"], "bias": PARAMS["bias"]})
+    with pytest.raises(ValueError, match="pattern"):
+        attacks.reinitialise(PARAMS, fresh, "conv")
+    with pytest.raises(ValueError, match="reinitialise"):
+        attacks.reinitialise(PARAMS, {"kernel": fresh["kernel"]}, "kernel")
+
+
+def test_shift_weights_in_float64():
+    shifted = attacks.shift_weights({"conv": jnp.asarray(CONV), "bias": PARAMS["bias"]}, jax.random.key(0), noise=0)
+    wide = CONV.astype(np.float64)
+    np.testing.assert_allclose(shifted["conv"], wide - 1.5 * wide.mean(axis=-1, keepdims=True), atol=1e-6)
+    np.testing.assert_array_equal(shifted["bias"], PARAMS["bias"])
+    noisy = attacks.shift_weights({"conv": jnp.asarray(CONV)}, jax.random.key(0), mean=0, noise=0.5)
+    assert np.std(np.asarray(noisy["conv"]) - CONV) == pytest.approx(0.5 * CONV.std(), rel=0.2)
+    with pytest.raises(ValueError, match="shift_weights"):
+        attacks.shift_weights(PARAMS, jax.random.key(0), noise=-1)
+
+
+def test_overwriting_leaves_the_leakers_own_fingerprints():
+    mine, theirs = (keys.from_bytes(bytes([n]) * 32) for n in (1, 2))
+    base = {"kernel": PARAMS["kernel"]}
+    spec = carriers.select(base)
+    written = attacks.overwrite(base, theirs, times=2, strength=0.03, num_chips=64)
+    for number in range(2):
+        carrier = carriers.draw(keys.derive(theirs, "carrier", str(number)), spec, 64)
+        word = np.asarray(codes.codebook(keys.derive(theirs, "code"), [number], 64)[0])
+        chips = np.asarray(extraction.extract(written, base, spec, carrier))
+        assert (chips * word > 0).mean() > 0.9
+    other = carriers.draw(keys.derive(mine, "carrier", "0"), spec, 64)
+    assert abs((np.asarray(extraction.extract(written, base, spec, other)) * word > 0).mean() - 0.5) < 0.3
+    statistics = {"mean": jnp.ones(3)}
+    whole = attacks.overwrite({"params": base, "batch_stats": statistics}, theirs, times=2, num_chips=64)
+    chex.assert_trees_all_equal(whole, {"params": written, "batch_stats": statistics})
+
+
+def test_penalty_empties_guessed_carriers_only():
+    base = {"kernel": PARAMS["kernel"]}
+    spec = carriers.select(base)
+    guess, other = (carriers.draw(keys.from_bytes(bytes([n]) * 32), spec, 64) for n in (1, 2))
+    penalty = attacks.carrier_energy(base, spec, [guess], weight=0.5)
+    assert float(penalty(base)) == pytest.approx(0.5)
+    emptied, weights = base, carriers.read(base, spec)
+    for _ in range(200):
+        emptied = jax.tree.map(lambda p, g: p - 0.5 * g / jnp.abs(g).max() * 0.02, emptied, jax.grad(penalty)(emptied))
+    energy = [np.square(np.asarray(carriers.despread(carriers.read(emptied, spec), c))).sum() for c in (guess, other)]
+    before = [np.square(np.asarray(carriers.despread(weights, c))).sum() for c in (guess, other)]
+    assert energy[0] < 0.1 * before[0] and energy[1] > 0.8 * before[1]
+    with pytest.raises(ValueError, match="at least one carrier"):
+        attacks.carrier_energy(base, spec, [])

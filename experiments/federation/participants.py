@@ -10,7 +10,7 @@ import rich.table
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
-from experiments.federation.local import LocalGrid, client_app, task
+from experiments.federation.local import LocalGrid, client_app, task  # pyright: ignore[reportAttributeAccessIssue]
 from smark_jax import codes, extraction, federation, keys, tracing
 from smark_jax.federation import wire
 

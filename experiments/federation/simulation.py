@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
-from experiments.federation.local import client_app, task
+from experiments.federation.local import client_app, task  # pyright: ignore[reportAttributeAccessIssue]
 from smark_jax import federation
 
 

@@ -7,14 +7,17 @@ configuration and seed, so that an interrupted run goes on where it stopped.
 from collections.abc import Sequence
 
 from experiments import sections
-from experiments.robustness import rewrites
+from experiments.robustness import removal, rewrites, strength
 
-SECTIONS = {"rewrites": rewrites}
+SECTIONS = {"rewrites": rewrites, "removal": removal, "strength": strength}
 _EXAMPLES = """sections:
   rewrites  random compositions of rewrites that leave the function alone, on three networks, with and without alignment
+  removal   every removal attack at several settings: accuracy kept and p-value
+  strength  which layers to mark, and how strongly: accuracy lost against what is left after attacks
 
 examples:
   python -m experiments.robustness
+  python -m experiments.robustness --only removal
   python -m experiments.robustness --config full --out out/robustness/full
 """
 

@@ -18,7 +18,17 @@ from smark_jax.attacks.collusion import (
     randomised_negative,
 )
 from smark_jax.attacks.inversion import InversionMethod, Reconstruction, infer_label, invert_gradient
-from smark_jax.attacks.removal import add_noise, cast, fine_tune, low_rank, prune, prune_filters, quantise
+from smark_jax.attacks.removal import (
+    add_noise,
+    cast,
+    low_rank,
+    overwrite,
+    prune,
+    prune_filters,
+    quantise,
+    shift_weights,
+)
+from smark_jax.attacks.retraining import carrier_energy, distil, fine_tune, predicted_labels, reinitialise
 from smark_jax.attacks.rewriting import add_neurons, flip, fold_batch_norm, permute, rescale
 
 __all__ = [
@@ -29,7 +39,9 @@ __all__ = [
     "add_neurons",
     "add_noise",
     "average",
+    "carrier_energy",
     "cast",
+    "distil",
     "extrapolate",
     "fine_tune",
     "flip",
@@ -44,10 +56,14 @@ __all__ = [
     "min_max",
     "minimum",
     "modified_negative",
+    "overwrite",
     "permute",
+    "predicted_labels",
     "prune",
     "prune_filters",
     "quantise",
     "randomised_negative",
+    "reinitialise",
     "rescale",
+    "shift_weights",
 ]

@@ -1,73 +1,15 @@
-"""Attempts to remove the fingerprint from one copy."""
+"""Attempts to remove the fingerprint from one copy without data."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from smark_jax import _validate, parallel
-from smark_jax._types import AnyArray, ApplyFn, PyTree
-
-
-def fine_tune(
-    params: PyTree,
-    apply_fn: ApplyFn,
-    images: AnyArray,
-    labels: Int[AnyArray, " N"],
-    *,
-    epochs: int = 3,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
-    on_step: Callable[[], None] = lambda: None,
-) -> PyTree:
-    """Trains all layers on with Adam and true labels, the "fine-tune all layers" of the usual removal suites.
-
-    Args:
-      params: the copy.
-      apply_fn: ``apply_fn(params, images) -> logits``.
-      images: the leaker's images, shape [N, ...].
-      labels: their labels, shape [N].
-      epochs: passes over the data.
-      batch_size: examples in a step, at most N.
-      learning_rate: Adam's.
-      seed: of the shuffles.
-      on_step: called after each step: a progress bar.
-
-    Returns:
-      The fine-tuned copy.
-
-    Raises:
-      ValueError: when the batch is larger than the data, or epochs or batch size not at least 1.
-    """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        _validate.positive("fine_tune", name, value)
-    if not batch_size <= len(images) == len(labels):
-        got = f"{len(images)} images and {len(labels)} labels"
-        cause = "Use smaller batches, or pass images and labels of the same split."
-        raise _validate.fail("fine_tune", f"at least {batch_size} images with a label each", got, cause)
-    optimizer = optax.adam(learning_rate)
-
-    @jax.jit
-    def step(params: PyTree, opt_state: optax.OptState, x: Array, y: Array) -> tuple[PyTree, optax.OptState]:
-        gradient = jax.grad(lambda p: parallel.cross_entropy(apply_fn(p, x), y))(params)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    rng = np.random.default_rng(seed)
-    opt_state = optimizer.init(params)
-    for _ in range(epochs):
-        order = rng.permutation(len(images))
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            index = order[start : start + batch_size]
-            params, opt_state = step(params, opt_state, images[index], labels[index])
-            on_step()
-    return params
+from smark_jax import _validate, carriers, codes, embedding, keys
+from smark_jax._types import PyTree
 
 
 def prune(params: PyTree, fraction: float) -> PyTree:
@@ -202,3 +144,64 @@ def _low_rank_kernel(leaf: Array, fraction: float) -> Array:
     left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     rank = max(1, int(fraction * values.size))
     return ((left[:, :rank] * values[None, :rank]) @ right[:rank]).reshape(leaf.shape).astype(leaf.dtype)
+
+
+def shift_weights(params: PyTree, key: Array, mean: float = 1.5, noise: float = 1.0) -> PyTree:
+    r"""Moves every kernel (leaf of two or more axes) away from its filters' mean, with noise: weight shifting.
+
+    :math:`W \leftarrow W - \text{mean} \cdot \bar W - \text{noise} \cdot \mathcal N(0, \sigma_W^2)`
+
+    with :math:`\bar W` the mean over output channels (the last axis) and :math:`\sigma_W` the kernel's standard
+    deviation: Lukas, Jiang, Li, Kerschbaum, "SoK: How robust is image classification deep neural network
+    watermarking?", IEEE S&P 2022, with its factors.
+    The network is useless until it is fine-tuned.
+
+    Args:
+      params: the copy.
+      key: a ``jax.random`` key.
+      mean: factor of the filters' mean, at least 0.
+      noise: factor of the noise, at least 0.
+
+    Raises:
+      ValueError: when a factor is negative or not finite.
+    """
+    for name, value in (("mean", mean), ("noise", noise)):
+        if not 0 <= value < float("inf"):
+            raise _validate.fail("shift_weights", f"{name} to be finite and at least 0", repr(value), "Try 1.5 and 1.")
+    shift = functools.partial(_shift_kernel, mean=mean, noise=noise)
+    return jax.tree.map(shift, params, optax.tree.split_key_like(key, params))
+
+
+def _shift_kernel(leaf: Array, key: Array, mean: float, noise: float) -> Array:
+    if leaf.ndim < 2:
+        return leaf
+    wide = leaf.astype(jnp.float32)
+    random = noise * wide.std() * jax.random.normal(key, leaf.shape, jnp.float32)
+    return (wide - mean * wide.mean(axis=-1, keepdims=True) - random).astype(leaf.dtype)
+
+
+def overwrite(
+    params: PyTree, key: keys.SecretKey, *, times: int = 1, strength: float = 0.03, num_chips: int = 304
+) -> PyTree:
+    """Embeds fingerprints of the leaker's own by the same method: overwriting.
+
+    Each time draws another carrier and codeword, as somebody does who knows this library and not the owner's key.
+
+    Args:
+      params: the copy; of a variables dict, its ``"params"`` are marked.
+      key: the leaker's.
+      times: number of fingerprints.
+      strength: of each, as in :func:`smark_jax.embedding.embed`.
+      num_chips: length of each.
+
+    Raises:
+      ValueError: when times is not at least 1, or as ``embed``.
+    """
+    _validate.positive("overwrite", "times", times)
+    weights = params["params"] if "params" in params else params
+    spec = carriers.select(weights)
+    for number in range(times):
+        carrier = carriers.draw(keys.derive(key, "carrier", str(number)), spec, num_chips)
+        word = codes.codebook(keys.derive(key, "code"), [number], num_chips)[0]
+        weights = embedding.embed(weights, spec, carrier, word, strength)
+    return {**params, "params": weights} if "params" in params else weights

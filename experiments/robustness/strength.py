@@ -1,0 +1,137 @@
+"""Which layers to mark, and how strongly: accuracy lost by copies against what a leaker's attack leaves of T."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+
+from experiments import sections
+from experiments.robustness import networks
+from experiments.robustness.networks import ALPHA, CUSTOMERS
+from smark_jax import attacks, carriers, codes, embedding, extraction, models, statistics
+
+LAYERS = {
+    "all": None,
+    "convolutions": "^Conv",
+    "dense": "^Dense",
+    "largest kernel": "^Dense_0/kernel",
+    "all but the last": "^(?!Dense_1)",
+    "last": "^Dense_1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """``copies`` of each kind, of which the first is attacked."""
+
+    strengths: tuple[float, ...]
+    layers: tuple[str, ...]
+    copies: int
+    attack_epochs: int
+    epochs: int = 6
+    num_chips: int = 304
+    train_images: int | None = None
+
+
+QUICK = Config((0.003, 0.01, 0.03, 0.1), ("all", "convolutions", "dense"), copies=3, attack_epochs=1, epochs=3)
+FULL = Config((0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2), tuple(LAYERS), copies=10, attack_epochs=5)
+
+
+def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
+    meter.start(networks.steps(config.epochs, config.train_images or 4000))
+    train = lambda: meter.step("train the base")  # noqa: E731
+    subject = networks.train(models.CNN(), seed, config.epochs, train, config.train_images)
+    base, base_accuracy = subject.base, subject.accuracy(subject.base)
+    tune = functools.partial(
+        attacks.fine_tune,
+        apply_fn=subject.apply_fn,
+        images=subject.images,
+        labels=subject.labels,
+        epochs=config.attack_epochs,
+        seed=seed,
+    )
+    suite = {
+        "none": lambda copy: copy,
+        "fine-tune": tune,
+        "fine-tune, rate 0.003": functools.partial(tune, learning_rate=3e-3),
+        "prune 90%": functools.partial(attacks.prune, fraction=0.9),
+        "3 bits": functools.partial(attacks.quantise, bits=3),
+        "noise 0.5": functools.partial(attacks.add_noise, key=jax.random.key(seed), relative=0.5),
+    }
+    meter.start(len(config.layers) * len(config.strengths))
+    rows = []
+    for layers in config.layers:
+        spec = carriers.select(base, LAYERS[layers])
+        carrier = carriers.draw(networks.secret(seed, "strength", layers), spec, config.num_chips)
+        words = codes.codebook(networks.secret(seed, "strength", "code"), range(config.copies), config.num_chips)
+        for strength in config.strengths:
+            copies = [embedding.embed(base, spec, carrier, word, strength) for word in words]
+            left = {}
+            for name, attack in suite.items():
+                suspect = attack(copies[0])
+                chips = np.asarray(extraction.extract(suspect, base, spec, carrier), np.float64)
+                statistic = float(chips @ np.asarray(words[0], np.float64) / np.linalg.norm(chips))
+                left[name] = {"T": statistic, "accuracy": subject.accuracy(suspect)}
+            drops = [base_accuracy - subject.accuracy(copy) for copy in copies]
+            rows.append(
+                {
+                    "layers": layers,
+                    "weights": carrier.num_carrying,
+                    "strength": strength,
+                    "mean_drop": float(np.mean(drops)),
+                    "worst_drop": float(np.max(drops)),
+                    "attacks": left,
+                }
+            )
+            meter.step(f"{layers}, strength {strength:g}")
+    return {"accuracy": base_accuracy, "num_chips": config.num_chips, "rows": rows}
+
+
+def _bar(num_chips: int) -> float:
+    """What T must reach to be accused among a million customers."""
+    return statistics.threshold(np.ones(num_chips), float(np.log(ALPHA / CUSTOMERS)))
+
+
+def show(console: rich.console.Console, result: sections.Result) -> None:
+    suite = list(result["rows"][0]["attacks"])
+    table = rich.table.Table(
+        *("layers", "weights", "strength", "mean drop", "worst drop"),
+        *(f"T, {name}" for name in suite),
+        title=f"Strength and layers (base {result['accuracy']:.3f}); accused from T {_bar(result['num_chips']):.1f}",
+        title_justify="left",
+    )
+    for row in result["rows"]:
+        table.add_row(
+            row["layers"],
+            f"{row['weights']:,}",
+            f"{row['strength']:g}",
+            f"{row['mean_drop']:.4f}",
+            f"{row['worst_drop']:.4f}",
+            *(f"{row['attacks'][name]['T']:.1f}" for name in suite),
+        )
+    console.print(table)
+
+
+def picture(path: Path, result: sections.Result) -> None:
+    kinds = list(dict.fromkeys(row["layers"] for row in result["rows"]))
+    with sections.figure(path, 8, 3.5) as figure:
+        drop, left = figure.subplots(1, 2)
+        for kind in kinds:
+            rows = [row for row in result["rows"] if row["layers"] == kind]
+            x = [row["strength"] for row in rows]
+            drop.plot(x, [100 * row["mean_drop"] for row in rows], ".-", label=kind)
+            left.plot(x, [min(a["T"] for a in row["attacks"].values()) for row in rows], ".-")
+        left.axhline(_bar(result["num_chips"]), color="tab:red", lw=1)
+        left.set_ylabel("smallest T after an attack")
+        drop.set_ylabel("accuracy lost, points")
+        drop.set_yscale("symlog", linthresh=0.1)
+        for axes in (drop, left):
+            axes.set_xscale("log")
+            axes.set_xlabel("strength")
+            axes.axvline(0.03, color="gray", lw=0.8, ls=":")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+        figure.suptitle("What marking costs, and what a leaker leaves of it (dotted: the default strength)")

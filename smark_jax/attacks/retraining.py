@@ -1,0 +1,300 @@
+"""Attempts to remove the fingerprint from one copy by training it on.
+
+Running statistics (a tree's ``"batch_stats"``) are no weights: they stay as they are, and so does every leaf that is
+not of a floating-point type.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from smark_jax import _validate, carriers
+from smark_jax._types import AnyArray, ApplyFn, PyTree
+
+
+def fine_tune(
+    params: PyTree,
+    apply_fn: ApplyFn,
+    images: AnyArray,
+    labels: Int[AnyArray, " N"],
+    *,
+    epochs: int = 3,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    trainable: str | None = None,
+    hold_zeros: bool = False,
+    label_smoothing: float = 0.0,
+    l2: float = 0.0,
+    penalty: Callable[[PyTree], Array] | None = None,
+    seed: int = 0,
+    on_step: Callable[[], None] = lambda: None,
+) -> PyTree:
+    """Trains the copy on with Adam, by default all layers: the first removal attack that anyone tries.
+
+    The usual suites are settings of this one (Adi et al., USENIX Security 2018; Lukas et al., IEEE S&P 2022):
+
+    - fine-tune the last layer: ``trainable="Dense_1"``;
+    - retrain the last layer, or all: :func:`reinitialise` the last layer first, then train it, or everything;
+    - with predicted labels: ``labels=predicted_labels(copy, apply_fn, images)``;
+    - fine-pruning (Liu, Dolan-Gavitt, Garg, RAID 2018): :func:`prune_filters` first, then ``hold_zeros=True``;
+    - label smoothing: ``label_smoothing=0.3``;
+    - a burst of L2 regularisation: ``l2=0.1``;
+    - against guessed carriers: ``penalty=carrier_energy(copy, spec, guesses)``.
+
+    Args:
+      params: the copy.
+      apply_fn: ``apply_fn(params, images) -> logits``.
+      images: the leaker's images, shape [N, ...].
+      labels: their labels, shape [N].
+      epochs: passes over the data.
+      batch_size: examples in a step, at most N.
+      learning_rate: Adam's.
+      trainable: a regular expression searched in leaves' paths, such as ``"Dense_1"``; without it all are trained.
+      hold_zeros: keep weights at zero that are zero in a kernel now.
+      label_smoothing: part of the wanted probability that is spread evenly over all classes, at least 0, below 1.
+      l2: factor of half the sum of squares of the trained weights, added to the loss.
+      penalty: ``penalty(params) -> scalar``, added to the loss.
+      seed: of the shuffles.
+      on_step: called after each step: a progress bar.
+
+    Returns:
+      The fine-tuned copy.
+
+    Raises:
+      ValueError: when the batch is larger than the data, epochs or batch size are not at least 1, ``trainable`` is
+        found in no path, or a setting is out of range.
+    """
+    if not 0 <= label_smoothing < 1:
+        cause = "Lukas et al. take 0.3."
+        raise _validate.fail("fine_tune", "label_smoothing of at least 0 and below 1", repr(label_smoothing), cause)
+    if not 0 <= l2 < np.inf:
+        raise _validate.fail("fine_tune", "l2 to be finite and at least 0", repr(l2), "Lukas et al. take 0.1.")
+    extra = (lambda _: 0.0) if penalty is None else penalty
+
+    def loss(params: PyTree, x: Array, y: Array) -> Array:
+        logits = apply_fn(params, x).astype(jnp.float32)
+        wanted = optax.smooth_labels(jax.nn.one_hot(y, logits.shape[-1]), label_smoothing)
+        return optax.softmax_cross_entropy(logits, wanted).mean() + extra(params)
+
+    optimizer = optax.chain(
+        optax.add_decayed_weights(l2), optax.adam(learning_rate), _hold_zeros() if hold_zeros else optax.identity()
+    )
+    moving = _trainable("fine_tune", params, trainable)
+    return _descend("fine_tune", loss, params, moving, optimizer, (images, labels), epochs, batch_size, seed, on_step)
+
+
+def distil(
+    params: PyTree,
+    apply_fn: ApplyFn,
+    images: AnyArray,
+    student: PyTree,
+    student_apply_fn: ApplyFn | None = None,
+    *,
+    temperature: float = 3.0,
+    epochs: int = 10,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    on_step: Callable[[], None] = lambda: None,
+) -> PyTree:
+    r"""Teaches a fresh network, of any architecture, to answer like the copy: knowledge distillation.
+
+    The loss is :math:`T^2 \, \mathrm{KL}(\mathrm{softmax}(t / T) \,\|\, \mathrm{softmax}(s / T))` of teacher's logits t
+    and student's s: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531), without true labels. The student's weights owe
+    nothing to the copy's, so no fingerprint in weights can survive.
+
+    Args:
+      params: the copy.
+      apply_fn: the copy's ``apply_fn(params, images) -> logits``.
+      images: shape [N, ...]; labels are not needed.
+      student: first weights of the student, such as ``models.init`` draws.
+      student_apply_fn: the student's; without it, the copy's.
+      temperature: T.
+      epochs: passes over the data.
+      batch_size: examples in a step, at most N.
+      learning_rate: Adam's.
+      seed: of the shuffles.
+      on_step: called after each step.
+
+    Returns:
+      The trained student.
+
+    Raises:
+      ValueError: when the temperature is not positive, the batch is larger than the data, or epochs or batch size are
+        not at least 1.
+    """
+    _validate.finite_number("distil", "temperature", temperature)
+    run = apply_fn if student_apply_fn is None else student_apply_fn
+
+    def loss(student: PyTree, x: Array, logits: Array) -> Array:
+        log_s = jax.nn.log_softmax(run(student, x).astype(jnp.float32) / temperature)
+        log_t = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+        return temperature**2 * jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1).mean()
+
+    moving = _trainable("distil", student, None)
+    data = (images, _logits(params, apply_fn, images))
+    optimizer = optax.adam(learning_rate)
+    return _descend("distil", loss, student, moving, optimizer, data, epochs, batch_size, seed, on_step)
+
+
+def predicted_labels(params: PyTree, apply_fn: ApplyFn, images: AnyArray) -> Int[np.ndarray, " N"]:
+    """The copy's own answers, for a leaker with images and no labels.
+
+    Args:
+      params: the copy.
+      apply_fn: ``apply_fn(params, images) -> logits``.
+      images: shape [N, ...].
+
+    Returns:
+      Class numbers, shape [N].
+    """
+    return _logits(params, apply_fn, images).argmax(axis=-1)
+
+
+def reinitialise(params: PyTree, fresh: PyTree, match: str) -> PyTree:
+    """Replaces some layers by untrained ones: the first step of retraining.
+
+    Args:
+      params: the copy.
+      fresh: untrained weights of the same network, such as ``models.init`` draws.
+      match: a regular expression searched in leaves' paths, such as ``"Dense_1"``.
+
+    Raises:
+      ValueError: when the trees differ in structure, shapes or dtypes, or ``match`` is found in no path.
+    """
+    _validate.same_trees("reinitialise", [params, fresh])
+    return jax.tree.map(
+        lambda old, new, chosen: new if chosen else old, params, fresh, _match("reinitialise", params, match)
+    )
+
+
+def carrier_energy(
+    params: PyTree, spec: carriers.Spec, guesses: Sequence[carriers.Carrier], weight: float = 1.0
+) -> Callable[[PyTree], Float[Array, ""]]:
+    r"""A penalty that drives out what ``params`` hold in guessed carriers: a leaker knows the method, not the key.
+
+    It is :math:`\text{weight} \sum_g \|A_g^\top w\|^2 / \|A_g^\top w_0\|^2`, w the weights in training and
+    :math:`w_0` those of ``params``. Without the base the leaker cannot measure from it.
+
+    Args:
+      params: the copy.
+      spec: the carrying leaves, as guessed.
+      guesses: carriers drawn from the leaker's own keys.
+      weight: against the task's loss.
+
+    Returns:
+      ``penalty(params) -> scalar`` for :func:`fine_tune`.
+
+    Raises:
+      ValueError: when there are no guesses, or carriers, spec and params do not belong together.
+    """
+    if not guesses:
+        raise _validate.fail("carrier_energy", "at least one carrier", "none", "Draw one with carriers.draw.")
+    carriers.check_params("carrier_energy", params, spec)
+    for guess in guesses:
+        carriers.check_carrier("carrier_energy", guess, spec)
+
+    def energy(params: PyTree) -> Array:
+        weights = carriers.read(params, spec)
+        return jnp.stack([jnp.sum(jnp.square(carriers.despread(weights, guess))) for guess in guesses])
+
+    scale = weight / energy(params)
+    return lambda params: jnp.sum(scale * energy(params))
+
+
+def _descend(
+    who: str,
+    loss_fn: Callable[..., Array],
+    params: PyTree,
+    moving: PyTree,
+    optimizer: optax.GradientTransformation,
+    data: Sequence[AnyArray],
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    on_step: Callable[[], None],
+) -> PyTree:
+    """Minimises ``loss_fn(params, *batch)`` over the leaves whose entry in ``moving`` is true."""
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        _validate.positive(who, name, value)
+    sizes = [len(array) for array in data]
+    if not batch_size <= sizes[0] == sizes[1]:
+        cause = "Use smaller batches, or pass images and labels of the same split."
+        got = f"{sizes[0]} images and {sizes[1]} labels"
+        raise _validate.fail(who, f"at least {batch_size} images with a label each", got, cause)
+    moves, still = _split(params, moving)
+
+    @jax.jit
+    def step(moves: PyTree, still: PyTree, state: optax.OptState, *batch: Array) -> tuple[PyTree, optax.OptState]:
+        gradient = jax.grad(lambda part: loss_fn(_join(part, still), *batch))(moves)
+        updates, state = optimizer.update(gradient, state, moves)
+        return optax.apply_updates(moves, updates), state
+
+    rng, state = np.random.default_rng(seed), optimizer.init(moves)
+    for _ in range(epochs):
+        order = rng.permutation(sizes[0])
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            index = order[start : start + batch_size]
+            moves, state = step(moves, still, state, *(array[index] for array in data))
+            on_step()
+    return _join(moves, still)
+
+
+def _hold_zeros() -> optax.GradientTransformation:
+    """Lets a kernel's weights that start at zero stay there."""
+
+    def init(params: PyTree) -> optax.OptState:
+        return jax.tree.map(lambda leaf: (leaf != 0) if leaf.ndim > 1 else jnp.ones_like(leaf, bool), params)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        del params
+        return jax.tree.map(lambda update, mask: update * mask, updates, state), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _trainable(who: str, params: PyTree, match: str | None) -> PyTree:
+    """Which leaves are trained: floating-point, not running statistics, and matched."""
+    weights = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and not _statistic(path), params
+    )
+    return weights if match is None else jax.tree.map(lambda a, b: a and b, weights, _match(who, params, match))
+
+
+def _statistic(path: Any) -> bool:
+    return _validate.path_name(path).startswith("batch_stats/")
+
+
+def _match(who: str, params: PyTree, match: str) -> PyTree:
+    """For each leaf, whether the regular expression is found in its path."""
+    chosen = jax.tree_util.tree_map_with_path(
+        lambda path, _: re.search(match, _validate.path_name(path)) is not None, params
+    )
+    if not any(jax.tree.leaves(chosen)):
+        names = [_validate.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        raise _validate.fail(who, "a pattern found in a leaf's path", repr(match), f"The paths are {', '.join(names)}.")
+    return chosen
+
+
+def _split(params: PyTree, moving: PyTree) -> tuple[PyTree, PyTree]:
+    """Two trees that :func:`_join` puts together again; None stands where the other has the leaf."""
+    return (
+        jax.tree.map(lambda leaf, moves: leaf if moves else None, params, moving),
+        jax.tree.map(lambda leaf, moves: None if moves else leaf, params, moving),
+    )
+
+
+def _join(moves: PyTree, still: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: b if a is None else a, moves, still, is_leaf=lambda leaf: leaf is None)
+
+
+def _logits(params: PyTree, apply_fn: ApplyFn, images: AnyArray, batch_size: int = 500) -> np.ndarray:
+    run = jax.jit(apply_fn)
+    batches = range(0, len(images), batch_size)
+    return np.concatenate([np.asarray(run(params, images[start : start + batch_size])) for start in batches])
