@@ -5,6 +5,7 @@ function serves all suspects of a model: the suspect and the base are arguments,
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -97,7 +98,7 @@ def _extract(
     ends = [0]
     for leaf in spec.leaves:
         ends.append(ends[-1] + math.prod(leaf.shape))
-    parts = [_rectify_leaf(found[a:b], original[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    parts = [_rectify_leaf(found[a:b], original[a:b]) for a, b in itertools.pairwise(ends)]
     return carriers.despread(jnp.concatenate(parts), carrier), ok
 
 

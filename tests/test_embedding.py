@@ -164,3 +164,23 @@ def test_bad_input_is_refused(spec, carrier, book):
         params = {**BASE, "b": {"kernel": BASE["b"]["kernel"].at[39, 29].set(bad)}}
         with refused(ValueError, match="embed: expected finite weights in params"):
             embedding.embed(params, spec, carrier, book[0])
+
+
+def test_calibrate_stops_where_copies_cost_too_much():
+    base = {"kernel": jnp.float32(np.random.default_rng(0).normal(size=(64, 64)))}
+    spec = carriers.select(base)
+    carrier = carriers.draw(KEY, spec, M)
+
+    def score(params):  # loses the square of the relative change: 0.0009 at strength 0.03
+        change = np.asarray(params["kernel"], np.float64) - np.asarray(base["kernel"], np.float64)
+        return 1 - np.square(change).mean() / np.square(np.asarray(base["kernel"], np.float64)).mean()
+
+    found = embedding.calibrate(base, spec, carrier, score, max_drop=0.002, strengths=(0.1, 0.01, 0.03, 0.05))
+    assert found.strength == 0.03
+    assert found.strengths == (0.01, 0.03, 0.05)  # in rising order, and none beyond the first that costs too much
+    np.testing.assert_allclose(found.mean_drops, np.square(found.strengths), rtol=0.02)
+    assert found.worst_drops >= found.mean_drops
+    with pytest.raises(ValueError, match=r"calibrate: expected a strength that costs at most 1e-06"):
+        embedding.calibrate(base, spec, carrier, score, max_drop=1e-6)
+    with pytest.raises(ValueError, match="max_drop"):
+        embedding.calibrate(base, spec, carrier, score, max_drop=0)

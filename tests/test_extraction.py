@@ -1,8 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import scipy.interpolate
 
 from smark_jax import carriers, codes, embedding, extraction, keys
 
@@ -84,3 +87,64 @@ def test_a_suspect_may_carry_other_leaves_besides():
     copy = embedding.embed(BASE, SPEC, CARRIER, word)
     chips = extraction.extract({**copy, "extra": jnp.ones(3)}, BASE, SPEC, CARRIER)
     np.testing.assert_array_equal(jnp.sign(chips), word)
+
+
+def _attacked(seed=0):
+    """A base, a copy's weights, and what shrinking by half and zeroing the small half leave of it, in float64."""
+    rng = np.random.default_rng(seed)
+    base = {"kernel": jnp.float32(rng.normal(size=(200, 300))), "bias": jnp.float32(rng.normal(size=(300,)))}
+    spec = carriers.select(base)
+    carrier = carriers.draw(keys.from_bytes(bytes(32)), spec, 304)
+    word = codes.codebook(keys.from_bytes(bytes(32)), [7], 304)[0]
+    copy = embedding.embed(base, spec, carrier, word, 0.03)
+    crushed = jax.tree.map(lambda leaf: jnp.where(jnp.abs(leaf) > 1, 0.5 * leaf, 0), copy)
+    return base, spec, carrier, np.asarray(word, np.float64), copy, crushed
+
+
+def _cosine(chips, word):
+    return float(np.asarray(chips, np.float64) @ word / np.linalg.norm(np.asarray(chips)) / np.linalg.norm(word))
+
+
+def test_rectified_read_out_in_float64():
+    base, spec, carrier, _, _, crushed = _attacked()
+    parts = []
+    for leaf in spec.leaves:
+        b = np.asarray(base[leaf.path], np.float64).ravel() / leaf.scale
+        s = np.asarray(crushed[leaf.path], np.float64).ravel() / leaf.scale
+        if b.size < 4 * 128:
+            parts.append(s - b)
+            continue
+        size = -(-b.size // min(256, b.size // 128))
+        groups = [np.argsort(b)[at : at + size] for at in range(0, b.size, size)]
+        x, y = (np.array([v[g].mean() for g in groups]) for v in (b, s))
+        # scipy's own piecewise linear function, extrapolated along the outer pieces
+        rest = s - scipy.interpolate.interp1d(x, y, fill_value="extrapolate")(b)
+        weighted = np.empty_like(rest)
+        for group in groups:
+            weighted[group] = rest[group] * 2 * (rest**2).mean() / ((rest[group] ** 2).mean() + (rest**2).mean())
+        parts.append(weighted)
+    wanted = carriers.despread(jnp.float32(np.concatenate(parts)), carrier)
+    np.testing.assert_allclose(extraction.extract(crushed, base, spec, carrier, rectify=True), wanted, atol=2e-3)
+
+
+def test_rectifying_reads_through_shrinking_and_pruning():
+    base, spec, carrier, word, copy, crushed = _attacked()
+    read = functools.partial(extraction.extract, base=base, spec=spec, carrier=carrier)
+    assert _cosine(read(crushed), word) < 0.4  # the control: the base itself drowns the mark
+    assert _cosine(read(crushed, rectify=True), word) > 0.7
+    # An intact copy loses a share of bins over weights.
+    assert _cosine(read(copy, rectify=True), word) > 0.995
+    np.testing.assert_array_equal(read(base, rectify=True), np.zeros(304))
+    # Ties in the base, as after pruning it, leave no NaN.
+    pruned = jax.tree.map(lambda leaf: jnp.where(jnp.abs(leaf) > 1, leaf, 0), base)
+    assert np.isfinite(extraction.extract(copy, pruned, spec, carrier, rectify=True)).all()
+
+
+def test_rectified_innocents_are_unbiased():
+    base, spec, carrier, word, _, crushed = _attacked()
+    chips = np.asarray(extraction.extract(crushed, base, spec, carrier, rectify=True), np.float64)
+    others = np.asarray(codes.codebook(keys.from_bytes(bytes(32)), range(1000, 5000), 304), np.float64)
+    scores = others @ chips / np.linalg.norm(chips)
+    assert abs(scores.mean()) < 4 / np.sqrt(4000)
+    assert scores.std() == pytest.approx(1, abs=4 / np.sqrt(2 * 4000))
+    assert word @ chips / np.linalg.norm(chips) > 10  # the control
