@@ -29,7 +29,7 @@ def test_rewritten_copies_are_traced_after_alignment_only(tmp_path):
 def test_removal_attacks_are_set_against_the_accuracy_they_keep(tmp_path):
     tiny = removal.Config(
         chips=(64,),
-        embeddings=("closed form", "trained"),
+        embeddings=("trained",),
         most_epochs=1,
         epochs=1,
         max_drop=0.05,
@@ -39,7 +39,7 @@ def test_removal_attacks_are_set_against_the_accuracy_they_keep(tmp_path):
     )
     result = run_and_resume({removal: tiny}, tmp_path)["removal"]["result"]
     rows = result["rows"]
-    assert len(rows) == 2 * (1 + 4 + 3 + 2)
+    assert len(rows) == 1 + 4 + 3 + 2
     assert all(row["traced"] for row in rows if row["attack"] in ("none", "noise"))
     # The control: students owe the copy no weight.
     assert not any(row["traced"] for row in rows if row["attack"] == "distil")
@@ -47,10 +47,10 @@ def test_removal_attacks_are_set_against_the_accuracy_they_keep(tmp_path):
 
 
 def test_strength_is_set_against_what_attacks_leave(tmp_path):
-    tiny = strength.Config((0.01, 0.1), ("all", "last"), copies=2, attack_epochs=1, epochs=1, train_images=320)
+    tiny = strength.Config((0.01, 0.1), ("all",), copies=2, attack_epochs=1, epochs=1, train_images=320)
     rows = run_and_resume({strength: tiny}, tmp_path)["strength"]["result"]["rows"]
-    assert [(row["layers"], row["strength"]) for row in rows] == [(k, s) for k in ("all", "last") for s in (0.01, 0.1)]
-    weak, strong = (row["attacks"] for row in rows[:2])
+    assert [(row["layers"], row["strength"]) for row in rows] == [("all", 0.01), ("all", 0.1)]
+    weak, strong = (row["attacks"] for row in rows)
     assert all(strong[name]["T"] > weak[name]["T"] for name in ("fine-tune", "noise 0.5"))
 
 

@@ -129,11 +129,11 @@ def removals(subject: Subject, seed: int, most_epochs: int, strength: float) -> 
             for part in (0.5, 0.25, 0.1)
         ),
         Removal("shift weights", f"{epochs(10)}", lambda c: tune(attacks.shift_weights(c, key), 10)),
-        Removal(
-            "shift weights", f"a third, {epochs(10)}", lambda c: tune(attacks.shift_weights(c, key, 0.5, 0.33), 10)
+        Removal("shift weights", f"third, {epochs(10)}", lambda c: tune(attacks.shift_weights(c, key, 0.5, 0.33), 10)),
+        *(
+            Removal("L2 burst", f"{l2:g}, {epochs(count)}", lambda c, l2=l2, count=count: tune(c, count, l2=l2))
+            for l2, count in ((0.001, 5), (0.01, 1), (0.01, 5), (0.01, 10), (0.1, 5))
         ),
-        Removal("L2 burst", f"0.01, {epochs(5)}", lambda c: tune(c, 5, l2=0.01)),
-        Removal("L2 burst", f"0.1, {epochs(5)}", lambda c: tune(c, 5, l2=0.1)),
         Removal("label smoothing", f"0.3, {epochs(5)}", lambda c: tune(c, 5, label_smoothing=0.3)),
         *(
             Removal(
