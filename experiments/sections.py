@@ -7,9 +7,11 @@ A section is a module with ``QUICK`` and ``FULL`` (frozen dataclasses), ``run(co
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,8 +34,10 @@ def secret(seed: int, *names: str) -> keys.SecretKey:
 class Meter:
     """One line of a progress display; in a log, a line now and then."""
 
-    def __init__(self, progress: rich.progress.Progress | None = None, name: str = "") -> None:
-        self._progress = progress
+    def __init__(
+        self, progress: rich.progress.Progress | None = None, name: str = "", parts: Path | None = None
+    ) -> None:
+        self._progress, self._parts = progress, parts
         self._name, self._printed = name, time.monotonic()
         self._task = progress.add_task(name, total=None, note="") if progress else rich.progress.TaskID(0)
 
@@ -48,6 +52,19 @@ class Meter:
                 self._printed = time.monotonic()
                 task = self._progress.tasks[self._task]
                 self._progress.console.print(f"{self._name} {task.completed:.0f} of {task.total:.0f}: {note}")
+
+    def part(self, name: str, steps: int, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` gives (anything that JSON can hold), kept until the section is done, so that it resumes."""
+        path = self._parts / f"{name}.json" if self._parts else None
+        if path and path.exists():
+            self.step(f"{name}: from {path}", steps)
+            return json.loads(path.read_text())
+        found = compute()
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".new").write_text(json.dumps(found))
+            path.with_suffix(".new").rename(path)
+        return found
 
     def finish(self) -> None:
         """The steps were planned as an upper bound, so the line may end early."""
@@ -100,13 +117,18 @@ def run_section(
         )
         began = time.perf_counter()
         with rich.progress.Progress(*columns, console=console) as progress:
-            meter = Meter(progress, name)
+            digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+            parts = out / f"{name}.{digest}.parts"
+            if fresh:
+                shutil.rmtree(parts, ignore_errors=True)
+            meter = Meter(progress, name, parts)
             result = section.run(config, seed, meter)
             meter.finish()
         device = str(jax.devices()[0].device_kind)
         seconds = round(time.perf_counter() - began, 1)
         document = {**identity, "device": device, "seconds": seconds, "result": result}
         path.write_text(json.dumps(document, indent=2) + "\n")
+        shutil.rmtree(parts, ignore_errors=True)
     section.show(console, document["result"])
     section.picture(path.with_suffix(".png"), document["result"])
     console.print(f"{name}: {document['seconds']:g} seconds; {path} and {path.with_suffix('.png').name}\n")

@@ -39,7 +39,7 @@ class Config:
 
 
 QUICK = Config(chips=(304,), embeddings=("closed form",), most_epochs=1, epochs=3)
-FULL = Config(chips=(128, 304, 1024), embeddings=("closed form", "trained"), most_epochs=10)
+FULL = Config(chips=(304, 128, 1024), embeddings=("closed form", "trained"), most_epochs=10)
 
 
 class Removal(NamedTuple):
@@ -187,51 +187,63 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
                 copy = _train_mark(subject, spec, carrier, word, strength, seed)
             else:
                 copy = embedding.embed(subject.base, spec, carrier, word, strength)
-            for removal in chosen:
-                began = time.perf_counter()
-                suspect = jax.block_until_ready(removal.run(copy))
-                seconds = time.perf_counter() - began
-                row = {"attack": removal.name, "setting": removal.setting, "embedding": method, "chips": num_chips}
-                row |= {"extraction": removal.extraction, "seconds": seconds}
-                rows.append(row | _outcome(subject, suspect, spec, carrier, book, leaker, word))
-                meter.step(f"m = {num_chips}, {method}: {removal.name} {removal.setting}")
+            case = Case(subject, copy, spec, carrier, book, leaker, method)
+            name = f"{num_chips}_{method.replace(' ', '_')}"
+            rows.extend(meter.part(name, len(chosen), functools.partial(_attack, case, chosen, meter)))
     return {"accuracy": subject.accuracy(subject.base), "strengths": strengths, "rows": rows}
 
 
-def _outcome(
-    subject: Subject,
-    suspect: PyTree,
-    spec: carriers.Spec,
-    carrier: carriers.Carrier,
-    book: codes.Codebook,
-    leaker: int,
-    word: Any,
-) -> dict[str, Any]:
+class Case(NamedTuple):
+    """One copy and all it takes to trace it."""
+
+    subject: Subject
+    copy: PyTree
+    spec: carriers.Spec
+    carrier: carriers.Carrier
+    book: codes.Codebook
+    leaker: int
+    embedding: str
+
+
+def _attack(case: Case, chosen: list[Removal], meter: sections.Meter) -> list[dict[str, Any]]:
+    rows = []
+    for removal in chosen:
+        began = time.perf_counter()
+        suspect = jax.block_until_ready(removal.run(case.copy))
+        row = {
+            "attack": removal.name,
+            "setting": removal.setting,
+            "embedding": case.embedding,
+            "chips": case.carrier.num_chips,
+            "extraction": removal.extraction,
+            "seconds": time.perf_counter() - began,
+        }
+        rows.append(row | _outcome(case, suspect))
+        meter.step(f"m = {case.carrier.num_chips}, {case.embedding}: {removal.name} {removal.setting}")
+    return rows
+
+
+def _outcome(case: Case, suspect: PyTree) -> dict[str, Any]:
+    subject = case.subject
     if jax.tree.structure(suspect) != jax.tree.structure(subject.base):
         network = models.apply_fn(networks.ConcatNet())
         accuracy = models.accuracy(network, suspect, subject.test_images, subject.test_labels)
-        return {
-            "accuracy": accuracy,
-            "T": None,
-            "T_plain": None,
-            "p": 1.0,
-            "traced": False,
-            "traced_plain": False,
-            "wrong": 0,
-        }
+        unread = {"T": None, "T_plain": None, "p": 1.0, "traced": False, "traced_plain": False, "wrong": 0}
+        return {"accuracy": accuracy, **unread}
     plain, chips = (
-        np.asarray(extraction.extract(suspect, subject.base, spec, carrier, rectify), np.float64)
+        np.asarray(extraction.extract(suspect, subject.base, case.spec, case.carrier, rectify), np.float64)
         for rectify in (False, True)
     )
-    accused, plainly = (tracing.trace(read, book, ALPHA).accused for read in (chips, plain))
+    word = np.asarray(codes.codebook(case.book.key, [case.leaker], chips.size)[0], np.float64)
+    accused, plainly = (tracing.trace(read, case.book, ALPHA).accused for read in (chips, plain))
     return {
         "accuracy": subject.accuracy(suspect),
-        "T": float(chips @ np.asarray(word, np.float64) / np.linalg.norm(chips)),
-        "T_plain": float(plain @ np.asarray(word, np.float64) / np.linalg.norm(plain)),
-        "p": next((a.p_value for a in accused if a.serial == leaker), 1.0),
-        "traced": leaker in [a.serial for a in accused],
-        "traced_plain": leaker in [a.serial for a in plainly],
-        "wrong": len({a.serial for a in (*accused, *plainly)} - {leaker}),
+        "T": float(chips @ word / np.linalg.norm(chips)),
+        "T_plain": float(plain @ word / np.linalg.norm(plain)),
+        "p": next((a.p_value for a in accused if a.serial == case.leaker), 1.0),
+        "traced": case.leaker in [a.serial for a in accused],
+        "traced_plain": case.leaker in [a.serial for a in plainly],
+        "wrong": len({a.serial for a in (*accused, *plainly)} - {case.leaker}),
     }
 
 

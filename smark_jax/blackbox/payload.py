@@ -1,0 +1,205 @@
+r"""304 bits in an image that nobody sees, read back without the original.
+
+The payload is coded by BCH(511, 304), which corrects 25 wrong bits. An image x, pixels in 0 to 255, has 511 secret
+coordinates :math:`y = X x`, X the orthonormal rows of a :mod:`smark_jax.carriers` carrier. Dither modulation (Chen and
+Wornell, "Quantization index modulation", IEEE Trans. Information Theory 47, 2001) moves each coordinate to the nearest
+point of the lattice that its coded bit names,
+
+.. math:: y_i' \in d_i + \Delta (\mathbb{Z} + b_i / 2),
+
+with secret dither :math:`d_i`. The error is uniform over :math:`\pm \Delta / 2`, so that pixels change by
+:math:`\Delta \sqrt{m / 12 n}` in root mean square, n pixels and m = 511: this is ``strength``, and the step
+follows from it. A coordinate reads right as long as noise moves it by less than :math:`\Delta / 4`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int, UInt8
+
+from smark_jax import _validate, carriers, chacha, keys
+from smark_jax._types import AnyArray
+
+PAYLOAD_BITS = 304
+_CODED = 511
+_ROUNDS = 12
+_IMAGES_A_PASS = 64
+
+
+class Reading(NamedTuple):
+    """What :func:`read_images` finds.
+
+    Attributes:
+      payload: bits in {0, 1}, shape [B, 304]; zeros where nothing could be decoded.
+      confidence: shape [B]: 1 where every coordinate lies on its lattice, about 0 in images without a payload of this
+        key, and exactly 0 where the code gave up (more than 25 of 511 bits wrong: without a payload it finds one with
+        probability below 1e-19).
+    """
+
+    payload: Int[np.ndarray, "B 304"]
+    confidence: Float[np.ndarray, " B"]
+
+
+def mark_images(
+    images: UInt8[AnyArray, "B H W C"],
+    payload: Int[AnyArray, "304"] | Int[AnyArray, "B 304"],
+    key: keys.SecretKey,
+    strength: float = 1.5,
+) -> UInt8[np.ndarray, "B H W C"]:
+    """Hides 304 bits in each image.
+
+    Args:
+      images: pixels of 0 to 255, shape [B, H, W, C], at least 511 pixels each.
+      payload: bits in {0, 1}, one payload for all images, shape [304], or one for each, shape [B, 304].
+      key: whoever reads must have it; images of one size share their secret coordinates.
+      strength: root mean square change of a pixel, in grey levels; 1.5 is a PSNR of about 44.6 dB. The stronger,
+        the more noise and compression the payload survives.
+
+    Returns:
+      Marked images of the same shape and type.
+
+    Raises:
+      ValueError: when images are not uint8 of four axes and at least 511 pixels, the payload is not of bits in one of
+        the two shapes, or the strength is not positive.
+
+    Examples:
+      >>> import numpy as np
+      >>> from smark_jax import blackbox, keys
+      >>> images = np.random.default_rng(0).integers(40, 200, (2, 32, 32, 3), dtype=np.uint8)
+      >>> payload = np.arange(304) % 2
+      >>> key = keys.from_bytes(bytes(32))
+      >>> marked = blackbox.mark_images(images, payload, key)
+      >>> bool((blackbox.read_images(marked, key).payload == payload).all())
+      True
+    """
+    _check("mark_images", images, strength)
+    images, bits = np.asarray(images), np.asarray(payload)
+    count = len(images)
+    if bits.shape not in {(PAYLOAD_BITS,), (count, PAYLOAD_BITS)}:
+        cause = "Pad shorter payloads with zeros; hash longer ones."
+        expected = f"a payload of shape ({PAYLOAD_BITS},) or ({count}, {PAYLOAD_BITS})"
+        raise _validate.fail("mark_images", expected, f"shape {bits.shape}", cause)
+    if not np.isin(bits, (0, 1)).all():
+        raise _validate.fail("mark_images", "bits of 0 and 1", "other entries", "Chips become bits by (1 - chips) / 2.")
+    coded = np.broadcast_to(_encode(np.atleast_2d(bits)), (count, _CODED))
+    carrier, dither = _secrets(key, images[0].size)
+    step = _step(strength, images[0].size)
+    return _in_passes(lambda x, b: _mark(x, b, carrier, dither, step), images, coded)
+
+
+def read_images(images: UInt8[AnyArray, "B H W C"], key: keys.SecretKey, strength: float = 1.5) -> Reading:
+    """Reads the payloads back, without the unmarked images.
+
+    Args:
+      images: pixels of 0 to 255, shape [B, H, W, C].
+      key: with which they were marked.
+      strength: with which they were marked.
+
+    Returns:
+      Payloads and confidence, one of each for each image.
+
+    Raises:
+      ValueError: when images are not uint8 of four axes and at least 511 pixels, or the strength is not positive.
+    """
+    _check("read_images", images, strength)
+    images = np.asarray(images)
+    carrier, dither = _secrets(key, images[0].size)
+    phases = _in_passes(lambda x: _phase(x, carrier, dither, _step(strength, images[0].size)), images)
+    # The phase is near 0 for a 0, near one half for a 1.
+    coded = (np.abs(phases) > 0.25).astype(np.uint8)
+    payload, ok = _decode(coded)
+    closeness = np.cos(4 * np.pi * phases).mean(axis=1)
+    return Reading(payload, np.where(ok, closeness, 0.0))
+
+
+def _check(who: str, images: Any, strength: float) -> None:
+    shape = np.shape(images)
+    if len(shape) != 4 or 0 in shape or np.asarray(images).dtype != np.uint8:
+        got = f"shape {shape}, dtype {np.asarray(images).dtype}"
+        raise _validate.fail(
+            who, "uint8 images of shape [B, H, W, C]", got, "One image is a batch of one: image[None]."
+        )
+    pixels = int(np.prod(shape[1:]))
+    if pixels < _CODED:
+        cause = "Take larger images: 23 by 23 grey pixels are enough."
+        raise _validate.fail(who, f"images of at least {_CODED} pixels", f"{pixels} pixels", cause)
+    _validate.finite_number(who, "strength", strength)
+
+
+def _step(strength: float, pixels: int) -> float:
+    return strength * (12 * pixels / _CODED) ** 0.5
+
+
+@functools.lru_cache(maxsize=8)
+def _secrets(key: keys.SecretKey, pixels: int) -> tuple[carriers.Carrier, Float[Array, " 511"]]:
+    """The secret coordinates of images of this size, and the dither as a part of a step in [0, 1)."""
+    key = keys.derive(key, "payload in images", str(pixels))
+    spec = carriers.Spec((carriers.Leaf("image", (pixels,), 1.0),))
+    words = chacha.keystream(keys.derive(key, "dither").to_words(), np.zeros(3, np.uint32), _CODED)
+    return carriers.draw(keys.derive(key, "coordinates"), spec, _CODED), words.astype(jnp.float32) * 2.0**-32
+
+
+@jax.jit
+def _mark(images: Array, coded: Array, carrier: carriers.Carrier, dither: Array, step: Array) -> Array:
+    """Alternates between the lattice and the range of a pixel; the lattice points are those nearest to the image."""
+
+    def one(image: Array, coded: Array) -> Array:
+        original = image.reshape(-1).astype(jnp.float32)
+        offset = dither + 0.5 * coded
+        wanted = step * (jnp.round(carriers.despread(original, carrier) / step - offset) + offset)
+
+        def project(_: int, x: Array) -> Array:
+            return jnp.clip(x + carriers.spread(wanted - carriers.despread(x, carrier), carrier), 0, 255)
+
+        marked = jax.lax.fori_loop(0, _ROUNDS, project, original)
+        return jnp.round(marked).astype(jnp.uint8).reshape(image.shape)
+
+    return jax.vmap(one)(images, coded)
+
+
+@jax.jit
+def _phase(images: Array, carrier: carriers.Carrier, dither: Array, step: Array) -> Array:
+    """How far each coordinate is from the lattice of a 0, in steps, in [-1/2, 1/2]."""
+
+    def one(image: Array) -> Array:
+        place = carriers.despread(image.reshape(-1).astype(jnp.float32), carrier) / step - dither
+        return place - jnp.round(place)
+
+    return jax.vmap(one)(images)
+
+
+def _in_passes(run: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
+    """Some images at a time, the last pass filled up, so that memory is bounded and one compilation serves all."""
+    count, found = len(arrays[0]), []
+    size = min(_IMAGES_A_PASS, count)
+    for start in range(0, count, size):
+        parts = [array[start : start + size] for array in arrays]
+        missing = size - len(parts[0])
+        parts = [np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) for part in parts]
+        found.append(np.asarray(run(*parts))[: size - missing])
+    return np.concatenate(found)
+
+
+@functools.cache
+def _code() -> Any:
+    try:
+        import galois
+    except ImportError as error:
+        raise ImportError("payloads need galois: pip install 'smark-jax[blackbox]'") from error
+    return galois.BCH(_CODED, PAYLOAD_BITS)
+
+
+def _encode(bits: np.ndarray) -> np.ndarray:
+    return np.asarray(_code().encode(bits.astype(np.uint8)))
+
+
+def _decode(coded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Payloads, and for which images there was a codeword within 25 bits."""
+    payload, errors = _code().decode(coded, errors=True)
+    ok = np.asarray(errors) >= 0
+    return np.where(ok[:, None], np.asarray(payload), 0).astype(np.uint8), ok
