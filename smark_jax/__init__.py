@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from smark_jax import aggregation as aggregation
     from smark_jax import alignment as alignment
     from smark_jax import attacks as attacks
+    from smark_jax import blackbox as blackbox
     from smark_jax import carriers as carriers
     from smark_jax import codes as codes
     from smark_jax import comparators as comparators
@@ -35,6 +36,7 @@ __all__ = [
     "aggregation",
     "alignment",
     "attacks",
+    "blackbox",
     "carriers",
     "codes",
     "comparators",

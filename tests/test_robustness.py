@@ -47,8 +47,12 @@ def test_removal_attacks_are_set_against_the_accuracy_they_keep(tmp_path):
 
 
 def test_strength_is_set_against_what_attacks_leave(tmp_path):
-    tiny = strength.Config((0.01, 0.1), ("all",), copies=2, attack_epochs=1, epochs=1, train_images=320)
-    rows = run_and_resume({strength: tiny}, tmp_path)["strength"]["result"]["rows"]
+    tiny = strength.Config(
+        (0.01, 0.1), ("all",), copies=2, attack_epochs=1, epochs=1, train_images=320, networks=("CNN",)
+    )
+    result = run_and_resume({strength: tiny}, tmp_path)["strength"]["result"]
+    rows, (found,) = result["rows"], result["calibrations"]
+    assert found["all"]["strength"] in found["all"]["strengths"]
     assert [(row["layers"], row["strength"]) for row in rows] == [("all", 0.01), ("all", 0.1)]
     weak, strong = (row["attacks"] for row in rows)
     assert all(strong[name]["T"] > weak[name]["T"] for name in ("fine-tune", "noise 0.5"))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from experiments import sections
 from experiments.robustness import networks
 from experiments.robustness.networks import ALPHA, CUSTOMERS
 from smark_jax import attacks, carriers, codes, embedding, extraction, models, statistics
+from smark_jax._types import PyTree
 
 LAYERS = {
     "all": None,
@@ -26,7 +28,7 @@ LAYERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """``copies`` of each kind, of which the first is attacked."""
+    """``copies`` of each kind, of which the first is attacked; the ``networks`` are calibrated."""
 
     strengths: tuple[float, ...]
     layers: tuple[str, ...]
@@ -35,10 +37,14 @@ class Config:
     epochs: int = 6
     num_chips: int = 304
     train_images: int | None = None
+    networks: tuple[str, ...] = ("CNN", "ResNet-18", "concatenating")
+    max_drop: float = 0.002
 
 
-QUICK = Config((0.003, 0.01, 0.03, 0.1), ("all", "convolutions", "dense"), copies=3, attack_epochs=1, epochs=3)
-FULL = Config((0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2), tuple(LAYERS), copies=10, attack_epochs=5)
+QUICK = Config(
+    (0.003, 0.01, 0.03, 0.1), ("all", "convolutions", "dense"), copies=3, attack_epochs=1, epochs=3, networks=("CNN",)
+)
+FULL = Config((0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2), tuple(LAYERS), copies=10, attack_epochs=2)
 
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
@@ -89,7 +95,37 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
                 }
             )
             meter.step(f"{layers}, strength {strength:g}")
-    return {"accuracy": base_accuracy, "num_chips": config.num_chips, "rows": rows}
+    calibrations = [_calibrate(name, config, seed, meter) for name in config.networks]
+    return {"accuracy": base_accuracy, "num_chips": config.num_chips, "rows": rows, "calibrations": calibrations}
+
+
+def _calibrate(name: str, config: Config, seed: int, meter: sections.Meter) -> dict[str, Any]:
+    """What each strength costs a network, scored on its training images, and the drop on test images at the choice."""
+    meter.start(networks.steps(config.epochs, config.train_images or 4000))
+    train = lambda: meter.step(f"train {name}")  # noqa: E731
+    subject = networks.train(networks.networks()[name], seed, config.epochs, train, config.train_images)
+    variables = subject.base if "params" in subject.base else {"params": subject.base}
+    rows: dict[str, Any] = {"network": name, "accuracy": subject.accuracy(subject.base)}
+    for kind, match in (("all", None), ("kernels", "kernel")):
+        spec = carriers.select(variables["params"], match)
+        carrier = carriers.draw(networks.secret(seed, "calibrate", name), spec, config.num_chips)
+
+        def whole(weights: PyTree) -> PyTree:
+            return {**variables, "params": weights} if "params" in subject.base else weights
+
+        def score(weights: PyTree) -> float:
+            return models.accuracy(subject.apply_fn, whole(weights), subject.images, subject.labels)
+
+        try:
+            found = embedding.calibrate(variables["params"], spec, carrier, score, config.max_drop)
+        except ValueError:  # even the smallest strength costs more
+            rows[kind] = None
+            continue
+        words = codes.codebook(networks.secret(seed, "strength", "code"), range(config.copies), config.num_chips)
+        copies = (embedding.embed(variables["params"], spec, carrier, word, found.strength) for word in words)
+        drops = [rows["accuracy"] - subject.accuracy(whole(copy)) for copy in copies]
+        rows[kind] = {**found._asdict(), "test_mean_drop": float(np.mean(drops)), "test_worst_drop": float(max(drops))}
+    return rows
 
 
 def _bar(num_chips: int) -> float:
@@ -114,6 +150,23 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
             f"{row['worst_drop']:.4f}",
             *(f"{row['attacks'][name]['T']:.1f}" for name in suite),
         )
+    console.print(table)
+    table = rich.table.Table(
+        *("network", "accuracy", "weights marked", "strength", "mean drop", "worst drop", "on test images", "worst"),
+        title="Strength that calibrate finds",
+        title_justify="left",
+    )
+    for row in result["calibrations"]:
+        for kind in ("all", "kernels"):
+            found = row[kind]
+            if found:
+                at = found["strengths"].index(found["strength"])
+                drops = [found["mean_drops"][at], found["worst_drops"][at]]
+                drops += [found["test_mean_drop"], found["test_worst_drop"]]
+                cells = [f"{found['strength']:g}", *(f"{drop:.4f}" for drop in drops)]
+            else:
+                cells = ["none"] + [""] * 4
+            table.add_row(row["network"], f"{row['accuracy']:.3f}", kind, *cells)
     console.print(table)
 
 

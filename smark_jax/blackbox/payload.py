@@ -2,15 +2,15 @@ r"""304 bits in an image that nobody sees, read back without the original.
 
 The payload is coded by BCH(511, 304), which corrects 25 wrong bits. The brightness x of an image, 0 to 255, has 511
 secret coordinates :math:`y = X x`, X the orthonormal rows of a :mod:`smark_jax.carriers` carrier. Dither modulation
-(Chen and Wornell, "Quantization index modulation", IEEE Trans. Information Theory 47, 2001) moves each coordinate to the
-nearest point of the lattice that its coded bit names,
+(Chen and Wornell, "Quantization index modulation", IEEE Trans. Information Theory 47, 2001) moves each coordinate to
+the nearest point of the lattice that its coded bit names,
 
 .. math:: y_i' \in d_i + \Delta (\mathbb{Z} + b_i / 2),
 
-with secret dither :math:`d_i`. The error is uniform over :math:`\pm \Delta / 2`, so that n pixels' brightness changes by
-:math:`\Delta \sqrt{511 / 12 n}` in root mean square: this is ``strength``, and the step follows from it. A coordinate
-reads right as long as noise moves it by less than :math:`\Delta / 4`. All colours of a pixel move with its brightness,
-which compression keeps best.
+with secret dither :math:`d_i`. The error is uniform over :math:`\pm \Delta / 2`, so that n pixels' brightness changes
+by :math:`\Delta \sqrt{511 / 12 n}` in root mean square: this is ``strength``, and the step follows from it. A
+coordinate reads right as long as noise moves it by less than :math:`\Delta / 4`. All colours of a pixel move with its
+brightness, which compression keeps best.
 """
 
 import functools
