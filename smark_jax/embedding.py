@@ -157,7 +157,7 @@ def calibrate(
     _validate.positive("calibrate", "copies", copies)
     _validate.finite_number("calibrate", "max_drop", max_drop)
     rising = sorted(strengths)
-    words = np.random.default_rng(seed).choice(np.int8([-1, 1]), (copies, carrier.num_chips))
+    words = np.random.default_rng(seed).choice([-1, 1], (copies, carrier.num_chips)).astype(np.int8)
     original = float(score(params))
     tried: list[tuple[float, float, float]] = []
     for strength in rising:
@@ -170,7 +170,8 @@ def calibrate(
         got = f"drops of {tried[0][1]:.3g} in the mean and {tried[0][2]:.3g} at worst" if tried else "no strengths"
         cause = "Accept a larger drop, mark kernels only (carriers.select(params, 'kernel')), or try smaller strengths."
         raise _validate.fail("calibrate", f"a strength that costs at most {max_drop:g}", got, cause)
-    return Calibration(good[-1], *zip(*tried, strict=True))
+    used, mean_drops, worst_drops = zip(*tried, strict=True)
+    return Calibration(good[-1], used, mean_drops, worst_drops)
 
 
 def _check(who: str, params: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, strength: float) -> None:
