@@ -7,6 +7,7 @@ function serves all suspects of a model: the suspect and the base are arguments,
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from smark_jax._types import PyTree
 _SUSPECTS_A_PASS = 8
 # Rectification: at least so many weights in a bin, at most so many bins in a leaf; leaves of fewer than four stay.
 _BIN, _BINS = 128, 256
+_TINY = 1e-20
 
 
 def extract(
@@ -30,20 +32,23 @@ def extract(
     mean of theirs. :func:`smark_jax.tracing.trace` does not depend on the scale. Composes with jit, vmap and grad
     (there, values cannot be checked and NaN passes through).
 
-    Pruning, regularisation and coarse quantisation move a weight by far more than a mark does, and mostly by an amount
-    that follows from the weight itself. ``rectify`` reads what is left beyond that: with :math:`f_l(b)` the mean of
-    leaf l's suspect weights as a function of the base's (piecewise linear over bins of at least 128 weights) and
-    :math:`v` the mean square of :math:`r = s - f_l(b)` in a weight's bin, :math:`\bar v` in its leaf, it despreads
-    :math:`2 r \bar v / (v + \bar v)`. The weights of an intact copy pass as they are, but for a share of bins over
-    weights, below 1 %. It depends on suspect and base only, so the bound on accusing the innocent holds as it does
-    without. Choose one way before you look: where both are tried, say so to ``trace`` by ``num_alignments``.
+    Pruning, regularisation and coarse quantisation move a weight by far more than a mark does, mostly in a way that
+    follows from the weight itself. ``rectify`` reads what a small shift of the base's weight b would have made more
+    likely, the score :math:`\partial_b \log p(s \mid b)` of the suspect's weight s, which is the locally most powerful
+    statistic. By Bayes it is that of :math:`p(b \mid s)` plus a function of b, and with :math:`p(b \mid s)` taken as
+    normal, :math:`q = (\mathrm{E}[b \mid s] - b) / (v + \bar v / 10)` less :math:`\mathrm{E}[q \mid b]`. In each leaf
+    the means are piecewise linear over bins of at least 128 weights, v is the mean square of the numerator in the bin
+    of s, :math:`\bar v` in the leaf; q is scaled to a mean weight of 1. A weight that was pruned says little, then, and
+    one that was kept much; an intact copy reads as it does without, but for a share of bins over weights, below 1 %.
+    It depends on suspect and base only, so the bound on accusing the innocent holds as it does without. Choose one way
+    before you look: where both are tried, say so to ``trace`` by ``num_alignments``.
 
     Args:
       suspect: the model to read, with the base's structure.
       base: the model that the copies were made from.
       spec: the carrying leaves, selected on the base.
       carrier: the model's carrier.
-      rectify: take out first what the base's weights predict of the suspect's.
+      rectify: take out what the weights predict of each other, and count each weight by what it still tells.
 
     Returns:
       Soft chips in units of the leaves' root mean square, shape [m].
@@ -98,32 +103,47 @@ def _extract(
     ends = [0]
     for leaf in spec.leaves:
         ends.append(ends[-1] + math.prod(leaf.shape))
-    parts = [_rectify_leaf(found[a:b], original[a:b]) for a, b in itertools.pairwise(ends)]
-    return carriers.despread(jnp.concatenate(parts), carrier), ok
+    leaves = [_score(found[a:b], original[a:b]) for a, b in itertools.pairwise(ends)]
+    scores, weights = (jnp.concatenate(parts) for parts in zip(*leaves, strict=True))
+    mean = weights.mean()
+    return carriers.despread(scores / jnp.where(mean > 0, mean, 1), carrier), ok
 
 
-def _rectify_leaf(found: Float[Array, " n"], base: Float[Array, " n"]) -> Float[Array, " n"]:
-    """What the base's weights do not predict, bins that vary more counting less."""
+def _score(found: Float[Array, " n"], base: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """How a leaf's weights in the suspect speak for shifts of those in the base, and each weight's factor in that."""
     bins = min(_BINS, found.size // _BIN)
     if bins < 4:
-        return found - base
-    order = jnp.argsort(base)
-    bin_of = jnp.arange(found.size) // -(-found.size // bins)  # of the weights in the base's order
-    bins = (found.size - 1) // -(-found.size // bins) + 1
-    x, y = base[order], found[order]
+        shift = found - base
+        weight = jnp.full(found.shape, 1 / jnp.maximum(jnp.mean(jnp.square(shift)), _TINY))
+        return shift * weight, weight
+    order, bin_of, mean = _binned(found, bins)
+    shift = -_unpredicted(found, base, bins)
+    power = mean(jnp.square(shift))
+    weight = jnp.zeros_like(found).at[order].set(1 / jnp.maximum(power + power.mean() / 10, _TINY)[bin_of])
+    return _unpredicted(base, shift * weight, bins), weight
 
-    def mean(values: Array) -> Array:
-        return jax.ops.segment_sum(values, bin_of, bins, indices_are_sorted=True) / jnp.bincount(bin_of, length=bins)
 
+def _unpredicted(x: Float[Array, " n"], y: Float[Array, " n"], bins: int) -> Float[Array, " n"]:
+    """What a piecewise linear function of x leaves of y; beyond the outer bins' means it goes on as it was."""
+    _, _, mean = _binned(x, bins)
     at, to = mean(x), mean(y)
     steps = jnp.diff(at)
     slopes = jnp.where(steps > 0, jnp.diff(to) / jnp.where(steps > 0, steps, 1), 0)
-    below, above = jnp.minimum(x - at[0], 0), jnp.maximum(x - at[-1], 0)  # beyond the outer bins' means
-    rest = y - jnp.interp(x, at, to) - slopes[0] * below - slopes[-1] * above
-    power = mean(jnp.square(rest))
-    typical = jnp.mean(jnp.square(rest))
-    weight = jnp.where(typical > 0, 2 * typical / (power + typical), 1)
-    return jnp.zeros_like(found).at[order].set(rest * weight[bin_of])
+    outside = slopes[0] * jnp.minimum(x - at[0], 0) + slopes[-1] * jnp.maximum(x - at[-1], 0)
+    return y - jnp.interp(x, at, to) - outside
+
+
+def _binned(x: Float[Array, " n"], bins: int) -> tuple[Array, Array, Callable[[Array], Array]]:
+    """The order of x, the bin of each place in it, and a function that averages any values over the bins."""
+    order, size = jnp.argsort(x), -(-x.size // bins)
+    bin_of = jnp.arange(x.size) // size
+    count = jnp.bincount(bin_of, length=-(-x.size // size))
+
+    def mean(values: Array) -> Array:
+        total = jax.ops.segment_sum(values[order], bin_of, count.size, indices_are_sorted=True)
+        return total / count
+
+    return order, bin_of, mean
 
 
 @functools.partial(jax.jit, static_argnames="spec")
