@@ -1,5 +1,18 @@
-"""What can be done where nobody shows weights: payloads in images."""
+"""What can be done where nobody shows weights: payloads in images, and tracing by answers alone."""
 
-from smark_jax.blackbox.payload import PAYLOAD_BITS, mark_images, read_images
+from smark_jax.blackbox.payload import PAYLOAD_BITS, Reading, mark_images, read_images
+from smark_jax.blackbox.probes import Predict, Trained, commitment_payloads, halves, probes, query, train_copies
 
-__all__ = ["PAYLOAD_BITS", "mark_images", "read_images"]
+__all__ = [
+    "PAYLOAD_BITS",
+    "Predict",
+    "Reading",
+    "Trained",
+    "commitment_payloads",
+    "halves",
+    "mark_images",
+    "probes",
+    "query",
+    "read_images",
+    "train_copies",
+]
