@@ -203,7 +203,7 @@ def train_copies(
       epochs: passes over the images.
       batch_size: images in a step.
       probes_a_batch: probes in a step.
-      learning_rate: Adam's.
+      learning_rate: Adam's at first; it falls to zero along a half cosine.
       seed: of the shuffles.
       on_step: called after each step.
 
@@ -216,7 +216,8 @@ def train_copies(
         expected = f"codes of shape ({count}, {len(probe_images)}): copies by probes"
         raise _validate.fail("train_copies", expected, f"shape {np.shape(codes)}", "Do K and m agree?")
     sides = halves(probe_images, num_classes)
-    optimizer = optax.adam(learning_rate)
+    steps = epochs * (len(images) // batch_size)
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(1, steps)))
 
     def loss(params: PyTree, x: Array, y: Array, p: Array, allowed: Array) -> Array:
         logits = apply_fn(params, jnp.concatenate([x, p]))
