@@ -184,7 +184,32 @@ def _columns(name: str, builder: Any) -> tuple[str, str, int | None]:
 
 
 def _prepare(name: str, builder: Any) -> None:
-    """Has TFDS download and write the set. Several processes may be at it: the first to finish wins."""
+    """Has TFDS download and write the set. Of several processes at it, one works and the others wait for it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_alone(builder))
+        except OSError as error:
+            raise _explained(name, builder, error) from error
+        if not builder.is_prepared():
+            _write(name, builder)
+
+
+def _alone(builder: Any) -> contextlib.AbstractContextManager[Any]:
+    """Keeps a second process of this data folder out, which the operating system ends with the process.
+
+    TFDS writes to a folder with a random name and renames it at the end. Two programs with the same seed draw the same
+    name, and then remove each other's files.
+    """
+    import filelock
+
+    root = os.fspath(builder.data_dir_root)
+    if "://" in root:  # A bucket: nothing there can be locked.
+        return contextlib.nullcontext()
+    os.makedirs(root, exist_ok=True)
+    return filelock.FileLock(os.path.join(root, f".{builder.name}.lock"))
+
+
+def _write(name: str, builder: Any) -> None:
     import tensorflow_datasets as tfds
 
     try:
@@ -197,7 +222,7 @@ def _prepare(name: str, builder: Any) -> None:
                 file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
     except Exception as error:
-        # TFDS writes to a folder of its own and renames it at the end, which fails for all but the first process.
+        # Where nothing can be locked, TFDS's renaming at the end fails for all but the first process.
         if builder.is_prepared():
             return
         raise _explained(name, builder, error) from error
