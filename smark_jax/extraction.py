@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,25 +117,34 @@ def _score(found: Float[Array, " n"], base: Float[Array, " n"]) -> tuple[Float[A
         shift = found - base
         weight = jnp.full(found.shape, 1 / jnp.maximum(jnp.mean(jnp.square(shift)), _TINY))
         return shift * weight, weight
-    order, bin_of, mean = _binned(found, bins)
-    shift = -_unpredicted(found, base, bins)
-    power = mean(jnp.square(shift))
-    weight = jnp.zeros_like(found).at[order].set(1 / jnp.maximum(power + power.mean() / 10, _TINY)[bin_of])
-    return _unpredicted(base, shift * weight, bins), weight
+    by_found = _binned(found, bins)
+    shift = -_unpredicted(by_found, base)
+    power = by_found.mean(jnp.square(shift))
+    factors = 1 / jnp.maximum(power + power.mean() / 10, _TINY)
+    weight = jnp.zeros_like(found).at[by_found.order].set(factors[by_found.bin_of])
+    return _unpredicted(_binned(base, bins), shift * weight), weight
 
 
-def _unpredicted(x: Float[Array, " n"], y: Float[Array, " n"], bins: int) -> Float[Array, " n"]:
+class _Bins(NamedTuple):
+    """Values x in their order, the bin of each place in it, and a function that averages any values over the bins."""
+
+    x: Array
+    order: Array
+    bin_of: Array
+    mean: Callable[[Array], Array]
+
+
+def _unpredicted(bins: _Bins, y: Float[Array, " n"]) -> Float[Array, " n"]:
     """What a piecewise linear function of x leaves of y; beyond the outer bins' means it goes on as it was."""
-    _, _, mean = _binned(x, bins)
-    at, to = mean(x), mean(y)
+    x = bins.x
+    at, to = bins.mean(x), bins.mean(y)
     steps = jnp.diff(at)
     slopes = jnp.where(steps > 0, jnp.diff(to) / jnp.where(steps > 0, steps, 1), 0)
     outside = slopes[0] * jnp.minimum(x - at[0], 0) + slopes[-1] * jnp.maximum(x - at[-1], 0)
     return y - jnp.interp(x, at, to) - outside
 
 
-def _binned(x: Float[Array, " n"], bins: int) -> tuple[Array, Array, Callable[[Array], Array]]:
-    """The order of x, the bin of each place in it, and a function that averages any values over the bins."""
+def _binned(x: Float[Array, " n"], bins: int) -> _Bins:
     order, size = jnp.argsort(x), -(-x.size // bins)
     bin_of = jnp.arange(x.size) // size
     count = jnp.bincount(bin_of, length=-(-x.size // size))
@@ -143,7 +153,7 @@ def _binned(x: Float[Array, " n"], bins: int) -> tuple[Array, Array, Callable[[A
         total = jax.ops.segment_sum(values[order], bin_of, count.size, indices_are_sorted=True)
         return total / count
 
-    return order, bin_of, mean
+    return _Bins(x, order, bin_of, mean)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -22,7 +22,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Num
 
-from smark_jax import _validate
+from smark_jax import _batches, _validate
 from smark_jax._types import ApplyFn, PyTree
 
 
@@ -210,20 +210,13 @@ def accuracy(
         )
     _validate.positive("models.accuracy", "batch_size", batch_size)
 
-    size = min(batch_size, len(images))
-    correct = 0
-    for start in range(0, len(images), size):
-        batch, wanted = images[start : start + size], labels[start : start + size]
-        missing = size - len(batch)
-        batch = np.pad(batch, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
-        wanted = np.pad(wanted.astype(np.int32), (0, missing), constant_values=-1)  # No logit is at -1.
-        correct += int(_num_correct(apply_fn, params, batch, wanted))
-    return correct / len(images)
+    answers = _batches.apply(functools.partial(_answers, apply_fn, params), batch_size, images)
+    return float(np.mean(answers == labels))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _num_correct(apply_fn: ApplyFn, params: PyTree, images: Array, labels: Array) -> Array:
-    return jnp.sum(jnp.argmax(apply_fn(params, images), axis=-1) == labels)
+def _answers(apply_fn: ApplyFn, params: PyTree, images: Array) -> Array:
+    return jnp.argmax(apply_fn(params, images), axis=-1)
 
 
 def _scaled(images: Num[Array, "B H W C"]) -> Float[Array, "B H W C"]:

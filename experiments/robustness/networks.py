@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from experiments import sections
-from smark_jax import data, keys, models, parallel
+from smark_jax import _batches, data, keys, models, parallel
 from smark_jax._types import ApplyFn, PyTree
 
 CUSTOMERS = 10**6
@@ -85,9 +85,8 @@ def train(
     params, rest = variables.pop("params"), variables
     state, rng = optimizer.init(params), np.random.default_rng(seed)
     for _ in range(epochs):
-        order = rng.permutation(len(images))
-        for at in range(0, len(order) - 63, 64):
-            params, rest, state = step(params, rest, state, images[order[at : at + 64]], labels[order[at : at + 64]])
+        for index in _batches.shuffled(rng, len(images), 64):
+            params, rest, state = step(params, rest, state, images[index], labels[index])
             on_step()
     base = {"params": params, **rest} if statistics else params
     return Subject(

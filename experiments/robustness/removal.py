@@ -17,7 +17,7 @@ import rich.table
 from experiments import sections
 from experiments.robustness import networks
 from experiments.robustness.networks import ALPHA, CUSTOMERS, Subject
-from smark_jax import attacks, carriers, codes, embedding, extraction, losses, models, parallel, tracing
+from smark_jax import _batches, attacks, carriers, codes, embedding, extraction, losses, models, parallel, tracing
 from smark_jax._types import PyTree
 
 _LAST = "Dense_1"
@@ -260,9 +260,8 @@ def _train_mark(
         return embedder.update(state, spec, gradient)[0]
 
     state = embedder.init(subject.base, embedding.mark(subject.base, spec, carrier, word))
-    order = np.random.default_rng(seed).permutation(len(subject.images))
-    for at in range(0, len(order) - 63, 64):
-        state = step(state, subject.images[order[at : at + 64]], subject.labels[order[at : at + 64]])
+    for index in _batches.shuffled(np.random.default_rng(seed), len(subject.images), 64):
+        state = step(state, subject.images[index], subject.labels[index])
     return state.params
 
 

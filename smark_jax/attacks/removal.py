@@ -1,6 +1,7 @@
 """Attempts to remove the fingerprint from one copy without data."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,12 +24,15 @@ def prune(params: PyTree, fraction: float) -> PyTree:
       ValueError: when the fraction is outside (0, 1).
     """
     _validate.unit_interval("prune", "a fraction", fraction, "50 % is 0.5.")
-    return jax.tree.map(functools.partial(_prune_kernel, fraction=fraction), params)
+    return _map_kernels(functools.partial(_prune_kernel, fraction=fraction), params)
+
+
+def _map_kernels(change: Callable[..., Array], params: PyTree, *others: PyTree, axes: int = 2) -> PyTree:
+    """``change`` of every leaf of that many axes or more; the others stay as they are."""
+    return jax.tree.map(lambda leaf, *rest: change(leaf, *rest) if leaf.ndim >= axes else leaf, params, *others)
 
 
 def _prune_kernel(leaf: Array, fraction: float) -> Array:
-    if leaf.ndim < 2:
-        return leaf
     bar = jnp.quantile(jnp.abs(leaf).astype(jnp.float32).reshape(-1), fraction)
     return jnp.where(jnp.abs(leaf) < bar, 0, leaf).astype(leaf.dtype)
 
@@ -45,12 +49,10 @@ def quantise(params: PyTree, bits: int) -> PyTree:
     """
     if bits not in range(2, 17):
         raise _validate.fail("quantise", "bits from 2 to 16", repr(bits), "Common choices are 8 and 4.")
-    return jax.tree.map(functools.partial(_quantise_kernel, levels=2 ** (bits - 1) - 1), params)
+    return _map_kernels(functools.partial(_quantise_kernel, levels=2 ** (bits - 1) - 1), params)
 
 
 def _quantise_kernel(leaf: Array, levels: int) -> Array:
-    if leaf.ndim < 2:
-        return leaf
     step = jnp.maximum(jnp.abs(leaf).max().astype(jnp.float32), 1e-30) / levels
     return (jnp.round(leaf.astype(jnp.float32) / step) * step).astype(leaf.dtype)
 
@@ -95,12 +97,10 @@ def prune_filters(params: PyTree, fraction: float) -> PyTree:
       ValueError: when the fraction is outside (0, 1).
     """
     _validate.unit_interval("prune_filters", "a fraction", fraction, "50 % is 0.5.")
-    return jax.tree.map(functools.partial(_prune_filters_of_kernel, fraction=fraction), params)
+    return _map_kernels(functools.partial(_prune_filters_of_kernel, fraction=fraction), params, axes=3)
 
 
 def _prune_filters_of_kernel(leaf: Array, fraction: float) -> Array:
-    if leaf.ndim < 3:
-        return leaf
     norms = jnp.abs(leaf).astype(jnp.float32).sum(axis=tuple(range(leaf.ndim - 1)))
     return leaf.at[..., jnp.argsort(norms)[: int(fraction * norms.size)]].set(0)
 
@@ -134,12 +134,10 @@ def low_rank(params: PyTree, fraction: float) -> PyTree:
       ValueError: when the fraction is outside (0, 1).
     """
     _validate.unit_interval("low_rank", "a fraction", fraction, "Half is 0.5.")
-    return jax.tree.map(functools.partial(_low_rank_kernel, fraction=fraction), params)
+    return _map_kernels(functools.partial(_low_rank_kernel, fraction=fraction), params)
 
 
 def _low_rank_kernel(leaf: Array, fraction: float) -> Array:
-    if leaf.ndim < 2:
-        return leaf
     matrix = leaf.astype(jnp.float32).reshape(-1, leaf.shape[-1])
     left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     rank = max(1, int(fraction * values.size))
@@ -169,12 +167,10 @@ def shift_weights(params: PyTree, key: Array, mean: float = 1.5, noise: float = 
         if not 0 <= value < float("inf"):
             raise _validate.fail("shift_weights", f"{name} to be finite and at least 0", repr(value), "Try 1.5 and 1.")
     shift = functools.partial(_shift_kernel, mean=mean, noise=noise)
-    return jax.tree.map(shift, params, optax.tree.split_key_like(key, params))
+    return _map_kernels(shift, params, optax.tree.split_key_like(key, params))
 
 
 def _shift_kernel(leaf: Array, key: Array, mean: float, noise: float) -> Array:
-    if leaf.ndim < 2:
-        return leaf
     wide = leaf.astype(jnp.float32)
     random = noise * wide.std() * jax.random.normal(key, leaf.shape, jnp.float32)
     return (wide - mean * wide.mean(axis=-1, keepdims=True) - random).astype(leaf.dtype)

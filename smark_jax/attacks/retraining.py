@@ -4,6 +4,7 @@ Running statistics (a tree's ``"batch_stats"``) are no weights: they stay as the
 not of a floating-point type.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +15,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from smark_jax import _validate, carriers
+from smark_jax import _batches, _validate, carriers
 from smark_jax._types import AnyArray, ApplyFn, PyTree
+
+_IMAGES_A_PASS = 500
 
 
 def fine_tune(
@@ -238,9 +241,7 @@ def _descend(
 
     rng, state = np.random.default_rng(seed), optimizer.init(moves)
     for _ in range(epochs):
-        order = rng.permutation(sizes[0])
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            index = order[start : start + batch_size]
+        for index in _batches.shuffled(rng, sizes[0], batch_size):
             moves, state = step(moves, still, state, *(array[index] for array in data))
             on_step()
     return _join(moves, still)
@@ -294,7 +295,5 @@ def _join(moves: PyTree, still: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: b if a is None else a, moves, still, is_leaf=lambda leaf: leaf is None)
 
 
-def _logits(params: PyTree, apply_fn: ApplyFn, images: AnyArray, batch_size: int = 500) -> np.ndarray:
-    run = jax.jit(apply_fn)
-    batches = range(0, len(images), batch_size)
-    return np.concatenate([np.asarray(run(params, images[start : start + batch_size])) for start in batches])
+def _logits(params: PyTree, apply_fn: ApplyFn, images: AnyArray) -> np.ndarray:
+    return _batches.apply(functools.partial(jax.jit(apply_fn), params), _IMAGES_A_PASS, np.asarray(images))

@@ -14,7 +14,6 @@ brightness, which compression keeps best.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, UInt8
 
-from smark_jax import _validate, carriers, chacha, keys
+from smark_jax import _batches, _validate, carriers, chacha, keys
 from smark_jax._types import AnyArray
 
 PAYLOAD_BITS = 304
@@ -90,7 +89,8 @@ def mark_images(
     coded = np.broadcast_to(_encode(np.atleast_2d(bits)), (count, _CODED))
     carrier, dither = _secrets(key, images[0, ..., 0].size)
     step = _step(strength, images[0, ..., 0].size)
-    return _in_passes(lambda x, b: _mark(x, b, carrier, dither, step, strength), images, coded)
+    mark = lambda x, b: _mark(x, b, carrier, dither, step, strength)  # noqa: E731
+    return _batches.apply(mark, _IMAGES_A_PASS, images, coded)
 
 
 def read_images(images: UInt8[AnyArray, "B H W C"], key: keys.SecretKey, strength: float = 1.2) -> Reading:
@@ -110,7 +110,8 @@ def read_images(images: UInt8[AnyArray, "B H W C"], key: keys.SecretKey, strengt
     _check("read_images", images, strength)
     images = np.asarray(images)
     carrier, dither = _secrets(key, images[0, ..., 0].size)
-    phases = _in_passes(lambda x: _phase(x, carrier, dither, _step(strength, images[0, ..., 0].size)), images)
+    step = _step(strength, images[0, ..., 0].size)
+    phases = _batches.apply(lambda x: _phase(x, carrier, dither, step), _IMAGES_A_PASS, images)
     # The phase is near 0 for a 0, near one half for a 1.
     coded = (np.abs(phases) > 0.25).astype(np.uint8)
     payload, ok = _decode(coded)
@@ -184,18 +185,6 @@ def _luma(image: Float[Array, "H W C"]) -> Float[Array, " n"]:
         jnp.array([0.299, 0.587, 0.114]) if image.shape[-1] == 3 else jnp.full(image.shape[-1], 1 / image.shape[-1])
     )
     return (image @ weights).reshape(-1)
-
-
-def _in_passes(run: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
-    """Some images at a time, the last pass filled up, so that memory is bounded and one compilation serves all."""
-    count, found = len(arrays[0]), []
-    size = min(_IMAGES_A_PASS, count)
-    for start in range(0, count, size):
-        parts = [array[start : start + size] for array in arrays]
-        missing = size - len(parts[0])
-        parts = [np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) for part in parts]
-        found.append(np.asarray(run(*parts))[: size - missing])
-    return np.concatenate(found)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ import optax
 from jax import Array
 from jaxtyping import Float, Int, Num, UInt8
 
-from smark_jax import _validate, keys
+from smark_jax import _batches, _validate, keys
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 from smark_jax.blackbox import payload
 
@@ -234,9 +234,7 @@ def train_copies(
     codes = np.asarray(codes)
     rng, state = np.random.default_rng(seed), optimizer.init(copies)
     for _ in range(epochs):
-        order = rng.permutation(len(images))
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            index = order[start : start + batch_size]
+        for index in _batches.shuffled(rng, len(images), batch_size):
             asked = rng.choice(len(probe_images), min(probes_a_batch, len(probe_images)), replace=False)
             allowed = sides[None, asked] == codes[:, asked, None]
             copies, state = step(copies, state, images[index], labels[index], probe_images[asked], allowed)
