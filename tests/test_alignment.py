@@ -55,20 +55,15 @@ def setup(name):
     )
 
 
-def weights(tree):
-    return tree["params"] if "params" in tree else tree
-
-
 def mark(base):
-    spec = carriers.select(weights(base))
+    spec = carriers.select(base)
     carrier = carriers.draw(keys.derive(KEY, "carrier"), spec, 128)
     book = codes.Codebook(keys.derive(KEY, "code"), 1000, 128)
     word = codes.codebook(book.key, [7], 128)[0]
-    marked = embedding.embed(weights(base), spec, carrier, word)
-    copy = {**base, "params": marked} if "params" in base else marked
+    copy = embedding.embed(base, spec, carrier, word)
 
     def read(suspect):
-        return np.asarray(extraction.extract(weights(suspect), weights(base), spec, carrier), np.float64)
+        return np.asarray(extraction.extract(suspect, base, spec, carrier), np.float64)
 
     return copy, book, read
 

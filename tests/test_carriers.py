@@ -163,6 +163,14 @@ def test_select_takes_floating_leaves_with_spread():
     assert by_predicate == carriers.select(PARAMS, "kernel$")
 
 
+def test_running_statistics_never_carry():
+    variables = {"params": PARAMS, "batch_stats": {"norm": {"mean": np.ones(10, np.float32)}}}
+    spec = carriers.select(variables)
+    assert [leaf.path for leaf in spec.leaves] == [f"params/{leaf.path}" for leaf in carriers.select(PARAMS).leaves]
+    with pytest.raises(ValueError, match="none that matches 'batch_stats'"):
+        carriers.select(variables, "batch_stats")
+
+
 def test_read_divides_by_scale_and_write_adds():
     spec = carriers.select(PARAMS)
     vector = np.asarray(carriers.read(PARAMS, spec))

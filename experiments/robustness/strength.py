@@ -104,26 +104,22 @@ def _calibrate(name: str, config: Config, seed: int, meter: sections.Meter) -> d
     meter.start(networks.steps(config.epochs, config.train_images or 4000))
     train = lambda: meter.step(f"train {name}")  # noqa: E731
     subject = networks.train(networks.networks()[name], seed, config.epochs, train, config.train_images)
-    variables = subject.base if "params" in subject.base else {"params": subject.base}
     rows: dict[str, Any] = {"network": name, "accuracy": subject.accuracy(subject.base)}
     for kind, match in (("all", None), ("kernels", "kernel")):
-        spec = carriers.select(variables["params"], match)
+        spec = carriers.select(subject.base, match)
         carrier = carriers.draw(networks.secret(seed, "calibrate", name), spec, config.num_chips)
 
-        def whole(weights: PyTree) -> PyTree:
-            return {**variables, "params": weights} if "params" in subject.base else weights
-
-        def score(weights: PyTree) -> float:
-            return models.accuracy(subject.apply_fn, whole(weights), subject.images, subject.labels)
+        def score(copy: PyTree) -> float:
+            return models.accuracy(subject.apply_fn, copy, subject.images, subject.labels)
 
         try:
-            found = embedding.calibrate(variables["params"], spec, carrier, score, config.max_drop)
+            found = embedding.calibrate(subject.base, spec, carrier, score, config.max_drop)
         except ValueError:  # even the smallest strength costs more
             rows[kind] = None
             continue
         words = codes.codebook(networks.secret(seed, "strength", "code"), range(config.copies), config.num_chips)
-        copies = (embedding.embed(variables["params"], spec, carrier, word, found.strength) for word in words)
-        drops = [rows["accuracy"] - subject.accuracy(whole(copy)) for copy in copies]
+        copies = (embedding.embed(subject.base, spec, carrier, word, found.strength) for word in words)
+        drops = [rows["accuracy"] - subject.accuracy(copy) for copy in copies]
         rows[kind] = {**found._asdict(), "test_mean_drop": float(np.mean(drops)), "test_worst_drop": float(max(drops))}
     return rows
 

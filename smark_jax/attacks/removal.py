@@ -184,7 +184,7 @@ def overwrite(
     Each time draws another carrier and codeword, as somebody does who knows this library and not the owner's key.
 
     Args:
-      params: the copy; of a variables dict, its ``"params"`` are marked.
+      params: the copy.
       key: the leaker's.
       times: number of fingerprints.
       strength: of each, as in :func:`smark_jax.embedding.embed`.
@@ -194,10 +194,9 @@ def overwrite(
       ValueError: when times is not at least 1, or as ``embed``.
     """
     _validate.positive("overwrite", "times", times)
-    weights = params["params"] if "params" in params else params
-    spec = carriers.select(weights)
+    spec = carriers.select(params)
     for number in range(times):
         carrier = carriers.draw(keys.derive(key, "carrier", str(number)), spec, num_chips)
         word = codes.codebook(keys.derive(key, "code"), [number], num_chips)[0]
-        weights = embedding.embed(weights, spec, carrier, word, strength)
-    return {**params, "params": weights} if "params" in params else weights
+        params = embedding.embed(params, spec, carrier, word, strength)
+    return params

@@ -263,13 +263,12 @@ def _hold_zeros() -> optax.GradientTransformation:
 def _trainable(who: str, params: PyTree, match: str | None) -> PyTree:
     """Which leaves are trained: floating-point, not running statistics, and matched."""
     weights = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and not _statistic(path), params
+        lambda path, leaf: (
+            jnp.issubdtype(leaf.dtype, jnp.floating) and not _validate.is_statistic(_validate.path_name(path))
+        ),
+        params,
     )
     return weights if match is None else jax.tree.map(lambda a, b: a and b, weights, _match(who, params, match))
-
-
-def _statistic(path: Any) -> bool:
-    return _validate.path_name(path).startswith("batch_stats/")
 
 
 def _match(who: str, params: PyTree, match: str) -> PyTree:

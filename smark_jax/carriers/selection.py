@@ -45,11 +45,12 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
     """Chooses the leaves that carry, from the base model alone.
 
     Every floating-point leaf carries unless ``match`` says otherwise. A leaf that is zero throughout (a fresh bias) has
-    no spread to hide in and is passed over; so are integer leaves (step counters).
+    no spread to hide in and is passed over; so are integer leaves (step counters) and the running statistics of batch
+    norm (``batch_stats``), which any further training replaces.
 
     Args:
       params: the base model's parameter pytree (with batch norm: its whole variables dict).
-      match: a regular expression searched in each leaf's path (``"kernel"``, ``"^params/"``), or a predicate on it.
+      match: a regular expression searched in each leaf's path (``"kernel"``, ``"Conv"``), or a predicate on it.
 
     Returns:
       The selection, with each leaf's root mean square as its scale.
@@ -76,7 +77,7 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
     carrying = {
         name: jnp.asarray(leaf)
         for name, leaf in named
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and wanted(name)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not _validate.is_statistic(name) and wanted(name)
     }
     scales = jax.device_get({name: _rms(leaf) for name, leaf in carrying.items()})
     for name, scale in scales.items():
