@@ -22,6 +22,8 @@ _SUSPECTS_A_PASS = 8
 # Rectification: at least so many weights in a bin, at most so many bins in a leaf; leaves of fewer than four stay.
 _BIN, _BINS = 128, 256
 _TINY = 1e-20
+# Mean squares of shifts, as a share of all weights' and in themselves, that are no mark: the base's own leaf, and rounding.
+_STILL, _ROUNDING = 1e-6, 1e-12
 
 
 def extract(
@@ -41,6 +43,8 @@ def extract(
     the means are piecewise linear over bins of at least 128 weights, v is the mean square of the numerator in the bin
     of s, :math:`\bar v` in the leaf; q is scaled to a mean weight of 1. A weight that was pruned says little, then, and
     one that was kept much; an intact copy reads as it does without, but for a share of bins over weights, below 1 %.
+    A leaf that moved a thousand times less than the weights altogether (alignment takes one from the base where the
+    suspect's has nothing in common with it) is left out.
     It depends on suspect and base only, so the bound on accusing the innocent holds as it does without. Choose one way
     before you look: where both are tried, say so to ``trace`` by ``num_alignments``.
 
@@ -104,14 +108,28 @@ def _extract(
     ends = [0]
     for leaf in spec.leaves:
         ends.append(ends[-1] + math.prod(leaf.shape))
-    leaves = [_score(found[a:b], original[a:b]) for a, b in itertools.pairwise(ends)]
+    least = _ROUNDING + _STILL * jnp.mean(jnp.square(found - original))
+    leaves = [_score(found[a:b], original[a:b], least) for a, b in itertools.pairwise(ends)]
     scores, weights = (jnp.concatenate(parts) for parts in zip(*leaves, strict=True))
     mean = weights.mean()
     return carriers.despread(scores / jnp.where(mean > 0, mean, 1), carrier), ok
 
 
-def _score(found: Float[Array, " n"], base: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """How a leaf's weights in the suspect speak for shifts of those in the base, and each weight's factor in that."""
+def _score(
+    found: Float[Array, " n"], base: Float[Array, " n"], least: Float[Array, ""]
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """How a leaf's weights in the suspect speak for shifts of those in the base, and each weight's factor in that.
+
+    Both are zero where the leaf's mean square shift is not above ``least``: it is the base's own and says nothing.
+    """
+    moved = jnp.mean(jnp.square(found - base)) > least
+    score, weight = _score_of_moved(found, base)
+    return jnp.where(moved, score, 0), jnp.where(moved, weight, 0)
+
+
+def _score_of_moved(
+    found: Float[Array, " n"], base: Float[Array, " n"]
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     bins = min(_BINS, found.size // _BIN)
     if bins < 4:
         shift = found - base

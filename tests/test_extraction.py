@@ -159,3 +159,20 @@ def test_rectified_innocents_are_unbiased():
     assert abs(scores.mean()) < 4 / np.sqrt(4000)
     assert scores.std() == pytest.approx(1, abs=4 / np.sqrt(2 * 4000))
     assert word @ chips / np.linalg.norm(chips) > 10  # the control
+
+
+def test_rectified_read_out_is_deaf_to_leaves_that_are_the_bases_own():
+    rng = np.random.default_rng(0)
+    shapes = {"bias": (64,), "kernel": (256, 128)}
+    base = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    spec = carriers.select(base)
+    carrier = carriers.draw(keys.derive(KEY, "carrier"), spec, 128)
+    word = codes.codebook(KEY, [7], 128)[0]
+    copy = embedding.embed(base, spec, carrier, word, 0.05)
+    noisy = {name: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in copy.items()}
+    for bias in (base["bias"], base["bias"] * np.float32(1 + 1e-6)):  # exactly the base's, and but for rounding
+        chips = np.asarray(extraction.extract({**noisy, "bias": bias}, base, spec, carrier, rectify=True), np.float64)
+        assert np.isfinite(chips).all()
+        assert chips @ np.asarray(word) / np.linalg.norm(chips) > 9  # of sqrt(128) = 11.3
+    still = extraction.extract(base, base, spec, carrier, rectify=True)
+    np.testing.assert_array_equal(still, np.zeros(128, np.float32))
