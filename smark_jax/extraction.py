@@ -22,7 +22,7 @@ _SUSPECTS_A_PASS = 8
 # Rectification: at least so many weights in a bin, at most so many bins in a leaf; leaves of fewer than four stay.
 _BIN, _BINS = 128, 256
 _TINY = 1e-20
-# Mean squares of shifts, as a share of all weights' and in themselves, that are no mark: the base's own leaf, and rounding.
+# A leaf's mean square shift that is no mark: as a share of all weights', and as rounding leaves it.
 _STILL, _ROUNDING = 1e-6, 1e-12
 
 

@@ -317,6 +317,7 @@ def picture(path: Path, result: sections.Result) -> None:
             result["accuracy"] - _TOLERATED, 1, color="tab:green", alpha=0.08, lw=0, label="the model is of use"
         )
         axes.set_yscale("symlog", linthresh=6)
+        axes.set_ylim(bottom=-0.5)  # a p-value of 1 is the lowest
         axes.set_xlabel("accuracy after the attack")
         axes.set_ylabel("-log10 of the p-value")
         axes.set_title("Each point one attack on one copy: accuracy kept against the trace")
