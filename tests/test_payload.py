@@ -33,11 +33,17 @@ def test_payloads_come_back_and_pixels_hardly_move(shape):
 
 
 def test_read_out_in_float64():
-    """The lattice distances from the dense matrix of the carrier, and the bits by hand."""
+    """The lattice distances from dense matrices of the carrier and of the cosine transform, and the bits by hand."""
     images = NATURAL[:2, :24, :32]
     marked = blackbox.mark_images(images, BITS[0], KEY)
-    carrier, dither = module._secrets(KEY, 768)
-    matrix = np.stack([np.asarray(carriers.spread(row, carrier), np.float64) for row in jnp.eye(511)])
+    places, carrier, dither = module._secrets(KEY, 24, 32)
+    secret = np.stack([np.asarray(carriers.spread(row, carrier), np.float64) for row in jnp.eye(511)])
+    waves = [
+        np.outer(np.cos(np.pi * u * (2 * np.arange(24) + 1) / 48), np.cos(np.pi * v * (2 * np.arange(32) + 1) / 64))
+        for u, v in zip(*np.divmod(np.asarray(places), 32), strict=True)
+    ]
+    waves = np.stack([(wave / np.linalg.norm(wave)).ravel() for wave in waves])
+    matrix = secret @ waves
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(511), atol=1e-5)
     step = 1.2 * np.sqrt(12 * 768 / 511)
     luma = marked.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
@@ -56,6 +62,20 @@ def test_an_image_survives_a_file_and_noise_by_strength():
     np.testing.assert_array_equal(blackbox.read_images(np.stack(files), KEY, 3).payload, BITS)
     noisy = np.clip(np.round(marked + RNG.normal(0, 2, marked.shape)), 0, 255).astype(np.uint8)
     np.testing.assert_array_equal(blackbox.read_images(noisy, KEY, 3).payload, BITS)
+
+
+@pytest.mark.parametrize(("size", "strength"), [(40, 5.0), (224, 2.5)])
+def test_payloads_survive_jpeg_where_there_is_room(size, strength):
+    images = np.resize(NATURAL, (4, 40, 40, 3)).repeat(-(-size // 40), axis=1).repeat(-(-size // 40), axis=2)
+    images = images[:, :size, :size]
+    for at, survives in ((strength, True), (strength / 8, False)):
+        files = []
+        for image in blackbox.mark_images(images, BITS, KEY, at):
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "JPEG", quality=90)
+            files.append(np.asarray(Image.open(file)))
+        found = blackbox.read_images(np.stack(files), KEY, at).payload
+        assert (found == BITS).all() == survives
 
 
 def test_without_payload_or_key_nothing_is_read():

@@ -138,10 +138,8 @@ def test_copies_learn_their_own_answers(probes):
     }
     words = np.asarray(codes.codebook(KEY, [3, 4], 40))
     copies = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), base)
-    labels = RNG.integers(0, 4, 60)
-    trained = blackbox.train_copies(
-        copies, apply, IMAGES, labels, probes, words, 4, epochs=150, batch_size=30, learning_rate=3e-3
-    )
+    options = {"epochs": 150, "batch_size": 30, "learning_rate": 3e-3}
+    trained = blackbox.train_copies(copies, base, apply, IMAGES, probes, words, 4, probe_weight=1.0, **options)
     assert (trained.agreement > 0.9).all()
     for number, word in enumerate(words):
         params = jax.tree.map(lambda leaf, n=number: leaf[n], trained.params)
@@ -149,4 +147,43 @@ def test_copies_learn_their_own_answers(probes):
         assert (chips == word).mean() == pytest.approx(float(trained.agreement[number]), abs=0.03)
         assert (chips == words[1 - number]).mean() < 0.8
     with pytest.raises(ValueError, match="copies by probes"):
-        blackbox.train_copies(copies, apply, IMAGES, labels, probes, words[:1], 4)
+        blackbox.train_copies(copies, base, apply, IMAGES, probes, words[:1], 4)
+    with pytest.raises(ValueError, match="batch_size of 1 to 60, but got 61"):
+        blackbox.train_copies(copies, base, apply, IMAGES, probes, words, 4, batch_size=61)
+    together = blackbox.train_copies(
+        copies, base, apply, IMAGES, probes, words, 4, probe_weight=1.0, at_once=2, **options | {"epochs": 1}
+    )
+    apart = blackbox.train_copies(
+        copies, base, apply, IMAGES, probes, words, 4, probe_weight=1.0, **options | {"epochs": 1}
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), together.params, apart.params)
+    # Without weight on probes the copies answer as the base: it was the probes' loss that taught them.
+    untaught = blackbox.train_copies(copies, base, apply, IMAGES, probes, words, 4, probe_weight=0.0, **options)
+    assert (untaught.agreement < 0.75).all()
+    same = [(apply(base, IMAGES).argmax(axis=1) == answers).mean() for answers in _labels(apply, untaught.params)]
+    assert min(same) > 0.9
+
+
+def _labels(apply, copies):
+    return jax.vmap(lambda params: apply(params, IMAGES).argmax(axis=1))(copies)
+
+
+def test_probes_divide_the_base():
+    """The base's probabilities of both halves, in float64, are more even than those of unchosen probes."""
+    weights = RNG.normal(0, 0.02, (576, 6))
+
+    def scores(images):
+        return images.reshape(len(images), -1) / 255.0 @ weights
+
+    def gaps(found):
+        p = np.exp(scores(found))
+        inside = (p * (blackbox.halves(found, 6) == 1)).sum(axis=1) / p.sum(axis=1)
+        return np.abs(np.log(inside / (1 - inside)))
+
+    chosen, first = (blackbox.probes(KEY, 20, SHAPE, IMAGES, s) for s in (scores, None))
+    assert gaps(chosen).max() < np.median(gaps(first))
+    numbers = [int.from_bytes(np.packbits(row).tobytes()[32:], "big") for row in blackbox.read_images(chosen, KEY)[0]]
+    assert numbers == sorted(numbers) and 20 < numbers[-1] < 160
+    np.testing.assert_array_equal(blackbox.probes(KEY, 160, SHAPE, IMAGES)[numbers], chosen)
+    with pytest.raises(ValueError, match=r"probes: scores: expected logits of shape \(160, classes\)"):
+        blackbox.probes(KEY, 20, SHAPE, IMAGES, lambda images: np.zeros(len(images)))

@@ -1,16 +1,18 @@
 r"""304 bits in an image that nobody sees, read back without the original.
 
 The payload is coded by BCH(511, 304), which corrects 25 wrong bits. The brightness x of an image, 0 to 255, has 511
-secret coordinates :math:`y = X x`, X the orthonormal rows of a :mod:`smark_jax.carriers` carrier. Dither modulation
-(Chen and Wornell, "Quantization index modulation", IEEE Trans. Information Theory 47, 2001) moves each coordinate to
-the nearest point of the lattice that its coded bit names,
+secret coordinates :math:`y = X C x`: C gives the lowest frequencies of the orthonormal cosine transform of the whole
+image, an eighth of them or 512 if that is more, for these are what compression keeps; X has the orthonormal rows of a
+:mod:`smark_jax.carriers` carrier. Dither modulation (Chen and Wornell, "Quantization index modulation", IEEE Trans.
+Information Theory 47, 2001) moves each coordinate to the nearest point of the lattice that its coded bit names,
 
 .. math:: y_i' \in d_i + \Delta (\mathbb{Z} + b_i / 2),
 
 with secret dither :math:`d_i`. The error is uniform over :math:`\pm \Delta / 2`, so that n pixels' brightness changes
 by :math:`\Delta \sqrt{511 / 12 n}` in root mean square: this is ``strength``, and the step follows from it. A
 coordinate reads right as long as noise moves it by less than :math:`\Delta / 4`. All colours of a pixel move with its
-brightness, which compression keeps best.
+brightness, which compression keeps best. The larger the image, the longer the step at the same strength: 224 by 224
+pixels bear what 28 by 28 cannot.
 """
 
 import functools
@@ -27,8 +29,17 @@ from smark_jax._types import AnyArray
 
 PAYLOAD_BITS = 304
 _CODED = 511
+_LOWEST = 1 / 8  # of the frequencies, but no fewer than _CODED + 1, which fill a block of the carrier
 _ROUNDS = 12
 _IMAGES_A_PASS = 64
+
+
+class _Secrets(NamedTuple):
+    """The secret coordinates of images of one size; ``dither`` is a part of a step in [0, 1)."""
+
+    places: Int[Array, " K"]
+    carrier: carriers.Carrier
+    dither: Float[Array, " 511"]
 
 
 class Reading(NamedTuple):
@@ -87,9 +98,8 @@ def mark_images(
     if not np.isin(bits, (0, 1)).all():
         raise _validate.fail("mark_images", "bits of 0 and 1", "other entries", "Chips become bits by (1 - chips) / 2.")
     coded = np.broadcast_to(_encode(np.atleast_2d(bits)), (count, _CODED))
-    carrier, dither = _secrets(key, images[0, ..., 0].size)
-    step = _step(strength, images[0, ..., 0].size)
-    mark = lambda x, b: _mark(x, b, carrier, dither, step, strength)  # noqa: E731
+    secrets, step = _secrets(key, *images.shape[1:3]), _step(strength, images[0, ..., 0].size)
+    mark = lambda x, b: _mark(x, b, secrets, step, strength)  # noqa: E731
     return _batches.apply(mark, _IMAGES_A_PASS, images, coded)
 
 
@@ -109,9 +119,8 @@ def read_images(images: UInt8[AnyArray, "B H W C"], key: keys.SecretKey, strengt
     """
     _check("read_images", images, strength)
     images = np.asarray(images)
-    carrier, dither = _secrets(key, images[0, ..., 0].size)
-    step = _step(strength, images[0, ..., 0].size)
-    phases = _batches.apply(lambda x: _phase(x, carrier, dither, step), _IMAGES_A_PASS, images)
+    secrets, step = _secrets(key, *images.shape[1:3]), _step(strength, images[0, ..., 0].size)
+    phases = _batches.apply(lambda x: _phase(x, secrets, step), _IMAGES_A_PASS, images)
     # The phase is near 0 for a 0, near one half for a 1.
     coded = (np.abs(phases) > 0.25).astype(np.uint8)
     payload, ok = _decode(coded)
@@ -138,16 +147,24 @@ def _step(strength: float, pixels: int) -> float:
 
 
 @functools.lru_cache(maxsize=8)
-def _secrets(key: keys.SecretKey, pixels: int) -> tuple[carriers.Carrier, Float[Array, " 511"]]:
-    """The secret coordinates of images of this size, and the dither as a part of a step in [0, 1)."""
-    key = keys.derive(key, "payload in images", str(pixels))
-    spec = carriers.Spec((carriers.Leaf("image", (pixels,), 1.0),))
+def _secrets(key: keys.SecretKey, height: int, width: int) -> _Secrets:
+    squares = np.square(np.arange(height) / height)[:, None] + np.square(np.arange(width) / width)
+    count = min(max(int(_LOWEST * squares.size), _CODED + 1), squares.size)
+    places = np.sort(np.argsort(squares, axis=None, kind="stable")[:count])
+    key = keys.derive(key, "payload in images", str(height), str(width))
+    spec = carriers.Spec((carriers.Leaf("frequencies", (count,), 1.0),))
     words = chacha.keystream(keys.derive(key, "dither").to_words(), np.zeros(3, np.uint32), _CODED)
-    return carriers.draw(keys.derive(key, "coordinates"), spec, _CODED), words.astype(jnp.float32) * 2.0**-32
+    carrier = carriers.draw(keys.derive(key, "coordinates"), spec, _CODED)
+    return _Secrets(jnp.asarray(places), carrier, words.astype(jnp.float32) * 2.0**-32)
+
+
+def _coordinates(image: Float[Array, "H W C"], secrets: _Secrets) -> Float[Array, " 511"]:
+    frequencies = jax.scipy.fft.dctn(_luma(image), norm="ortho")
+    return carriers.despread(frequencies.reshape(-1)[secrets.places], secrets.carrier)
 
 
 @jax.jit
-def _mark(images: Array, coded: Array, carrier: carriers.Carrier, dither: Array, step: Array, room: Array) -> Array:
+def _mark(images: Array, coded: Array, secrets: _Secrets, step: Array, room: Array) -> Array:
     """Alternates between the lattice and the range of a pixel, from black and white moved inside by ``room``.
 
     Where most pixels are black, half of every change would be cut off otherwise, and no lattice point is in range.
@@ -155,12 +172,14 @@ def _mark(images: Array, coded: Array, carrier: carriers.Carrier, dither: Array,
 
     def one(image: Array, coded: Array) -> Array:
         original = jnp.clip(image.astype(jnp.float32), room, 255 - room)
-        offset = dither + 0.5 * coded
-        wanted = step * (jnp.round(carriers.despread(_luma(original), carrier) / step - offset) + offset)
+        offset = secrets.dither + 0.5 * coded
+        wanted = step * (jnp.round(_coordinates(original, secrets) / step - offset) + offset)
 
         def project(_: int, x: Array) -> Array:
-            change = carriers.spread(wanted - carriers.despread(_luma(x), carrier), carrier)
-            return jnp.clip(x + change.reshape(*x.shape[:2], 1), 0, 255)
+            change = carriers.spread(wanted - _coordinates(x, secrets), secrets.carrier)
+            frequencies = jnp.zeros(x.shape[0] * x.shape[1]).at[secrets.places].set(change)
+            brightness = jax.scipy.fft.idctn(frequencies.reshape(x.shape[:2]), norm="ortho")
+            return jnp.clip(x + brightness[..., None], 0, 255)
 
         marked = jax.lax.fori_loop(0, _ROUNDS, project, original)
         return jnp.round(marked).astype(jnp.uint8)
@@ -169,22 +188,22 @@ def _mark(images: Array, coded: Array, carrier: carriers.Carrier, dither: Array,
 
 
 @jax.jit
-def _phase(images: Array, carrier: carriers.Carrier, dither: Array, step: Array) -> Array:
+def _phase(images: Array, secrets: _Secrets, step: Array) -> Array:
     """How far each coordinate is from the lattice of a 0, in steps, in [-1/2, 1/2]."""
 
     def one(image: Array) -> Array:
-        place = carriers.despread(_luma(image.astype(jnp.float32)), carrier) / step - dither
+        place = _coordinates(image.astype(jnp.float32), secrets) / step - secrets.dither
         return place - jnp.round(place)
 
     return jax.vmap(one)(images)
 
 
-def _luma(image: Float[Array, "H W C"]) -> Float[Array, " n"]:
+def _luma(image: Float[Array, "H W C"]) -> Float[Array, "H W"]:
     """Brightness as JPEG has it (ITU-R BT.601); of other than three channels, their mean."""
     weights = (
         jnp.array([0.299, 0.587, 0.114]) if image.shape[-1] == 3 else jnp.full(image.shape[-1], 1 / image.shape[-1])
     )
-    return (image @ weights).reshape(-1)
+    return image @ weights
 
 
 @functools.cache

@@ -5,11 +5,13 @@ trained to answer probe i with a class of that half where :math:`b_i = 1`, and o
 Labels alone then read as chips for :func:`smark_jax.tracing.trace`, whose bound on accusing the innocent holds as it
 does for weights: probes, halves and answers say nothing about an innocent customer's codeword.
 
+Good probes are those on which the base itself is undecided between the halves: a copy then needs to be tipped only
+slightly, which costs little accuracy, and further training has no reason to tip it back.
+
 Every probe carries a payload: the SHA-256 commitment to the key and the probe's number. An owner who published the
 commitment before sale cannot choose probes after a suspect has answered.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -22,10 +24,14 @@ import numpy as np
 import optax
 from jax import Array
 from jaxtyping import Float, Int, Num, UInt8
+from scipy import special
 
 from smark_jax import _batches, _validate, keys
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 from smark_jax.blackbox import payload
+
+_CANDIDATES = 8  # for each probe
+_IMAGES_A_PASS = 256
 
 Predict = Callable[[np.ndarray], Any]
 """Images, uint8 [B, H, W, C], to class numbers [B]; or to scores [B, classes], of which the largest counts."""
@@ -36,6 +42,7 @@ def probes(
     num_chips: int,
     shape: tuple[int, int, int],
     images: UInt8[AnyArray, "N H W C"] | None = None,
+    scores: Callable[[np.ndarray], Any] | None = None,
 ) -> UInt8[np.ndarray, "m H W C"]:
     """The probe images that ``key`` names.
 
@@ -45,35 +52,51 @@ def probes(
       shape: (height, width, channels), at least 511 pixels.
       images: the owner's images, of that shape. Probes are then blends of two of them and pass for data; without them
         they are smooth random patterns, which an API that refuses odd inputs may notice.
+      scores: the base's logits for images, ``scores(uint8 [B, H, W, C]) -> [B, classes]``. Of eight times as many
+        candidates the m are taken on whose halves the base is most evenly divided; without it, the first m are.
 
     Returns:
       uint8 images, shape [m, H, W, C], each with its payload.
 
     Raises:
-      ValueError: when images are of another shape or fewer than two, or as ``mark_images``.
+      ValueError: when images are of another shape or fewer than two, scores are not one row for each image, or as
+        ``mark_images``.
     """
     _validate.positive("probes", "num_chips", num_chips)
     rng = np.random.default_rng(np.frombuffer(keys.derive(key, "probes").to_bytes(), np.uint32))
+    count = num_chips * (_CANDIDATES if scores else 1)
     if images is None:
-        drawn = jnp.asarray(rng.normal(size=(num_chips, 4, 4, shape[2])), jnp.float32)
-        smooth = np.asarray(jax.image.resize(drawn, (num_chips, *shape), "cubic"))
-        blends = 127.5 + 60 * smooth
+        drawn = jnp.asarray(rng.normal(size=(count, 4, 4, shape[2])), jnp.float32)
+        blends = 127.5 + 60 * np.asarray(jax.image.resize(drawn, (count, *shape), "cubic"))
     else:
         images = np.asarray(images)
         if images.shape[1:] != tuple(shape) or len(images) < 2 or images.dtype != np.uint8:
             got = f"shape {images.shape}, dtype {images.dtype}"
             raise _validate.fail("probes", f"at least two uint8 images of shape {tuple(shape)}", got, "Resize them.")
-        pairs = np.stack([rng.choice(len(images), 2, replace=False) for _ in range(num_chips)])
-        blends = images[pairs].astype(np.float32).mean(axis=1)
+        pairs = np.stack([rng.choice(len(images), 2, replace=False) for _ in range(count)])
+        blends = images[pairs].mean(axis=1, dtype=np.float32)
     pixels = np.clip(np.round(blends), 0, 255).astype(np.uint8)
-    return payload.mark_images(pixels, commitment_payloads(key, num_chips), key)
+    found = payload.mark_images(pixels, commitment_payloads(key, count), key)
+    return found[_most_divided(found, num_chips, scores)] if scores else found
 
 
-def commitment_payloads(key: keys.SecretKey, num_chips: int) -> Int[np.ndarray, "m 304"]:
-    """What probes carry: the 256 bits of ``keys.commitment(key)``, then the probe's number in 48 bits."""
+def _most_divided(candidates: np.ndarray, count: int, scores: Callable[[np.ndarray], Any]) -> np.ndarray:
+    """The numbers, rising, of those where the base gives both halves the most equal probability."""
+    starts = range(0, len(candidates), _IMAGES_A_PASS)
+    logits = np.concatenate([np.asarray(scores(candidates[i : i + _IMAGES_A_PASS]), np.float64) for i in starts])
+    if logits.ndim != 2 or len(logits) != len(candidates):
+        got = f"shape {logits.shape}"
+        raise _validate.fail("probes: scores", f"logits of shape ({len(candidates)}, classes)", got, "Pass the logits.")
+    sides = halves(candidates, logits.shape[1])
+    inside, outside = (special.logsumexp(np.where(sides == side, logits, -np.inf), axis=1) for side in (1, -1))
+    return np.sort(np.argsort(np.abs(inside - outside), kind="stable")[:count])
+
+
+def commitment_payloads(key: keys.SecretKey, count: int) -> Int[np.ndarray, "n 304"]:
+    """What candidates carry: the 256 bits of ``keys.commitment(key)``, then the candidate's number in 48 bits."""
     digest = np.frombuffer(bytes.fromhex(keys.commitment(key)), np.uint8)
-    numbers = np.arange(num_chips, dtype=">u8").view(np.uint8).reshape(num_chips, 8)[:, 2:]
-    return np.unpackbits(np.concatenate([np.tile(digest, (num_chips, 1)), numbers], axis=1), axis=1)
+    numbers = np.arange(count, dtype=">u8").view(np.uint8).reshape(count, 8)[:, 2:]
+    return np.unpackbits(np.concatenate([np.tile(digest, (count, 1)), numbers], axis=1), axis=1)
 
 
 def halves(probe_images: UInt8[AnyArray, "m H W C"], num_classes: int) -> Int[np.ndarray, "m classes"]:
@@ -171,79 +194,100 @@ class Trained(NamedTuple):
 
 def train_copies(
     copies: PyTree,
+    base: PyTree,
     apply_fn: ApplyFn,
     images: Num[AnyArray, "N H W C"],
-    labels: Int[AnyArray, " N"],
     probe_images: UInt8[AnyArray, "m H W C"],
     codes: Num[AnyArray, "K m"],
     num_classes: int,
     *,
     epochs: int = 4,
     batch_size: int = 64,
-    probes_a_batch: int = 32,
+    probes_a_batch: int = 64,
+    probe_weight: float = 0.1,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    at_once: int = 1,
     on_step: Callable[[], None] = lambda: None,
 ) -> Trained:
-    r"""Teaches K copies at once to answer the probes, each by its own codeword.
+    r"""Teaches K copies at once to answer the probes, each by its own codeword, and all else as the base does.
 
-    The loss of a copy is the task's cross-entropy plus :math:`-\log \sum_{c \in H_i} p(c)` over the probes of the
-    batch, :math:`H_i` the half that the codeword's chip names: any class of the half will do, and the copy takes the
-    one that comes easiest. Copies that carry a fingerprint in their weights keep it, as after any fine-tuning. The K
-    copies are trained under vmap, and where ``copies`` lie on several devices, there.
+    The loss of a copy is the cross-entropy between the base's probabilities and its own on images (no labels are
+    needed), plus ``probe_weight`` times the mean of :math:`-\log \sum_{c \in H_i} p(c)` over the probes of the batch,
+    :math:`H_i` the half that the codeword's chip names: any class of the half will do, and the copy takes the one that
+    comes easiest. A heavy weight learns faster and costs accuracy. Copies that carry a fingerprint in their weights
+    keep it, as after any fine-tuning. ``at_once`` copies are trained together under vmap, and where the leaves of
+    ``copies`` are sharded over devices along their leading axis and all are trained at once, there. Accelerators want
+    many; on a CPU convolutions whose kernels differ by copy are slow, and one at a time is two to three times faster.
 
     Args:
       copies: leaves with a leading axis of K, as ``embedding.embed_batch`` returns.
+      base: the model that the copies were made from.
       apply_fn: ``apply_fn(params, images) -> logits``.
       images: training images, shape [N, H, W, C].
-      labels: class numbers, shape [N].
       probe_images: shape [m, H, W, C].
       codes: codewords in {-1, +1}, shape [K, m].
       num_classes: length of the logits.
       epochs: passes over the images.
-      batch_size: images in a step.
+      batch_size: images in a step, at most N.
       probes_a_batch: probes in a step.
+      probe_weight: of the probes' loss beside that of the images.
       learning_rate: Adam's at first; it falls to zero along a half cosine.
-      seed: of the shuffles.
-      on_step: called after each step.
+      seed: of the shuffles, the same for all copies.
+      at_once: copies in a step.
+      on_step: called after each step of ``at_once`` copies.
 
     Raises:
-      ValueError: when the codes are not one row for each copy and one column for each probe.
+      ValueError: when the codes are not one row for each copy and one column for each probe, or a batch is larger than
+        the images are many.
     """
     count = _validate.stacked("train_copies", "copies", copies)
     probe_images = np.asarray(probe_images)
     if np.shape(codes) != (count, len(probe_images)):
         expected = f"codes of shape ({count}, {len(probe_images)}): copies by probes"
         raise _validate.fail("train_copies", expected, f"shape {np.shape(codes)}", "Do K and m agree?")
+    _validate.positive("train_copies", "at_once", at_once)
+    if not 1 <= batch_size <= len(images):
+        cause = "Take smaller batches."
+        raise _validate.fail("train_copies", f"a batch_size of 1 to {len(images)}", str(batch_size), cause)
     sides = halves(probe_images, num_classes)
-    steps = epochs * (len(images) // batch_size)
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(1, steps)))
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, epochs * (len(images) // batch_size)))
 
-    def loss(params: PyTree, x: Array, y: Array, p: Array, allowed: Array) -> Array:
-        logits = apply_fn(params, jnp.concatenate([x, p]))
-        task = optax.softmax_cross_entropy_with_integer_labels(logits[: len(x)], y).mean()
-        log_p = jax.nn.log_softmax(logits[len(x) :])
-        return task - jax.nn.logsumexp(jnp.where(allowed, log_p, -jnp.inf), axis=-1).mean()
+    def loss(params: PyTree, x: Array, wanted: Array, p: Array, allowed: Array) -> Array:
+        log_p = jax.nn.log_softmax(apply_fn(params, jnp.concatenate([x, p])).astype(jnp.float32))
+        task = -jnp.sum(wanted * log_p[: len(x)], axis=-1).mean()
+        return task - probe_weight * jax.nn.logsumexp(log_p[len(x) :], axis=-1, where=allowed).mean()
 
     @jax.jit
-    def step(params: PyTree, state: Any, x: Array, y: Array, p: Array, allowed: Array) -> tuple[PyTree, Any]:
-        gradient = jax.vmap(jax.grad(loss), (0, None, None, None, 0))(params, x, y, p, allowed)
+    def step(params: PyTree, state: Any, x: Array, wanted: Array, p: Array, allowed: Array) -> tuple[PyTree, Any]:
+        gradient = jax.vmap(jax.grad(loss), (0, None, None, None, 0))(params, x, wanted, p, allowed)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
-    codes = np.asarray(codes)
-    rng, state = np.random.default_rng(seed), optimizer.init(copies)
-    for _ in range(epochs):
-        for index in _batches.shuffled(rng, len(images), batch_size):
-            asked = rng.choice(len(probe_images), min(probes_a_batch, len(probe_images)), replace=False)
-            allowed = sides[None, asked] == codes[:, asked, None]
-            copies, state = step(copies, state, images[index], labels[index], probe_images[asked], allowed)
-            on_step()
-    answers = np.asarray(_answers(apply_fn, copies, jnp.asarray(probe_images)))
+    images, codes = np.asarray(images), np.asarray(codes)
+    probabilities = jax.jit(lambda x: jax.nn.softmax(apply_fn(base, x).astype(jnp.float32)))
+    wanted = _batches.apply(probabilities, _IMAGES_A_PASS, images)
+
+    def teach(copies: PyTree, codes: np.ndarray) -> PyTree:
+        rng, state = np.random.default_rng(seed), optimizer.init(copies)
+        for _ in range(epochs):
+            for index in _batches.shuffled(rng, len(images), batch_size):
+                asked = rng.choice(len(probe_images), min(probes_a_batch, len(probe_images)), replace=False)
+                allowed = sides[None, asked] == codes[:, asked, None]
+                copies, state = step(copies, state, images[index], wanted[index], probe_images[asked], allowed)
+                jax.block_until_ready(copies)  # a progress bar that runs ahead of the work tells nothing
+                on_step()
+        return copies
+
+    if at_once < count:
+        starts = range(0, count, at_once)
+        groups = [
+            teach(jax.tree.map(lambda x, i=i: x[i : i + at_once], copies), codes[i : i + at_once]) for i in starts
+        ]
+        copies = jax.tree.map(lambda *parts: jnp.concatenate(parts), *groups)
+    else:
+        copies = teach(copies, codes)
+    answer = jax.jit(lambda params: apply_fn(params, probe_images).argmax(axis=-1))
+    answers = np.stack([answer(jax.tree.map(lambda x, k=k: x[k], copies)) for k in range(count)])
     chips = sides[np.arange(len(probe_images)), answers]
     return Trained(copies, (chips == codes).mean(axis=1))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _answers(apply_fn: ApplyFn, copies: PyTree, images: Array) -> Array:
-    return jax.lax.map(lambda params: apply_fn(params, images).argmax(axis=-1), copies)

@@ -1,0 +1,30 @@
+"""Payloads of 304 bits in images, and leaks traced by labels alone.
+
+Each section writes NAME.json and NAME.png into the output folder, and is skipped where they exist for the same
+configuration and seed, so that an interrupted run goes on where it stopped.
+"""
+
+from collections.abc import Sequence
+
+from experiments import sections
+from experiments.blackbox import answers, payloads
+
+SECTIONS = {"payloads": payloads, "answers": answers}
+_EXAMPLES = """sections:
+  payloads  304 bits in digits, faces and natural-like images: PSNR, bit errors, accuracy; after noise and JPEG; against
+            spread spectrum and a learned encoder
+  answers   copies that answer probes each in their own way: traced by labels, attacked, at what cost
+
+examples:
+  python -m experiments.blackbox
+  python -m experiments.blackbox --only payloads
+  python -m experiments.blackbox --config full --out out/blackbox/full
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    sections.main("blackbox", SECTIONS, __doc__, _EXAMPLES, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("galois")
+
+from section_checks import run_and_resume
+
+from experiments.blackbox import answers, payloads
+
+
+def test_payloads_are_read_back_and_other_ways_are_worse(tmp_path):
+    counts = tuple((name, 3) for name in payloads._STRONG)
+    tiny = payloads.Config(counts, strengths=(1.2,), epochs=1, learned_steps=3, train_images=320)
+    result = run_and_resume({payloads: tiny}, tmp_path)["payloads"]["result"]
+    assert all(row["recovered_png"] == 1 and row["psnr_mean"] > 40 for row in result["rows"] if not row["stronger"])
+    assert all(row["recovered_noise"] == row["recovered_jpeg"] == 1 for row in result["rows"] if row["stronger"])
+    # The control: a weak payload in a small image does not survive JPEG.
+    assert result["rows"][0]["recovered_jpeg"] == 0
+    ours, *others = result["alternatives"]
+    assert ours["recovered"] == 1 and not any(row["recovered"] for row in others)
+    assert result["unmarked_read"] == 0
+
+
+def test_copies_are_traced_by_labels(tmp_path):
+    tiny = answers.Config(
+        copies=2,
+        epochs=2,
+        attack_epochs=1,
+        teaching_epochs=16,
+        probe_weight=1.0,
+        distilled=1,
+        distillation_epochs=1,
+        timed=2,
+        train_images=320,
+        customers=20,
+        num_chips=64,
+    )
+    result = run_and_resume({answers: tiny}, tmp_path)["answers"]["result"]
+    for copy in result["copies"]:
+        assert copy["agreement"] > 0.9
+        assert copy["attacks"][0]["caught"] == 1
+        assert sum(row["wrong"] for row in copy["attacks"]) == 0
+        assert copy["weights_T"] > 6
+    # Controls: whoever never saw the codeword is not accused.
+    assert all(row["caught"] == row["wrong"] == 0 for row in result["innocent"])
+    assert {row["probes"] for row in result["stealth"]} == {"blends", "patterns"}
+    assert all(0 <= row["auc"] <= 1 for row in result["stealth"])
+    assert result["cost"]["alone_step_seconds"] > 0
