@@ -16,6 +16,7 @@ them refuses them.
 """
 
 from smark_jax.files._limits import MAX_BYTES, MAX_LEAVES, Unreadable
+from smark_jax.files.layout import Ambiguous, Layout, Move, match_layout
 from smark_jax.files.reading import Weights, read
 from smark_jax.files.trees import content_hash, flatten, nest
 from smark_jax.files.writing import write
@@ -23,10 +24,14 @@ from smark_jax.files.writing import write
 __all__ = [
     "MAX_BYTES",
     "MAX_LEAVES",
+    "Ambiguous",
+    "Layout",
+    "Move",
     "Unreadable",
     "Weights",
     "content_hash",
     "flatten",
+    "match_layout",
     "nest",
     "read",
     "write",

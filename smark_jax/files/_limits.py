@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -72,7 +73,7 @@ def check_number(leaves: int) -> None:
         raise Unreadable(f"it holds more than {MAX_LEAVES:,} leaves", "Leave out what is no weight.")
 
 
-def check_shape(name: str, shape: object, dtype: np.dtype, num_bytes: int) -> tuple[int, ...]:
+def check_shape(name: str, shape: Any, dtype: np.dtype, num_bytes: int) -> tuple[int, ...]:
     """A leaf's shape, once it is known to be a shape that takes exactly ``num_bytes``."""
     good = isinstance(shape, list | tuple) and len(shape) <= _MAX_AXES and all(type(n) is int for n in shape)
     if not good or not all(0 <= n < 2**48 for n in shape):

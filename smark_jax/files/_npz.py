@@ -107,10 +107,11 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
         shape = [int(n) for n in sizes.replace(" ", "").split(",") if n]
         whole = _limits.check_shape(name, shape, dtype, info.file_size - 8 - size - length)
         content = np.empty(info.file_size - 8 - size - length, np.uint8)
-        view, position = memoryview(content), 0
-        while count := stream.readinto(view[position : position + _CHUNK]):
-            position += count
-        if position < len(content) or stream.read(1):
+        position = 0
+        while piece := stream.read(min(_CHUNK, len(content) - position + 1)):
+            content[position : position + len(piece)] = np.frombuffer(piece, np.uint8)
+            position += len(piece)
+        if position < len(content):
             raise Unreadable(f"leaf {shown(name)} has {position:,} bytes of {len(content):,}", _ADVICE)
     array = content.view(dtype.newbyteorder(order) if order in ("<", ">") and dtype.kind != "V" else dtype)
     array = array.reshape(whole, order="F" if fortran == "True" else "C")

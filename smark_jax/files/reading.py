@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax import _validate
-from smark_jax.files import _limits, _msgpack, _npz, _safetensors
+from smark_jax.files import _limits, _msgpack, _npz, _safetensors, _torch
 from smark_jax.files._limits import Unreadable, shown
 
 # What a file that is not read begins with, what it is, and what to do.
@@ -88,6 +88,8 @@ def _leaves(data: bytes, max_bytes: int) -> tuple[str, dict[str, np.ndarray]]:
     """The format of a file's content, and its leaves."""
     if _npz.looks_like(data):
         archive, infos = _npz.members(data, max_bytes)
+        if any(name.endswith("data.pkl") for name in infos):
+            return "torch", _torch.read(data, max_bytes)
         return "npz", _npz.read(archive, infos)
     if _safetensors.looks_like(data):
         return "safetensors", _safetensors.read(data)

@@ -90,4 +90,4 @@ def content_hash(leaves: Mapping[str, Any]) -> str:
 def raw(leaf: np.ndarray) -> memoryview:
     """A leaf's bytes in C order, little-endian; a copy only where it is laid out otherwise."""
     plain = np.ascontiguousarray(leaf, leaf.dtype.newbyteorder("<") if leaf.dtype.kind in "iuf" else None)
-    return memoryview(plain.reshape(-1).view(np.uint8))
+    return plain.reshape(-1).view(np.uint8).data
