@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -15,12 +16,12 @@ Make = Callable[[np.random.Generator], bytes]
 
 
 class Canary:
-    """A pickle that leaves a file behind when it is loaded."""
+    """A pickle that leaves a folder behind when it is loaded."""
 
     path = ""
 
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return open, (self.path, "w")
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (self.path,)
 
 
 def canary() -> bytes:
@@ -196,7 +197,7 @@ def path_trick(rng: np.random.Generator) -> bytes:
 
 
 def hidden_pickle(rng: np.random.Generator) -> bytes:
-    """A pickle that would leave a file behind, wherever one could be loaded."""
+    """A pickle that would leave a folder behind, wherever one could be loaded."""
     bomb = canary()
     objects = npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", bomb)
     text = json.dumps({"a": {"dtype": "U8", "shape": [len(bomb)], "data_offsets": [0, len(bomb)]}}).encode()

@@ -54,7 +54,7 @@ def run(seed: int, first: int, last: int) -> dict[str, Any]:
             slowest = max(slowest, time.perf_counter() - began)
             if canary.exists():
                 wrong = "it ran what the file holds"
-                canary.unlink()
+                canary.rmdir()
             if wrong:
                 failures.append({"case": number, "kind": kind, "what": wrong})
             ends[f"{kind}: {end}"] += 1
