@@ -242,6 +242,7 @@ MALFORMED = {
     "msgpack: goes on": (flax_array((2,), "float32", bytes(8)) + b"\0", "goes on after its end"),
     "msgpack: depth bomb": (b"\x91" * 100_000, "nested more than 64 deep"),
     "msgpack: wide bomb": (b"\xdd\x7f\xff\xff\xff" + b"\xc0" * 1_100_000, "too many values"),
+    "msgpack: long shape": (flax_array((1,) * 100, "float32", bytes(4)), "too many values"),
     "msgpack: shape": (flax_array((3,), "float32", bytes(8)), "has 8 bytes of data"),
     "msgpack: object": (flax_array((1,), "object", bytes(8)), "of dtype 'object'"),
     "msgpack: complex": (flax_array((1,), "complex64", bytes(8)), "of dtype 'complex64'"),
@@ -495,6 +496,19 @@ def test_names_exchanged_on_purpose_do_not_mislead():
     layout = files.match_layout(suspect, base)
     same(layout.leaves, noisy(base, 0.2))
     assert layout.moves[1] == ("layer1/kernel", "layer0/kernel", "transposed")
+
+
+def test_names_are_kept_where_content_denies_some_and_tells_nothing_better(cnn):
+    """As after neurons were permuted: alignment needs the leaves by their names."""
+    base = {name: leaf + 0.1 * some(leaf.shape) for name, leaf in files.flatten(cnn).items()}
+    order = np.random.default_rng(0).permutation(32)
+    permuted = base | {name: base[name][..., order] for name in ("Conv_0/kernel", "Conv_0/bias")}
+    permuted["Conv_1/kernel"] = base["Conv_1/kernel"][:, :, order]
+    layout = files.match_layout(permuted, base)
+    same(layout.leaves, permuted)
+    assert layout.moves == ()
+    with pytest.raises(ValueError, match="leaves in the base"):
+        files.match_layout(permuted, {})
 
 
 def test_another_model_under_the_same_names_is_left_as_it_is(cnn):
