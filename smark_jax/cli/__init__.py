@@ -63,7 +63,9 @@ def train(
         "out/base"
     ),
     example: Annotated[bool, typer.Option("--example", help="Print a configuration with comments, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON; progress goes to stderr.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as JSON; progress goes to stderr.")
+    ] = False,
 ) -> None:
     """Train a base model across parties under masks, and go on where a killed run stopped.
 

@@ -108,3 +108,8 @@ def progress(console: rich.console.Console) -> rich.progress.Progress:
         rich.progress.TextColumn("{task.fields[note]}"),
         console=console,
     )
+
+
+def say(console: rich.console.Console, text: str) -> None:
+    """A line in which nothing is markup, and no path is broken in two."""
+    console.print(text, markup=False, soft_wrap=True)
