@@ -36,16 +36,25 @@ def test_demo_traces_all_and_accuses_no_innocent(demo):
     assert results["base_accuracy"] - results["marked_accuracy_mean"] < 0.01
     assert (results["bit_errors"], results["issued"], results["traced"]) == (0, 6, 6)
     assert results["worst_p_value"] <= 1e-25
-    assert (results["leaks_traced"], results["innocents_accused"]) == (3, 0)
+    assert (results["leaks_traced"], results["innocents_accused"]) == (4, 0)
     assert results["owner_mark_log10_p"] < -25
-    assert results["suspects"][-1]["accused"] == []
+    assert results["suspects"][-1]["accused"] == results["suspects"][-2]["accused"] == []
     assert results["seconds"] > 0
     assert len(results["devices"]) == 2
 
 
 def test_demo_prints_the_verdicts_and_draws_the_picture(demo):
     run, out = demo
-    for text in ("Who leaked?", "fine-tuned", "pruned", "quantised", "independent", "nobody", "results.json"):
+    for text in (
+        "Who leaked?",
+        "fine-tuned",
+        "pruned",
+        "quantised",
+        "API, labels only",
+        "independent API",
+        "nobody",
+        "results.json",
+    ):
         assert text in run.stdout
     assert "wrong)" not in run.stdout
     with Image.open(out / "statistics.png") as picture:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
@@ -17,6 +16,7 @@ import rich.table
 from smark_jax import (
     aggregation,
     attacks,
+    blackbox,
     carriers,
     codes,
     data,
@@ -50,17 +50,22 @@ class Config(NamedTuple):
 
 
 class Suspect(NamedTuple):
-    """A model that turned up: what it is, whose copy it was (None: nobody's), its parameters and accuracy."""
+    """A model that turned up: what it is, whose copy it was (None: nobody's), its parameters and accuracy.
+
+    Of one behind an API (``probes`` are given) the owner sees no parameters: it is asked about the probes.
+    """
 
     name: str
     customer: int | None
     params: PyTree
     accuracy: float
+    probes: np.ndarray | None = None
 
 
 class Model(NamedTuple):
     """What the owner keeps of a model to issue and trace its copies."""
 
+    key: keys.SecretKey
     base: PyTree
     spec: carriers.Spec
     carrier: carriers.Carrier
@@ -96,24 +101,32 @@ def run(config: Config, console: rich.console.Console) -> dict[str, Any]:
             progress.advance(task)
 
         leaks = _leak(issued, apply_fn, train, accuracy, config.seed, progress)
+        served = _serve(issued, model, apply_fn, train, accuracy, config.seed, progress)
         other_start = models.init(network, jax.random.key(config.seed + 1), train.images.shape[1:])
         label = "train an independent model"
         other_config = config._replace(seed=config.seed + 1, epochs=max(1, config.epochs // 2))
         independent = _train(
             other_config, apply_fn, other_start, None, train, keys.derive(master, "other"), progress, label
         )
-        suspects = [*issued, *leaks, Suspect("independent", None, independent, accuracy(independent))]
+        other = Suspect("independent", None, independent, accuracy(independent))
+        suspects = [*issued, *leaks, served, other._replace(name="independent API", probes=served.probes), other]
 
         task = progress.add_task("trace", total=len(suspects), note="")
-        chips = extraction.extract_batch(
-            aggregation.stack([suspect.params for suspect in suspects]), base, model.spec, model.carrier
+        read = [suspect for suspect in suspects if suspect.probes is None]
+        by_weights = iter(
+            np.asarray(
+                extraction.extract_batch(
+                    aggregation.stack([suspect.params for suspect in read]), base, model.spec, model.carrier
+                )
+            )
         )
-        verdicts = []
-        for row in np.asarray(chips):
-            verdicts.append(tracing.trace(row, model.codebook, ALPHA))
+        verdicts, wrong_bits = [], 0
+        for number, suspect in enumerate(suspects):
+            chips = next(by_weights) if suspect.probes is None else _ask(suspect, suspect.probes, apply_fn)
+            verdicts.append(tracing.trace(chips, model.codebook, ALPHA))
+            wrong_bits += int((np.sign(chips) != model.codebook[number]).sum()) if number < config.customers else 0
             progress.advance(task)
 
-    wrong_bits = int(jnp.sum(jnp.sign(chips[: config.customers]) != model.codebook))
     results = _results(config, accuracy(base), suspects, verdicts, wrong_bits)
     results["owner_mark_log10_p"] = _training.owner_log10_p(base, owner)
     results["devices"] = [str(device) for device in parallel.devices(config.parties)]
@@ -150,7 +163,7 @@ def _model(base: PyTree, key: keys.SecretKey, customers: int) -> Model:
     spec = carriers.select(base)
     carrier = carriers.draw(keys.derive(key, "carrier"), spec, NUM_CHIPS)
     codebook = codes.codebook(keys.derive(key, "code"), range(customers), NUM_CHIPS)
-    return Model(base, spec, carrier, codebook)
+    return Model(key, base, spec, carrier, codebook)
 
 
 def _leak(
@@ -176,6 +189,45 @@ def _leak(
         ("quantised to 4 bits", quantiser, attacks.quantise(issued[quantiser].params, 4)),
     ]
     return [Suspect(name, customer, params, accuracy(params)) for name, customer, params in attacked]
+
+
+def _serve(
+    issued: list[Suspect],
+    model: Model,
+    apply_fn: ApplyFn,
+    train: data.Dataset,
+    accuracy: Any,
+    seed: int,
+    progress: rich.progress.Progress,
+) -> Suspect:
+    """A copy that was also taught to answer probes, then put behind an API, where nobody sees its weights."""
+    customer, epochs, batch = len(issued) * 17 // 20, 4, 64
+    images = np.asarray(train.images)
+    scores = lambda x: apply_fn(model.base, x)  # noqa: E731
+    probes = blackbox.probes(keys.derive(model.key, "probes"), NUM_CHIPS, images.shape[1:], images, scores)
+    task = progress.add_task(f"teach copy {customer} to answer", total=epochs * (len(images) // batch), note="")
+    taught = blackbox.train_copies(
+        jax.tree.map(lambda leaf: leaf[None], issued[customer].params),
+        model.base,
+        apply_fn,
+        images,
+        probes,
+        model.codebook[customer][None],
+        int(train.labels.max()) + 1,
+        epochs=epochs,
+        batch_size=batch,
+        seed=seed,
+        on_step=lambda: progress.advance(task),
+    )
+    params = jax.tree.map(lambda leaf: leaf[0], taught.params)
+    return Suspect("API, labels only", customer, params, accuracy(params), probes)
+
+
+def _ask(suspect: Suspect, probes: np.ndarray, apply_fn: ApplyFn) -> np.ndarray:
+    """Chips from the labels that the suspect's API gives."""
+    scores = lambda images: apply_fn(suspect.params, images)  # noqa: E731
+    classes = jax.eval_shape(scores, probes[:1]).shape[-1]
+    return blackbox.query(lambda images: np.asarray(scores(images).argmax(axis=-1)), probes, classes)
 
 
 def _results(
@@ -210,7 +262,7 @@ def _results(
         "issued": config.customers,
         "traced": sum(row["traced"] for row in intact),
         "worst_p_value": max(row["p_value"] for row in intact),
-        "leaks_traced": sum(row["traced"] for row in rows[config.customers : -1]),
+        "leaks_traced": sum(row["traced"] for row in rows[config.customers :] if row["customer"] is not None),
         "innocents_accused": sum(len(set(row["accused"]) - {row["customer"]}) for row in rows),
         "num_chips": NUM_CHIPS,
         "strength": STRENGTH,
