@@ -124,7 +124,7 @@ def _owner(subject: Subject, config: Config, seed: int) -> _Owner:
     spec = carriers.select(subject.base)
     carrier = carriers.draw(keys.derive(model, "carrier"), spec, config.num_chips)
     book = codes.Codebook(keys.derive(model, "code"), config.customers, config.num_chips)
-    scores = lambda x: subject.apply_fn(subject.base, x)  # noqa: E731
+    scores = lambda x: subject.apply_fn(subject.base, jnp.asarray(x))  # noqa: E731
     shape = subject.images.shape[1:]
     probes = blackbox.probes(keys.derive(model, "probes"), config.num_chips, shape, subject.images, scores)
     drawn = np.random.default_rng(seed).choice(config.customers, max(config.copies, max(_COALITIONS)), replace=False)
@@ -138,7 +138,7 @@ def _trace(
     """Asks the suspect once about every probe, as it comes through the API, and traces the labels."""
 
     def predict(asked: np.ndarray) -> np.ndarray:
-        return np.asarray(owner.subject.apply_fn(params, at_the_api(asked)).argmax(axis=-1))
+        return np.asarray(owner.subject.apply_fn(params, jnp.asarray(at_the_api(asked))).argmax(axis=-1))
 
     chips = blackbox.query(predict, owner.probes, _CLASSES)
     verdict = tracing.trace(chips, owner.book, ALPHA)
@@ -223,7 +223,9 @@ def _stealth(owner: _Owner, seed: int) -> list[dict[str, Any]]:
     """Area under the ROC of detectors that a wary API might run, probes against held-out images; 0.5 is invisible."""
     subject, shape = owner.subject, owner.subject.images.shape[1:]
     key = networks.secret(seed, "answers", "patterns")
-    patterns = blackbox.probes(key, len(owner.probes), shape, scores=lambda x: subject.apply_fn(subject.base, x))
+    patterns = blackbox.probes(
+        key, len(owner.probes), shape, scores=lambda x: subject.apply_fn(subject.base, jnp.asarray(x))
+    )
     flat = subject.images.reshape(len(subject.images), -1).astype(np.float64)
     mean = flat.mean(axis=0)
     axes = np.linalg.svd(flat - mean, full_matrices=False)[2][:64]
@@ -317,8 +319,8 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
         console.print(f"{row['probes']} seen by {row['detector']}: AUC {row['auc']:.2f}")
     cost, seconds = result["cost"], [copy["seconds"] for copy in copies]
     console.print(
-        f"Teaching a copy: {np.median(seconds):.0f} s, {np.median(seconds) / cost['epoch_seconds']:.1f} epochs of training; a "
-        f"step of a copy {cost['alone_step_seconds']:.2f} s alone, {cost['together_step_seconds']:.2f} s when "
+        f"Teaching a copy: {np.median(seconds):.0f} s, {np.median(seconds) / cost['epoch_seconds']:.1f} epochs of "
+        f"training; a step of a copy {cost['alone_step_seconds']:.2f} s alone, {cost['together_step_seconds']:.2f} s when "
         f"{cost['at_once']} are under vmap"
     )
 

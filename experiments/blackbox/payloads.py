@@ -138,8 +138,8 @@ def _alternatives(
 
 def show(console: rich.console.Console, result: sections.Result) -> None:
     title = (
-        f"304 bits an image; classifier on clean digits {result['clean_accuracy']:.3f}; noise of {result['sigma']:g} grey "
-        f"levels, JPEG {result['quality']}; images without payload that read as marked: {result['unmarked_read']}"
+        f"304 bits an image; classifier on clean digits {result['clean_accuracy']:.3f}; noise of {result['sigma']:g} "
+        f"grey levels, JPEG {result['quality']}; images without payload that read as marked: {result['unmarked_read']}"
     )
     table = rich.table.Table(title=title, title_justify="left")
     columns = (

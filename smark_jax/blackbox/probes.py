@@ -24,7 +24,6 @@ import numpy as np
 import optax
 from jax import Array
 from jaxtyping import Float, Int, Num, UInt8
-from scipy import special
 
 from smark_jax import _batches, _validate, keys
 from smark_jax._types import AnyArray, ApplyFn, PyTree
@@ -88,7 +87,7 @@ def _most_divided(candidates: np.ndarray, count: int, scores: Callable[[np.ndarr
         got = f"shape {logits.shape}"
         raise _validate.fail("probes: scores", f"logits of shape ({len(candidates)}, classes)", got, "Pass the logits.")
     sides = halves(candidates, logits.shape[1])
-    inside, outside = (special.logsumexp(np.where(sides == side, logits, -np.inf), axis=1) for side in (1, -1))
+    inside, outside = (np.logaddexp.reduce(logits, axis=1, where=sides == side, initial=-np.inf) for side in (1, -1))
     return np.sort(np.argsort(np.abs(inside - outside), kind="stable")[:count])
 
 
@@ -287,7 +286,7 @@ def train_copies(
         copies = jax.tree.map(lambda *parts: jnp.concatenate(parts), *groups)
     else:
         copies = teach(copies, codes)
-    answer = jax.jit(lambda params: apply_fn(params, probe_images).argmax(axis=-1))
+    answer = jax.jit(lambda params: apply_fn(params, jnp.asarray(probe_images)).argmax(axis=-1))
     answers = np.stack([answer(jax.tree.map(lambda x, k=k: x[k], copies)) for k in range(count)])
     chips = sides[np.arange(len(probe_images)), answers]
     return Trained(copies, (chips == codes).mean(axis=1))
