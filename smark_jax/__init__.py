@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from smark_jax import embedding as embedding
     from smark_jax import extraction as extraction
     from smark_jax import federation as federation
+    from smark_jax import files as files
     from smark_jax import keys as keys
     from smark_jax import losses as losses
     from smark_jax import models as models
@@ -44,6 +45,7 @@ __all__ = [
     "embedding",
     "extraction",
     "federation",
+    "files",
     "keys",
     "losses",
     "models",

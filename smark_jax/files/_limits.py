@@ -1,0 +1,89 @@
+"""What every reader holds a file to, and the names of dtypes."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+MAX_BYTES = 384 * 2**20
+"""Largest file, and largest sum of its leaves, that is read unless the caller says otherwise: about 100 million float32
+weights. A file and its leaves are in memory together, so that reading takes less than 1 GB."""
+
+MAX_LEAVES = 100_000
+"""Most leaves of a file."""
+
+_MAX_NAME = 1000
+_MAX_AXES = 32
+
+DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+"""The dtypes of weights, by their names in safetensors."""
+
+BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
+"""The same by their names in NumPy."""
+
+
+class Unreadable(ValueError):
+    """A file that is no weights file, is damaged or exceeds a limit. One line: what is wrong, and what to do."""
+
+    def __init__(self, problem: str, advice: str = "Ask for the file again, as safetensors.") -> None:
+        super().__init__(f"{problem}. {advice}")
+        self.problem, self.advice = problem, advice
+
+
+def check_name(name: object) -> str:
+    """A leaf's name, once it is known to be short and printable: it will stand in tables and reports."""
+    if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
+        raise Unreadable(f"a leaf's name is {shown(name)}, not printable text of 1 to {_MAX_NAME:,} characters")
+    return name
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuses names that occur twice, and more of them than a network has."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise Unreadable(f"the leaf {shown(name)} occurs twice")
+        seen.add(name)
+    check_number(len(seen))
+
+
+def check_number(leaves: int) -> None:
+    """Refuses files with no leaves or far too many."""
+    if leaves == 0:
+        raise Unreadable("it holds no arrays", "Is it a file of weights?")
+    if leaves > MAX_LEAVES:
+        raise Unreadable(f"it holds more than {MAX_LEAVES:,} leaves", "Leave out what is no weight.")
+
+
+def check_shape(name: str, shape: Any, dtype: np.dtype, num_bytes: int) -> tuple[int, ...]:
+    """A leaf's shape, once it is known to be a shape that takes exactly ``num_bytes``."""
+    good = isinstance(shape, list | tuple) and len(shape) <= _MAX_AXES and all(type(n) is int for n in shape)
+    if not good or not all(0 <= n < 2**48 for n in shape):
+        raise Unreadable(f"leaf {shown(name)} has the shape {shown(shape)}")
+    if math.prod(shape) * dtype.itemsize != num_bytes or math.prod(n or 1 for n in shape) >= 2**48:
+        raise Unreadable(f"leaf {shown(name)} of shape {shown(shape)}, {dtype.name}, has {num_bytes:,} bytes of data")
+    return tuple(shape)
+
+
+def shown(value: object) -> str:
+    """Anything from a file as it may stand in a message: short, on one line, without control characters."""
+    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,170 @@
+"""Flax's msgpack: a tree of maps and arrays whose leaves are arrays in extension type 1 (scalars: 3).
+
+The walk is ours. The msgpack library bounds neither depth nor the number of values, and a hostile file of a few
+megabytes becomes gigabytes of Python lists there; here every leaf is a view of the file until it is copied once.
+
+References:
+  https://github.com/msgpack/msgpack/blob/master/spec.md; ``flax.serialization`` for the extension types.
+"""
+
+import struct
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from smark_jax.files import _limits
+from smark_jax.files._limits import Unreadable, shown
+
+_MAX_DEPTH = 64
+_MAX_VALUES = 10 * _limits.MAX_LEAVES
+_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
+_CHUNKED = "__msgpack_chunked_array__"
+_ADVICE = "The file is damaged or no Flax checkpoint: ask for it again, as safetensors."
+_NUMBERS = dict(zip(range(0xCA, 0xD4), (">f", ">d", ">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q"), strict=True))
+# Bytes of the length that follows the marker.
+_TEXTS = {0xD9: 1, 0xDA: 2, 0xDB: 4}
+_BLOBS = {0xC4: 1, 0xC5: 2, 0xC6: 4}
+_LISTS = {0xDC: 2, 0xDD: 4}
+_MAPS = {0xDE: 2, 0xDF: 4}
+_EXTENSIONS = {0xC7: 1, 0xC8: 2, 0xC9: 4}
+_FIXED_EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
+
+
+class _Extension(NamedTuple):
+    kind: int
+    data: memoryview
+
+
+def looks_like(data: bytes) -> bool:
+    """Whether the content begins as a tree does: with a map or an array that is not empty."""
+    return data[:1] != b"" and (0x81 <= data[0] <= 0x8F or 0x91 <= data[0] <= 0x9F or data[0] in {*_LISTS, *_MAPS})
+
+
+def read(data: bytes) -> dict[str, np.ndarray]:
+    """The tree's arrays and numbers by path; text, ``None`` and the like are no weights and are left out."""
+    walk = _Walk(memoryview(data))
+    tree = walk.value(0)
+    if walk.position != len(data):
+        raise Unreadable(f"it goes on after its end at byte {walk.position:,}", _ADVICE)
+    leaves: dict[str, np.ndarray] = {}
+    _collect(tree, "", leaves)
+    _limits.check_number(len(leaves))
+    return leaves
+
+
+class _Walk:
+    """One pass over msgpack bytes, with a budget of values and of depth."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self.position, self._left = data, 0, _MAX_VALUES
+
+    def value(self, depth: int) -> Any:
+        """The value at the position, which moves behind it: extensions as views of the file."""
+        self._left -= 1
+        if depth > _MAX_DEPTH or self._left < 0:
+            what = f"is nested more than {_MAX_DEPTH} deep" if depth > _MAX_DEPTH else "has too many values"
+            raise Unreadable(f"it {what}", _ADVICE)
+        marker = self.take(1)[0]
+        if marker < 0x80 or marker >= 0xE0:
+            return marker if marker < 0x80 else marker - 0x100
+        if marker <= 0x8F or marker in _MAPS:
+            length = self._length(_MAPS[marker]) if marker in _MAPS else marker & 0x0F
+            return self._map(length, depth)
+        if marker <= 0x9F or marker in _LISTS:
+            length = self._length(_LISTS[marker]) if marker in _LISTS else marker & 0x0F
+            return [self.value(depth + 1) for _ in range(length)]
+        if marker <= 0xBF or marker in _TEXTS:
+            return self._text(self._length(_TEXTS[marker]) if marker in _TEXTS else marker & 0x1F)
+        if marker in _BLOBS:
+            return self.take(self._length(_BLOBS[marker]))
+        if marker in _EXTENSIONS or marker in _FIXED_EXTENSIONS:
+            length = _FIXED_EXTENSIONS.get(marker) or self._length(_EXTENSIONS[marker])
+            return _Extension(self.take(1)[0], self.take(length))
+        if marker in _NUMBERS:
+            kind = _NUMBERS[marker]
+            return struct.unpack(kind, self.take(struct.calcsize(kind)))[0]
+        if marker in (0xC0, 0xC2, 0xC3):
+            return {0xC0: None, 0xC2: False, 0xC3: True}[marker]
+        raise Unreadable(f"it has the marker {marker:#x}, which msgpack does not know", _ADVICE)
+
+    def take(self, length: int) -> memoryview:
+        """The next bytes."""
+        start, self.position = self.position, self.position + length
+        if self.position > len(self._data):
+            raise Unreadable("it ends in the middle of a value", _ADVICE)
+        return self._data[start : self.position]
+
+    def _length(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "big")
+
+    def _text(self, length: int) -> str:
+        try:
+            return bytes(self.take(length)).decode()
+        except UnicodeDecodeError:
+            raise Unreadable("it holds text that is no UTF-8", _ADVICE) from None
+
+    def _map(self, length: int, depth: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for _ in range(length):
+            key = self.value(depth + 1)
+            name = str(key) if type(key) is int else key
+            if not isinstance(name, str) or name in found:
+                wrong = f"the key {shown(key)} twice" if isinstance(name, str) else "a key that is no text"
+                raise Unreadable(f"a map in it has {wrong}", _ADVICE)
+            found[name] = self.value(depth + 1)
+        return found
+
+
+def _collect(value: Any, path: str, leaves: dict[str, np.ndarray]) -> None:
+    """Adds the leaves of a tree to ``leaves`` by path."""
+    if isinstance(value, dict | list):
+        if isinstance(value, dict) and _CHUNKED in value:
+            return _add(path, _chunks(path, value), leaves)
+        steps = value.items() if isinstance(value, dict) else enumerate(value)
+        for step, part in steps:
+            _collect(part, f"{path}/{step}" if path else str(step), leaves)
+    elif isinstance(value, _Extension):
+        _add(path, _array(path, value), leaves)
+    elif isinstance(value, bool | int | float):
+        _add(path, np.asarray(value), leaves)
+    return None
+
+
+def _add(path: str, leaf: np.ndarray, leaves: dict[str, np.ndarray]) -> None:
+    _limits.check_name(path)
+    if path in leaves:
+        raise Unreadable(f"the leaf {shown(path)} occurs twice", _ADVICE)
+    leaves[path] = leaf
+    _limits.check_number(len(leaves))
+
+
+def _array(path: str, value: _Extension) -> np.ndarray:
+    """The array of an extension: its shape, the name of its dtype, its bytes in C order."""
+    if value.kind not in (_ARRAY, _SCALAR):
+        what = "a complex number" if value.kind == _COMPLEX else f"an extension of type {value.kind}"
+        raise Unreadable(f"leaf {shown(path)} is {what}", "Weights are real arrays: leave it out.")
+    walk = _Walk(value.data)
+    parts = walk.value(_MAX_DEPTH - 3)
+    if not isinstance(parts, list) or len(parts) != 3 or walk.position != len(value.data):
+        raise Unreadable(f"leaf {shown(path)} is no array as Flax writes them", _ADVICE)
+    shape, kind, content = parts
+    name = bytes(kind).decode(errors="replace") if isinstance(kind, memoryview) else kind
+    dtype = _limits.BY_NAME.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise Unreadable(f"leaf {shown(path)} is of dtype {shown(name)}", "Cast it to float32, float16 or bfloat16.")
+    if not isinstance(content, memoryview):
+        raise Unreadable(f"leaf {shown(path)} has no bytes", _ADVICE)
+    whole = _limits.check_shape(path, shape, dtype, len(content))
+    return np.frombuffer(content, dtype).reshape(whole).copy()
+
+
+def _chunks(path: str, value: dict[str, Any]) -> np.ndarray:
+    """An array of more than 1 GiB, which Flax cuts into pieces."""
+    shape, pieces = value.get("shape"), value.get("chunks")
+    if not isinstance(shape, dict) or not isinstance(pieces, dict) or not pieces:
+        raise Unreadable(f"leaf {shown(path)} is no array in pieces as Flax writes them", _ADVICE)
+    arrays = [_array(path, piece) for piece in pieces.values() if isinstance(piece, _Extension)]
+    if len(arrays) < len(pieces) or len({array.dtype for array in arrays}) > 1 or any(a.ndim != 1 for a in arrays):
+        raise Unreadable(f"leaf {shown(path)} has pieces that do not fit together", _ADVICE)
+    joined = np.concatenate(arrays)
+    return joined.reshape(_limits.check_shape(path, list(shape.values()), joined.dtype, joined.nbytes))

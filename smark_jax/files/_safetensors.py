@@ -1,0 +1,80 @@
+"""safetensors: eight bytes of length, a JSON header, the leaves' bytes one after the other."""
+
+import json
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from smark_jax.files import _limits
+from smark_jax.files._limits import Unreadable, shown
+
+_MAX_HEADER = 8 * 2**20  # JSON grows some twenty-fold when it is parsed
+_ADVICE = "The file is damaged or forged: ask for it again."
+
+
+def looks_like(data: bytes) -> bool:
+    """Whether the content begins as safetensors do."""
+    return len(data) >= 9 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 2**32
+
+
+def read(data: bytes) -> dict[str, np.ndarray]:
+    """The leaves: the header is checked here, entry by entry, and then read once more by the library."""
+    dtypes = _check(data)
+    try:
+        found = safetensors.deserialize(data)
+    except safetensors.SafetensorError as error:  # our checks are the stricter ones; theirs stay as a second opinion
+        raise Unreadable(f"safetensors refuses it: {shown(str(error))}", _ADVICE) from None
+    return {name: np.frombuffer(leaf["data"], dtypes[name]).reshape(leaf["shape"]) for name, leaf in found}
+
+
+def _check(data: bytes) -> dict[str, np.dtype]:
+    length = int.from_bytes(data[:8], "little")
+    if length > min(len(data) - 8, _MAX_HEADER):
+        cut = length > len(data) - 8
+        why = f"of a file of {len(data):,}" if cut else f"where {_MAX_HEADER:,} are allowed"
+        raise Unreadable(f"its header claims {length:,} bytes {why}", _ADVICE)
+    try:
+        header = json.loads(data[8 : 8 + length].decode(), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, Unreadable):
+            raise
+        raise Unreadable("its header is no JSON", _ADVICE) from None
+    if not isinstance(header, dict):
+        raise Unreadable("its header is no JSON object", _ADVICE)
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise Unreadable("its metadata is more than text", _ADVICE)
+    _limits.check_number(len(header))
+    entries = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[2:])
+    end = 0
+    for name, _, start, stop in entries:
+        if start != end:
+            raise Unreadable(f"leaf {shown(name)} begins at byte {start:,}, where byte {end:,} is next", _ADVICE)
+        end = stop
+    if end != len(data) - 8 - length:
+        raise Unreadable(f"its leaves end at byte {end:,} of {len(data) - 8 - length:,}", _ADVICE)
+    return {name: dtype for name, dtype, _, _ in entries}
+
+
+def _entry(name: str, entry: Any) -> tuple[str, np.dtype, int, int]:
+    """A leaf's name, dtype, and first and last byte."""
+    _limits.check_name(name)
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise Unreadable(f"leaf {shown(name)} is described by {shown(entry)}", _ADVICE)
+    kind, offsets = entry["dtype"], entry["data_offsets"]
+    dtype = _limits.DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
+        raise Unreadable(f"leaf {shown(name)} is of dtype {shown(kind)}", "Cast it to F32, F16 or BF16.")
+    good = isinstance(offsets, list) and len(offsets) == 2 and all(type(byte) is int for byte in offsets)
+    if not good or not 0 <= offsets[0] <= offsets[1] < 2**48:
+        raise Unreadable(f"leaf {shown(name)} lies at bytes {shown(offsets)}", _ADVICE)
+    _limits.check_shape(name, entry["shape"], dtype, offsets[1] - offsets[0])
+    return name, dtype, offsets[0], offsets[1]
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Unreadable("a name in its header occurs twice", _ADVICE)
+    return found

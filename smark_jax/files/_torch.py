@@ -1,0 +1,50 @@
+"""PyTorch's zip files: unpickled by PyTorch with ``weights_only``, in a process apart, and handed over as safetensors.
+
+The process has no rights that ours lacks, but it has limits on memory, time and output, an empty environment, and
+nothing of ours in its memory. What it hands over is read as any other hostile file.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from smark_jax.files import _safetensors
+from smark_jax.files._limits import Unreadable, shown
+
+_SECONDS = 120
+_CHILD = Path(__file__).with_name("_torch_child.py")
+_PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR")
+_CONVERT = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'FILE.safetensors')"
+
+
+def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray]:
+    """The tensors of a state dict, or of a dict with one in it, by name."""
+    if importlib.util.find_spec("torch") is None:
+        advice = f"Install smark-jax[torch], or convert it with {_CONVERT}."
+        raise Unreadable("it is a PyTorch file, and PyTorch is not installed", advice)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "suspect"), Path(folder, "leaves")
+        source.write_bytes(data)
+        command = [sys.executable, "-I", str(_CHILD), str(source), str(target), str(max_bytes), str(_SECONDS)]
+        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {"OMP_NUM_THREADS": "1"}
+        try:
+            code = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                timeout=2 * _SECONDS,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        said = target.read_bytes() if target.exists() else b""
+    if code == 0:
+        return _safetensors.read(said)
+    reason = shown(said[:400].decode(errors="replace")) if code == 2 else "it exceeded a limit on memory, time or size"
+    raise Unreadable(f"PyTorch does not read it safely ({reason})", f"Save its state dict alone, or {_CONVERT}.")

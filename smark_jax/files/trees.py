@@ -1,0 +1,93 @@
+"""A model as a dict of its leaves by name, and back."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from smark_jax import _validate
+from smark_jax.files import _limits
+
+PyTree = Any  # as _types.PyTree, which comes with jax; jax is loaded only where a tree is walked
+
+
+def flatten(params: PyTree) -> dict[str, np.ndarray]:
+    """The leaves of a parameter tree by name, on the host; a leaf's name is its path, the steps joined by ``/``.
+
+    Raises:
+      ValueError: when two leaves have the same name, or one is no array of real numbers.
+
+    Examples:
+      >>> import numpy as np
+      >>> from smark_jax import files
+      >>> sorted(files.flatten({"dense": {"kernel": np.ones((2, 3)), "bias": np.zeros(3)}}))
+      ['dense/bias', 'dense/kernel']
+    """
+    import jax
+
+    leaves: dict[str, np.ndarray] = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        name, leaf = _validate.path_name(path), np.asarray(value)
+        if name in leaves:
+            raise _validate.fail("flatten", "a name of its own for each leaf", f"{name!r} twice", "Is '/' in a name?")
+        if leaf.dtype.name not in _limits.BY_NAME:
+            cause = "Weights are real numbers: leave out what is no weight, and the keys of random generators."
+            raise _validate.fail("flatten", f"real numbers in leaf {name!r}", f"dtype {leaf.dtype}", cause)
+        leaves[name] = leaf
+    return leaves
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict whose :func:`flatten` these leaves are.
+
+    Lists in the original tree come back as dicts with the keys ``"0"``, ``"1"``, ...
+
+    Raises:
+      ValueError: when a name is both a leaf and the beginning of another.
+
+    Examples:
+      >>> from smark_jax import files
+      >>> files.nest({"dense/kernel": 1, "dense/bias": 2})
+      {'dense': {'kernel': 1, 'bias': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *steps, last = name.split("/")
+        branch: Any = tree
+        for step in steps:
+            branch = branch.setdefault(step, {}) if isinstance(branch, dict) else None
+        if not isinstance(branch, dict) or last in branch:
+            raise _validate.fail(
+                "nest", "names of which none begins another", f"{name!r} and a part of it", "Was the file put together?"
+            )
+        branch[last] = leaf
+    return tree
+
+
+def content_hash(leaves: Mapping[str, Any]) -> str:
+    """The SHA-256, in hex, of the leaves' names, dtypes, shapes and values.
+
+    The same for a model in any file format, which the hash of a file is not. By name in sorted order (code points):
+    the name's length in bytes as four bytes, big-endian, then the name in UTF-8; likewise the line ``DTYPE SHAPE``
+    (such as ``float32 3,4``); then the values in C order, little-endian. The whole begins with ``smark weights v1``.
+
+    Raises:
+      ValueError: when a leaf is no array of real numbers.
+    """
+    digest = hashlib.sha256(b"smark weights v1")
+    for name in sorted(leaves):
+        leaf = np.asarray(leaves[name])
+        if leaf.dtype.name not in _limits.BY_NAME:
+            cause = "Hash what flatten or read returns."
+            raise _validate.fail("content_hash", f"real numbers in leaf {name!r}", f"dtype {leaf.dtype}", cause)
+        for text in (name, f"{leaf.dtype.name} {','.join(map(str, leaf.shape))}"):
+            digest.update(len(text.encode()).to_bytes(4, "big") + text.encode())
+        digest.update(raw(leaf))
+    return digest.hexdigest()
+
+
+def raw(leaf: np.ndarray) -> memoryview:
+    """A leaf's bytes in C order, little-endian; a copy only where it is laid out otherwise."""
+    plain = np.ascontiguousarray(leaf, leaf.dtype.newbyteorder("<") if leaf.dtype.kind in "iuf" else None)
+    return plain.reshape(-1).view(np.uint8).data
