@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax import _validate, carriers, files, keys
-from smark_jax._types import PyTree
 from smark_jax.vault import _text, database, folder
 
 DECODER, DECODER_VERSION = "joint", 1
@@ -67,7 +66,10 @@ def add(
     _validate.finite_number("add-model", "strength", strength)
     tree = files.nest(leaves)
     spec = carriers.select(tree, match)
-    carriers.draw(carrier_key(vault, name), spec, num_chips)  # refuses what could never carry
+    _validate.positive("add-model", "num_chips", num_chips)
+    if num_chips > spec.num_weights:
+        got = f"{num_chips:,} chips for {spec.num_weights:,} carrying weights"
+        raise _validate.fail("add-model", "fewer chips than carrying weights", got, "Take fewer, or let more carry.")
     model = Model(name, files.content_hash(leaves), spec, num_chips, alpha, strength, _text.now())
     _refuse_taken(vault, name)
     path = _base_path(vault, name, model.base)
@@ -142,6 +144,11 @@ def code_key(vault: folder.Vault, name: str) -> keys.SecretKey:
     return keys.derive(vault.master, name, "code")
 
 
+def probes_key(vault: folder.Vault, name: str) -> keys.SecretKey:
+    """The key of the images by which a model is traced through its answers."""
+    return keys.derive(vault.master, name, "probes")
+
+
 def spec_document(spec: carriers.Spec) -> list[list[Any]]:
     """The carrying leaves as JSON holds them: ``[path, shape, scale]`` each."""
     return [[leaf.path, list(leaf.shape), leaf.scale] for leaf in spec.leaves]
@@ -155,8 +162,3 @@ def spec_from(document: Any) -> carriers.Spec:
 def spec_digest(spec: carriers.Spec) -> str:
     """The SHA-256 of the carrying leaves' document."""
     return hashlib.sha256(_text.canonical(spec_document(spec))).hexdigest()
-
-
-def params(leaves: Mapping[str, np.ndarray]) -> PyTree:
-    """A model's leaves as a parameter tree."""
-    return files.nest(leaves)
