@@ -12,18 +12,32 @@ Every change is one sqlite transaction that also writes an entry of the log, whi
 key that only the passphrase opens; opening a vault checks all of it. Verifying evidence needs no vault.
 """
 
-from smark_jax.vault import commitments, customers, issuing, merkle, models, timestamps, verdicts
+from smark_jax.vault import (
+    bundles,
+    commitments,
+    customers,
+    evidence,
+    issuing,
+    merkle,
+    models,
+    timestamps,
+    verdicts,
+    verification,
+)
 from smark_jax.vault.folder import Vault, create, opened
 
 __all__ = [
     "Vault",
+    "bundles",
     "commitments",
     "create",
     "customers",
+    "evidence",
     "issuing",
     "merkle",
     "models",
     "opened",
     "timestamps",
     "verdicts",
+    "verification",
 ]

@@ -17,6 +17,7 @@ from smark_jax.vault import _text, crypto, folder, merkle, models
 from smark_jax.vault.customers import Customer
 
 FORMAT, VERSION = "smark commitment", 1
+_LEAVES_A_PASS = 4096
 
 
 class Commitment(NamedTuple):
@@ -34,10 +35,21 @@ class Commitment(NamedTuple):
     root: str
     document: str
 
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "Commitment":
+        """The commitment of a document."""
+        header = content["header"]
+        return cls(header["model"], header["number"], content["root"], _text.canonical(content).decode())
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The document."""
+        return json.loads(self.document)
+
     @property
     def header(self) -> dict[str, Any]:
         """The first leaf."""
-        return json.loads(self.document)["header"]
+        return self.content["header"]
 
     @property
     def published(self) -> bytes:
@@ -45,11 +57,22 @@ class Commitment(NamedTuple):
         return self.document.encode() + b"\n"
 
 
-def opened_leaf(vault: folder.Vault, model: models.Model, customer: Customer, word: np.ndarray) -> dict[str, Any]:
-    """A customer's leaf in the clear: name, serial, codeword (bit 1 for a chip of -1), and the salt."""
-    salt = keys.derive(vault.master, model.name, "salt", str(customer.serial)).to_bytes()
-    bits = np.packbits(word < 0).tobytes()
-    return {"customer": customer.name, "salt": salt.hex(), "serial": customer.serial, "word": bits.hex()}
+def open_leaves(
+    vault: folder.Vault, model: models.Model, customers: Sequence[Customer]
+) -> list[dict[str, Any]]:
+    """Customers' leaves in the clear: name, serial, codeword (bit 1 for a chip of -1), and the salt."""
+    serials = [customer.serial for customer in customers]
+    words = np.asarray(codes.codebook(models.code_key(vault, model.name), serials, model.num_chips))
+    salts = keys.derive(vault.master, model.name, "salt")
+    return [
+        {
+            "customer": customer.name,
+            "salt": keys.derive(salts, str(customer.serial)).to_bytes().hex(),
+            "serial": customer.serial,
+            "word": bits.tobytes().hex(),
+        }
+        for customer, bits in zip(customers, np.packbits(words < 0, axis=1), strict=True)
+    ]
 
 
 def leaf(opened: dict[str, Any]) -> bytes:
@@ -70,12 +93,8 @@ def word(opened: dict[str, Any], num_chips: int) -> np.ndarray:
 
 def leaves(vault: folder.Vault, model: models.Model, customers: Sequence[Customer]) -> list[bytes]:
     """The hashed leaves of these customers, in their order."""
-    hashed = []
-    for start in range(0, len(customers), 4096):
-        some = customers[start : start + 4096]
-        words = codes.codebook(models.code_key(vault, model.name), [c.serial for c in some], model.num_chips)
-        hashed += [leaf(opened_leaf(vault, model, c, w)) for c, w in zip(some, np.asarray(words), strict=True)]
-    return hashed
+    parts = (customers[start : start + _LEAVES_A_PASS] for start in range(0, len(customers), _LEAVES_A_PASS))
+    return [leaf(opened) for part in parts for opened in open_leaves(vault, model, part)]
 
 
 def build(vault: folder.Vault, model: models.Model, hashed: Sequence[bytes]) -> Commitment:
@@ -101,10 +120,8 @@ def build(vault: folder.Vault, model: models.Model, hashed: Sequence[bytes]) -> 
     }
     tree = [header_leaf(header), *hashed]
     (path,) = merkle.paths(tree, [0])
-    root = merkle.root(tree).hex()
-    document = {"format": FORMAT, "version": VERSION, "header": header, "root": root}
-    text = _text.canonical({**document, "header_path": [node.hex() for node in path]}).decode()
-    return Commitment(model.name, number, root, text)
+    content = {"format": FORMAT, "version": VERSION, "header": header, "root": merkle.root(tree).hex()}
+    return Commitment.of({**content, "header_path": [node.hex() for node in path]})
 
 
 def latest(vault: folder.Vault, model: str) -> Commitment | None:

@@ -51,7 +51,8 @@ CREATE TABLE verdicts (
   entry INTEGER NOT NULL REFERENCES log);
 CREATE TABLE suspects (
   verdict INTEGER NOT NULL REFERENCES verdicts, place INTEGER NOT NULL, sha256 TEXT NOT NULL, document TEXT NOT NULL,
-  statistics BLOB NOT NULL, entry INTEGER NOT NULL REFERENCES log, PRIMARY KEY (verdict, place));
+  statistics BLOB NOT NULL, chips BLOB NOT NULL, entry INTEGER NOT NULL REFERENCES log,
+  PRIMARY KEY (verdict, place));
 """,
 )
 TABLES = {
@@ -63,7 +64,7 @@ TABLES = {
     "licences": ("model", "serial", "strength", "leaf", "number"),
     "copies": ("model", "serial", "sha256", "content", "created"),
     "verdicts": ("number", "model", "created", "document"),
-    "suspects": ("verdict", "place", "sha256", "document", "statistics"),
+    "suspects": ("verdict", "place", "sha256", "document", "statistics", "chips"),
 }
 """The columns of each table in order, without the entry that every row names."""
 _SECONDS_TO_WAIT = 60.0

@@ -14,7 +14,7 @@ import numpy as np
 
 from smark_jax import _validate, alignment, codes, extraction, files, tracing
 from smark_jax._types import ApplyFn, PyTree
-from smark_jax.vault import commitments, database, folder, issuing, models
+from smark_jax.vault import commitments, database, folder, models
 from smark_jax.vault._text import now
 
 
@@ -144,7 +144,8 @@ def judge(
     """Verdicts on what was read, and their record. ``rows`` describe the suspects; those not yet judged have chips."""
     commitment = commitments.latest(vault, model.name)
     assert commitment is not None  # checked when the suspects were read
-    serials = list(issuing.strengths(vault, model.name))
+    covered = "SELECT serial FROM licences WHERE model = ? AND number <= ? ORDER BY serial"
+    serials = [serial for (serial,) in vault.connection.execute(covered, (model.name, commitment.number))]
     names = dict(vault.connection.execute("SELECT serial, name FROM customers"))
     level = model.alpha if alpha is None else alpha
     on_suspect(f"comparing with {len(serials):,} customers")
@@ -153,12 +154,16 @@ def judge(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the decoys' alarm, which the document states
             found = list(_trace(vault, model, np.stack(chips), serials, level, tried))
-    judged = iter(found)
-    statistics, documents = [], []
+    judged = zip(found, chips, strict=True)
+    documents, blobs = [], []
     for row in rows:
-        verdict = next(judged) if "verdict" not in row else None
-        statistics.append(b"" if verdict is None else np.asarray(verdict.statistics, "<f4").tobytes())
-        documents.append(row if verdict is None else {**row, **_findings(verdict, names)})
+        if "verdict" in row:
+            documents.append(row)
+            blobs.append((b"", b""))
+            continue
+        verdict, soft = next(judged)
+        documents.append({**row, **_findings(verdict, names)})
+        blobs.append((np.asarray(verdict.statistics, "<f4").tobytes(), np.asarray(soft, "<f8").tobytes()))
     from smark_jax import __version__
 
     head = {
@@ -177,7 +182,7 @@ def judge(
         },
         "reading": reading.document(),
     }
-    return _record(vault, head, documents, statistics)
+    return _record(vault, head, documents, blobs)
 
 
 def _trace(
@@ -209,7 +214,7 @@ def _findings(verdict: tracing.Verdict, names: Mapping[int, str]) -> dict[str, A
 
 
 def _record(
-    vault: folder.Vault, head: dict[str, Any], suspects: Sequence[dict[str, Any]], statistics: Sequence[bytes]
+    vault: folder.Vault, head: dict[str, Any], suspects: Sequence[dict[str, Any]], blobs: Sequence[tuple[bytes, bytes]]
 ) -> dict[str, Any]:
     created = now()
     with database.transaction(vault.connection):
@@ -220,8 +225,8 @@ def _record(
         number = (last or 0) + 1
         document = database.canonical({**head, "occasion": before + 1})
         rows = [
-            (number, place, row["sha256"] or "", database.canonical(row), some)
-            for place, (row, some) in enumerate(zip(suspects, statistics, strict=True))
+            (number, place, row["sha256"] or "", database.canonical(row), *some)
+            for place, (row, some) in enumerate(zip(suspects, blobs, strict=True))
         ]
         tables = {"verdicts": [(number, head["model"], created, document)], "suspects": rows}
         accused = sorted({accused["serial"] for row in suspects for accused in row["accused"]})
@@ -259,3 +264,10 @@ def get(vault: folder.Vault, number: int) -> dict[str, Any]:
             suspect |= {"statistics": np.frombuffer(statistics, "<f4").astype(float).tolist(), **who}
         suspects.append(suspect)
     return {"number": row[0], "created": row[2], **head, "suspects": suspects}
+
+
+def chips(vault: folder.Vault, number: int, place: int) -> np.ndarray:
+    """The chips that a suspect of a verdict read, float64, shape [m]; empty when it could not be read."""
+    query = "SELECT chips FROM suspects WHERE verdict = ? AND place = ?"
+    (blob,) = vault.connection.execute(query, (number, place)).fetchone()
+    return np.frombuffer(blob, "<f8")
