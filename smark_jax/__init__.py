@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from smark_jax import models as models
     from smark_jax import parallel as parallel
     from smark_jax import privacy as privacy
+    from smark_jax import report as report
     from smark_jax import statistics as statistics
     from smark_jax import tracing as tracing
     from smark_jax import training as training
@@ -51,6 +52,7 @@ __all__ = [
     "models",
     "parallel",
     "privacy",
+    "report",
     "statistics",
     "tracing",
     "training",

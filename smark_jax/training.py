@@ -51,7 +51,7 @@ def num_batches(examples_a_party: int, batch_size: int, epochs: int) -> int:
 
 
 def batches(
-    images: np.ndarray, labels: Int[np.ndarray, "P n"], batch_size: int, epochs: int, seed: int
+    images: np.ndarray, labels: Int[np.ndarray, "P n"], batch_size: int, epochs: int, seed: int, *, start: int = 0
 ) -> Iterator[tuple[np.ndarray, Int[np.ndarray, "P B"]]]:
     """Batches for all parties at once; each epoch shuffles each party's examples anew and drops a short last batch.
 
@@ -61,6 +61,7 @@ def batches(
       batch_size: B, examples of one party in a batch, at most n.
       epochs: passes over the data.
       seed: of the shuffles.
+      start: batches to pass over, without touching their images: where a training goes on that was interrupted.
 
     Yields:
       Images of shape [P, B, ...] and labels of shape [P, B].
@@ -74,17 +75,20 @@ def batches(
     if batch_size > count:
         cause = "Use smaller batches or fewer parties."
         raise _validate.fail("batches", f"a batch size of at most {count}, a party's examples", f"{batch_size}", cause)
-    return _draw_batches(images, labels, batch_size, epochs, np.random.default_rng(seed))
+    return _draw_batches(images, labels, batch_size, epochs, np.random.default_rng(seed), start)
 
 
 def _draw_batches(
-    images: np.ndarray, labels: np.ndarray, batch_size: int, epochs: int, rng: np.random.Generator
+    images: np.ndarray, labels: np.ndarray, batch_size: int, epochs: int, rng: np.random.Generator, skip: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     num_parties, count = labels.shape
     party = np.arange(num_parties)[:, None]
     for _ in range(epochs):
         order = rng.permuted(np.tile(np.arange(count), (num_parties, 1)), axis=1)
         for start in range(0, count - batch_size + 1, batch_size):
+            if skip > 0:
+                skip -= 1
+                continue
             index = order[:, start : start + batch_size]
             yield images[party, index], labels[party, index]
 
@@ -103,7 +107,8 @@ def fit(
       state: where to begin: ``step.init(params)``, or a state saved earlier.
       batches: images [P, B, ...] and labels [P, B] of each round.
       pair_keys: the parties' pair keys, shape [P, P, 8]; never used before with the same round numbers: after an error
-        or a crash agree new ones, since the masks of rounds already sent must not cover other gradients.
+        or a crash agree new ones, since the masks of rounds already sent must not cover other gradients (who repeats
+        the same rounds bit for bit sends nothing new, and may keep them).
       on_round: called after each round with its state and info: a progress bar, a checkpoint.
 
     Returns:

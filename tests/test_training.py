@@ -34,6 +34,17 @@ def test_batches_pass_over_each_partys_data_once_an_epoch():
     assert (drawn[0][1] != drawn[3][1]).any()
 
 
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 6])
+def test_batches_go_on_where_they_were_interrupted(start):
+    images, labels = training.partition(IMAGES, LABELS, 2, seed=0)
+    whole = list(training.batches(images, labels, 3, epochs=2, seed=0))
+    rest = list(training.batches(images, labels, 3, epochs=2, seed=0, start=start))
+    assert len(rest) == 6 - start
+    for (x, y), (again, labels_again) in zip(whole[start:], rest, strict=True):
+        np.testing.assert_array_equal(x, again)
+        np.testing.assert_array_equal(y, labels_again)
+
+
 def step_and_keys(num_parties: int = 2):
     step = parallel.train_step(apply_linear, optax.adam(0.1), aggregation.FixedPoint(1.0, num_parties))
     return step, aggregation.pair_keys(conftest.party_secrets(num_parties))

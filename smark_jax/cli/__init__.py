@@ -1,5 +1,6 @@
 """The ``smark`` command. Each command is a module of this folder; they are imported when they run."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +51,43 @@ def demo(
     from smark_jax.cli import _demo
 
     _demo.run(_demo.Config(out, parties, customers, epochs, seed), rich.console.Console())
+
+
+@app.command(
+    epilog="Examples:\n\n  smark train --example > train.toml\n\n  smark train train.toml --out out/base\n\n"
+    "Killed? The same command again goes on after the last checkpoint.",
+)
+def train(
+    config: Annotated[Path | None, typer.Argument(help="TOML file; --example prints one.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="Folder for base.safetensors and results; made if absent.")] = Path(
+        "out/base"
+    ),
+    example: Annotated[bool, typer.Option("--example", help="Print a configuration with comments, and stop.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as JSON; progress goes to stderr.")
+    ] = False,
+) -> None:
+    """Train a base model across parties under masks, and go on where a killed run stopped.
+
+    Writes base.safetensors, which add-model takes, results.json and training.png. The folder "private" in it holds what
+    proves the owner's mark, and checkpoints while the training lasts: it goes to nobody.
+    """
+    from smark_jax.cli import _train_config
+
+    if example:
+        print(_train_config.EXAMPLE, end="")
+        return
+    if config is None:
+        raise typer.BadParameter("name a configuration; smark train --example prints one", param_hint="CONFIG")
+    settings = _train_config.read(config)
+    from smark_jax.cli import _train
+
+    console = rich.console.Console(stderr=as_json)
+    results = _train.run(settings, out, console)
+    if as_json:
+        print(json.dumps(results))
+    else:
+        _train.show(console, out, results)
 
 
 def main() -> None:

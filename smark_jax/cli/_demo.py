@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import rich.console
 import rich.progress
 import rich.table
@@ -24,20 +23,20 @@ from smark_jax import (
     embedding,
     extraction,
     keys,
-    losses,
     models,
     parallel,
     tracing,
     training,
 )
 from smark_jax._types import ApplyFn, PyTree
+from smark_jax.cli import _training
 
 NUM_CHIPS = 304
 STRENGTH = 0.03
 ALPHA = 1e-6
 BATCH = 32  # examples of one party in a round
+LEARNING_RATE = 2e-3
 CLIP = 1.0  # bound on the norm of a party's gradient
-OWNER_MARGIN = 1.0  # what each chip of the owner's mark must read while the base is trained
 
 
 class Config(NamedTuple):
@@ -71,7 +70,7 @@ class Model(NamedTuple):
 def run(config: Config, console: rich.console.Console) -> dict[str, Any]:
     """Runs the demo, prints its table, writes ``results.json`` and ``statistics.png``, and returns the results."""
     began = time.perf_counter()
-    _ask_for_devices(config.parties)
+    _training.ask_for_devices(config.parties)
     config.out.mkdir(parents=True, exist_ok=True)
     train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")
     network = models.CNN()
@@ -81,17 +80,9 @@ def run(config: Config, console: rich.console.Console) -> dict[str, Any]:
     # and each party draws a secret of its own, of which only aggregation.public_key leaves it.
     master = keys.derive(keys.from_bytes(config.seed.to_bytes(32, "big")), "demo")
 
-    columns = (
-        rich.progress.TextColumn("{task.description:<34}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.fields[note]}"),
-    )
-    with rich.progress.Progress(*columns, console=console) as progress:
+    with _training.progress(console) as progress:
         start = models.init(network, jax.random.key(config.seed), train.images.shape[1:])
-        owner = _owner_mark(start, keys.derive(master, "owner"))
+        owner = _training.owner_mark(start, keys.derive(master, "owner"))
         label = f"train base across {config.parties} parties"
         base = _train(config, apply_fn, start, owner, train, master, progress, label)
 
@@ -124,7 +115,7 @@ def run(config: Config, console: rich.console.Console) -> dict[str, Any]:
 
     wrong_bits = int(jnp.sum(jnp.sign(chips[: config.customers]) != model.codebook))
     results = _results(config, accuracy(base), suspects, verdicts, wrong_bits)
-    results["owner_mark_log10_p"] = _owner_log10_p(base, owner)
+    results["owner_mark_log10_p"] = _training.owner_log10_p(base, owner)
     results["devices"] = [str(device) for device in parallel.devices(config.parties)]
     _picture(config.out / "statistics.png", suspects, verdicts)
     results["seconds"] = round(time.perf_counter() - began, 1)
@@ -133,59 +124,26 @@ def run(config: Config, console: rich.console.Console) -> dict[str, Any]:
     return results
 
 
-def _ask_for_devices(parties: int) -> None:
-    """Virtual CPU devices must be asked for before JAX computes anything; a caller who has begun brings their own."""
-    try:
-        jax.config.update("jax_num_cpu_devices", parties)
-    except RuntimeError:
-        parallel.devices(parties)
-
-
-class _Owner(NamedTuple):
-    spec: carriers.Spec
-    aim: embedding.Mark
-
-
-def _owner_mark(start: PyTree, key: keys.SecretKey) -> _Owner:
-    """The owner's own mark, read relative to the weights that training starts from."""
-    spec = carriers.select(start)
-    carrier = carriers.draw(keys.derive(key, "carrier"), spec, NUM_CHIPS)
-    word = codes.codebook(keys.derive(key, "code"), [0], NUM_CHIPS)[0]
-    return _Owner(spec, embedding.mark(start, spec, carrier, word))
-
-
-def _owner_log10_p(params: PyTree, owner: _Owner) -> float:
-    chips = carriers.despread(carriers.read(params, owner.spec) - owner.aim.base, owner.aim.carrier)
-    verdict = tracing.trace(chips, owner.aim.code[None].astype(jnp.int8), ALPHA)
-    return verdict.accused[0].log10_p if verdict.accused else 0.0
-
-
 def _train(
     config: Config,
     apply_fn: ApplyFn,
     start: PyTree,
-    owner: _Owner | None,
+    owner: _training.Owner | None,
     train: data.Dataset,
     key: keys.SecretKey,
     progress: rich.progress.Progress,
     label: str,
 ) -> PyTree:
-    images, labels = training.partition(train.images, train.labels, config.parties, config.seed)
-    batch = min(BATCH, labels.shape[1])
-    rounds = training.num_batches(labels.shape[1], batch, config.epochs)
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, rounds))
-    if owner is not None:
-        loss_fn = functools.partial(losses.sign_hinge, margin=OWNER_MARGIN)
-        optimizer = optax.chain(embedding.add_fingerprint_gradient(loss_fn, owner.spec, owner.aim), optimizer)
-    step = parallel.train_step(apply_fn, optimizer, aggregation.FixedPoint(CLIP, config.parties))
+    batch = min(BATCH, len(train.labels) // config.parties)
+    recipe = _training.Recipe(config.parties, config.epochs, batch, LEARNING_RATE, CLIP, config.seed)
+    ready = _training.prepare(recipe, apply_fn, train, owner)
     pair_keys = aggregation.pair_keys([keys.derive(key, "party", str(party)) for party in range(config.parties)])
-    task = progress.add_task(label, total=rounds, note="compiling ...")
+    task = progress.add_task(label, total=ready.rounds, note="compiling ...")
 
     def show(state: parallel.TrainState, info: parallel.TrainInfo) -> None:
         progress.update(task, advance=1, note=f"loss {float(info.loss):.3f}")
 
-    batches = training.batches(images, labels, batch, config.epochs, config.seed + 1)
-    return training.fit(step, step.init(start), batches, pair_keys, show).params
+    return training.fit(ready.step, ready.step.init(start), ready.batches(0), pair_keys, show).params
 
 
 def _model(base: PyTree, key: keys.SecretKey, customers: int) -> Model:

@@ -1,0 +1,177 @@
+"""Training that can be killed: checkpoints, and the secrets that a resumed run may use again.
+
+A checkpoint holds the parties' secrets. They must be kept, since the rounding of a round depends on them: with fresh
+ones the run would go on, but not to the same model. Two messages under one mask would show their difference, so the
+rounds after a checkpoint are sent again only where they repeat bit for bit: on CPU devices, with the same processor,
+software and data. Anywhere else the parties agree new secrets. After each checkpoint every secret is replaced by one
+derived from it: whoever takes the folder later opens no round before the checkpoint.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+from orbax.checkpoint import v1 as ocp
+
+from smark_jax import aggregation, data, keys, parallel, training
+from smark_jax._types import PyTree
+from smark_jax.cli import _training
+
+_SECONDS_A_LOG_LINE = 20
+
+
+class _Snapshot(NamedTuple):
+    """What a checkpoint holds, beside the environment in its metadata.
+
+    Attributes:
+      state: of the training.
+      secrets: the parties' secrets for the rounds from this one on, shape [P, 32].
+      losses: of the rounds so far; NaN for the others, shape [rounds].
+    """
+
+    state: parallel.TrainState
+    secrets: jax.Array
+    losses: jax.Array
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Whatever is written meanwhile, by orbax's threads as well, only its owner may read."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def fit(
+    ready: _training.Training,
+    start: PyTree,
+    parties: int,
+    every: int,
+    environment: dict[str, Any],
+    folder: Path,
+    console: rich.console.Console,
+) -> tuple[PyTree, np.ndarray]:
+    """Runs all rounds, or those after the last checkpoint in ``folder``; the params and each round's loss.
+
+    Args:
+      ready: the training.
+      start: the params it starts from.
+      parties: how many there are.
+      every: rounds between checkpoints.
+      environment: from :func:`environment_of`.
+      folder: of the checkpoints; whoever is done with the result removes it.
+      console: for progress.
+    """
+    latest: Any = ocp.training.preservation_policies.LatestN(1)  # whose type orbax 0.12 states too narrowly
+    with (
+        private_files(),
+        ocp.training.Checkpointer(
+            str(folder.resolve()), preservation_policy=latest, cleanup_tmp_directories=True
+        ) as checkpoints,
+        _training.progress(console) as progress,
+    ):
+        shot = _fresh(parties, ready, start)
+        first = 0 if checkpoints.latest is None else checkpoints.latest.step
+        if checkpoints.latest is None:
+            checkpoints.save(0, shot, custom_metadata=environment)
+        else:
+            shot = _resumed(checkpoints, shot, environment, console)
+        label = f"train across {parties} parties"
+        task = progress.add_task(label, total=ready.rounds, completed=first, note="compiling ...")
+        meter = _Meter(progress, task, np.array(shot.losses))
+        state, secrets, batches = shot.state, _keys(shot.secrets), ready.batches(first)
+        for begin in range(first, ready.rounds, every):
+            stretch = itertools.islice(batches, every)
+            state = training.fit(ready.step, state, stretch, aggregation.pair_keys(secrets), meter)
+            secrets = [keys.derive(secret, "next stretch") for secret in secrets]
+            if begin + every < ready.rounds:
+                checkpoints.save(begin + every, _snapshot(state, secrets, meter.losses), custom_metadata=environment)
+    return state.params, meter.losses
+
+
+class _Meter:
+    """Called after each round: the progress display, in a log a line now and then, and the losses."""
+
+    def __init__(self, progress: rich.progress.Progress, task: rich.progress.TaskID, losses: np.ndarray) -> None:
+        self.losses = losses
+        self._progress, self._task, self._printed = progress, task, time.monotonic()
+
+    def __call__(self, state: parallel.TrainState, info: parallel.TrainInfo) -> None:
+        done, loss = int(state.round), float(info.loss)
+        self.losses[done - 1] = loss
+        self._progress.update(self._task, completed=done, note=f"loss {loss:.3f}")
+        console = self._progress.console
+        if not console.is_terminal and time.monotonic() - self._printed > _SECONDS_A_LOG_LINE:
+            self._printed = time.monotonic()
+            console.print(f"Round {done:,} of {len(self.losses):,}: loss {loss:.3f}")
+
+
+def _snapshot(state: parallel.TrainState, secrets: list[keys.SecretKey], losses: np.ndarray) -> _Snapshot:
+    words = np.stack([np.frombuffer(secret.to_bytes(), np.uint8) for secret in secrets])
+    device = next(iter(state.round.devices()))
+    return _Snapshot(state, jax.device_put(words, device), jax.device_put(losses, device))
+
+
+def _fresh(parties: int, ready: _training.Training, start: PyTree) -> _Snapshot:
+    losses = np.full(ready.rounds, np.nan, np.float32)
+    return _snapshot(ready.step.init(start), [keys.new() for _ in range(parties)], losses)
+
+
+def _keys(secrets: jax.Array) -> list[keys.SecretKey]:
+    return [keys.from_bytes(row.tobytes()) for row in np.asarray(secrets)]
+
+
+def _resumed(
+    checkpoints: ocp.training.Checkpointer, fresh: _Snapshot, environment: dict[str, Any], console: rich.console.Console
+) -> _Snapshot:
+    """The last checkpoint, with its secrets where its rounds repeat bit for bit, and with fresh ones elsewhere."""
+    last = checkpoints.latest
+    assert last is not None
+    # No values go along: what orbax is given, its errors may show.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)
+    shot = checkpoints.load(last, shapes)
+    before = checkpoints.metadata(last).custom_metadata
+    _training.say(console, f"Going on after round {last.step:,}.")
+    if before == environment and environment["platform"] == "cpu":
+        return shot
+    known = before if isinstance(before, dict) else {}
+    changed = [name for name, value in environment.items() if known.get(name) != value]
+    reason = f"other {', '.join(changed)}" if changed else "accelerators do not repeat themselves exactly"
+    _training.say(console, f"The parties agree new secrets ({reason}): the model may differ in last digits.")
+    return shot._replace(secrets=fresh.secrets)
+
+
+def environment_of(train: data.Dataset, parties: int) -> dict[str, Any]:
+    """What the rounds' exact bits depend on besides the configuration."""
+    device = parallel.devices(parties)[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "processor": _processor(),
+        "software": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("smark-jax", "jax", "jaxlib")),
+        "data": hashlib.sha256(train.images.tobytes() + train.labels.tobytes()).hexdigest(),
+    }
+
+
+def _processor() -> str:
+    """The kind of processor, whose own instructions XLA generates, and how many of them share the work."""
+    number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kind = f"{platform.machine()} {platform.processor()}"
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        told = [line for line in lines if line.startswith(("model name", "flags", "CPU part", "Features"))]
+        kind += f" {hashlib.sha256(repr(told).encode()).hexdigest()[:16]}"
+    return f"{number} x {kind}"

@@ -1,0 +1,9 @@
+"""A verdict as one HTML file that a lawyer can read, print and keep.
+
+The page needs no network, no script and no second file: its own content security policy forbids them. Whatever comes
+from a file or from the registry of customers is hostile text, escaped wherever it stands.
+"""
+
+from smark_jax.report.page import render
+
+__all__ = ["render"]
