@@ -135,7 +135,9 @@ def _wrong(value: Any, schema: _Schema, name: str) -> str | None:
         if not isinstance(value, dict) or value.keys() != schema.keys():
             different = schema.keys() ^ value.keys() if isinstance(value, dict) else ()
             return ".".join(filter(None, (name, *sorted(map(str, different))[:1]))) or "content"
-        return next(filter(None, (_wrong(value[key], schema[key], f"{name}.{key}"[not name :]) for key in schema)), None)
+        return next(
+            filter(None, (_wrong(value[key], schema[key], f"{name}.{key}"[not name :]) for key in schema)), None
+        )
     if isinstance(schema, list | tuple):
         if not isinstance(value, list) or (isinstance(schema, tuple) and len(value) != len(schema)):
             return name

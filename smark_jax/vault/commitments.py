@@ -1,8 +1,8 @@
 """What the owner publishes before a copy is sold: one hash over all that an accusation will rest on.
 
 The root of a Merkle tree. Its first leaf is the header: the hashes of carrier key and base, the level, the decoder, the
-number of customers and the key that will sign evidence. Each further leaf holds one customer's name, serial and codeword,
-salted, so that the root tells nothing about customers or codewords, and one leaf can be opened without the others.
+number of customers and the key that will sign evidence. Each further leaf holds one customer's name, serial and
+codeword, salted, so that the root tells nothing about customers or codewords, and one leaf can be opened alone.
 """
 
 import json
@@ -57,9 +57,7 @@ class Commitment(NamedTuple):
         return self.document.encode() + b"\n"
 
 
-def open_leaves(
-    vault: folder.Vault, model: models.Model, customers: Sequence[Customer]
-) -> list[dict[str, Any]]:
+def open_leaves(vault: folder.Vault, model: models.Model, customers: Sequence[Customer]) -> list[dict[str, Any]]:
     """Customers' leaves in the clear: name, serial, codeword (bit 1 for a chip of -1), and the salt."""
     serials = [customer.serial for customer in customers]
     words = np.asarray(codes.codebook(models.code_key(vault, model.name), serials, model.num_chips))

@@ -1,9 +1,9 @@
 r"""Evidence: what an arbiter needs to compute an accusation again, and nothing that accuses anybody else.
 
 *What the arbiter tests.* Let y be the suspect's chips and b_j the accused's word. A lone leaker is tested as
-:mod:`smark_jax.statistics` does, T = <y, b_j> / \|y\|. In a coalition the others' words hide j's; they are projected out
-first, with the words of a support S of other accused, opened as well. The owner, not the arbiter, chose S, and may have
-looked at b_j. So the arbiter's p-value pays for all supports that could have been chosen:
+:mod:`smark_jax.statistics` does, T = <y, b_j> / \|y\|. In a coalition the others' words hide j's; they are projected
+out first, with the words of a support S of other accused, opened as well. The owner, not the arbiter, chose S, and may
+have looked at b_j. So the arbiter's p-value pays for all supports that could have been chosen:
 
 .. math:: p_j = p(T_j \mid r_S) \cdot N \cdot \binom{N - 1}{|S|} \cdot 2^{|S| + 1} \cdot \text{suspects} \cdot
           \text{alignments}
@@ -102,7 +102,9 @@ def export(vault: folder.Vault, number: int, place: int | None = None) -> Export
     ranked = sorted(suspect["accused"], key=operator.itemgetter("share"), reverse=True)
     customers = [Customer(a["serial"], names[index[a["serial"]] - 1], "") for a in ranked]
     leaves = dict(zip(index, _leaves(vault, model.name, serials), strict=True))
-    opened = {c.serial: leaf for c, leaf in zip(customers, commitments.open_leaves(vault, model, customers), strict=True)}
+    opened = {
+        c.serial: leaf for c, leaf in zip(customers, commitments.open_leaves(vault, model, customers), strict=True)
+    }
     words = {serial: commitments.word(leaf, model.num_chips) for serial, leaf in opened.items()}
     chips = verdicts.chips(vault, number, where)
     counts = {name: suspect[name] for name in ("num_suspects", "num_alignments")}

@@ -111,9 +111,7 @@ def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
         lock.release()
 
 
-def _license(
-    vault: folder.Vault, model: models.Model, customers: Sequence[Customer], strength: float | None
-) -> int:
+def _license(vault: folder.Vault, model: models.Model, customers: Sequence[Customer], strength: float | None) -> int:
     """Gives each customer who has none a licence, all under one new commitment; returns how many."""
     held = strengths(vault, model.name)
     other = [c.name for c in customers if strength is not None and held.get(c.serial, strength) != strength]
@@ -144,9 +142,7 @@ def strengths(vault: folder.Vault, model: str) -> dict[int, float]:
     return dict(rows)
 
 
-def _licences(
-    vault: folder.Vault, model: models.Model, customers: Sequence[Customer], out: Path
-) -> list[_Licence]:
+def _licences(vault: folder.Vault, model: models.Model, customers: Sequence[Customer], out: Path) -> list[_Licence]:
     held = strengths(vault, model.name)
     known: dict[int, set[str]] = {}
     for serial, sha256 in vault.connection.execute("SELECT serial, sha256 FROM copies WHERE model = ?", (model.name,)):
@@ -157,9 +153,7 @@ def _licences(
     ]
 
 
-def _write(
-    vault: folder.Vault, model: models.Model, base: PyTree, licences: Sequence[_Licence]
-) -> Iterator[int]:
+def _write(vault: folder.Vault, model: models.Model, base: PyTree, licences: Sequence[_Licence]) -> Iterator[int]:
     """Writes copies, a batch at a time; yields how many each batch had."""
     if not licences:
         return

@@ -4,8 +4,8 @@ Entry n holds the authenticator of entry n - 1, what happened as JSON, and
 
     mac_n = HMAC-SHA256(log key, n || mac_{n-1} || body),
 
-n as eight bytes, big-endian. Without the master key no entry can be changed, inserted or removed but at the end. A vault
-that was rolled back as a whole to an older state is whole: only the commitments that were published tell.
+n as eight bytes, big-endian. Without the master key no entry can be changed, inserted or removed but at the end. A
+vault that was rolled back as a whole to an older state is whole: only the commitments that were published tell.
 """
 
 import hmac

@@ -4,7 +4,9 @@ Each call is one occasion: the bound alpha covers all its suspects together (and
 tried, ``tried``), not other occasions. A verdict says how many occasions there were for its model so far.
 """
 
+import importlib.metadata
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -105,9 +107,7 @@ def trace(
     _validate.positive("trace", "the number of suspects", len(suspects))
     reading = reading or Reading()
     model = models.get(vault, name)
-    commitment = commitments.latest(vault, name)
-    if commitment is None:
-        raise _validate.fail("trace", f"a model with customers, not {name}", "one without", "Run 'smark issue' first.")
+    committed(vault, name)
     base, carrier = models.base(vault, model), models.carrier(vault, model)
     rows, chips = [], []
     for path in suspects:
@@ -130,6 +130,18 @@ def trace(
     return judge(vault, model, rows, chips, reading, alpha=alpha, tried=tried, on_suspect=on_suspect)
 
 
+def committed(vault: folder.Vault, name: str) -> commitments.Commitment:
+    """The newest commitment to a model, whose customers are those that a suspect is compared with.
+
+    Raises:
+      ValueError: when no copy was issued.
+    """
+    commitment = commitments.latest(vault, name)
+    if commitment is None:
+        raise _validate.fail("trace", f"a model with customers, not {name}", "one without", "Run 'smark issue' first.")
+    return commitment
+
+
 def judge(
     vault: folder.Vault,
     model: models.Model,
@@ -142,8 +154,7 @@ def judge(
     on_suspect: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Verdicts on what was read, and their record. ``rows`` describe the suspects; those not yet judged have chips."""
-    commitment = commitments.latest(vault, model.name)
-    assert commitment is not None  # checked when the suspects were read
+    commitment = committed(vault, model.name)
     covered = "SELECT serial FROM licences WHERE model = ? AND number <= ? ORDER BY serial"
     serials = [serial for (serial,) in vault.connection.execute(covered, (model.name, commitment.number))]
     names = dict(vault.connection.execute("SELECT serial, name FROM customers"))
@@ -164,10 +175,8 @@ def judge(
         verdict, soft = next(judged)
         documents.append({**row, **_findings(verdict, names)})
         blobs.append((np.asarray(verdict.statistics, "<f4").tobytes(), np.asarray(soft, "<f8").tobytes()))
-    from smark_jax import __version__
-
     head = {
-        "smark_version": __version__,
+        "smark_version": importlib.metadata.version("smark-jax"),
         "model": model.name,
         "num_customers": len(serials),
         "num_chips": model.num_chips,
@@ -205,7 +214,7 @@ def _findings(verdict: tracing.Verdict, names: Mapping[int, str]) -> dict[str, A
     return {
         "verdict": "traced" if verdict.accused else "nobody",
         "accused": [{"customer": names[accused.serial], **accused._asdict()} for accused in verdict.accused],
-        "threshold": verdict.threshold,
+        "threshold": verdict.threshold if math.isfinite(verdict.threshold) else None,
         "decoys": verdict.decoys._asdict(),
         "num_suspects": verdict.num_suspects,
         "num_alignments": verdict.num_alignments,

@@ -31,6 +31,7 @@ class Report(NamedTuple):
       checks: in the order in which they were made.
       accused: name, serial, statistic and p-value (as logarithm to base 10) of each accused, as computed here.
       header: of the commitment.
+      root: of the commitment.
       compared: whether the root was compared with a published one.
       statements: what the arbiter has the owner's word for.
     """
@@ -38,6 +39,7 @@ class Report(NamedTuple):
     checks: tuple[Check, ...]
     accused: tuple[dict[str, Any], ...]
     header: dict[str, Any]
+    root: str
     compared: bool
     statements: tuple[str, ...]
 
@@ -128,8 +130,11 @@ def verify(
         spec = _spec(content, ours.leaves)
     with check("customers", f"{len(content['opened'])} of {header['customers']:,} opened, each under the root"):
         words = _words(content)
-    if not all(c.holds for c in checks if c.name in ("carrying leaves", "customers", "carrier", "base")) or spec is None:
-        return Report(tuple(checks), (), header, root is not None, _statements(content))
+    if (
+        not all(c.holds for c in checks if c.name in ("carrying leaves", "customers", "carrier", "base"))
+        or spec is None
+    ):
+        return Report(tuple(checks), (), header, tree["root"], root is not None, _statements(content))
     on_step("reading the suspect's chips")
     accused = []
     chips = None
@@ -152,7 +157,7 @@ def verify(
             close = abs(found.statistic - claim["statistic"]) <= _ROUNDING * max(1.0, abs(claim["statistic"]))
             _require(close, f"T is {found.statistic:.2f} here and {claim['statistic']:.2f} in the bundle")
         accused.append({"customer": name, "serial": claim["serial"], **found._asdict()})
-    return Report(tuple(checks), tuple(accused), header, root is not None, _statements(content))
+    return Report(tuple(checks), tuple(accused), header, tree["root"], root is not None, _statements(content))
 
 
 def _require(holds: bool, otherwise: str) -> None:
