@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="Evidence for an arbiter: export a 
 def export(
     vault: VaultPath,
     verdict: Annotated[int, typer.Argument(min=1, help="Its number, as trace printed it.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The bundle to write.", show_default=False)] = ...,
+    out: Annotated[Path, typer.Option(help="The bundle to write.", show_default=False)],
     suspect: Annotated[
         int | None, typer.Option(min=1, help="Which suspect of the verdict, where several were traced.")
     ] = None,

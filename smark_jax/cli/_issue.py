@@ -14,12 +14,12 @@ _SHOWN = 10
 def issue(
     vault: VaultPath,
     name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the copies; made if absent.", show_default=False)],
     customers: Annotated[
         list[str] | None, typer.Argument(help="Names; new ones are registered.", show_default=False)
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Issue to the names in the first column of this file.")] = None,
     everybody: Annotated[bool, typer.Option("--all", help="Issue to all registered customers.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the copies; made if absent.", show_default=False)] = ...,
     strength: Annotated[float | None, typer.Option(help="Of these copies; the model's own by default.")] = None,
     timestamp_request: Annotated[
         Path | None, typer.Option(help="Write an RFC 3161 request for the commitment, to send to an authority.")
@@ -43,7 +43,7 @@ def issue(
             raise typer.BadParameter("name customers, or pass --csv or --all", param_hint="CUSTOMER")
         known = registry.registered(desk)
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
-        everyone = sorted({*chosen, *(known if everybody else [])})
+        everyone = sorted(set(chosen) | set(known if everybody else []))
         opened = evidence.exports(desk, name)
         if opened:
             _common.warn(

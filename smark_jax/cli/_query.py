@@ -9,13 +9,15 @@ import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from smark_jax.cli import _common, _trace
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _SECONDS = 60
 _LARGEST_ANSWER = 1 << 20
@@ -58,7 +60,7 @@ def query(
     _trace.show(document, as_json, vault)
 
 
-def _png(image: np.ndarray) -> bytes:
+def _png(image: "np.ndarray") -> bytes:
     from PIL import Image
 
     content = io.BytesIO()
@@ -83,15 +85,14 @@ def _post(url: str, png: bytes, field: str | None) -> Any:
         raise ValueError(f"query: expected an answer of {url}, but got {error}.\n{advice}") from None
     if isinstance(answer, dict):
         answer = next((answer[place] for place in _PLACES if place in answer), None)
-    scores = isinstance(answer, list) and all(type(score) in (int, float) for score in answer) and len(answer) > 1
-    if scores:
-        return int(np.argmax(answer))
+    if isinstance(answer, list) and len(answer) > 1 and all(type(score) in (int, float) for score in answer):
+        return answer.index(max(answer))
     if type(answer) is not int:
         raise ValueError(f"query: expected a class number or scores, but got {str(answer)[:60]!r}.\n{advice}")
     return answer
 
 
-def _run(command: list[str], images: np.ndarray) -> list[int]:
+def _run(command: list[str], images: "np.ndarray") -> list[int]:
     """The class numbers that a command prints."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{place:04d}.png" for place in range(len(images))]
