@@ -57,7 +57,7 @@ def place(tmp_path):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """A vault with a model, five customers, two issues, a time stamp's row and a verdict: never changed, only copied."""
+    """A vault with a model, five customers, two issues, a time stamp's row and a verdict; never changed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crypto, "_N", 2**10)
         out = tmp_path_factory.mktemp("full")
@@ -378,7 +378,7 @@ def test_a_model_is_added_once_and_its_base_is_checked(place):
         for name in ("../net", "", "a b", ".net", "x" * 65):
             with pytest.raises(ValueError, match="model: expected a name"):
                 models.add(desk, name, base())
-        with pytest.raises(ValueError, match="more carry|fewer chips"):
+        with pytest.raises(ValueError, match="expected fewer chips"):
             models.add(desk, "small", base(), num_chips=10**6)
         with pytest.raises(ValueError, match="Models in this vault: net"):
             models.get(desk, "bet")
@@ -416,7 +416,7 @@ def test_copies_are_the_same_again_whoever_else_is_issued(place, tmp_path):
         assert issuing.issue(desk, "net", everybody, tmp_path / "b").written == 2
         assert hashes(tmp_path / "b") == b
         assert len(known(desk)) == 42
-        with pytest.raises(ValueError, match="a copy of another strength|strength 0.05"):
+        with pytest.raises(ValueError, match=r"expected strength 0\.05"):
             issuing.issue(desk, "net", everybody[:1], tmp_path / "c", strength=0.05)
 
 
