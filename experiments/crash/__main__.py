@@ -3,13 +3,16 @@
     python -m experiments.crash
     python -m experiments.crash --kills 200 --copies 1000 --out out/crash
 
-Half of the kills hit ``smark issue``, half ``smark trace``. Writes crash.json; exit code 1 when anything was lost.
+Half of the kills hit ``smark issue``, half ``smark trace``. Writes crash.json after each; exit code 1 when anything was
+lost.
 """
 
 import argparse
 import json
+import random
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,13 +33,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/crash"))
     options = parser.parse_args(arguments)
     console = rich.console.Console()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "crash.json"
+    result = {"kills": options.kills, "copies": options.copies, "seed": options.seed}
+    began, rng = time.monotonic(), random.Random(options.seed)
+    shares = {"issue": options.kills - options.kills // 2, "trace": options.kills // 2}
     with rich.progress.Progress(console=console) as progress, tempfile.TemporaryDirectory() as folder:
         meter = sections.Meter(progress, "kills")
         meter.start(options.kills)
-        result = kills.run(Path(folder), options.kills, options.copies, options.seed, meter.step)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "crash.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+        for job, share in shares.items():
+
+            def step(found: kills.Result, note: str, job: str = job) -> None:
+                result.update({job: found, "seconds": round(time.monotonic() - began, 1)})
+                path.write_text(json.dumps(result, indent=2) + "\n")
+                meter.step(f"{job}: {note}")
+
+            found = getattr(kills, job)(Path(folder), share, options.copies, rng, step)
+            step(found, "done")
     lost = result["issue"]["losses"] + result["trace"]["losses"]
     console.print(f"{options.kills} kills, {len(lost)} losses; {path}; {result['seconds']:.0f} seconds.")
     sys.exit(1 if lost else 0)

@@ -139,47 +139,68 @@ def killed(bench: Bench, arguments: list[str], seconds: float, after_a_copy: boo
     return process.wait() == -signal.SIGKILL
 
 
-def issue(folder: Path, kills: int, copies: int, rng: random.Random, step: Callable[[str], None]) -> dict[str, Any]:
-    """Kills ``smark issue`` so many times; a job that completes is followed by one with a new vault."""
+Result = dict[str, Any]
+
+
+def issue(
+    folder: Path, kills: int, copies: int, rng: random.Random, step: Callable[[Result, str], None] = lambda *args: None
+) -> Result:
+    """Kills ``smark issue`` so many times; a job that completes is followed by one with a new vault.
+
+    Args:
+      folder: for vaults and copies.
+      kills: how many.
+      copies: of a job.
+      rng: of the moments.
+      step: called after each kill with the result so far, and how far the job is.
+    """
     bench = prepare(folder / "timed", copies)
     finish(bench, bench.issuing)  # compiles
     bench = prepare(folder / "timed again", copies)
     whole, writing = finish(bench, bench.issuing)
     found: list[str] = []
     stages = {"before the first copy": 0, "between copies": 0, "after the last copy": 0}
-    jobs = done = 0
-    while done < kills:
-        jobs += 1
-        bench = prepare(folder / f"issue-{jobs}", copies)
+    result: Result = {
+        "kills": 0,
+        "jobs": 0,
+        "killed": stages,
+        "seconds_uninterrupted": round(whole, 1),
+        "losses": found,
+    }
+    while result["kills"] < kills:
+        result["jobs"] += 1
+        bench = prepare(folder / f"issue-{result['jobs']}", copies)
         before = state(bench.vault)
-        # Some before the first copy, most while copies are written: a third of them at a time, so that jobs are long.
-        while done < kills:
+        # Some before the first copy, most while copies are written: a tenth of them at a time, so that jobs are long.
+        while result["kills"] < kills:
             early = rng.random() < 0.25
-            moment = rng.uniform(0, whole - writing) if early else rng.uniform(0, writing / 3)
+            moment = rng.uniform(0, whole - writing) if early else rng.uniform(0, writing / 10)
             was_killed = killed(bench, bench.issuing, moment, after_a_copy=not early)
             after = state(bench.vault)
             found += losses(before, after, bench.out)
             before = after
             if not was_killed:
                 break
-            done += 1
+            result["kills"] += 1
             there = len(list(bench.out.glob("*.safetensors")))
             stage = "between copies" if 0 < there < copies else "before the first copy" if not there else None
             stages[stage or "after the last copy"] += 1
-            step(f"{there} copies")
+            step(result, f"{there} copies")
         finish(bench, bench.issuing)
         after = state(bench.vault)
         found += losses(before, after, bench.out)
         there = list(bench.out.glob("*.safetensors"))
         if (len(there), len(after.copies), len(after.customers)) != (copies, copies, copies):
-            found.append(f"job {jobs} did not complete: {len(there)} copies, {len(after.copies)} hashes")
+            found.append(f"job {result['jobs']} did not complete: {len(there)} copies, {len(after.copies)} hashes")
         if any(path.suffix != ".safetensors" for path in bench.out.iterdir()):
-            found.append(f"job {jobs} left other files")
-    return {"kills": done, "jobs": jobs, "killed": stages, "seconds_uninterrupted": round(whole, 1), "losses": found}
+            found.append(f"job {result['jobs']} left other files")
+    return result
 
 
-def trace(folder: Path, kills: int, copies: int, rng: random.Random, step: Callable[[str], None]) -> dict[str, Any]:
-    """Kills ``smark trace`` so many times, over a vault with all copies issued."""
+def trace(
+    folder: Path, kills: int, copies: int, rng: random.Random, step: Callable[[Result, str], None] = lambda *args: None
+) -> Result:
+    """Kills ``smark trace`` so many times, over a vault with all copies issued; arguments as for :func:`issue`."""
     bench = prepare(folder / "trace", copies)
     finish(bench, bench.issuing)
     suspect = sorted(bench.out.glob("*.safetensors"))[copies // 2]
@@ -188,28 +209,18 @@ def trace(folder: Path, kills: int, copies: int, rng: random.Random, step: Calla
     whole, _ = finish(bench, arguments)
     found: list[str] = []
     before = state(bench.vault)
-    kept = done = 0
-    while done < kills:
+    result: Result = {"kills": 0, "verdicts_kept": 0, "seconds_uninterrupted": round(whole, 1), "losses": found}
+    while result["kills"] < kills:
         was_killed = killed(bench, arguments, rng.uniform(0, 1.05 * whole))
         after = state(bench.vault)
         found += losses(before, after, bench.out)
-        kept += after.verdicts - before.verdicts
+        result["verdicts_kept"] += after.verdicts - before.verdicts
         if not was_killed and after.verdicts != before.verdicts + 1:
             found.append("a verdict was lost")
         before = after
-        done += was_killed
-        step(f"{after.verdicts} verdicts")
+        result["kills"] += was_killed
+        step(result, f"{after.verdicts} verdicts")
     finish(bench, arguments)
     if state(bench.vault).verdicts != before.verdicts + 1:
         found.append("tracing again did not complete")
-    return {"kills": done, "verdicts_kept": kept, "seconds_uninterrupted": round(whole, 1), "losses": found}
-
-
-def run(folder: Path, kills: int, copies: int, seed: int, step: Callable[[str], None] = lambda text: None) -> Any:
-    """Half of the kills while issuing, half while tracing."""
-    rng = random.Random(seed)
-    began = time.monotonic()
-    issued = issue(folder, kills - kills // 2, copies, rng, step)
-    traced = trace(folder, kills // 2, copies, rng, step)
-    settings = {"kills": kills, "copies": copies, "seed": seed}
-    return {**settings, "issue": issued, "trace": traced, "seconds": round(time.monotonic() - began, 1)}
+    return result
