@@ -22,9 +22,9 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-from experiments.crash import kills
 from PIL import Image
 
+from experiments.crash import kills
 from smark_jax import alignment, attacks, blackbox, codes, data, files, keys, models, vault
 from smark_jax.vault import models as vault_models
 from smark_jax.vault import queries
@@ -392,7 +392,8 @@ def asked(tmp_path_factory):
         probes, classes = queries.probes(opened, "net")
         word = np.asarray(codes.codebook(vault_models.code_key(opened, "net"), [1], 128))[0]
     word = np.where(rng.random(128) < 0.1, -word, word)
-    labels = [int(np.flatnonzero(half == chip)[0]) for half, chip in zip(blackbox.halves(probes, classes), word)]
+    sides = blackbox.halves(probes, classes)
+    labels = [int(np.flatnonzero(half == chip)[0]) for half, chip in zip(sides, word, strict=True)]
     pixels = [hashlib.sha256(probe[..., 0].tobytes()).digest() for probe in probes]
     return desk, Answers(dict(zip(pixels, labels, strict=True)))
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = rich.console.Console()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "crash.json"
-    result = {"kills": options.kills, "copies": options.copies, "seed": options.seed}
+    result: dict[str, Any] = {"kills": options.kills, "copies": options.copies, "seed": options.seed}
     began, rng = time.monotonic(), random.Random(options.seed)
     shares = {"issue": options.kills - options.kills // 2, "trace": options.kills // 2}
     with rich.progress.Progress(console=console) as progress, tempfile.TemporaryDirectory() as folder:
@@ -48,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 path.write_text(json.dumps(result, indent=2) + "\n")
                 meter.step(f"{job}: {note}")
 
-            found = getattr(kills, job)(Path(folder), share, options.copies, rng, step)
-            step(found, "done")
+            # Losses found after the last kill, when the job was completed, are in it as well.
+            result[job] = getattr(kills, job)(Path(folder), share, options.copies, rng, step)
+    result["seconds"] = round(time.monotonic() - began, 1)
+    path.write_text(json.dumps(result, indent=2) + "\n")
     lost = result["issue"]["losses"] + result["trace"]["losses"]
     console.print(f"{options.kills} kills, {len(lost)} losses; {path}; {result['seconds']:.0f} seconds.")
     sys.exit(1 if lost else 0)

@@ -1,6 +1,7 @@
 """What every reader holds a file to, and the names of dtypes."""
 
 import math
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -85,5 +86,5 @@ def check_shape(name: str, shape: Any, dtype: np.dtype, num_bytes: int) -> tuple
 
 def shown(value: object) -> str:
     """Anything from a file as it may stand in a message: short, on one line, without control characters."""
-    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    text = repr(value) if isinstance(value, str) else reprlib.repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

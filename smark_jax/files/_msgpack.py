@@ -55,8 +55,8 @@ def read(data: bytes) -> dict[str, np.ndarray]:
 class _Walk:
     """One pass over msgpack bytes, with a budget of values and of depth."""
 
-    def __init__(self, data: memoryview) -> None:
-        self._data, self.position, self._left = data, 0, _MAX_VALUES
+    def __init__(self, data: memoryview, values: int = _MAX_VALUES) -> None:
+        self._data, self.position, self._left = data, 0, values
 
     def value(self, depth: int) -> Any:
         """The value at the position, which moves behind it: extensions as views of the file."""
@@ -143,7 +143,7 @@ def _array(path: str, value: _Extension) -> np.ndarray:
     if value.kind not in (_ARRAY, _SCALAR):
         what = "a complex number" if value.kind == _COMPLEX else f"an extension of type {value.kind}"
         raise Unreadable(f"leaf {shown(path)} is {what}", "Weights are real arrays: leave it out.")
-    walk = _Walk(value.data)
+    walk = _Walk(value.data, values=64)
     parts = walk.value(_MAX_DEPTH - 3)
     if not isinstance(parts, list) or len(parts) != 3 or walk.position != len(value.data):
         raise Unreadable(f"leaf {shown(path)} is no array as Flax writes them", _ADVICE)

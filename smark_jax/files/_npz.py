@@ -15,8 +15,11 @@ _MAX_DIRECTORY = 4 * 2**20  # a zip's directory grows some twenty-fold when it i
 _MAX_HEADER = 4096
 _CHUNK = 2**20
 _ADVICE = "The file is damaged or forged: ask for it again, as safetensors."
+# What zipfile raises at damaged files: RuntimeError for what it cannot do, ValueError for places outside the file.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError, RuntimeError, ValueError)
 _HEADER = re.compile(
-    r"\{\s*'descr':\s*'([<>|=]?)(\w+)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]{0,600})\),?\s*\}\s*"
+    r"\{\s*'descr':\s*'([<>|=]?)([a-zA-NP-Z]\d+)',\s*'fortran_order':\s*(True|False),"
+    r"\s*'shape':\s*\(([\d, ]{0,600})\),?\s*\}\s*"
 )
 # What NumPy writes for a dtype; it knows bfloat16 only as two bytes without a meaning.
 _KINDS = {dtype.str[1:]: dtype for name, dtype in _limits.DTYPES.items() if not name.startswith("F8")}
@@ -46,9 +49,9 @@ def members(data: bytes, max_bytes: int) -> tuple[zipfile.ZipFile, dict[str, zip
     """The members of a zip by name, once they are known to be plain, few, and small when unpacked."""
     try:
         archive = zipfile.ZipFile(_ShortReads(data))
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, OverflowError, struct.error) as error:
-        if isinstance(error, Unreadable):
-            raise
+    except Unreadable:
+        raise
+    except _DAMAGE:
         raise Unreadable("its zip directory is damaged", _ADVICE) from None
     found = archive.infolist()
     _limits.check_names(info.filename for info in found)
@@ -72,15 +75,9 @@ def read(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo]) -> dict[st
         raise Unreadable(f"it is a zip with {shown(other)} in it, neither npz nor PyTorch", "Is it a file of weights?")
     try:
         leaves = {_limits.check_name(name[:-4]): _member(archive, info) for name, info in infos.items()}
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        OSError,
-        struct.error,
-    ) as error:
+    except Unreadable:
+        raise
+    except _DAMAGE as error:
         raise Unreadable(f"a member of it is damaged ({shown(str(error))})", _ADVICE) from None
     return leaves
 

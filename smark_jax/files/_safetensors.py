@@ -1,7 +1,8 @@
 """safetensors: eight bytes of length, a JSON header, the leaves' bytes one after the other."""
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -13,6 +14,16 @@ _MAX_HEADER = 8 * 2**20  # JSON grows some twenty-fold when it is parsed
 _ADVICE = "The file is damaged or forged: ask for it again."
 
 
+class _Entry(NamedTuple):
+    """A leaf in the header, and where its bytes begin and end."""
+
+    name: str
+    dtype: np.dtype
+    start: int
+    end: int
+    shape: tuple[int, ...]
+
+
 def looks_like(data: bytes) -> bool:
     """Whether the content begins as safetensors do."""
     return len(data) >= 9 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 2**32
@@ -20,7 +31,7 @@ def looks_like(data: bytes) -> bool:
 
 def read(data: bytes) -> dict[str, np.ndarray]:
     """The leaves: the header is checked here, entry by entry, and then read once more by the library."""
-    dtypes = _check(data)
+    dtypes = {name: dtype for name, dtype, *_ in _check(data, len(data))}
     try:
         found = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:  # our checks are the stricter ones; theirs stay as a second opinion
@@ -28,11 +39,24 @@ def read(data: bytes) -> dict[str, np.ndarray]:
     return {name: np.frombuffer(leaf["data"], dtypes[name]).reshape(leaf["shape"]) for name, leaf in found}
 
 
-def _check(data: bytes) -> dict[str, np.dtype]:
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    """The leaves of a file that only we can write to, without room for the whole file besides."""
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        entries = _check(file.read(min(start, 8 + _MAX_HEADER)), path.stat().st_size)
+    return {
+        name: np.fromfile(path, dtype, (end - first) // dtype.itemsize, offset=start + first).reshape(shape)
+        for name, dtype, first, end, shape in entries
+    }
+
+
+def _check(data: bytes, size: int) -> list[_Entry]:
+    """The entries of the header with which ``data`` begins, once they are known to fill a file of ``size`` bytes."""
     length = int.from_bytes(data[:8], "little")
-    if length > min(len(data) - 8, _MAX_HEADER):
-        cut = length > len(data) - 8
-        why = f"of a file of {len(data):,}" if cut else f"where {_MAX_HEADER:,} are allowed"
+    if length > min(size - 8, _MAX_HEADER):
+        cut = length > size - 8
+        why = f"of a file of {size:,}" if cut else f"where {_MAX_HEADER:,} are allowed"
         raise Unreadable(f"its header claims {length:,} bytes {why}", _ADVICE)
     try:
         header = json.loads(data[8 : 8 + length].decode(), object_pairs_hook=_distinct)
@@ -46,19 +70,18 @@ def _check(data: bytes) -> dict[str, np.dtype]:
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise Unreadable("its metadata is more than text", _ADVICE)
     _limits.check_number(len(header))
-    entries = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[2:])
+    entries = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[2:4])
     end = 0
-    for name, _, start, stop in entries:
+    for name, _, start, stop, _ in entries:
         if start != end:
             raise Unreadable(f"leaf {shown(name)} begins at byte {start:,}, where byte {end:,} is next", _ADVICE)
         end = stop
-    if end != len(data) - 8 - length:
-        raise Unreadable(f"its leaves end at byte {end:,} of {len(data) - 8 - length:,}", _ADVICE)
-    return {name: dtype for name, dtype, _, _ in entries}
+    if end != size - 8 - length:
+        raise Unreadable(f"its leaves end at byte {end:,} of {size - 8 - length:,}", _ADVICE)
+    return entries
 
 
-def _entry(name: str, entry: Any) -> tuple[str, np.dtype, int, int]:
-    """A leaf's name, dtype, and first and last byte."""
+def _entry(name: str, entry: Any) -> _Entry:
     _limits.check_name(name)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise Unreadable(f"leaf {shown(name)} is described by {shown(entry)}", _ADVICE)
@@ -69,8 +92,8 @@ def _entry(name: str, entry: Any) -> tuple[str, np.dtype, int, int]:
     good = isinstance(offsets, list) and len(offsets) == 2 and all(type(byte) is int for byte in offsets)
     if not good or not 0 <= offsets[0] <= offsets[1] < 2**48:
         raise Unreadable(f"leaf {shown(name)} lies at bytes {shown(offsets)}", _ADVICE)
-    _limits.check_shape(name, entry["shape"], dtype, offsets[1] - offsets[0])
-    return name, dtype, offsets[0], offsets[1]
+    shape = _limits.check_shape(name, entry["shape"], dtype, offsets[1] - offsets[0])
+    return _Entry(name, dtype, offsets[0], offsets[1], shape)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from smark_jax.files import _safetensors
-from smark_jax.files._limits import Unreadable, shown
+from smark_jax.files._limits import Unreadable
 
 _SECONDS = 120
 _CHILD = Path(__file__).with_name("_torch_child.py")
@@ -43,8 +43,9 @@ def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray]:
             ).returncode
         except subprocess.TimeoutExpired:
             code = -1
-        said = target.read_bytes() if target.exists() else b""
-    if code == 0:
-        return _safetensors.read(said)
-    reason = shown(said[:400].decode(errors="replace")) if code == 2 else "it exceeded a limit on memory, time or size"
-    raise Unreadable(f"PyTorch does not read it safely ({reason})", f"Save its state dict alone, or {_CONVERT}.")
+        if code == 0 and target.is_file():
+            return _safetensors.read_file(target)
+        reason = "a limit on memory, time or size was exceeded" if code else "it handed over nothing"
+        if code == 2 and target.is_file():
+            reason = target.read_text(encoding="ascii", errors="replace")[:200]
+    raise Unreadable(f"PyTorch does not read it safely: {reason}", "Ask for its state dict alone, as safetensors.")

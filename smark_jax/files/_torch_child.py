@@ -12,20 +12,26 @@ _MAX_DEPTH, _MAX_TENSORS = 16, 100_000
 _SPARE = 256 * 2**20
 
 
+class _Refused(Exception):
+    """A reason that may be shown."""
+
+
 def main(source: str, target: str, max_bytes: int, seconds: int) -> int:
     """Reads one file; returns the exit code."""
     try:
         torch: Any = importlib.import_module("torch")
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
-            raise ValueError(f"PyTorch {torch.__version__} is too old for this: 2.10 or newer is needed")
+            raise _Refused(f"PyTorch {torch.__version__} is too old for this: 2.10 or newer is needed")
         from safetensors.torch import save_file
 
         _limit(max_bytes, seconds)
         loaded = torch.load(source, map_location="cpu", weights_only=True)
         save_file(_plain(torch, loaded, max_bytes), target)
     except Exception as error:
-        with open(target, "w", encoding="utf-8", errors="replace") as file:
-            file.write(" ".join(str(error).split())[:300] or type(error).__name__)
+        # PyTorch's own messages recommend to load without weights_only: not shown.
+        reason = str(error) if isinstance(error, _Refused) else "it is damaged, or holds more than tensors"
+        with open(target, "w", encoding="ascii", errors="backslashreplace") as file:
+            file.write(reason)
         return 2
     return 0
 
@@ -49,7 +55,7 @@ def _limit(max_bytes: int, seconds: int) -> None:
 def _tensors(torch: Any, value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
     """The tensors of nested dicts and lists by path."""
     if depth > _MAX_DEPTH:
-        raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+        raise _Refused(f"nested more than {_MAX_DEPTH} deep")
     if isinstance(value, torch.Tensor):
         yield path or "tensor", value
     elif isinstance(value, dict | list | tuple):
@@ -65,7 +71,7 @@ def _plain(torch: Any, loaded: Any, max_bytes: int) -> dict[str, Any]:
         max_bytes -= tensor.numel() * tensor.element_size()
         odd = tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex()
         if max_bytes < 0 or odd or path in found or len(found) == _MAX_TENSORS:
-            raise ValueError(f"tensor {path!r} is one too many, too large, sparse, quantized, complex or without data")
+            raise _Refused(f"tensor {path[:40]!r} is too large, one too many, sparse, quantized, complex or empty")
         whole = tensor.detach().contiguous()
         found[path] = whole.clone() if whole.untyped_storage().data_ptr() in memory else whole
         memory.add(whole.untyped_storage().data_ptr())

@@ -91,7 +91,7 @@ def match_layout(
 
     Raises:
       Ambiguous: when several places or layouts fit alike.
-      ValueError: when leaves of the base are found nowhere, or ``given`` names what is not there.
+      ValueError: when the base is empty, leaves of it are found nowhere, or ``given`` names what is not there.
 
     Examples:
       >>> import numpy as np
@@ -102,6 +102,8 @@ def match_layout(
       >>> [tuple(move) for move in layout.moves]
       [('Dense_0/bias', 'fc.bias', 'renamed'), ('Dense_0/kernel', 'fc.weight', 'transposed')]
     """
+    if not base:
+        raise _validate.fail(_WHO, "leaves in the base", "none", "Is it the base's flatten or read?")
     channels = _changes.channels(suspect, base)
     chosen = _given(suspect, base, given or {}, channels)
     names = _same_names(suspect, base)
@@ -175,13 +177,16 @@ def _by_name(
     if not all(options for options, _ in fits.values()):
         return kept
     kept |= _decided(fits)
-    kernels = (name for name in names if base[name].ndim > 1)
-    if all(_changes.best([kept[name]], base[name]).correlation >= _changes.ALIKE for name in kernels):
-        return kept
+    kernels = [name for name in names if base[name].ndim > 1]
+
+    def agree(options: Mapping[str, Option]) -> bool:
+        return all(_changes.best([options[name]], base[name]).correlation >= _changes.ALIKE for name in kernels)
+
     try:
-        return _by_layer(suspect, base, chosen, channels)
+        found = kept if agree(kept) else _by_layer(suspect, base, chosen, channels)
     except ValueError:
         return kept
+    return found if agree(found) else kept
 
 
 def _decided(fits: Mapping[str, tuple[list[Option], np.ndarray]]) -> dict[str, Option]:

@@ -20,6 +20,8 @@ from smark_jax._types import PyTree
 from smark_jax.vault import _text, commitments, database, folder, models
 from smark_jax.vault.customers import Customer
 
+# A copy that has not got its name yet is called ".NAME.issuing".
+_HIDDEN = ".issuing"
 # Copies in memory together: at most so many, and about so many bytes.
 _COPIES_A_BATCH, _BYTES_A_BATCH = 32, 1 << 28
 
@@ -81,6 +83,7 @@ def issue(
         new = _license(vault, model, customers, strength)
         commitments.write_all(vault)
         licences = _licences(vault, model, customers, out)
+        _sweep(out, {licence.path.name for licence in licences})
         done, missing = 0, []
         for licence in licences:
             if licence.path.is_file() and _file_hash(licence.path) in licence.known:
@@ -172,7 +175,7 @@ def _write(vault: folder.Vault, model: models.Model, base: PyTree, licences: Seq
             rows, parts = [], []
             for row, licence in enumerate(some):
                 copy = files.flatten(jax.tree.map(lambda leaf, row=row: leaf[row], copies))
-                part = licence.path.with_name(f".{licence.path.name}.issuing")
+                part = licence.path.with_name(f".{licence.path.name}{_HIDDEN}")
                 sha256 = files.write(part, copy)
                 parts.append((part, licence.path))
                 if sha256 not in licence.known:
@@ -183,6 +186,14 @@ def _write(vault: folder.Vault, model: models.Model, base: PyTree, licences: Seq
                 part.replace(path)
             folder.flush(some[0].path.parent)
             yield len(some)
+
+
+def _sweep(out: Path, names: set[str]) -> None:
+    """Removes what killed runs left half-written of these copies."""
+    for path in out.iterdir():
+        hidden, mark, _ = path.name.partition(_HIDDEN)
+        if mark and hidden[:1] == "." and hidden[1:] in names:
+            path.unlink(missing_ok=True)
 
 
 def _file_hash(path: Path) -> str:

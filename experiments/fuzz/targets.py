@@ -1,0 +1,39 @@
+"""What is fuzzed: how a valid file is made, which forgeries there are besides, and what must read or refuse it.
+
+Another reader of files from strangers is one more :class:`Target` in :data:`TARGETS`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.fuzz import mutations
+from smark_jax import files
+
+
+class Target(NamedTuple):
+    """A reader of hostile files.
+
+    Attributes:
+      name: of the kind of file.
+      make_valid: a valid file, to be broken.
+      forgeries: files that are wrong from the start.
+      read: reads a file, or raises ``refusal``; anything else is a failure.
+      refusal: the one kind of error that may come.
+    """
+
+    name: str
+    make_valid: mutations.Make
+    forgeries: tuple[mutations.Make, ...]
+    read: Callable[[Path], Any]
+    refusal: type[Exception]
+
+
+TARGETS = tuple(
+    Target(name, make, mutations.FORGERIES, files.read, files.Unreadable)
+    for name, make in (
+        ("safetensors", mutations.safetensors_file),
+        ("msgpack", mutations.msgpack_file),
+        ("npz", mutations.npz_file),
+    )
+)
