@@ -184,6 +184,8 @@ def test_answers_missing_commitments_and_unreachable_thresholds_are_said():
     text = Page(report.render(document(part, commitment=None))).text
     assert "The service https://api.example/v1 matches none" in text
     assert "No commitment is stored" in text
+    assert "nothing was moved" not in text  # where only answers were read
+    assert "nothing was moved" in Page(report.render(document(suspect(layout=[])))).text
     assert "too few chips" in text
     again = json.loads(
         json.dumps(document(suspect(accused={}, statistics=[], serials=[], customers=[], threshold=None)))

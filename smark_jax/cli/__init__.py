@@ -111,8 +111,9 @@ def train(
 ) -> None:
     """Train a base model across parties under masks, and go on where a killed run stopped.
 
-    Writes base.safetensors, which add-model takes, results.json and training.png. The folder "private" in it holds what
-    proves the owner's mark, and checkpoints while the training lasts: it goes to nobody.
+    Writes base.safetensors, which add-model takes, results.json and training.png.
+
+    The folder "private" in it holds what proves the owner's mark, and checkpoints while it runs: it goes to nobody.
     """
     from smark_jax.cli import _train_config
 

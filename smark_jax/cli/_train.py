@@ -161,6 +161,7 @@ def _picture(path: Path, rounds: np.ndarray, epochs: np.ndarray, console: rich.c
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
     except ImportError:
         _training.say(console, f"{path.name} is left out, since it needs matplotlib: pip install 'smark-jax[demo]'")
         return
@@ -169,9 +170,11 @@ def _picture(path: Path, rounds: np.ndarray, epochs: np.ndarray, console: rich.c
     axes = figure.subplots()
     numbers = np.arange(1, len(rounds) + 1)
     axes.plot(numbers, rounds, lw=0.7, color="0.7", label="each round")
-    ends = numbers.reshape(len(epochs), -1)[:, -1]
-    axes.plot(ends, epochs, "o-", ms=3.5, lw=1.8, color="#1f5f8b", label="mean of an epoch")
+    middles = numbers.reshape(len(epochs), -1).mean(axis=1)
+    axes.plot(middles, epochs, "o-", ms=3.5, lw=1.8, color="#1f5f8b", label="mean of an epoch")
     axes.set(xlabel="round", yscale="log", title="Mean loss of the parties, in nats")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter())  # which leaves some out where there is no room for all
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path)

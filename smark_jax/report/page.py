@@ -44,8 +44,7 @@ class Suspect(NamedTuple):
       rows: of the table of statistics, the largest absolute one first.
       complete: whether the table lists every customer.
       error: what went wrong and what to do about it, line by line.
-      moves: how the file's layers were assigned.
-      unmoved: whether every one of them kept its name and its order.
+      moves: how the file's layers were assigned, those that were moved or renamed.
     """
 
     document: Mapping[str, Any]
@@ -59,7 +58,6 @@ class Suspect(NamedTuple):
     complete: bool
     error: list[str]
     moves: list[Mapping[str, str]]
-    unmoved: bool
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -155,7 +153,6 @@ def _suspect(part: Mapping[str, Any], name: str) -> Suspect:
         complete=len(values) <= _ALL_ROWS,
         error=[words.clean(line) for line in str(part.get("error") or "").splitlines() if line.strip()],
         moves=moves[:_MOVES],
-        unmoved=all(move["base"] == move["suspect"] for move in moves),
     )
 
 
