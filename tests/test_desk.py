@@ -337,10 +337,11 @@ def _typed(arguments: list[str], lines: list[str], folder: Path, environment: di
     os.close(there)
     shown = b""
     for line in lines:
-        while not shown.rstrip().endswith(b":"):
-            shown += os.read(here, 1000)
+        prompt = b""
+        while not prompt.endswith(b": "):
+            prompt += os.read(here, 1000)
+        shown += prompt
         os.write(here, line.encode() + b"\n")
-        shown += b"\n"
     while True:
         try:
             more = os.read(here, 1000)
