@@ -8,12 +8,21 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from smark_jax import _validate, keys
+from smark_jax import keys
 from smark_jax.vault import _text, crypto
 
 FORMAT, VERSION = "smark evidence", 1
 LARGEST = 1 << 26
 """Bytes of the largest bundle that is read."""
+
+
+class Unreadable(ValueError):
+    """A file that is no bundle or no commitment: one line that says what is wrong and what to do."""
+
+    def __init__(self, what: str, got: str) -> None:
+        advice = "Ask for the file again: it may have been cut short, or be another one."
+        super().__init__(f"evidence: expected {what}, but got {got}. {advice}")
+
 
 # What a field holds: a type; one schema for all items of a list; a tuple of schemas for a list of just these; a number
 # for hexadecimal text of so many bytes (0: of any length). `None` beside a type: the field may be null.
@@ -93,13 +102,13 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
     """A bundle's content and signature, every field of the kind it should be.
 
     Raises:
-      ValueError: when the file is no bundle.
+      Unreadable: when the file is no bundle.
     """
     document = read_json(path, {"bundle": BUNDLE, "signature": 64}, "an evidence bundle")
     content = document["bundle"]
     if (content["format"], content["version"]) != (FORMAT, VERSION):
         got = f"{content['format'][:40]!r} of version {content['version']}"
-        raise _validate.fail("evidence", f"{FORMAT!r} of version {VERSION}", got, "Does a newer smark-jax read it?")
+        raise Unreadable(f"{FORMAT!r} of version {VERSION}", got)
     return content, document["signature"]
 
 
@@ -107,21 +116,20 @@ def read_json(path: Path, schema: _Schema, what: str) -> Any:
     """A JSON file whose every field is of the kind that the schema names.
 
     Raises:
-      ValueError: when it is larger than :data:`LARGEST`, no JSON, or has a field that is missing, unknown or wrong.
+      Unreadable: when it is larger than :data:`LARGEST`, no JSON, or has a field that is missing, unknown or wrong.
     """
-    cause = "Ask for the file again: it may have been cut short, or be another one."
     with path.open("rb") as file:
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
-        raise _validate.fail("evidence", f"{what} of at most {LARGEST:,} bytes", "a larger file", cause)
+        raise Unreadable(f"{what} of at most {LARGEST:,} bytes", "a larger file")
     try:
         document = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         got = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0][:100]
-        raise _validate.fail("evidence", f"{what} in {path}", f"no JSON ({got})", cause) from None
+        raise Unreadable(f"{what} in {str(path)!r}", f"no JSON ({got})") from None
     wrong = _wrong(document, schema, "")
     if wrong is not None:
-        raise _validate.fail("evidence", f"{what} in {path}", f"a file whose {wrong[:100]!r} is not one's", cause)
+        raise Unreadable(f"{what} in {str(path)!r}", f"a file whose {wrong[:100]!r} is not one's")
     return document
 
 
