@@ -436,6 +436,8 @@ def test_no_copy_has_its_name_before_the_vault_knows_its_hash(place, tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             issuing.issue(desk, "net", chosen, out)
         assert hashes(out) == {}
+        assert len(list(out.iterdir())) == 3
+        (out / "..000002-c-2.safetensors.issuing.0123.part").write_text("what a kill in the middle of a write leaves")
         monkeypatch.setattr(folder, "record", record)
         replace, left = Path.replace, [2]
 

@@ -192,7 +192,7 @@ def _sweep(out: Path, names: set[str]) -> None:
     """Removes what killed runs left half-written of these copies."""
     for path in out.iterdir():
         hidden, mark, _ = path.name.partition(_HIDDEN)
-        if mark and hidden[:1] == "." and hidden[1:] in names:
+        if mark and hidden.startswith(".") and hidden.lstrip(".") in names:  # files.write puts a dot before it
             path.unlink(missing_ok=True)
 
 
