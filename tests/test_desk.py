@@ -483,7 +483,7 @@ def test_a_command_is_traced_by_its_answers_and_does_not_see_the_passphrase(aske
 
 def test_kill_9_at_random_moments_loses_nothing(tmp_path):
     rng = random.Random(1)
-    issued = kills.issue(tmp_path / "issue", 3, 60, rng)
-    traced = kills.trace(tmp_path / "trace", 3, 60, rng)
+    issued = kills.issue(tmp_path / "issue", 2, 60, rng)
+    traced = kills.trace(tmp_path / "trace", 2, 60, rng)
     assert (issued["losses"], traced["losses"]) == ([], [])
-    assert (issued["kills"], traced["kills"]) == (3, 3)
+    assert (issued["kills"], traced["kills"]) == (2, 2)

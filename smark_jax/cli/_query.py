@@ -102,7 +102,8 @@ def _run(command: list[str], images: "np.ndarray") -> list[int]:
         done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
     advice = "It gets paths on stdin, one a line, and prints a class number for each. Answers so far are kept."
     if done.returncode:
-        got = f"exit code {done.returncode} ({done.stderr.strip()[-200:]})"
+        last = done.stderr.strip().rpartition("\n")[2][-200:]
+        got = f"exit code {done.returncode} ({last})"
         raise ValueError(f"query: expected answers of {command[0]}, but got {got}.\n{advice}")
     try:
         return [int(line) for line in done.stdout.split()]
