@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from smark_jax import statistics as statistics
     from smark_jax import tracing as tracing
     from smark_jax import training as training
+    from smark_jax import vault as vault
 
 __version__ = "0.1.0"
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "statistics",
     "tracing",
     "training",
+    "vault",
 ]
 
 

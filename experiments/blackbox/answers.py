@@ -235,7 +235,7 @@ def _stealth(owner: _Owner, seed: int) -> list[dict[str, Any]]:
         return np.linalg.norm(centred - centred @ axes.T @ axes, axis=1)
 
     def unsure(x: np.ndarray) -> np.ndarray:
-        return -np.asarray(jax.nn.softmax(subject.apply_fn(subject.base, jnp.asarray(x))).max(axis=1))
+        return -np.asarray(jax.nn.softmax(scores(x)).max(axis=1))
 
     detectors = {"distance from 64 principal components": residual, "classifier's largest probability": unsure}
     return [

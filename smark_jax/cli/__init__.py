@@ -9,6 +9,8 @@ import rich.console
 import rich.markup
 import typer
 
+from smark_jax.cli import _attack, _bench, _evidence, _issue, _query, _trace, _vault
+
 app = typer.Typer(
     name="smark",
     no_args_is_help=True,
@@ -17,7 +19,47 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fingerprint every copy of an image classifier, and trace a leaked one.\n\n"
     "Example: [bold]smark demo --out out/demo[/bold]",
+    epilog="An owner's way: init, add-model, issue, trace, report, evidence export.\n\n"
+    "Exit codes: 0 done (trace: every suspect was read; evidence verify: everything holds); 1 refused, failed, "
+    "or not so; 2 wrong usage.",
 )
+for _command, _examples in (
+    (_vault.init, "smark init my-vault"),
+    (
+        _vault.add_model,
+        "smark add-model my-vault mnist-cnn out/base/base.safetensors\n\n"
+        "  smark add-model my-vault mnist-cnn base.npz --strength 0.05 --probes images.npz --classes 10",
+    ),
+    (
+        _vault.customers,
+        "smark customers my-vault\n\n  smark customers my-vault --csv customers.csv\n\n"
+        "  smark customers my-vault --add Ada --add 'Grace Hopper'",
+    ),
+    (
+        _issue.issue,
+        "smark issue my-vault mnist-cnn Ada 'Grace Hopper' --out copies\n\n"
+        "  smark issue my-vault mnist-cnn --csv customers.csv --out copies --timestamp-request request.tsq",
+    ),
+    (
+        _trace.trace,
+        "smark trace my-vault mnist-cnn leaked.bin\n\n"
+        "  smark trace my-vault mnist-cnn a.pt b.npz --align network:aligning --rectify --json",
+    ),
+    (_trace.report, "smark report my-vault 1 --out report.html"),
+    (
+        _query.query,
+        "smark query my-vault mnist-cnn https://example.org/classify\n\n"
+        "  smark query my-vault mnist-cnn 'python classify.py' --repeats 3",
+    ),
+    (
+        _attack.attack,
+        "smark attack copies/000003-Ada.safetensors leaked.safetensors --prune 0.5 --quantise 4\n\n"
+        "  smark attack a.safetensors leaked.safetensors --mix b.safetensors --noise 0.1",
+    ),
+    (_bench.bench, "smark bench --weights 1000000 --customers 100000"),
+):
+    app.command(epilog=f"Examples:\n\n  {_examples}")(_command)
+app.add_typer(_evidence.app, name="evidence")
 
 
 @app.callback(invoke_without_command=True)
@@ -96,5 +138,6 @@ def main() -> None:
     try:
         app()
     except (ValueError, ConnectionError, OSError, ImportError) as error:
-        rich.console.Console(stderr=True).print(f"[bold red]smark:[/bold red] {rich.markup.escape(str(error))}")
+        text = f"[bold red]smark:[/bold red] {rich.markup.escape(str(error))}"
+        rich.console.Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         sys.exit(1)

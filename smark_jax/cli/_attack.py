@@ -1,0 +1,48 @@
+"""``smark attack``: what a leaker may do to a copy, to try how far it is traced."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smark_jax.cli import _common
+from smark_jax.cli._common import AsJson, say
+
+
+def attack(
+    copy: Annotated[Path, typer.Argument(help="A copy, of any format.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The safetensors file to write.", show_default=False)],
+    mix: Annotated[
+        list[Path] | None, typer.Option(help="Average with this other copy first: a coalition; repeatable.")
+    ] = None,
+    prune: Annotated[float | None, typer.Option(help="Set this share of each kernel's weights to zero.")] = None,
+    quantise: Annotated[int | None, typer.Option(help="Round each kernel to so many bits.")] = None,
+    noise: Annotated[float | None, typer.Option(help="Add noise, relative to a leaf's root mean square.")] = None,
+    cast: Annotated[str | None, typer.Option(help="Round to this type and back, such as bfloat16.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Damage a copy as a leaker would, and write it; several attacks apply in the order of the options here."""
+    chosen = {"mix": mix, "prune": prune, "quantise": quantise, "noise": noise, "cast": cast}
+    done = [name for name, value in chosen.items() if value]
+    if not done:
+        raise typer.BadParameter("name at least one attack: " + ", ".join(f"--{name}" for name in chosen))
+    with _common.err.status("reading the copy"):
+        import jax
+
+        from smark_jax import attacks, files
+        from smark_jax.aggregation import stack
+
+        copies = [jax.tree.map(jax.numpy.asarray, files.nest(files.read(path).leaves)) for path in (copy, *(mix or []))]
+        tree = attacks.average(stack(copies)) if mix else copies[0]
+        if prune is not None:
+            tree = attacks.prune(tree, prune)
+        if quantise is not None:
+            tree = attacks.quantise(tree, quantise)
+        if noise is not None:
+            tree = attacks.add_noise(tree, jax.random.key(seed), noise)
+        if cast is not None:
+            tree = attacks.cast(tree, cast)
+        sha256 = files.write(out, tree)
+    document = {"out": str(out), "sha256": sha256, "attacks": done}
+    _common.show(document, as_json, lambda: say(f"{out}: {', '.join(done)}"))

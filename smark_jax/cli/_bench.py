@@ -1,0 +1,68 @@
+"""``smark bench``: how long the desk's work takes on this machine."""
+
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import rich.table
+import typer
+
+from smark_jax.cli import _common
+from smark_jax.cli._common import AsJson
+
+_REPEATS = 5
+
+
+def bench(
+    weights: Annotated[int, typer.Option(min=2048, help="Weights of the model.")] = 1_000_000,
+    chips: Annotated[int, typer.Option(min=1, help="Bits of a fingerprint.")] = 304,
+    customers: Annotated[int, typer.Option(min=2, help="Customers to compare with.")] = 100_000,
+    as_json: AsJson = False,
+) -> None:
+    """Time marking, reading and tracing on this machine: medians of five runs, compilation not counted."""
+    with _common.err.status("starting") as status:
+        found = _measure(weights, chips, customers, status.update)
+
+    def words() -> None:
+        table = rich.table.Table("step", "milliseconds")
+        for name, milliseconds in found["milliseconds"].items():
+            table.add_row(name, f"{milliseconds:.1f}")
+        _common.out.print(table)
+        _common.say(f"{weights:,} weights, {chips} chips, {customers:,} customers, on {found['device']}.")
+
+    _common.show(found, as_json, words)
+
+
+def _measure(weights: int, chips: int, customers: int, tell: Callable[[str], Any]) -> dict[str, Any]:
+    import jax
+    import numpy as np
+
+    from smark_jax import carriers, codes, embedding, extraction, keys, tracing
+
+    key = keys.derive(keys.from_bytes(bytes(32)), "benchmark")
+    base = {"kernel": jax.random.normal(jax.random.key(0), (weights,))}
+    spec = carriers.select(base)
+    tell("drawing the carrier")
+    carrier = carriers.draw(key, spec, chips)
+    word = codes.codebook(key, [1], chips)[0]
+    copy = embedding.embed(base, spec, carrier, word)
+    soft = np.asarray(extraction.extract(copy, base, spec, carrier))
+    book = codes.Codebook(key, customers, chips)
+    cases: dict[str, Callable[[], Any]] = {
+        "draw the carrier": lambda: carriers.draw(key, spec, chips).positions,
+        "mark one copy": lambda: embedding.embed(base, spec, carrier, word),
+        "read one suspect": lambda: extraction.extract(copy, base, spec, carrier),
+        "trace one suspect": lambda: tracing.trace(soft, book).statistics,
+    }
+    found = {}
+    for name, run in cases.items():
+        tell(name)
+        run()
+        times = []
+        for _ in range(_REPEATS):
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            times.append(1e3 * (time.perf_counter() - began))
+        found[name] = round(float(np.median(times)), 2)
+    sizes = {"weights": weights, "chips": chips, "customers": customers}
+    return {**sizes, "device": str(jax.devices()[0].device_kind), "milliseconds": found}

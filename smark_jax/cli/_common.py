@@ -1,0 +1,151 @@
+"""What the commands around a vault share: options, the passphrase, progress, and how results are printed."""
+
+import contextlib
+import getpass
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import rich.console
+import rich.progress
+import typer
+
+if TYPE_CHECKING:
+    from smark_jax import vault
+    from smark_jax.vault.verdicts import Aligner
+
+VARIABLE = "SMARK_PASSPHRASE"
+
+VaultPath = Annotated[Path, typer.Argument(help="The vault's folder.", metavar="VAULT", show_default=False)]
+PassphraseFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--passphrase-file",
+        help=f"File whose first line is the passphrase. Without it: the variable {VARIABLE}, or a prompt.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")]
+Align = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="Undo rewrites first. FUNCTION() returns (apply_fn, example_images) of the base's network; MODULE is "
+        "looked for in the current folder too.",
+    ),
+]
+
+out = rich.console.Console()
+err = rich.console.Console(stderr=True)
+
+
+def passphrase(file: Path | None, *, new: bool = False) -> str:
+    """The passphrase from a file, the environment or a prompt; never from an argument, which other users could see.
+
+    The variable is taken out of the environment, so that no process started from here inherits it.
+    """
+    from_variable = os.environ.pop(VARIABLE, None)
+    if file is not None:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        found = lines[0] if lines else ""
+    elif from_variable is not None:
+        found = from_variable
+    elif sys.stdin.isatty():
+        found = getpass.getpass("Passphrase of the vault: ")
+        if new and found != getpass.getpass("The same again: "):
+            raise ValueError("init: expected the same passphrase twice, but got two different ones.\nTry again.")
+    else:
+        raise ValueError(
+            "vault: expected a passphrase, but there is no terminal to ask for it.\n"
+            f"Set {VARIABLE}, or name a file by --passphrase-file."
+        )
+    if not found:
+        raise ValueError("vault: expected a passphrase, but got an empty one.\nChoose a sentence that nobody guesses.")
+    return found
+
+
+@contextlib.contextmanager
+def desk(folder: Path, file: Path | None) -> Iterator["vault.Vault"]:
+    """An open vault."""
+    secret = passphrase(file)
+    with err.status("opening and checking the vault") as status:
+        from smark_jax import vault
+
+        with vault.opened(folder, secret) as opened:
+            status.stop()
+            yield opened
+
+
+@contextlib.contextmanager
+def bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr; the function it gives takes how many are done."""
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def show(document: Any, as_json: bool, otherwise: Callable[[], None]) -> None:
+    """Prints a result: as one JSON document, or in words."""
+    if as_json:
+        print(json.dumps(document, ensure_ascii=False))
+    else:
+        otherwise()
+
+
+def say(text: str) -> None:
+    """A line of result, printed as it is: names and paths are no markup, and lines are not broken."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """A warning on stderr."""
+    err.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def below(log10_p: float) -> str:
+    """A p-value in words: ``below 1e-89``."""
+    import math
+
+    return f"below 1e{math.floor(log10_p) + 1}" if log10_p < 0 else "1"
+
+
+def aligner(name: str | None) -> "Aligner | None":
+    """What ``--align MODULE:FUNCTION`` names."""
+    if name is None:
+        return None
+    from smark_jax.vault.verdicts import Aligner
+
+    module, colon, function = name.partition(":")
+    advice = "It returns (apply_fn, example_images) of the base's network, and is looked for in the current folder too."
+    if not (module and colon and function):
+        raise ValueError(f"align: expected MODULE:FUNCTION, but got {name!r}.\n{advice}")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        apply_fn, images = getattr(importlib.import_module(module), function)()
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"align: expected {name} to return a network and images, but got {got}.\n{advice}") from error
+    finally:
+        sys.path.pop(0)
+    return Aligner(name, apply_fn, images)
+
+
+def pairs(values: list[str] | None) -> dict[str, str]:
+    """What ``--map BASE=SUSPECT`` options say."""
+    given = {}
+    for value in values or []:
+        ours, equals, theirs = value.partition("=")
+        if not (ours and equals and theirs):
+            raise typer.BadParameter(f"expected BASE=SUSPECT, got {value!r}", param_hint="--map")
+        given[ours] = theirs
+    return given

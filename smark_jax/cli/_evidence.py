@@ -1,0 +1,123 @@
+"""``smark evidence``: bundles for an arbiter, and time stamps of commitments."""
+
+from pathlib import Path
+from typing import Annotated
+
+import rich.markup
+import typer
+
+from smark_jax.cli import _common
+from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, say
+
+app = typer.Typer(no_args_is_help=True, help="Evidence for an arbiter: export a bundle, verify one, keep time stamps.")
+
+
+@app.command(epilog="Example:\n\n  smark evidence export my-vault 1 --out evidence.json")
+def export(
+    vault: VaultPath,
+    verdict: Annotated[int, typer.Argument(min=1, help="Its number, as trace printed it.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The bundle to write.", show_default=False)],
+    suspect: Annotated[
+        int | None, typer.Option(min=1, help="Which suspect of the verdict, where several were traced.")
+    ] = None,
+    passphrase_file: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write what an arbiter needs to compute an accusation again, signed; only the accused's codewords are opened.
+
+    The bundle opens the model's carrier key as well: add the model under another name before issuing more copies.
+    """
+    with _common.desk(vault, passphrase_file) as desk:
+        from smark_jax.vault import evidence, folder
+
+        exported = evidence.export(desk, verdict, suspect)
+        folder.write(out, exported.content)
+
+    def words() -> None:
+        say(f"{out} accuses {', '.join(exported.accused)}. Hand it over with the suspect and the base.")
+        say(f"Anybody can check it: smark evidence verify {out} SUSPECT BASE --commitment FILE-or-ROOT")
+
+    for name in exported.left_out:
+        _common.warn(f"{name} was left out: that accusation rests on a search which an arbiter cannot repeat.")
+    document = {"bundle": str(out), "accused": exported.accused, "left_out": exported.left_out}
+    _common.show(document, as_json, words)
+
+
+@app.command(
+    epilog="Example:\n\n  smark evidence verify evidence.json leaked.bin base.safetensors --commitment m-1.json"
+)
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The evidence.", show_default=False)],
+    suspect: Annotated[Path, typer.Argument(help="The model in dispute.", show_default=False)],
+    base: Annotated[Path, typer.Argument(help="The model that copies were made from.", show_default=False)],
+    commitment: Annotated[
+        str | None, typer.Option(metavar="FILE-or-ROOT", help="What the owner published before the sale.")
+    ] = None,
+    align: Align = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute an accusation again, without a vault. Exit code 0 when everything holds, else 1."""
+    with _common.err.status("reading the bundle") as status:
+        from smark_jax.vault import verification
+
+        root = verification.published_root(commitment) if commitment else None
+        found = verification.verify(
+            bundle, suspect, base, root=root, aligner=_common.aligner(align), on_step=status.update
+        )
+    document = {
+        "holds": found.holds,
+        "compared_with_published_root": found.compared,
+        "model": found.header["model"],
+        "alpha": found.header["alpha"],
+        "num_customers": found.header["customers"],
+        "root": found.root,
+        "checks": [check._asdict() for check in found.checks],
+        "accused": list(found.accused),
+        "statements": list(found.statements),
+    }
+
+    def words() -> None:
+        for check in found.checks:
+            sign = "[green]holds[/green]" if check.holds else "[bold red]FAILS[/bold red]"
+            text = rich.markup.escape(f"  {check.name}: {check.detail}")
+            _common.out.print(sign + text, highlight=False, soft_wrap=True)
+        names = ", ".join(a["customer"] for a in found.accused)
+        say(
+            f"Everything holds: the model is from the copy of {names}."
+            if found.holds
+            else "The evidence does not hold."
+        )
+        say("Taken on the owner's word:")
+        for statement in found.statements:
+            say(f"  {statement}")
+
+    _common.show(document, as_json, words)
+    if not found.compared:
+        _common.warn(
+            "the root was NOT compared with a published one. An owner could have chosen keys or customers afterwards: "
+            "ask for what was published before the sale, and pass it by --commitment."
+        )
+    if not found.holds:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example:\n\n  smark evidence timestamp my-vault mnist-cnn 1 response.tsr")
+def timestamp(
+    vault: VaultPath,
+    name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
+    number: Annotated[int, typer.Argument(min=1, help="Of the commitment.", show_default=False)],
+    response: Annotated[Path, typer.Argument(help="What the authority answered (DER).", show_default=False)],
+    passphrase_file: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep an RFC 3161 time stamp with its commitment, for later evidence.
+
+    It must be about the file in the vault's folder "commitments". The authority's signature is checked by 'openssl ts
+    -verify', with the authority's certificate.
+    """
+    with _common.desk(vault, passphrase_file) as desk:
+        from smark_jax.vault import commitments, timestamps
+
+        time = timestamps.store(desk, commitments.get(desk, name, number), response.read_bytes())
+    document = {"model": name, "number": number, "time": time}
+    _common.show(document, as_json, lambda: say(f"Commitment {number} to {name} was stamped at {time}."))

@@ -1,0 +1,91 @@
+"""``smark issue``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smark_jax.cli import _common
+from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
+
+_SHOWN = 10
+
+
+def issue(
+    vault: VaultPath,
+    name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the copies; made if absent.", show_default=False)],
+    customers: Annotated[
+        list[str] | None, typer.Argument(help="Names; new ones are registered.", show_default=False)
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Issue to the names in the first column of this file.")] = None,
+    everybody: Annotated[bool, typer.Option("--all", help="Issue to all registered customers.")] = False,
+    strength: Annotated[float | None, typer.Option(help="Of these copies; the model's own by default.")] = None,
+    timestamp_request: Annotated[
+        Path | None, typer.Option(help="Write an RFC 3161 request for the commitment, to send to an authority.")
+    ] = None,
+    passphrase_file: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Issue a model: a safetensors file for each customer, named by serial and customer.
+
+    A run that was killed is completed by the same command. A customer who has a copy gets the same one again. Before
+    the first new copy is written, a commitment to all customers' codewords is made: publish its root, or have it
+    time-stamped, before you hand the copies over.
+    """
+    with _common.desk(vault, passphrase_file) as desk:
+        from smark_jax.vault import commitments, evidence, folder, issuing, models, timestamps
+        from smark_jax.vault import customers as registry
+
+        models.get(desk, name)
+        names = [*(customers or []), *(registry.from_csv(csv) if csv else [])]
+        if not names and not everybody:
+            raise typer.BadParameter("name customers, or pass --csv or --all", param_hint="CUSTOMER")
+        known = registry.registered(desk)
+        chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
+        everyone = sorted(set(chosen) | set(known if everybody else []))
+        opened = evidence.exports(desk, name)
+        if opened:
+            _common.warn(
+                f"evidence of {opened[-1]} opened this model's carrier to whoever saw it; add the model under "
+                "another name for new customers."
+            )
+        waiting = lambda: _common.err.print("another smark issues from this vault; waiting for it")  # noqa: E731
+        with _common.bar(f"issuing {name}", len(everyone)) as done:
+            issued = issuing.issue(desk, name, everyone, out, strength=strength, on_copy=done, on_wait=waiting)
+        commitment = issued.commitment
+        path = commitments.file(desk, commitment)
+        if timestamp_request:
+            folder.write(timestamp_request, timestamps.request(commitment))
+    document = {
+        "model": name,
+        "out": str(out),
+        "customers": len(everyone),
+        "licensed": issued.new,
+        "written": issued.written,
+        "files": [str(file) for file in issued.files],
+        "commitment": {
+            "number": commitment.number,
+            "root": commitment.root,
+            "created": commitment.header["created"],
+            "file": str(path),
+        },
+        "timestamp_request": str(timestamp_request) if timestamp_request else None,
+    }
+
+    def words() -> None:
+        say(f"{len(everyone):,} copies in {out}, {issued.written:,} of them written now:")
+        for file in issued.files[:_SHOWN]:
+            say(f"  {file.name}")
+        if len(issued.files) > _SHOWN:
+            say(f"  and {len(issued.files) - _SHOWN:,} more")
+        say(f"Commitment {commitment.number} to {commitment.header['customers']:,} customers; publish its root:")
+        say(f"  {commitment.root}")
+        say(f"  or the file {path}")
+        if timestamp_request:
+            say(
+                f"Time-stamp request: {timestamp_request}. Then: smark evidence timestamp {vault} {name} "
+                f"{commitment.number} RESPONSE"
+            )
+
+    _common.show(document, as_json, words)

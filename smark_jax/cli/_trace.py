@@ -1,0 +1,132 @@
+"""``smark trace`` and ``smark report``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich.markup
+import rich.table
+import typer
+
+from smark_jax.cli import _common
+from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, say
+
+
+def trace(
+    vault: VaultPath,
+    name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
+    suspects: Annotated[list[Path], typer.Argument(help="Files of weights, of any format.", show_default=False)],
+    alpha: Annotated[float | None, typer.Option(help="Another level than the committed one.")] = None,
+    align: Align = None,
+    rectify: Annotated[
+        bool, typer.Option("--rectify", help="Read through pruning and regularisation (docs/robustness.md).")
+    ] = False,
+    leaf_map: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="BASE=SUSPECT", help="Say which leaf is which, where smark asks; repeatable."),
+    ] = None,
+    tried: Annotated[
+        int,
+        typer.Option(min=1, help="Readings (--align, --rectify, --map) tried on these suspects, this one included."),
+    ] = 1,
+    passphrase_file: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Trace suspects: whose copies are these, and how sure is that?
+
+    The verdict is kept in the vault under a number. Exit code 0 when every suspect was read, 1 otherwise.
+    """
+    given = _common.pairs(leaf_map)
+    with _common.desk(vault, passphrase_file) as desk:
+        from smark_jax.vault import models, verdicts
+
+        committed = models.get(desk, name).alpha
+        if alpha is not None and alpha != committed:
+            _common.warn(
+                f"alpha {alpha:g} is not the committed one: evidence will be judged at {committed:g} all the same."
+            )
+        with _common.err.status("reading the base") as status:
+            reading = verdicts.Reading(_common.aligner(align), rectify, given)
+            document = verdicts.trace(desk, name, suspects, reading, alpha=alpha, tried=tried, on_suspect=status.update)
+    show(document, as_json, vault)
+
+
+def show(document: dict[str, Any], as_json: bool, vault: Path) -> None:
+    """Prints a verdict, and ends with exit code 1 when a suspect could not be read."""
+    wanted = ("customer", "serial", "statistic", "p_value", "log10_p", "share")
+    rows = []
+    for suspect in document["suspects"]:
+        accused = [{key: accusation[key] for key in wanted} for accusation in suspect["accused"]]
+        row = {"file": suspect["file"], "verdict": suspect["verdict"], "accused": accused}
+        if suspect["error"]:
+            row["error"] = suspect["error"]
+        rows.append(row)
+    short = {key: document[key] for key in ("number", "model", "num_customers", "alpha")}
+    _common.show({**short, "suspects": rows}, as_json, lambda: _words(document, vault))
+    if any(suspect["verdict"] == "unreadable" for suspect in document["suspects"]):
+        raise typer.Exit(1)
+
+
+def _words(document: dict[str, Any], vault: Path) -> None:
+    for suspect in document["suspects"]:
+        say(_verdict(suspect, document))
+        if suspect["verdict"] != "unreadable" and suspect["decoys"]["alarm"]:
+            say("  Do not rely on it: a codeword that nobody received stands out as well, so an assumption is broken.")
+        for move in suspect.get("layout") or []:
+            say(f"  {move['suspect']} was read as {move['base']} ({move['change']})")
+        if suspect.get("alignment"):
+            say("  " + suspect["alignment"].replace("\n", "\n  "))
+        if suspect["accused"]:
+            _common.out.print(_table(suspect))
+    say(
+        f"Verdict {document['number']} on {document['model']}: {document['num_customers']:,} customers, alpha "
+        f"{document['alpha']:g}, occasion {document['occasion']} of tracing this model."
+    )
+    if any(suspect["accused"] for suspect in document["suspects"]):
+        say(f"Next: smark report {vault} {document['number']} --out report.html")
+        say(f"      smark evidence export {vault} {document['number']} --out evidence.json")
+
+
+def _verdict(suspect: dict[str, Any], document: dict[str, Any]) -> str:
+    file, accused = suspect["file"], suspect["accused"]
+    if suspect["verdict"] == "unreadable":
+        return f"{file}: could not be read. {suspect['error']}"
+    if not accused:
+        return f"{file}: nobody. No customer's fingerprint stands out at alpha = {document['alpha']:g}."
+    worst = _common.below(max(a["log10_p"] for a in accused))
+    if len(accused) == 1:
+        return (
+            f"{file}: a copy of {accused[0]['customer']} (customer {accused[0]['serial']}). The probability that an "
+            f"innocent customer is accused like this is {worst}."
+        )
+    names = ", ".join(f"{a['customer']} ({a['serial']})" for a in accused)
+    return f"{file}: mixed from the copies of {len(accused)} customers: {names}. Each p-value is {worst}."
+
+
+def _table(suspect: dict[str, Any]) -> rich.table.Table:
+    table = rich.table.Table("customer", "serial", "|T|", "threshold", "p-value", "share")
+    for accused in suspect["accused"]:
+        table.add_row(
+            rich.markup.escape(accused["customer"]),
+            str(accused["serial"]),
+            f"{abs(accused['statistic']):.1f}",
+            f"{suspect['threshold']:.1f}",
+            _common.below(accused["log10_p"]),
+            f"{accused['share']:.0%}",
+        )
+    return table
+
+
+def report(
+    vault: VaultPath,
+    verdict: Annotated[int, typer.Argument(min=1, help="Its number, as trace printed it.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    passphrase_file: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a verdict as one HTML file that a lawyer can read, print and keep; it needs no network."""
+    with _common.desk(vault, passphrase_file) as desk:
+        from smark_jax import report as reports
+        from smark_jax.vault import folder, verdicts
+
+        folder.write(out, reports.render(verdicts.get(desk, verdict)).encode())
+    _common.show({"verdict": verdict, "report": str(out)}, as_json, lambda: say(f"Report: {out}"))

@@ -1,0 +1,45 @@
+"""The owner's vault: master key, models, customers, issued copies, verdicts, evidence, in one folder.
+
+::
+
+    vault.create(folder, passphrase)
+    with vault.opened(folder, passphrase) as desk:
+        model = models.add(desk, "mnist-cnn", files.flatten(base))
+        issuing.issue(desk, "mnist-cnn", customers.resolve(desk, ["Ada", "Grace"]), out)
+        document = verdicts.trace(desk, "mnist-cnn", [suspect])
+
+Every change is one sqlite transaction that also writes an entry of the log, which is chained and authenticated with a
+key that only the passphrase opens; opening a vault checks all of it. Verifying evidence needs no vault.
+"""
+
+from smark_jax.vault import (
+    bundles,
+    commitments,
+    customers,
+    evidence,
+    issuing,
+    merkle,
+    models,
+    queries,
+    timestamps,
+    verdicts,
+    verification,
+)
+from smark_jax.vault.folder import Vault, create, opened
+
+__all__ = [
+    "Vault",
+    "bundles",
+    "commitments",
+    "create",
+    "customers",
+    "evidence",
+    "issuing",
+    "merkle",
+    "models",
+    "opened",
+    "queries",
+    "timestamps",
+    "verdicts",
+    "verification",
+]

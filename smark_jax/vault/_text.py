@@ -1,0 +1,64 @@
+"""Texts that are hashed, signed or stored: one JSON for one value, one form of time, one form of names."""
+
+import datetime
+import json
+import re
+import unicodedata
+from typing import Any
+
+from smark_jax import _validate
+
+LONGEST_NAME = 200
+# Joiners are part of Persian and Indic spelling; other invisible characters only make two names look alike.
+_JOINERS = "\u200c\u200d"
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON text of a value in ASCII: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def now() -> str:
+    """The time in UTC, to the second: ``2026-11-25T18:00:00Z``."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def model_name(name: str) -> str:
+    """A model's name, which becomes a file's name too.
+
+    Raises:
+      ValueError: when it has other characters than Latin letters, digits, ``.``, ``_`` and ``-``, or more than 64.
+    """
+    if not _MODEL.fullmatch(name):
+        cause = "Models' names become names of files: choose a short one such as mnist-cnn."
+        raise _validate.fail("model", "a name of letters, digits, '.', '_' and '-' (up to 64)", repr(name), cause)
+    return name
+
+
+def customer_name(name: str) -> str:
+    """A customer's name in any script, in Unicode's composed form (NFC), without spaces around it.
+
+    Raises:
+      ValueError: when it is empty, longer than 200 characters, or has characters that nobody sees.
+    """
+    name = unicodedata.normalize("NFC", name).strip()
+    if not name:
+        raise _validate.fail("customer", "a name", "nothing", "Is a cell or an argument empty?")
+    if len(name) > LONGEST_NAME:
+        got = f"{len(name)} characters, {name[:20]!r} ..."
+        raise _validate.fail("customer", f"a name of up to {LONGEST_NAME} characters", got, "Is a quote left open?")
+    unseen = [c for c in name if unicodedata.category(c) in _UNSEEN and c not in _JOINERS]
+    if unseen:
+        got = f"U+{ord(unseen[0]):04X} in {name!a}"
+        raise _validate.fail("customer", "a name without control characters", got, "Type the name again.")
+    return name
+
+
+def file_name(serial: int, name: str) -> str:
+    """What a customer's copy is called: serial and a form of the name that every file system takes."""
+    safe = re.sub(r"[^\w-]+", "-", name).strip("-_")
+    while len(safe.encode()) > 120:
+        safe = safe[:-1]
+    return f"{serial:06d}-{safe}.safetensors" if safe else f"{serial:06d}.safetensors"

@@ -1,0 +1,115 @@
+"""The registry of customers, one for all models: a name and a serial each, dense from 0."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from smark_jax import _validate
+from smark_jax.vault import _text, database, folder
+
+_HEADINGS = ("customer", "customers", "name")
+_SHOWN = 10
+
+
+class Customer(NamedTuple):
+    """One customer: the serial that names the codeword, the name, and when it was registered."""
+
+    serial: int
+    name: str
+    created: str
+
+
+def registered(vault: folder.Vault) -> list[Customer]:
+    """All customers in the order of their serials."""
+    rows = vault.connection.execute("SELECT serial, name, created FROM customers ORDER BY serial")
+    return [Customer(*row) for row in rows]
+
+
+def add(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
+    """Registers customers, all or none.
+
+    Raises:
+      ValueError: when a name is not one, stands there twice, or is registered already.
+    """
+    wanted = _distinct([_text.customer_name(name) for name in names])
+    with database.transaction(vault.connection):
+        known = serials(vault)
+        taken = [name for name in wanted if name in known]
+        if taken:
+            got = ", ".join(repr(name) for name in taken[:_SHOWN])
+            raise _validate.fail("customers", "new names", f"registered ones: {got}", "Leave them out: nothing to do.")
+        return _insert(vault, wanted, len(known))
+
+
+def resolve(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
+    """The customers of these names, in their order; unknown ones are registered, all or none.
+
+    Raises:
+      ValueError: when a name is not one, or stands there twice.
+    """
+    wanted = _distinct([_text.customer_name(name) for name in names])
+    with database.transaction(vault.connection):
+        known = serials(vault)
+        new = [name for name in wanted if name not in known]
+        if new:
+            _insert(vault, new, len(known))
+    by_name = {customer.name: customer for customer in registered(vault)}
+    return [by_name[name] for name in wanted]
+
+
+def serials(vault: folder.Vault) -> dict[str, int]:
+    """Each customer's serial by name."""
+    return dict(vault.connection.execute("SELECT name, serial FROM customers"))
+
+
+def from_csv(path: Path) -> list[str]:
+    """The names in the first column of a CSV file in UTF-8; a first line ``name`` or ``customer`` is a heading.
+
+    Blank lines and further columns are passed over.
+
+    Raises:
+      ValueError: listing bad and repeated rows with their line numbers.
+    """
+    names: dict[str, int] = {}
+    problems = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            for place, row in enumerate(reader):
+                line = reader.line_num
+                if not any(cell.strip() for cell in row) or (place == 0 and row[0].strip().lower() in _HEADINGS):
+                    continue
+                try:
+                    name = _text.customer_name(row[0])
+                except ValueError as error:
+                    problems.append(f"line {line}: {str(error).splitlines()[0]}")
+                    continue
+                if name in names:
+                    problems.append(f"line {line}: {name!r} stands in line {names[name]} already")
+                names.setdefault(name, line)
+    except (csv.Error, UnicodeDecodeError) as error:
+        cause = "Save it as CSV in UTF-8, names in the first column."
+        raise _validate.fail("customers", f"a CSV file in {path}", str(error), cause) from None
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        got = "; ".join(problems[:_SHOWN]) + more
+        raise _validate.fail("customers", f"a name of its own in each row of {path}", got, "Nothing was imported.")
+    if not names:
+        cause = "Names stand in the first column."
+        raise _validate.fail("customers", f"at least one name in {path}", "none", cause)
+    return list(names)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _validate.fail("customers", "each name once", f"{twice!r} twice", "Two customers need two names.")
+    return names
+
+
+def _insert(vault: folder.Vault, names: list[str], first: int) -> list[Customer]:
+    created = _text.now()
+    new = [Customer(serial, name, created) for serial, name in enumerate(names, first)]
+    folder.record(vault, "customers added", {"customers": new}, first=first, number=len(new))
+    return new

@@ -1,0 +1,195 @@
+"""The vault's sqlite database: tables that only grow, written together with the log entry that vouches for them.
+
+Every row names the log entry that wrote it, and the entry holds the number of its rows in each table and their SHA-256.
+So the tables are as authentic as the log, every column of them, and no row can be added, changed or removed apart.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from smark_jax import _validate
+from smark_jax.vault import _text
+
+Row = Sequence[Any]
+
+# One script a version; a database of version n has seen the first n. Never change one that was released: add another.
+MIGRATIONS = (
+    """
+CREATE TABLE log (
+  number INTEGER PRIMARY KEY, previous BLOB NOT NULL, body TEXT NOT NULL, mac BLOB NOT NULL);
+CREATE TABLE models (
+  name TEXT PRIMARY KEY, document TEXT NOT NULL, entry INTEGER NOT NULL REFERENCES log);
+CREATE TABLE probes (
+  model TEXT PRIMARY KEY REFERENCES models, sha256 TEXT NOT NULL, num_classes INTEGER NOT NULL,
+  entry INTEGER NOT NULL REFERENCES log);
+CREATE TABLE customers (
+  serial INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, created TEXT NOT NULL,
+  entry INTEGER NOT NULL REFERENCES log);
+CREATE TABLE commitments (
+  model TEXT NOT NULL REFERENCES models, number INTEGER NOT NULL, root TEXT NOT NULL, document TEXT NOT NULL,
+  entry INTEGER NOT NULL REFERENCES log, PRIMARY KEY (model, number));
+CREATE TABLE timestamps (
+  model TEXT NOT NULL, number INTEGER NOT NULL, time TEXT NOT NULL, response BLOB NOT NULL,
+  entry INTEGER NOT NULL REFERENCES log, FOREIGN KEY (model, number) REFERENCES commitments);
+CREATE TABLE licences (
+  model TEXT NOT NULL REFERENCES models, serial INTEGER NOT NULL REFERENCES customers, strength REAL NOT NULL,
+  leaf BLOB NOT NULL, number INTEGER NOT NULL, entry INTEGER NOT NULL REFERENCES log,
+  PRIMARY KEY (model, serial), FOREIGN KEY (model, number) REFERENCES commitments);
+CREATE TABLE copies (
+  model TEXT NOT NULL, serial INTEGER NOT NULL, sha256 TEXT NOT NULL, content TEXT NOT NULL, created TEXT NOT NULL,
+  entry INTEGER NOT NULL REFERENCES log,
+  PRIMARY KEY (model, serial, sha256), FOREIGN KEY (model, serial) REFERENCES licences);
+CREATE INDEX copies_by_hash ON copies (sha256);
+CREATE TABLE verdicts (
+  number INTEGER PRIMARY KEY, model TEXT NOT NULL REFERENCES models, created TEXT NOT NULL, document TEXT NOT NULL,
+  entry INTEGER NOT NULL REFERENCES log);
+CREATE TABLE suspects (
+  verdict INTEGER NOT NULL REFERENCES verdicts, place INTEGER NOT NULL, sha256 TEXT NOT NULL, document TEXT NOT NULL,
+  statistics BLOB NOT NULL, chips BLOB NOT NULL, entry INTEGER NOT NULL REFERENCES log,
+  PRIMARY KEY (verdict, place));
+""",
+)
+TABLES = {
+    "models": ("name", "document"),
+    "probes": ("model", "sha256", "num_classes"),
+    "customers": ("serial", "name", "created"),
+    "commitments": ("model", "number", "root", "document"),
+    "timestamps": ("model", "number", "time", "response"),
+    "licences": ("model", "serial", "strength", "leaf", "number"),
+    "copies": ("model", "serial", "sha256", "content", "created"),
+    "verdicts": ("number", "model", "created", "document"),
+    "suspects": ("verdict", "place", "sha256", "document", "statistics", "chips"),
+}
+"""The columns of each table in order, without the entry that every row names."""
+_SECONDS_TO_WAIT = 60.0
+_ROWS_A_HASH = 4096
+
+
+def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
+    """Opens the database, brings an older one up to date, and refuses a newer one, a damaged one or another schema.
+
+    Raises:
+      ValueError: in those cases, and when there is none.
+    """
+    mode = "rwc" if create else "rw"
+    try:
+        # Autocommit: transactions begin and end where `transaction` says so.
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={mode}", timeout=_SECONDS_TO_WAIT, isolation_level=None, uri=True
+        )
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        _migrate(connection)
+        if _schema(connection) != _schema(_memory()):
+            raise _tampered("its tables and triggers are not those that smark made")
+    except sqlite3.DatabaseError as error:
+        raise _tampered(str(error)) from None
+    return connection
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    if _version(connection) == len(MIGRATIONS):
+        return
+    with transaction(connection):
+        version = _version(connection)  # again, now that nobody else writes
+        if version > len(MIGRATIONS):
+            cause = "Upgrade smark-jax; a newer one wrote this vault."
+            raise _validate.fail("vault", f"a database of version {len(MIGRATIONS)}", f"version {version}", cause)
+        for script in MIGRATIONS[version:]:
+            for statement in filter(str.strip, script.split(";\n")):
+                connection.execute(statement)
+        for table, act in itertools.product(("log", *TABLES), ("UPDATE", "DELETE")):
+            connection.execute(
+                f"CREATE TRIGGER IF NOT EXISTS {table}_no_{act.lower()} BEFORE {act} ON {table} "
+                f"BEGIN SELECT RAISE(ABORT, 'a vault only grows'); END"
+            )
+        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return connection.execute("PRAGMA user_version").fetchone()[0]
+
+
+def _memory() -> sqlite3.Connection:
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    _migrate(connection)
+    return connection
+
+
+def _schema(connection: sqlite3.Connection) -> set[tuple[str, str, str | None]]:
+    return set(connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall())
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """All or nothing. The write lock is taken at once, so that what is read inside stays true until the end."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def insert(connection: sqlite3.Connection, table: str, rows: Iterable[Row], entry: int) -> None:
+    """Adds rows that this log entry vouches for."""
+    columns = (*TABLES[table], "entry")
+    marks = ", ".join("?" * len(columns))
+    statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
+    connection.executemany(statement, ((*row, entry) for row in rows))
+
+
+def summary(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
+    """What a log entry says of its rows: for each table how many there are, and their SHA-256."""
+    return {table: _summary(some) for table, some in rows.items() if len(some)}
+
+
+def _summary(rows: Iterable[Row]) -> dict[str, Any]:
+    digest, count = hashlib.sha256(), 0
+    rows = iter(rows)
+    while some := list(itertools.islice(rows, _ROWS_A_HASH)):
+        digest.update(json.dumps([[_plain(value) for value in row] for row in some], separators=(",", ":")).encode())
+        count += len(some)
+    return {"rows": count, "sha256": digest.hexdigest()}
+
+
+def _plain(value: Any) -> Any:
+    return {"sha256": hashlib.sha256(value).hexdigest()} if isinstance(value, bytes) else value
+
+
+def verify(connection: sqlite3.Connection, said: Mapping[int, Mapping[str, Any]]) -> None:
+    """Compares all rows of all tables with what the log entries say of them.
+
+    Raises:
+      ValueError: naming the table, and the entry with which its rows disagree.
+    """
+    for table, columns in TABLES.items():
+        expected = {number: tables[table] for number, tables in said.items() if table in tables}
+        cursor = connection.execute(f"SELECT {', '.join(columns)}, entry FROM {table} ORDER BY entry, rowid")
+        found = {
+            entry: _summary(row[:-1] for row in rows) for entry, rows in itertools.groupby(cursor, lambda row: row[-1])
+        }
+        for entry in sorted(expected.keys() | found.keys(), key=str):
+            if expected.get(entry) != found.get(entry):
+                rows = found.get(entry, {"rows": 0})["rows"]
+                should = expected.get(entry, {"rows": 0})["rows"]
+                raise _tampered(f"table {table} has {rows} rows of log entry {entry}, and the log says {should} others")
+
+
+def _tampered(what: str) -> ValueError:
+    cause = "Somebody or something changed it outside smark: restore the vault's folder from your backup."
+    return _validate.fail("vault", "the database as smark wrote it", f"a tampered or damaged database ({what})", cause)
+
+
+def canonical(value: Any) -> str:
+    """A document as a column holds it."""
+    return _text.canonical(value).decode()

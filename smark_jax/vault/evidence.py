@@ -1,0 +1,183 @@
+r"""Evidence: what an arbiter needs to compute an accusation again, and nothing that accuses anybody else.
+
+*What the arbiter tests.* Let y be the suspect's chips and b_j the accused's word. A lone leaker is tested as
+:mod:`smark_jax.statistics` does, T = <y, b_j> / \|y\|. In a coalition the others' words hide j's; they are projected
+out first, with the words of a support S of other accused, opened as well. The owner, not the arbiter, chose S, and may
+have looked at b_j. So the arbiter's p-value pays for all supports that could have been chosen:
+
+.. math:: p_j = p(T_j \mid r_S) \cdot N \cdot \binom{N - 1}{|S|} \cdot 2^{|S| + 1} \cdot \text{suspects} \cdot
+          \text{alignments}
+
+For an innocent j and every fixed S, b_j is independent of the residual r_S; the sum over N customers, all S of each
+size and all sizes is at most alpha. No step of it trusts the owner's search.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from smark_jax import _validate, statistics
+from smark_jax.vault import _text, bundles, commitments, folder, log, merkle, models, timestamps, verdicts
+from smark_jax.vault.customers import Customer
+
+_SMALLEST_RESIDUAL = 1e-6
+
+
+class Test(NamedTuple):
+    """One accused's test: T on the residual, and the logarithm to base 10 of the bound above."""
+
+    statistic: float
+    log10_p: float
+
+
+def test(
+    chips: np.ndarray,
+    word: np.ndarray,
+    support: Sequence[np.ndarray],
+    *,
+    num_customers: int,
+    num_suspects: int,
+    num_alignments: int,
+) -> Test:
+    """An accused's statistic and p-value as an arbiter computes them.
+
+    Args:
+      chips: the suspect's read-out y, shape [m].
+      word: the accused's codeword in {-1, +1}, shape [m].
+      support: the codewords of other customers that are projected out, each of shape [m].
+      num_customers: N, of the commitment.
+      num_suspects: examined together.
+      num_alignments: readings tried.
+    """
+    residual = direction = statistics.direction(chips)
+    if support:
+        words = np.stack(support).astype(np.float64)
+        residual = direction - np.linalg.lstsq(words.T, direction, rcond=None)[0] @ words
+    norm = float(np.linalg.norm(residual))
+    if norm < _SMALLEST_RESIDUAL:  # rounding is all that is left, or y was zero
+        return Test(0.0, 0.0)
+    statistic = float(residual @ word) / norm
+    size = len(support)
+    others = num_customers - 1
+    choices = math.lgamma(others + 1) - math.lgamma(size + 1) - math.lgamma(max(0, others - size) + 1)
+    log_p = float(statistics.log_p_value(statistic, residual)) + math.log(num_customers) + choices
+    log_p += (size + 1) * math.log(2) + math.log(num_suspects) + math.log(num_alignments)
+    return Test(statistic, min(0.0, log_p) / math.log(10))
+
+
+class Exported(NamedTuple):
+    """A bundle: the file's content, the customers it accuses, and those accused whom it cannot prove."""
+
+    content: bytes
+    accused: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def export(vault: folder.Vault, number: int, place: int | None = None) -> Exported:
+    """The bundle on one suspect of a verdict; the log says that it was made.
+
+    It opens the model's carrier key and the leaves of the accused. For each, the support is the smallest that suffices
+    of the other accused, those with the largest shares first.
+
+    Args:
+      vault: an open vault.
+      number: of the verdict.
+      place: of the suspect in the verdict, from 1; may be left out when only one was traced.
+
+    Raises:
+      ValueError: when there is no such verdict or suspect, it was not traced by its weights, or no accusation reaches
+        the committed level on what an arbiter can check.
+    """
+    document = verdicts.get(vault, number)
+    where = _place(document, place)
+    suspect = document["suspects"][where]
+    model = models.get(vault, document["model"])
+    commitment = commitments.get(vault, model.name, document["commitment"]["number"])
+    header = commitment.header
+    serials, names = suspect["serials"], suspect["customers"]
+    index = {serial: position + 1 for position, serial in enumerate(serials)}
+    ranked = sorted(suspect["accused"], key=operator.itemgetter("share"), reverse=True)
+    customers = [Customer(a["serial"], names[index[a["serial"]] - 1], "") for a in ranked]
+    leaves = dict(zip(index, _leaves(vault, model.name, serials), strict=True))
+    opened = {
+        c.serial: leaf for c, leaf in zip(customers, commitments.open_leaves(vault, model, customers), strict=True)
+    }
+    words = {serial: commitments.word(leaf, model.num_chips) for serial, leaf in opened.items()}
+    chips = verdicts.chips(vault, number, where)
+    counts = {name: suspect[name] for name in ("num_suspects", "num_alignments")}
+    accused, left_out = [], []
+    for claim in ranked:
+        others = [serial for serial in words if serial != claim["serial"]]
+        for size in range(len(others) + 1):
+            support = others[:size]
+            rest = [words[serial] for serial in support]
+            found = test(chips, words[claim["serial"]], rest, num_customers=header["customers"], **counts)
+            if found.log10_p <= math.log10(header["alpha"]):
+                proof = {"serial": claim["serial"], "support": support, "share": claim["share"]}
+                accused.append({**proof, **found._asdict()})
+                break
+        else:
+            left_out.append(claim["customer"])
+    if not accused:
+        got = "none: the joint decoder found them, but what an arbiter can check alone is weaker"
+        cause = "Trace more of what leaked; docs/evidence.md tells what an arbiter can check."
+        raise _validate.fail("evidence", f"an accusation that holds at alpha {header['alpha']:g}", got, cause)
+    shown = sorted({serial for a in accused for serial in (a["serial"], *a["support"])})
+    tree = [commitments.header_leaf(header), *leaves.values()]
+    if merkle.root(tree).hex() != commitment.root:
+        cause = "Restore the vault from your backup."
+        raise _validate.fail("evidence", "the leaves that were committed to", "others", cause)
+    ways = merkle.paths(tree, [index[serial] for serial in shown])
+    content = {
+        "format": bundles.FORMAT,
+        "version": bundles.VERSION,
+        "created": _text.now(),
+        "smark_version": document["smark_version"],
+        "commitment": commitment.content,
+        "timestamps": [{"time": time, "response": r.hex()} for time, r in timestamps.stored(vault, commitment)],
+        "carrier_key": models.carrier_key(vault, model.name).to_bytes().hex(),
+        "spec": models.spec_document(model.spec),
+        "verdict": {name: document[name] for name in ("number", "created", "occasion")},
+        "suspect": {name: suspect[name] for name in ("sha256", "content", "format", "layout", "alignment")}
+        | {"file": suspect["file"].rpartition("/")[2], "reading": document["reading"]},
+        **counts,
+        "opened": [
+            {"leaf": opened[serial], "index": index[serial], "path": [node.hex() for node in path]}
+            for serial, path in zip(shown, ways, strict=True)
+        ],
+        "accused": accused,
+    }
+    who = tuple(names[index[a["serial"]] - 1] for a in accused)
+    details = {"model": model.name, "verdict": number, "suspect": where + 1, "opened": shown}
+    folder.record(vault, "evidence exported", {}, **details)
+    return Exported(bundles.signed(content, vault.master), who, tuple(left_out))
+
+
+def exports(vault: folder.Vault, model: str) -> list[str]:
+    """When bundles were exported that open this model's carrier, for whoever thinks of issuing more copies."""
+    found = (e.body for e in log.entries(vault.connection) if e.body["event"] == "evidence exported")
+    return [body["time"] for body in found if body["model"] == model]
+
+
+def _place(document: dict[str, Any], place: int | None) -> int:
+    suspects = document["suspects"]
+    traced = [
+        i for i, suspect in enumerate(suspects) if suspect["verdict"] == "traced" and suspect["read"] == "weights"
+    ]
+    listed = ", ".join(f"{i + 1} ({suspects[i]['file']})" for i in traced) or "none"
+    number = document["number"]
+    if place is None and len(traced) == 1:
+        return traced[0]
+    if place is None or place - 1 not in traced:
+        expected = f"a suspect of verdict {number} that was traced by its weights"
+        got = f"number {place}" if place is not None else f"{len(traced)} of them"
+        raise _validate.fail("evidence", expected, got, f"Say which one by --suspect: {listed}.")
+    return place - 1
+
+
+def _leaves(vault: folder.Vault, model: str, serials: Sequence[int]) -> list[bytes]:
+    rows = dict(vault.connection.execute("SELECT serial, leaf FROM licences WHERE model = ?", (model,)))
+    return [rows[serial] for serial in serials]

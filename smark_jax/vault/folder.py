@@ -1,0 +1,150 @@
+"""A vault's folder: made in one step, opened with the passphrase, checked before anything is read from it."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from smark_jax import _validate, keys
+from smark_jax.vault import crypto, database, log
+
+KEY_FILE, DATABASE, MODELS, COMMITMENTS, ANSWERS = "master.key", "vault.sqlite", "models", "commitments", "answers"
+
+
+class Vault(NamedTuple):
+    """An open vault: its folder, the database, and the master key, which no text of ours ever shows."""
+
+    folder: Path
+    connection: sqlite3.Connection
+    master: keys.SecretKey
+
+
+def create(folder: Path, passphrase: str) -> None:
+    """Makes a vault with a new master key, readable for its owner only.
+
+    It is made beside its place and renamed: after a crash there is a whole vault under its name, or none.
+
+    Raises:
+      ValueError: when the passphrase is empty, or something is there already.
+    """
+    there = _validate.fail(
+        "vault", f"a new name for a vault, not {folder}", "one that is taken", "Name another folder, or use that vault."
+    )
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise there
+    master = keys.new()
+    sealed = crypto.seal(master, passphrase)
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    new = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
+    new.mkdir(mode=0o700)
+    try:
+        with _private():
+            for name in (MODELS, COMMITMENTS, ANSWERS):
+                (new / name).mkdir()
+            write(new / KEY_FILE, sealed)
+            connection = database.connect(new / DATABASE, create=True)
+            with contextlib.closing(connection):
+                record(Vault(new, connection, master), "vault created", {}, public_key=crypto.public_key(master))
+        flush(new)
+        try:
+            new.rename(folder.absolute())
+        except OSError:
+            raise there from None
+        flush(folder.absolute().parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def opened(folder: Path, passphrase: str) -> Iterator[Vault]:
+    """The vault in a folder, after its log, its tables and its commitments were checked.
+
+    Raises:
+      ValueError: when there is no vault, the passphrase is wrong, or anything was tampered with, saying what.
+    """
+    missing = [name for name in (KEY_FILE, DATABASE) if not (folder / name).is_file()]
+    if missing:
+        cause = "Is the path right? Make a vault with 'smark init'; if a file was lost, restore the backup."
+        raise _validate.fail("vault", f"a vault in {folder}", f"no {' and no '.join(missing)} there", cause)
+    master = crypto.unseal(folder / KEY_FILE, passphrase)
+    with _private(), contextlib.closing(database.connect(folder / DATABASE)) as connection:
+        vault = Vault(folder, connection, master)
+        _verify(vault)
+        try:
+            yield vault
+        except sqlite3.DatabaseError as error:
+            cause = "If it is locked or the disk full, free it and run this again; else restore the backup."
+            raise _validate.fail("vault", "a database that works", str(error), cause) from None
+
+
+def _verify(vault: Vault) -> None:
+    published = sorted((vault.folder / COMMITMENTS).glob("*.json"))  # before the database, to which others may add
+    try:
+        vault.connection.execute("BEGIN")  # one state of it, whoever writes meanwhile
+        log.verify(vault.connection, _log_key(vault))
+        roots = dict(vault.connection.execute("SELECT model || '-' || number, document FROM commitments"))
+        vault.connection.execute("COMMIT")
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        cause = "Somebody or something changed it outside smark: restore the vault's folder from your backup."
+        got = f"a tampered or damaged database ({error})"
+        raise _validate.fail("vault", "the database as smark wrote it", got, cause) from None
+    for path in published:
+        if path.stem in roots and path.read_bytes() != roots[path.stem].encode() + b"\n":
+            cause = "Restore that file from your backup, or remove it: the next 'smark issue' writes it again."
+            raise _validate.fail("vault", f"{path} as smark wrote it", "another content", cause)
+        if path.stem not in roots and path.stem.rpartition("-")[2].isdecimal():
+            cause = "The database is older than that file: restore the newest backup of the whole folder."
+            raise _validate.fail("vault", f"the commitment {path.stem} in the database", "none", cause)
+
+
+def record(vault: Vault, event: str, rows: Mapping[str, Sequence[database.Row]], **details: Any) -> int:
+    """Writes rows and the log entry that vouches for them, in one transaction; joins one that is open.
+
+    Returns:
+      The entry's number.
+    """
+    with contextlib.ExitStack() as stack:
+        if not vault.connection.in_transaction:
+            stack.enter_context(database.transaction(vault.connection))
+        return log.append(vault.connection, _log_key(vault), event, rows, **details)
+
+
+def _log_key(vault: Vault) -> keys.SecretKey:
+    return keys.derive(vault.master, "log")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, flushed to the disk, readable for its owner only."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    flush(path.absolute().parent)
+
+
+def flush(folder: Path) -> None:
+    """Makes new names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _private() -> Iterator[None]:
+    """New files, those that sqlite makes among them, are their owner's only."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)

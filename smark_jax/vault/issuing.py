@@ -1,0 +1,201 @@
+"""Issuing: a copy for each customer, of which the vault always knows more than the disk.
+
+First one transaction licenses the customers and commits to their codewords. Then, a few copies at a time: they are
+written under hidden names, their hashes are registered, and only then do they get their names. So whenever the process
+dies, no copy stands under its name whose hash the vault does not know, and running the same command again completes it.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+import jax
+import numpy as np
+
+from smark_jax import _validate, codes, embedding, files
+from smark_jax._types import PyTree
+from smark_jax.vault import _text, commitments, database, folder, models
+from smark_jax.vault.customers import Customer
+
+# A copy that has not got its name yet is called ".NAME.issuing".
+_HIDDEN = ".issuing"
+# Copies in memory together: at most so many, and about so many bytes.
+_COPIES_A_BATCH, _BYTES_A_BATCH = 32, 1 << 28
+
+
+class Issued(NamedTuple):
+    """What an issue did.
+
+    Attributes:
+      commitment: the newest commitment, which covers all copies.
+      new: how many customers got a licence, and so a codeword, for the first time.
+      written: how many files were written; the others were there.
+      files: each customer's file, in the order of serials.
+    """
+
+    commitment: commitments.Commitment
+    new: int
+    written: int
+    files: tuple[Path, ...]
+
+
+class _Licence(NamedTuple):
+    customer: Customer
+    strength: float
+    known: frozenset[str]  # SHA-256 of files that were registered
+    path: Path
+
+
+def issue(
+    vault: folder.Vault,
+    name: str,
+    customers: Sequence[Customer],
+    out: Path,
+    *,
+    strength: float | None = None,
+    on_copy: Callable[[int], None] = lambda count: None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Issued:
+    """Issues a model to customers: one safetensors file each, the same again when issued again.
+
+    Args:
+      vault: an open vault.
+      name: of the model.
+      customers: registered ones.
+      out: folder for the files, made if absent.
+      strength: of copies; the model's own by default.
+      on_copy: called with the number of copies done.
+      on_wait: called when another process issues from this vault, and this one waits.
+
+    Raises:
+      ValueError: when there are no customers, no such model, or a customer has a copy of another strength.
+    """
+    _validate.positive("issue", "the number of customers", len(customers))
+    model = models.get(vault, name)
+    if strength is not None:
+        _validate.finite_number("issue", "strength", strength)
+    tree = files.nest(models.base(vault, model))
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(vault, on_wait):
+        new = _license(vault, model, customers, strength)
+        commitments.write_all(vault)
+        licences = _licences(vault, model, customers, out)
+        _sweep(out, {licence.path.name for licence in licences})
+        done, missing = 0, []
+        for licence in licences:
+            if licence.path.is_file() and _file_hash(licence.path) in licence.known:
+                done += 1
+                on_copy(done)
+            else:
+                missing.append(licence)
+        for written in _write(vault, model, tree, missing):
+            done += written
+            on_copy(done)
+    newest = commitments.latest(vault, name)
+    assert newest is not None  # it was made when the first customer was licensed
+    return Issued(newest, new, len(missing), tuple(licence.path for licence in licences))
+
+
+@contextlib.contextmanager
+def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Only one process issues at a time; the system frees the lock of one that dies."""
+    lock = filelock.FileLock(vault.folder / "issue.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _license(vault: folder.Vault, model: models.Model, customers: Sequence[Customer], strength: float | None) -> int:
+    """Gives each customer who has none a licence, all under one new commitment; returns how many."""
+    held = strengths(vault, model.name)
+    other = [c.name for c in customers if strength is not None and held.get(c.serial, strength) != strength]
+    if other:
+        got = f"another one in the copies of {', '.join(map(repr, other[:5]))}"
+        cause = "A customer has one copy of a model: leave --strength out to write it again."
+        raise _validate.fail("issue", f"strength {strength:g}", got, cause)
+    new = sorted({customer for customer in customers if customer.serial not in held})
+    if not new:
+        return 0
+    hashed = commitments.leaves(vault, model, new)
+    rows = [
+        (model.name, customer.serial, model.strength if strength is None else strength, leaf)
+        for customer, leaf in zip(new, hashed, strict=True)
+    ]
+    with database.transaction(vault.connection):
+        tree = dict(vault.connection.execute("SELECT serial, leaf FROM licences WHERE model = ?", (model.name,)))
+        tree |= {serial: leaf for _, serial, _, leaf in rows}
+        commitment = commitments.build(vault, model, [tree[serial] for serial in sorted(tree)])
+        added = {"commitments": [commitment], "licences": [(*row, commitment.number) for row in rows]}
+        folder.record(vault, "customers licensed", added, model=model.name, number=commitment.number)
+    return len(new)
+
+
+def strengths(vault: folder.Vault, model: str) -> dict[int, float]:
+    """By serial, the strength of the copy of each customer who has one, in the order of serials."""
+    rows = vault.connection.execute("SELECT serial, strength FROM licences WHERE model = ? ORDER BY serial", (model,))
+    return dict(rows)
+
+
+def _licences(vault: folder.Vault, model: models.Model, customers: Sequence[Customer], out: Path) -> list[_Licence]:
+    held = strengths(vault, model.name)
+    known: dict[int, set[str]] = {}
+    for serial, sha256 in vault.connection.execute("SELECT serial, sha256 FROM copies WHERE model = ?", (model.name,)):
+        known.setdefault(serial, set()).add(sha256)
+    return [
+        _Licence(c, held[c.serial], frozenset(known.get(c.serial, ())), out / _text.file_name(c.serial, c.name))
+        for c in sorted(set(customers))
+    ]
+
+
+def _write(vault: folder.Vault, model: models.Model, base: PyTree, licences: Sequence[_Licence]) -> Iterator[int]:
+    """Writes copies, a batch at a time; yields how many each batch had."""
+    if not licences:
+        return
+    carrier = models.carrier(vault, model)
+    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(base))
+    # The same number for all batches, so that a copy's bits never depend on who is issued along with it.
+    count = max(1, min(_COPIES_A_BATCH, _BYTES_A_BATCH // size))
+    for strength in sorted({licence.strength for licence in licences}):
+        alike = [licence for licence in licences if licence.strength == strength]
+        for start in range(0, len(alike), count):
+            some = alike[start : start + count]
+            serials = [licence.customer.serial for licence in some]
+            words = np.ones((count, model.num_chips), np.int8)
+            words[: len(some)] = codes.codebook(models.code_key(vault, model.name), serials, model.num_chips)
+            copies = jax.device_get(embedding.embed_batch(base, model.spec, carrier, words, strength))
+            rows, parts = [], []
+            for row, licence in enumerate(some):
+                copy = files.flatten(jax.tree.map(lambda leaf, row=row: leaf[row], copies))
+                part = licence.path.with_name(f".{licence.path.name}{_HIDDEN}")
+                sha256 = files.write(part, copy)
+                parts.append((part, licence.path))
+                if sha256 not in licence.known:
+                    rows.append((model.name, licence.customer.serial, sha256, files.content_hash(copy), _text.now()))
+            if rows:
+                folder.record(vault, "copies made", {"copies": rows}, model=model.name)
+            for part, path in parts:
+                part.replace(path)
+            folder.flush(some[0].path.parent)
+            yield len(some)
+
+
+def _sweep(out: Path, names: set[str]) -> None:
+    """Removes what killed runs left half-written of these copies."""
+    for path in out.iterdir():
+        hidden, mark, _ = path.name.partition(_HIDDEN)
+        if mark and hidden.startswith(".") and hidden.lstrip(".") in names:  # files.write puts a dot before it
+            path.unlink(missing_ok=True)
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

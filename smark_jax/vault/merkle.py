@@ -1,0 +1,74 @@
+"""Merkle trees as Certificate Transparency has them (RFC 6962, section 2.1; checking of paths: RFC 9162, 2.1.3.2).
+
+A leaf is hashed behind a byte 0, an inner node behind a byte 1, so that neither passes for the other.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+from smark_jax import _validate
+
+
+def leaf_hash(data: bytes) -> bytes:
+    """The hash of a leaf."""
+    return hashlib.sha256(b"\0" + data).digest()
+
+
+def root(leaves: Sequence[bytes]) -> bytes:
+    """The root over hashed leaves.
+
+    Raises:
+      ValueError: when there are none.
+    """
+    return _levels(leaves)[-1][0]
+
+
+def paths(leaves: Sequence[bytes], indices: Sequence[int]) -> list[list[bytes]]:
+    """For each index the siblings from the leaf to the root: what shows that the leaf is under the root."""
+    levels = _levels(leaves)
+    found = []
+    for index in indices:
+        path = []
+        for level in levels[:-1]:
+            if index ^ 1 < len(level):
+                path.append(level[index ^ 1])
+            index //= 2
+        found.append(path)
+    return found
+
+
+def root_of_path(leaf: bytes, index: int, size: int, path: Sequence[bytes]) -> bytes | None:
+    """The root that a hashed leaf and its path lead to, in a tree of ``size`` leaves; None when they cannot.
+
+    Args:
+      leaf: its hash.
+      index: its place, from 0.
+      size: number of leaves.
+      path: as from :func:`paths`.
+    """
+    if not 0 <= index < size:
+        return None
+    node, last, rest = leaf, size - 1, list(path)
+    while last:
+        if index % 2 or index < last:
+            if not rest:
+                return None
+            other = rest.pop(0)
+            node = _node(other, node) if index % 2 else _node(node, other)
+        index, last = index // 2, last // 2
+    return None if rest else node
+
+
+def _levels(leaves: Sequence[bytes]) -> list[list[bytes]]:
+    """All levels from the leaves up; a node without a sibling goes up as it is, which gives RFC 6962's tree."""
+    _validate.positive("merkle", "the number of leaves", len(leaves))
+    levels = [list(leaves)]
+    while len(levels[-1]) > 1:
+        level = levels[-1]
+        above = [_node(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
+        levels.append(above + level[len(level) - len(level) % 2 :])
+    return levels
+
+
+def _node(left: bytes, right: bytes) -> bytes:
+    return hashlib.sha256(b"\1" + left + right).digest()

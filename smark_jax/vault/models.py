@@ -1,0 +1,164 @@
+"""The owner's models: the base that copies are made from, and all that is fixed before the first copy is sold."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from smark_jax import _validate, carriers, files, keys
+from smark_jax.vault import _text, database, folder
+
+DECODER, DECODER_VERSION = "joint", 1
+"""How verdicts are reached; committed to, since choosing it after a look at the suspect would void the p-values."""
+
+
+class Model(NamedTuple):
+    """What is fixed of a model, once and for all.
+
+    Attributes:
+      name: of the model.
+      base: content hash of the base weights.
+      spec: the carrying leaves.
+      num_chips: m.
+      alpha: bound on the probability of accusing anybody innocent on one occasion.
+      strength: of copies, unless another one is asked for at issue.
+      created: when it was added.
+    """
+
+    name: str
+    base: str
+    spec: carriers.Spec
+    num_chips: int
+    alpha: float
+    strength: float
+    created: str
+
+
+def add(
+    vault: folder.Vault,
+    name: str,
+    leaves: Mapping[str, np.ndarray],
+    *,
+    num_chips: int = 304,
+    alpha: float = 1e-6,
+    strength: float = 0.03,
+    match: str | None = None,
+) -> Model:
+    """Adds a model: its base is written into the vault, the carrying leaves are chosen, its settings fixed.
+
+    Args:
+      vault: an open vault.
+      name: of the model.
+      leaves: the base, as from ``files.read`` or ``files.flatten``.
+      num_chips: m.
+      alpha: bound on the probability of accusing anybody innocent on one occasion.
+      strength: of copies, as :func:`smark_jax.embedding.embed` takes it.
+      match: a regular expression; only leaves whose names match it carry.
+
+    Raises:
+      ValueError: when the name is taken or no file's name, a setting is out of range, or the base cannot carry.
+    """
+    _text.model_name(name)
+    _validate.probability("add-model", "alpha", alpha)
+    _validate.finite_number("add-model", "strength", strength)
+    tree = files.nest(leaves)
+    spec = carriers.select(tree, match)
+    _validate.positive("add-model", "num_chips", num_chips)
+    if num_chips > spec.num_weights:
+        got = f"{num_chips:,} chips for {spec.num_weights:,} carrying weights"
+        raise _validate.fail("add-model", "fewer chips than carrying weights", got, "Take fewer, or let more carry.")
+    model = Model(name, files.content_hash(leaves), spec, num_chips, alpha, strength, _text.now())
+    _refuse_taken(vault, name)
+    path = _base_path(vault, name, model.base)
+    files.write(path, dict(leaves))
+    path.chmod(0o600)
+    document = database.canonical(model._replace(spec=spec_document(spec))._asdict())  # pyright: ignore[reportArgumentType]
+    with database.transaction(vault.connection):
+        _refuse_taken(vault, name)
+        folder.record(vault, "model added", {"models": [(name, document)]}, model=name, base=model.base)
+    return model
+
+
+def _refuse_taken(vault: folder.Vault, name: str) -> None:
+    if name in names(vault):
+        cause = "A model's settings never change, since they are committed to: add it under another name."
+        raise _validate.fail("add-model", "a new name for a model", f"{name!r}, which is taken", cause)
+
+
+def names(vault: folder.Vault) -> list[str]:
+    """The models' names in the order in which they were added."""
+    return [name for (name,) in vault.connection.execute("SELECT name FROM models ORDER BY rowid")]
+
+
+def get(vault: folder.Vault, name: str) -> Model:
+    """A model's settings.
+
+    Raises:
+      ValueError: when there is no such model.
+    """
+    row = vault.connection.execute("SELECT document FROM models WHERE name = ?", (name,)).fetchone()
+    if row is None:
+        known = ", ".join(names(vault)) or "none yet"
+        cause = f"Models in this vault: {known}. 'smark add-model' adds one."
+        raise _validate.fail("vault", "the name of a model", repr(name), cause)
+    document = json.loads(row[0])
+    return Model(**{**document, "spec": spec_from(document["spec"])})
+
+
+def base(vault: folder.Vault, model: Model) -> dict[str, np.ndarray]:
+    """The leaves of a model's base.
+
+    Raises:
+      ValueError: when the file in the vault is not the one that was added.
+    """
+    path = _base_path(vault, model.name, model.base)
+    cause = "Restore it from your backup, or copy the base there as safetensors."
+    if not path.is_file():
+        raise _validate.fail("vault", f"the base of {model.name} in {path}", "no such file", cause)
+    leaves = files.read(path, max_bytes=path.stat().st_size + 1).leaves
+    if files.content_hash(leaves) != model.base:
+        raise _validate.fail("vault", f"the base of {model.name} in {path}", "another content", cause)
+    return leaves
+
+
+def _base_path(vault: folder.Vault, name: str, content: str) -> Path:
+    # With its hash, so that of two processes that add different bases under one name none overwrites the other's.
+    return vault.folder / folder.MODELS / f"{name}.{content[:16]}.safetensors"
+
+
+def carrier(vault: folder.Vault, model: Model) -> carriers.Carrier:
+    """The model's carrier."""
+    return carriers.draw(carrier_key(vault, model.name), model.spec, model.num_chips)
+
+
+def carrier_key(vault: folder.Vault, name: str) -> keys.SecretKey:
+    """The key of a model's carrier, which evidence opens."""
+    return keys.derive(vault.master, name, "carrier")
+
+
+def code_key(vault: folder.Vault, name: str) -> keys.SecretKey:
+    """The key of a model's codewords, which nobody else ever sees."""
+    return keys.derive(vault.master, name, "code")
+
+
+def probes_key(vault: folder.Vault, name: str) -> keys.SecretKey:
+    """The key of the images by which a model is traced through its answers."""
+    return keys.derive(vault.master, name, "probes")
+
+
+def spec_document(spec: carriers.Spec) -> list[list[Any]]:
+    """The carrying leaves as JSON holds them: ``[path, shape, scale]`` each."""
+    return [[leaf.path, list(leaf.shape), leaf.scale] for leaf in spec.leaves]
+
+
+def spec_from(document: Any) -> carriers.Spec:
+    """The carrying leaves of a document."""
+    return carriers.Spec(tuple(carriers.Leaf(path, tuple(shape), scale) for path, shape, scale in document))
+
+
+def spec_digest(spec: carriers.Spec) -> str:
+    """The SHA-256 of the carrying leaves' document."""
+    return hashlib.sha256(_text.canonical(spec_document(spec))).hexdigest()

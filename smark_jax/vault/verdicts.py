@@ -1,0 +1,282 @@
+"""Tracing suspects against all customers of a model, and the verdicts that the vault keeps.
+
+Each call is one occasion: the bound alpha covers all its suspects together (and the readings that the caller says were
+tried, ``tried``), not other occasions. A verdict says how many occasions there were for its model so far.
+"""
+
+import importlib.metadata
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from smark_jax import _validate, alignment, codes, extraction, files, tracing
+from smark_jax._types import ApplyFn, PyTree
+from smark_jax.vault import commitments, database, folder, models
+from smark_jax.vault._text import now
+
+
+class Aligner(NamedTuple):
+    """How suspects are aligned: what the caller named it, the base's pure network, and example images."""
+
+    name: str
+    apply_fn: ApplyFn
+    images: Any
+
+
+class Reading(NamedTuple):
+    """How a suspect is read; fixed before looking, or counted in ``tried``.
+
+    Attributes:
+      aligner: undo rewrites first.
+      rectify: as :func:`smark_jax.extraction.extract` takes it.
+      given: leaves whose place the caller states, as :func:`smark_jax.files.match_layout` takes them.
+    """
+
+    aligner: Aligner | None = None
+    rectify: bool = False
+    given: Mapping[str, str] = {}
+
+    def document(self) -> dict[str, Any]:
+        """The reading as verdicts and evidence state it."""
+        name = self.aligner.name if self.aligner else None
+        return {"align": name, "given": dict(self.given), "rectify": self.rectify}
+
+
+class Read(NamedTuple):
+    """A suspect's chips, and how its leaves were brought into the base's form."""
+
+    chips: np.ndarray
+    layout: tuple[files.Move, ...]
+    alignment: str | None
+
+
+def read(
+    leaves: Mapping[str, np.ndarray],
+    base: Mapping[str, np.ndarray],
+    spec: Any,
+    carrier: Any,
+    reading: Reading,
+) -> Read:
+    """A suspect's chips: layout, alignment where it is asked for, extraction. An arbiter's reading is this one too.
+
+    Raises:
+      ValueError: when the suspect cannot be brought into the base's form, or holds NaN or infinite weights.
+    """
+    layout = files.match_layout(leaves, base, reading.given)
+    params: PyTree = files.nest(layout.leaves)
+    report = None
+    if reading.aligner:
+        aligned = alignment.align(params, files.nest(base), reading.aligner.apply_fn, reading.aligner.images)
+        params, report = aligned.params, str(aligned.report)
+    chips = extraction.extract(params, files.nest(base), spec, carrier, reading.rectify)
+    return Read(np.asarray(chips, np.float64), layout.moves, report)
+
+
+def trace(
+    vault: folder.Vault,
+    name: str,
+    suspects: Sequence[Path],
+    reading: Reading | None = None,
+    *,
+    alpha: float | None = None,
+    tried: int = 1,
+    on_suspect: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Traces suspects against everybody who was issued a copy, and keeps the verdict.
+
+    Args:
+      vault: an open vault.
+      name: of the model.
+      suspects: files of weights. One that cannot be read does not stop the others.
+      reading: how to read them.
+      alpha: level; the committed one by default. Evidence is judged at the committed one whatever this is.
+      tried: readings of these suspects that were tried on other occasions and this one; p-values count them.
+      on_suspect: called with what is done next.
+
+    Returns:
+      The verdict document.
+
+    Raises:
+      ValueError: when there are no suspects, no such model, or no copy of it was issued.
+    """
+    _validate.positive("trace", "the number of suspects", len(suspects))
+    reading = reading or Reading()
+    model = models.get(vault, name)
+    committed(vault, name)
+    base, carrier = models.base(vault, model), models.carrier(vault, model)
+    rows, chips = [], []
+    for path in suspects:
+        on_suspect(f"reading {path.name}")
+        row: dict[str, Any] = {"file": str(path), "sha256": None, "content": None, "format": None, "read": "weights"}
+        try:
+            weights = files.read(path)
+            row |= {
+                "sha256": weights.sha256,
+                "content": files.content_hash(weights.leaves),
+                "format": weights.format,
+            }
+            found = read(weights.leaves, base, model.spec, carrier, reading)
+        except ValueError as error:
+            rows.append({**row, "verdict": "unreadable", "error": str(error), "accused": []})
+            continue
+        chips.append(found.chips)
+        moves = [move._asdict() for move in found.layout]
+        rows.append({**row, "error": None, "layout": moves, "alignment": found.alignment})
+    return judge(vault, model, rows, chips, reading, alpha=alpha, tried=tried, on_suspect=on_suspect)
+
+
+def committed(vault: folder.Vault, name: str) -> commitments.Commitment:
+    """The newest commitment to a model, whose customers are those that a suspect is compared with.
+
+    Raises:
+      ValueError: when no copy was issued.
+    """
+    commitment = commitments.latest(vault, name)
+    if commitment is None:
+        raise _validate.fail("trace", f"a model with customers, not {name}", "one without", "Run 'smark issue' first.")
+    return commitment
+
+
+def judge(
+    vault: folder.Vault,
+    model: models.Model,
+    rows: Sequence[dict[str, Any]],
+    chips: Sequence[np.ndarray],
+    reading: Reading,
+    *,
+    alpha: float | None,
+    tried: int,
+    on_suspect: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Verdicts on what was read, and their record. ``rows`` describe the suspects; those not yet judged have chips."""
+    commitment = committed(vault, model.name)
+    covered = "SELECT serial FROM licences WHERE model = ? AND number <= ? ORDER BY serial"
+    serials = [serial for (serial,) in vault.connection.execute(covered, (model.name, commitment.number))]
+    names = dict(vault.connection.execute("SELECT serial, name FROM customers"))
+    level = model.alpha if alpha is None else alpha
+    on_suspect(f"comparing with {len(serials):,} customers")
+    found: list[tracing.Verdict] = []
+    if chips:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the decoys' alarm, which the document states
+            found = list(_trace(vault, model, np.stack(chips), serials, level, tried))
+    judged = zip(found, chips, strict=True)
+    documents, blobs = [], []
+    for row in rows:
+        if "verdict" in row:
+            documents.append(row)
+            blobs.append((b"", b""))
+            continue
+        verdict, soft = next(judged)
+        documents.append({**row, **_findings(verdict, names)})
+        blobs.append((np.asarray(verdict.statistics, "<f4").tobytes(), np.asarray(soft, "<f8").tobytes()))
+    head = {
+        "smark_version": importlib.metadata.version("smark-jax"),
+        "model": model.name,
+        "num_customers": len(serials),
+        "num_chips": model.num_chips,
+        "alpha": level,
+        "decoder": models.DECODER,
+        "base_sha256": model.base,
+        "strength": model.strength,
+        "commitment": {
+            "number": commitment.number,
+            "root": commitment.root,
+            "created": commitment.header["created"],
+        },
+        "reading": reading.document(),
+    }
+    return _record(vault, head, documents, blobs)
+
+
+def _trace(
+    vault: folder.Vault,
+    model: models.Model,
+    chips: np.ndarray,
+    serials: list[int],
+    alpha: float,
+    tried: int,
+) -> tuple[tracing.Verdict, ...]:
+    key = models.code_key(vault, model.name)
+    if serials == list(range(len(serials))):
+        book = codes.Codebook(key, len(serials), model.num_chips)
+        return tracing.trace_batch(chips, book, alpha, models.DECODER, num_alignments=tried)
+    book = codes.codebook(key, serials, model.num_chips)
+    return tracing.trace_batch(chips, book, alpha, models.DECODER, serials=serials, num_alignments=tried)
+
+
+def _findings(verdict: tracing.Verdict, names: Mapping[int, str]) -> dict[str, Any]:
+    return {
+        "verdict": "traced" if verdict.accused else "nobody",
+        "accused": [{"customer": names[accused.serial], **accused._asdict()} for accused in verdict.accused],
+        "threshold": verdict.threshold if math.isfinite(verdict.threshold) else None,
+        "decoys": verdict.decoys._asdict(),
+        "num_suspects": verdict.num_suspects,
+        "num_alignments": verdict.num_alignments,
+        "assumptions": verdict.assumptions,
+    }
+
+
+def _record(
+    vault: folder.Vault, head: dict[str, Any], suspects: Sequence[dict[str, Any]], blobs: Sequence[tuple[bytes, bytes]]
+) -> dict[str, Any]:
+    created = now()
+    with database.transaction(vault.connection):
+        (last,) = vault.connection.execute("SELECT max(number) FROM verdicts").fetchone()
+        (before,) = vault.connection.execute(
+            "SELECT count(*) FROM verdicts WHERE model = ?", (head["model"],)
+        ).fetchone()
+        number = (last or 0) + 1
+        document = database.canonical({**head, "occasion": before + 1})
+        rows = [
+            (number, place, row["sha256"] or "", database.canonical(row), *some)
+            for place, (row, some) in enumerate(zip(suspects, blobs, strict=True))
+        ]
+        tables = {"verdicts": [(number, head["model"], created, document)], "suspects": rows}
+        accused = sorted({accused["serial"] for row in suspects for accused in row["accused"]})
+        folder.record(vault, "suspects traced", tables, model=head["model"], verdict=number, accused=accused)
+    return get(vault, number)
+
+
+def get(vault: folder.Vault, number: int) -> dict[str, Any]:
+    """The verdict document of this number, with every customer's statistic.
+
+    Raises:
+      ValueError: when there is none.
+    """
+    row = vault.connection.execute(
+        "SELECT number, model, created, document FROM verdicts WHERE number = ?", (number,)
+    ).fetchone()
+    if row is None:
+        (last,) = vault.connection.execute("SELECT max(number) FROM verdicts").fetchone()
+        cause = f"Verdicts 1 to {last} are there." if last else "'smark trace' makes the first."
+        raise _validate.fail("vault", "the number of a verdict", f"{number}, which there is not", cause)
+    head = json.loads(row[3])
+    customers = vault.connection.execute(
+        "SELECT serial, name FROM licences JOIN customers USING (serial) WHERE model = ? AND number <= ? "
+        "ORDER BY serial",
+        (row[1], head["commitment"]["number"]),
+    ).fetchall()
+    who = {"serials": [serial for serial, _ in customers], "customers": [name for _, name in customers]}
+    suspects = []
+    rows = vault.connection.execute(
+        "SELECT document, statistics FROM suspects WHERE verdict = ? ORDER BY place", (number,)
+    )
+    for document, statistics in rows:
+        suspect = json.loads(document)
+        if statistics:
+            suspect |= {"statistics": np.frombuffer(statistics, "<f4").astype(float).tolist(), **who}
+        suspects.append(suspect)
+    return {"number": row[0], "created": row[2], **head, "suspects": suspects}
+
+
+def chips(vault: folder.Vault, number: int, place: int) -> np.ndarray:
+    """The chips that a suspect of a verdict read, float64, shape [m]; empty when it could not be read."""
+    query = "SELECT chips FROM suspects WHERE verdict = ? AND place = ?"
+    (blob,) = vault.connection.execute(query, (number, place)).fetchone()
+    return np.frombuffer(blob, "<f8")

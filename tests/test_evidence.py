@@ -1,0 +1,397 @@
+"""Evidence: an arbiter without the vault computes it again, and whatever was changed is noticed."""
+
+import contextlib
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_vault import authority, stamp
+
+from smark_jax import carriers, files, keys, statistics, vault
+from smark_jax.vault import (
+    bundles,
+    commitments,
+    crypto,
+    customers,
+    evidence,
+    issuing,
+    models,
+    timestamps,
+    verdicts,
+    verification,
+)
+
+SECRET = "correct horse battery staple"
+
+
+def weights(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {"kernel": rng.normal(size=(100, 200)).astype(np.float32), "bias": rng.normal(size=200).astype(np.float32)}
+
+
+class Case(NamedTuple):
+    """What an arbiter gets, and the vault it came from."""
+
+    folder: Path
+    bundle: Path
+    suspect: Path
+    base: Path
+    root: str
+
+    def verify(self, **changed):
+        paths = {name: changed.pop(name, getattr(self, name)) for name in ("bundle", "suspect", "base")}
+        return verification.verify(**paths, **{"root": self.root, **changed})
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """Six customers; Ada's copy was pruned a little and rounded to bfloat16; three others mixed theirs."""
+    folder = tmp_path_factory.mktemp("evidence")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crypto, "_N", 2**10)
+        vault.create(folder / "vault", SECRET)
+        with vault.opened(folder / "vault", SECRET) as desk:
+            base = weights(0)
+            models.add(desk, "net", base)
+            names = ["Grace", "Ada", "Emmy", "王小明", "Linus", "Mary"]
+            issued = issuing.issue(desk, "net", customers.resolve(desk, names), folder / "copies")
+            leaked = files.read(issued.files[1]).leaves
+            files.write(folder / "base", base)
+            files.write(folder / "suspect", {name: np.where(abs(w) < 0.1, 0, w) for name, w in leaked.items()})
+            mixed = [files.read(path).leaves for path in issued.files[2:5]]
+            noise = np.random.default_rng(1)
+            files.write(
+                folder / "mixed",
+                {
+                    name: np.mean([m[name] for m in mixed], axis=0)
+                    + noise.normal(scale=0.003, size=w.shape).astype(np.float32)
+                    for name, w in base.items()
+                },
+            )
+            verdicts.trace(desk, "net", [folder / "suspect"])
+            (folder / "bundle").write_bytes(evidence.export(desk, 1).content)
+            root = commitments.latest(desk, "net").root
+    return Case(folder, folder / "bundle", folder / "suspect", folder / "base", root)
+
+
+def failing(report) -> set[str]:
+    return {check.name for check in report.checks if not check.holds}
+
+
+@contextlib.contextmanager
+def opened(case, tmp_path):
+    shutil.copytree(case.folder / "vault", tmp_path / "vault")
+    with vault.opened(tmp_path / "vault", SECRET) as desk:
+        yield desk
+
+
+def test_genuine_evidence_holds_and_opens_nobody_else(case):
+    report = case.verify()
+    assert report.holds
+    assert report.compared
+    assert [a["customer"] for a in report.accused] == ["Ada"]
+    assert report.accused[0]["log10_p"] < -20
+    assert not case.verify(root=None).compared
+    content = json.loads(case.bundle.read_text())["bundle"]
+    assert [opened["leaf"]["customer"] for opened in content["opened"]] == ["Ada"]
+    for name in ("Grace", "Emmy", "Linus", "Mary"):
+        assert name not in case.bundle.read_text()
+
+
+def test_the_statistic_is_what_plain_numpy_makes_of_suspect_base_and_opened_key(case):
+    content = json.loads(case.bundle.read_text())["bundle"]
+    spec = models.spec_from(content["spec"])
+    carrier = carriers.draw(keys.from_bytes(bytes.fromhex(content["carrier_key"])), spec, 304)
+    rows = np.stack([np.asarray(carriers.spread(row, carrier)) for row in np.eye(304, dtype=np.float32)])  # X, dense
+    base, suspect = files.read(case.base).leaves, files.read(case.suspect).leaves
+    shift = np.concatenate(
+        [(np.float64(suspect[path]) - base[path]).ravel() / scale for path, _, scale in content["spec"]]
+    )
+    y = rows.astype(np.float64) @ shift
+    (opened,) = content["opened"]
+    bits = [int(digit) for byte in bytes.fromhex(opened["leaf"]["word"]) for digit in f"{byte:08b}"][:304]
+    signs = 1 - 2 * np.array(bits)
+    assert case.verify().accused[0]["statistic"] == pytest.approx(y @ signs / np.linalg.norm(y), abs=1e-3)
+
+
+# What is changed is noticed. An owner who cheats signs what was changed, so both are tried.
+
+
+def forge(case, tmp_path, change, resign=True) -> Path:
+    content = json.loads(case.bundle.read_text())
+    change(content["bundle"])
+    path = tmp_path / "forged"
+    if resign:
+        master = crypto.unseal(case.folder / "vault" / "master.key", SECRET)
+        path.write_bytes(bundles.signed(content["bundle"], master))
+    else:
+        path.write_text(json.dumps(content))
+    return path
+
+
+def other_leaf(bundle):
+    bundle["opened"][0]["leaf"] = {**bundle["opened"][0]["leaf"], "customer": "Grace"}
+
+
+def other_word(bundle):
+    word = bundle["opened"][0]["leaf"]["word"]
+    bundle["opened"][0]["leaf"] = {**bundle["opened"][0]["leaf"], "word": "00" + word[2:]}
+
+
+FORGERIES = {
+    "another name in the leaf": (other_leaf, "customers"),
+    "another codeword": (other_word, "customers"),
+    "another place": (lambda b: b["opened"][0].update(index=1), "customers"),
+    "nobody accused": (lambda b: b.update(accused=[]), "customers"),
+    "a word that was not opened": (lambda b: b["accused"][0].update(support=[5]), "customers"),
+    "its own word as support": (lambda b: b["accused"][0].update(support=[1]), "customers"),
+    "a forged carrier": (lambda b: b.update(carrier_key="11" * 32), "carrier"),
+    "other leaves": (lambda b: b.update(spec=b["spec"][:1]), "carrying leaves"),
+    "another scale": (lambda b: b["spec"][0].__setitem__(2, 2 * b["spec"][0][2]), "carrying leaves"),
+    "fewer customers": (lambda b: b["commitment"]["header"].update(customers=1), "commitment"),
+    "another alpha": (lambda b: b["commitment"]["header"].update(alpha=0.5), "commitment"),
+    "another root": (lambda b: b["commitment"].update(root="11" * 32), "published root"),
+    "another statistic": (lambda b: b["accused"][0].update(statistic=17.0), "accusation of 'Ada'"),
+    "many readings": (lambda b: b.update(num_alignments=2**62), None),
+    "another reading": (lambda b: b["suspect"]["reading"].update(rectify=True), None),
+    "an alignment": (lambda b: b["suspect"]["reading"].update(align="a:b"), "read-out"),
+    "another suspect's hash": (lambda b: b["suspect"].update(content="11" * 32), "suspect"),
+    "a foreign time stamp": (lambda b: b["timestamps"].append({"time": "2020", "response": "00"}), "time stamp"),
+}
+
+
+@pytest.mark.parametrize("what", FORGERIES)
+def test_a_changed_bundle_is_noticed_with_its_signature_and_with_a_new_one(case, tmp_path, what):
+    change, expected = FORGERIES[what]
+    assert "signature" in failing(case.verify(bundle=forge(case, tmp_path, change, resign=False)))
+    found = failing(case.verify(bundle=forge(case, tmp_path, change)))
+    assert expected is None or expected in found
+    assert "signature" not in found
+
+
+def test_a_thief_s_signature_is_noticed(case, tmp_path):
+    content = json.loads(case.bundle.read_text())["bundle"]
+    (tmp_path / "forged").write_bytes(bundles.signed(content, keys.new()))
+    assert failing(case.verify(bundle=tmp_path / "forged")) == {"signature"}
+    content["commitment"]["header"]["public_key"] = crypto.public_key(thief := keys.new())
+    (tmp_path / "forged").write_bytes(bundles.signed(content, thief))
+    assert "commitment" in failing(case.verify(bundle=tmp_path / "forged"))
+
+
+def test_swapped_models_are_noticed(case, tmp_path):
+    files.write(tmp_path / "other", weights(1))
+    assert {"base", "carrying leaves"} & failing(case.verify(base=tmp_path / "other"))
+    assert "suspect" in failing(case.verify(suspect=tmp_path / "other"))
+    assert "suspect" in failing(case.verify(suspect=case.folder / "mixed"))
+    np.savez(tmp_path / "same.npz", **files.read(case.suspect).leaves)
+    assert case.verify(suspect=tmp_path / "same.npz").holds  # the same weights in another format are the same model
+
+
+def test_a_seed_that_was_ground_after_publication_is_noticed(case, tmp_path, monkeypatch):
+    """The owner draws new keys until they accuse somebody, and makes everything else anew: only the root tells."""
+    monkeypatch.setattr(crypto, "_N", 2**10)
+    vault.create(tmp_path / "ground", SECRET)
+    with vault.opened(tmp_path / "ground", SECRET) as desk:
+        models.add(desk, "net", files.read(case.base).leaves)
+        names = ["Grace", "Ada", "Emmy"]
+        issued = issuing.issue(desk, "net", customers.resolve(desk, names), tmp_path / "copies")
+        verdicts.trace(desk, "net", [issued.files[0]])
+        (tmp_path / "bundle").write_bytes(evidence.export(desk, 1).content)
+    report = case.verify(bundle=tmp_path / "bundle", suspect=issued.files[0])
+    assert failing(report) == {"published root"}
+
+
+def test_a_root_is_taken_from_the_published_file_or_as_it_is(case, tmp_path):
+    published = case.folder / "vault" / "commitments" / "net-1.json"
+    assert verification.published_root(str(published)) == case.root
+    assert verification.published_root(case.root.upper()) == case.root
+    (tmp_path / "bad.json").write_text("{}")
+    for bad in (str(tmp_path / "bad.json"), "absent", case.root[:-1]):
+        with pytest.raises(ValueError, match="evidence: expected a commitment"):
+            verification.published_root(bad)
+
+
+# Coalitions
+
+
+def test_each_of_a_coalition_is_proved_by_the_accused_s_words_alone(case, tmp_path):
+    with opened(case, tmp_path) as desk:
+        document = verdicts.trace(desk, "net", [case.folder / "mixed", case.suspect])
+        assert len(document["suspects"][0]["accused"]) == 3
+        with pytest.raises(ValueError, match=r"(?s)2 of them.*--suspect: 1 \(.*2 \("):
+            evidence.export(desk, 2)
+        with pytest.raises(ValueError, match="number 3"):
+            evidence.export(desk, 2, 3)
+        exported = evidence.export(desk, 2, 1)
+        assert set(exported.accused) == {"Emmy", "王小明", "Linus"}
+        assert exported.left_out == ()
+        assert len(evidence.exports(desk, "net")) == 2
+    (tmp_path / "bundle").write_bytes(exported.content)
+    report = case.verify(bundle=tmp_path / "bundle", suspect=case.folder / "mixed")
+    assert report.holds
+    assert {a["customer"] for a in report.accused} == set(exported.accused)
+    names = {o["leaf"]["customer"] for o in json.loads(exported.content)["bundle"]["opened"]}
+    assert names == set(exported.accused)
+
+
+def test_the_bound_of_a_test_is_as_documented(key):
+    rng = np.random.default_rng(0)
+    words = rng.choice([-1.0, 1.0], (4, 200))
+    y = words.sum(axis=0) + rng.normal(size=200)
+    found = evidence.test(y, words[0], list(words[1:]), num_customers=1000, num_suspects=3, num_alignments=2)
+    coefficients = np.linalg.solve(words[1:] @ words[1:].T, words[1:] @ y)
+    residual = y - coefficients @ words[1:]
+    statistic = residual @ words[0] / np.linalg.norm(residual)
+    assert found.statistic == pytest.approx(statistic)
+    choices = 1000 * math.comb(999, 3) * 2**4 * 3 * 2
+    expected = float(statistics.log_p_value(statistic, residual)) / math.log(10) + math.log10(choices)
+    assert found.log10_p == pytest.approx(expected, abs=1e-6)
+    zero = evidence.test(np.zeros(200), words[0], [], num_customers=9, num_suspects=1, num_alignments=1)
+    assert zero == (0.0, 0.0)
+
+
+def test_an_owner_who_searches_all_supports_accuses_an_innocent_no_more_than_alpha_says():
+    """At alpha = 0.1: the worst of all innocents and supports of up to two. Without the factor for choices it fails."""
+    rng = np.random.default_rng(3)
+    num_customers, num_chips, trials, alpha = 8, 48, 150, 0.1
+    wrong = uncorrected = 0
+    for _ in range(trials):
+        book = rng.choice([-1.0, 1.0], (num_customers, num_chips))
+        y = book[:2].mean(axis=0) + rng.normal(scale=0.7, size=num_chips)
+        best, plain = 0.0, 0.0
+        for size in (0, 1, 2):
+            found = []
+            for j in range(2, num_customers):
+                others = [i for i in range(num_customers) if i != j]
+                for support in ([], *([i] for i in others), *([i, k] for i in others for k in others if i < k)):
+                    if len(support) == size:
+                        found.append((abs(_statistic(y, book[j], book[support])), j, support))
+            _, j, support = max(found)
+            test = evidence.test(
+                y, book[j], list(book[support]), num_customers=num_customers, num_suspects=1, num_alignments=1
+            )
+            best = min(best, test.log10_p)
+            # The exact normal tail in place of the proved bound, for the same N: what a naive arbiter would compute.
+            plain = min(plain, math.log10(2 * stats.norm.sf(abs(test.statistic)) * num_customers))
+        wrong += best <= math.log10(alpha)
+        uncorrected += plain <= math.log10(alpha)
+    assert wrong / trials <= alpha
+    assert stats.binomtest(uncorrected, trials, alpha, "greater").pvalue < 0.01  # negative control
+
+
+def _statistic(y: np.ndarray, word: np.ndarray, support: np.ndarray) -> float:
+    residual = y - np.linalg.lstsq(support.T, y, rcond=None)[0] @ support if len(support) else y
+    return float(residual @ word / np.linalg.norm(residual))
+
+
+# What else is exported
+
+
+def test_a_verdict_against_nobody_is_no_evidence(case, tmp_path):
+    with opened(case, tmp_path) as desk:
+        verdicts.trace(desk, "net", [case.base, tmp_path / "absent"])
+        with pytest.raises(ValueError, match="0 of them"):
+            evidence.export(desk, 2)
+        with pytest.raises(ValueError, match="number of a verdict"):
+            evidence.export(desk, 9)
+
+
+def test_an_accusation_at_a_weaker_alpha_than_committed_is_not_exported(case, tmp_path):
+    """Noise until the joint decoder accuses at 0.3 and not at the committed 1e-6."""
+    leaked, rng = files.read(case.suspect).leaves, np.random.default_rng(0)
+    with opened(case, tmp_path) as desk:
+        for number in range(2, 12):
+            noisy = {name: w + rng.normal(scale=0.9, size=w.shape).astype(np.float32) for name, w in leaked.items()}
+            files.write(tmp_path / "weak", noisy)
+            (suspect,) = verdicts.trace(desk, "net", [tmp_path / "weak"], alpha=0.3)["suspects"]
+            if suspect["accused"] and suspect["accused"][0]["p_value"] > 1e-6:
+                with pytest.raises(ValueError, match="an accusation that holds at alpha 1e-06"):
+                    evidence.export(desk, number)
+                return
+    pytest.fail("no noise made a weak accusation")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl as a time-stamp authority")
+def test_time_stamps_travel_with_the_evidence(case, tmp_path):
+    authority(tmp_path)
+    with opened(case, tmp_path) as desk:
+        commitment = commitments.get(desk, "net", 1)
+        time = timestamps.store(desk, commitment, stamp(tmp_path, timestamps.request(commitment)))
+        (tmp_path / "bundle").write_bytes(evidence.export(desk, 1).content)
+    report = case.verify(bundle=tmp_path / "bundle")
+    assert report.holds
+    (check,) = (check for check in report.checks if check.name == "time stamp")
+    assert time in check.detail
+
+
+# Hostile bundles
+
+
+def mutated(rng: random.Random, original: bytes) -> bytes:
+    """A bundle that was cut, flipped, or given values of other kinds."""
+    kind = rng.randrange(4)
+    data = bytearray(original)
+    if kind == 0:
+        return original[: rng.randrange(len(original))]
+    if kind == 1:
+        for _ in range(rng.randrange(1, 6)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        return bytes(data)
+    if kind == 2:
+        return rng.choice([b"[" * 100_000, b'{"bundle": ' * 20_000, b"1" * 10_000, b"\xff\xfe", b"NaN", b"", b"null"])
+    document = json.loads(original)
+    parents = [document]
+    for _ in range(rng.randrange(1, 7)):
+        inner = [v for v in _items(parents[-1]) if isinstance(v, dict | list) and v]
+        parents += [rng.choice(inner)] if inner else []
+    parent = parents[-1]
+    name = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+    values = [None, -1, 10**30, 1e308, "", "zz", "../../etc/passwd", [], {}, [[]], True, "00" * 32, "x" * 10**5]
+    parent[name] = rng.choice(values)
+    return json.dumps(document).encode()
+
+
+def _items(value):
+    return list(value.values()) if isinstance(value, dict) else value
+
+
+def test_hostile_bundles_are_refused_or_do_not_hold(case, tmp_path):
+    rng, original = random.Random(0), case.bundle.read_bytes()
+    path, refused, failed = tmp_path / "bundle", 0, 0
+    for _ in range(300):
+        content = mutated(rng, original)
+        path.write_bytes(content)
+        try:
+            report = case.verify(bundle=path)
+        except bundles.Unreadable as error:
+            assert str(error).isprintable(), error
+            assert "Ask for the file again" in str(error)
+            refused += 1
+        else:
+            same = json.loads(content) == json.loads(original)
+            assert report.holds == same
+            failed += not same
+    assert refused > 200
+    assert failed > 5
+
+
+def test_a_bundle_that_is_too_large_is_not_read(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundles, "LARGEST", 1000)
+    with pytest.raises(ValueError, match="at most 1,000 bytes"):
+        case.verify()
+
+
+def test_no_secret_but_the_carrier_s_key_is_in_a_bundle(case):
+    master = crypto.unseal(case.folder / "vault" / "master.key", SECRET)
+    text = case.bundle.read_text()
+    labels = [("net", name) for name in ("code", "probes", "decoy", "salt")] + [("log",), ("signing",)]
+    secrets = [master, *(keys.derive(master, *some) for some in labels)]
+    for secret in secrets:
+        assert secret.to_bytes().hex() not in text
+    assert keys.derive(master, "net", "carrier").to_bytes().hex() in text
