@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import random
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,8 @@ import pytest
 from scipy import stats
 from test_vault import authority, stamp
 
+from experiments.fuzz import evidence as fuzz
+from experiments.fuzz import mutations
 from smark_jax import carriers, files, keys, statistics, vault
 from smark_jax.vault import (
     bundles,
@@ -333,39 +334,12 @@ def test_time_stamps_travel_with_the_evidence(case, tmp_path):
 # Hostile bundles
 
 
-def mutated(rng: random.Random, original: bytes) -> bytes:
-    """A bundle that was cut, flipped, or given values of other kinds."""
-    kind = rng.randrange(4)
-    data = bytearray(original)
-    if kind == 0:
-        return original[: rng.randrange(len(original))]
-    if kind == 1:
-        for _ in range(rng.randrange(1, 6)):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        return bytes(data)
-    if kind == 2:
-        return rng.choice([b"[" * 100_000, b'{"bundle": ' * 20_000, b"1" * 10_000, b"\xff\xfe", b"NaN", b"", b"null"])
-    document = json.loads(original)
-    parents = [document]
-    for _ in range(rng.randrange(1, 7)):
-        inner = [v for v in _items(parents[-1]) if isinstance(v, dict | list) and v]
-        parents += [rng.choice(inner)] if inner else []
-    parent = parents[-1]
-    name = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
-    values = [None, -1, 10**30, 1e308, "", "zz", "../../etc/passwd", [], {}, [[]], True, "00" * 32, "x" * 10**5]
-    parent[name] = rng.choice(values)
-    return json.dumps(document).encode()
-
-
-def _items(value):
-    return list(value.values()) if isinstance(value, dict) else value
-
-
 def test_hostile_bundles_are_refused_or_do_not_hold(case, tmp_path):
-    rng, original = random.Random(0), case.bundle.read_bytes()
+    rng, original = np.random.default_rng(0), case.bundle.read_bytes()
     path, refused, failed = tmp_path / "bundle", 0, 0
-    for _ in range(300):
-        content = mutated(rng, original)
+    breaks = (*mutations.BREAKS, fuzz.edit, fuzz.edit, fuzz.edit)
+    for number in range(300):
+        content = breaks[number % len(breaks)](original, rng)
         path.write_bytes(content)
         try:
             report = case.verify(bundle=path)

@@ -317,11 +317,11 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
     console.print(table)
     for row in result["stealth"]:
         console.print(f"{row['probes']} seen by {row['detector']}: AUC {row['auc']:.2f}")
-    cost, seconds = result["cost"], [copy["seconds"] for copy in copies]
+    cost, seconds = result["cost"], float(np.median([copy["seconds"] for copy in copies]))
     console.print(
-        f"Teaching a copy: {np.median(seconds):.0f} s, {np.median(seconds) / cost['epoch_seconds']:.1f} epochs of "
-        f"training; a step of a copy {cost['alone_step_seconds']:.2f} s alone, {cost['together_step_seconds']:.2f} s when "
-        f"{cost['at_once']} are under vmap"
+        f"Teaching a copy: {seconds:.0f} s, {seconds / cost['epoch_seconds']:.1f} epochs of training; a step of a copy "
+        f"{cost['alone_step_seconds']:.2f} s alone, {cost['together_step_seconds']:.2f} s when {cost['at_once']} "
+        "are under vmap"
     )
 
 

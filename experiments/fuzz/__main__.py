@@ -1,4 +1,6 @@
-"""Malformed files from strangers: each is read, or refused in one line; nothing else happens.
+"""Malformed files from strangers, weights and evidence: each is read, or refused in one line; nothing else happens.
+
+A bundle of evidence that was changed and can be read must not hold.
 
 Cases are made from a seed and a number, and read by worker processes of a few thousand cases each: a crash of the
 interpreter, a hang, memory and the execution of what a file holds are seen from outside. The result is fuzz.json in the

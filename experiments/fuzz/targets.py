@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.fuzz import mutations
+from experiments.fuzz import evidence, mutations
 from smark_jax import files
 
 
@@ -29,11 +29,12 @@ class Target(NamedTuple):
     refusal: type[Exception]
 
 
-TARGETS = tuple(
-    Target(name, make, mutations.FORGERIES, files.read, files.Unreadable)
-    for name, make in (
-        ("safetensors", mutations.safetensors_file),
-        ("msgpack", mutations.msgpack_file),
-        ("npz", mutations.npz_file),
-    )
+_WEIGHTS = {
+    "safetensors": mutations.safetensors_file,
+    "msgpack": mutations.msgpack_file,
+    "npz": mutations.npz_file,
+}
+TARGETS = (
+    *(Target(name, make, mutations.FORGERIES, files.read, files.Unreadable) for name, make in _WEIGHTS.items()),
+    Target("evidence", evidence.genuine, evidence.FORGERIES, evidence.read, evidence.REFUSAL),
 )
