@@ -55,7 +55,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     rows, shown = [], {}
     for name, clean in kinds.items():
         payload = rng.integers(0, 2, (len(clean), blackbox.PAYLOAD_BITS))
-        for strength in (*config.strengths, _STRONG[name]):
+        for strength in dict.fromkeys((*config.strengths, _STRONG[name])):
             marked = blackbox.mark_images(clean, payload, key, strength)
             row = _measure(clean, marked, payload, key, strength, rng)
             if name == _DIGITS:
@@ -182,6 +182,8 @@ def picture(path: Path, result: sections.Result) -> None:
     """Clean, marked, and 20 times the difference around grey, for each kind of images."""
     with sections.figure(path, 10, 1.55 * len(result["shown"])) as figure:
         grid = figure.subplots(len(result["shown"]), 3 * _SHOWN)
+        for number, title in enumerate(("clean", "marked", "difference x 20") * _SHOWN):
+            grid[0][number].set_title(title, fontsize=8)
         for row, (name, pair) in zip(grid, result["shown"].items(), strict=True):
             clean, marked = (np.array(part, np.uint8) for part in pair)
             difference = np.clip(128 + 20.0 * (marked.astype(int) - clean), 0, 255).astype(np.uint8)
@@ -192,6 +194,4 @@ def picture(path: Path, result: sections.Result) -> None:
                     axes.set_xticks([])
                     axes.set_yticks([])
                     axes.spines[:].set_visible(False)
-                    if row is grid[0]:
-                        axes.set_title(("clean", "marked", "difference x 20")[place], fontsize=7)
             row[0].set_ylabel(name.replace(" ", "\n", 1), fontsize=7)
