@@ -223,9 +223,8 @@ def _stealth(owner: _Owner, seed: int) -> list[dict[str, Any]]:
     """Area under the ROC of detectors that a wary API might run, probes against held-out images; 0.5 is invisible."""
     subject, shape = owner.subject, owner.subject.images.shape[1:]
     key = networks.secret(seed, "answers", "patterns")
-    patterns = blackbox.probes(
-        key, len(owner.probes), shape, scores=lambda x: subject.apply_fn(subject.base, jnp.asarray(x))
-    )
+    scores = lambda x: subject.apply_fn(subject.base, jnp.asarray(x))  # noqa: E731
+    patterns = blackbox.probes(key, len(owner.probes), shape, scores=scores)
     flat = subject.images.reshape(len(subject.images), -1).astype(np.float64)
     mean = flat.mean(axis=0)
     axes = np.linalg.svd(flat - mean, full_matrices=False)[2][:64]
