@@ -93,8 +93,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         meter.part(f"copy-{number}", each, functools.partial(_copy, owner, taught, number, config, seed, meter))
         for number in range(config.copies)
     ]
-    together = min(max(config.copies, 2), max(_COALITIONS))
-    averages = meter.part("averages", 0, functools.partial(_averages, owner, taught, min(together, config.copies)))
+    averages = meter.part("averages", 0, functools.partial(_averages, owner, taught, config.copies))
     distilled = [
         meter.part(f"distilled-{number}", 0, functools.partial(_distilled, owner, taught, number, config, seed, meter))
         for number in range(config.distilled)
