@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from smark_jax import _validate
+from smark_jax import _disk, _validate
 from smark_jax.files import _limits, trees
 
 _KINDS = {dtype: kind for kind, dtype in _limits.DTYPES.items()}
@@ -60,7 +60,7 @@ def write(path: str | os.PathLike[str], params: Any) -> str:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
-    _flush_folder(target.parent)
+    _disk.flush_folder(target.parent)
     return digest.hexdigest()
 
 
@@ -75,12 +75,3 @@ def _header(leaves: dict[str, np.ndarray], names: list[str]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,7 +15,7 @@ import filelock
 import jax
 import numpy as np
 
-from smark_jax import _validate, codes, embedding, files
+from smark_jax import _disk, _validate, codes, embedding, files
 from smark_jax._types import PyTree
 from smark_jax.vault import _text, commitments, database, folder, models
 from smark_jax.vault.customers import Customer
@@ -184,7 +184,7 @@ def _write(vault: folder.Vault, model: models.Model, base: PyTree, licences: Seq
                 folder.record(vault, "copies made", {"copies": rows}, model=model.name)
             for part, path in parts:
                 part.replace(path)
-            folder.flush(some[0].path.parent)
+            _disk.flush_folder(some[0].path.parent)
             yield len(some)
 
 
