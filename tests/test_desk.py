@@ -1,6 +1,9 @@
 """The owner's desk through the installed console script, from a new vault to evidence that an arbiter verifies."""
 
 import base64
+import concurrent.futures
+import contextlib
+import datetime
 import hashlib
 import http.server
 import io
@@ -8,6 +11,7 @@ import json
 import os
 import pty
 import random
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,12 +22,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 import safetensors.numpy
+import time_stamps
 from PIL import Image
 
 from experiments.crash import kills
-from smark_jax import alignment, attacks, blackbox, codes, data, files, keys, models, vault
+from smark_jax import alignment, attacks, blackbox, cli, codes, data, files, keys, models, vault
 from smark_jax.vault import models as vault_models
 from smark_jax.vault import queries
 
@@ -62,6 +68,27 @@ class Desk:
     def json(self, *arguments: Any, code: int = 0) -> Any:
         """Runs a command with --json; its stdout is one JSON document and nothing else."""
         return json.loads(self.run(*arguments, "--json", code=code))
+
+
+class Here(Desk):
+    """Commands run in this process, which saves the seconds that another takes to start."""
+
+    def run(self, *arguments: Any, code: int = 0) -> str:
+        stdout, stderr = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setenv("SMARK_PASSPHRASE", SECRET)
+            patch.setenv("COLUMNS", "200")
+            patch.setattr(sys, "argv", ["smark", *map(str, arguments)])
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                try:
+                    cli.main()
+                    ended = 0
+                except SystemExit as end:
+                    ended = end.code
+        self.stderr = stderr.getvalue()
+        assert ended == code, self.stderr
+        return stdout.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +250,7 @@ def _forms(secret: bytes) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A vault with a small model and one customer."""
-    desk = Desk(tmp_path_factory.mktemp("small"))
+    desk = Here(tmp_path_factory.mktemp("small"))
     rng = np.random.default_rng(0)
     np.savez(desk.folder / "base.npz", kernel=rng.normal(size=(60, 100)).astype(np.float32))
     desk.run("init", "vault")
@@ -234,7 +261,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_has_an_example_in_its_help(command, tmp_path):
-    shown = Desk(tmp_path).run(*command, "--help")
+    shown = Here(tmp_path).run(*command, "--help")
     assert "Example" in shown
     assert f"smark {' '.join(command)}" in shown
     assert "--json" in shown or command == ("demo",)
@@ -359,6 +386,41 @@ def _typed(arguments: list[str], lines: list[str], folder: Path, environment: di
     return process.wait(60), shown.decode()
 
 
+def test_an_orbax_checkpoint_and_a_time_stamp_are_taken(small, tmp_path):
+    kernel = np.load(small.folder / "base.npz")["kernel"]
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", {"dense": {"kernel": kernel}})
+    added = small.json("add-model", "vault", "orbax", tmp_path / "checkpoint", "--chips", 64)
+    assert (added["leaves"], added["carrying_weights"]) == (1, 6000)
+    small.run("issue", "vault", "orbax", "Ada", "--out", "orbax", "--timestamp-request", "request.tsq")
+    if shutil.which("openssl") is None:
+        return
+    time_stamps.authority(tmp_path)
+    (tmp_path / "answer.tsr").write_bytes(time_stamps.stamp(tmp_path, (small.folder / "request.tsq").read_bytes()))
+    kept = small.json("evidence", "timestamp", "vault", "orbax", 1, tmp_path / "answer.tsr")
+    assert (kept["model"], kept["number"]) == ("orbax", 1)
+    assert abs(datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(kept["time"])).days == 0
+
+
+def test_two_issues_at_once_write_every_copy_once(small):
+    """Both processes are asked for the same forty customers and ten of their own."""
+    names = [f"c {i}" for i in range(60)]
+    lists = [names[:50], names[10:]]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        desks = [Desk(small.folder) for _ in lists]
+        done = [
+            pool.submit(desk.json, "issue", "vault", "net", *some, "--out", "many")
+            for desk, some in zip(desks, lists, strict=True)
+        ]
+        found = [one.result() for one in done]
+    assert sum(one["licensed"] for one in found) == sum(one["written"] for one in found) == 60
+    copies = list((small.folder / "many").iterdir())
+    assert len(copies) == 60
+    with vault.opened(small.folder / "vault", SECRET) as opened:
+        known = {sha for (sha,) in opened.connection.execute("SELECT sha256 FROM copies WHERE model = 'net'")}
+    assert {hashlib.sha256(copy.read_bytes()).hexdigest() for copy in copies} <= known
+
+
 def test_a_probable_cause_is_named_when_leaves_are_ambiguous(small):
     rng = np.random.default_rng(1)
     np.savez(small.folder / "two.npz", a=rng.normal(size=(60, 60)), b=rng.normal(size=(60, 60)))
@@ -387,7 +449,7 @@ class Answers(NamedTuple):
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
     """A vault whose model has probes, and the answers of customer 1's copy, of which one in ten is wrong."""
-    desk = Desk(tmp_path_factory.mktemp("asked"))
+    desk = Here(tmp_path_factory.mktemp("asked"))
     rng = np.random.default_rng(0)
     np.savez(desk.folder / "base.npz", kernel=rng.normal(size=(60, 100)).astype(np.float32))
     np.savez(desk.folder / "images.npz", images=data.load("mnist_5k", "train").images[:50])
