@@ -545,6 +545,52 @@ def test_a_command_is_traced_by_its_answers_and_does_not_see_the_passphrase(aske
     assert "exit code 1" in desk.stderr
 
 
+def test_a_taught_copy_is_traced_by_its_answers_and_by_its_weights(tmp_path):
+    """A linear classifier of pictures of two kinds; its 40 probes lie between them."""
+    desk, rng = Here(tmp_path), np.random.default_rng(0)
+    centres = rng.integers(60, 196, (4, 24, 24, 1))
+    labels = rng.integers(0, 4, 200)
+    pictures = np.clip(centres[labels] + rng.normal(0, 20, (200, 24, 24, 1)), 0, 255).astype(np.uint8)
+    kernel = (centres.reshape(4, -1) - centres.mean(axis=0).ravel()).T.astype(np.float32) / 300
+    np.savez(tmp_path / "base.npz", kernel=kernel)
+    np.savez(tmp_path / "images.npz", images=pictures)
+    (tmp_path / "linear.py").write_text(
+        "import jax.numpy as jnp\nimport numpy as np\n\n\n"
+        "def apply_fn(params, x):\n"
+        "    x = jnp.asarray(x, jnp.float32).reshape(len(x), -1) / 255 - 0.5\n"
+        "    return x @ params['kernel']\n\n\n"
+        "def teaching():\n    return apply_fn, np.load('images.npz')['images']\n"
+    )
+    desk.run("init", "vault")
+    network = ("--network", "linear:teaching")
+    made = ("--probes", "images.npz", "--classes", 4, "--chips", 40, "--strength", 0.1, "--alpha", 0.01)
+    desk.run("add-model", "vault", "net", "base.npz", *made, *network)
+    issued = desk.json("issue", "vault", "net", "Ada", "Grace", "--out", "copies", "--teach", "linear:teaching")
+    assert issued["written"] == 2
+    assert "--teach" not in desk.stderr
+    with vault.opened(tmp_path / "vault", SECRET) as opened:
+        probes, classes = queries.probes(opened, "net")
+        words = np.asarray(codes.codebook(vault_models.code_key(opened, "net"), [0, 1], 40))
+        known = {sha256 for (sha256,) in opened.connection.execute("SELECT sha256 FROM copies")}
+    sides = blackbox.halves(probes, classes)
+    for file, word in zip(issued["files"], words, strict=True):
+        content = (tmp_path / file).read_bytes()
+        assert hashlib.sha256(content).hexdigest() in known
+        taught = np.einsum("nd,dc->nc", probes.reshape(40, -1) / 255 - 0.5, safetensors.numpy.load(content)["kernel"])
+        untaught = np.einsum("nd,dc->nc", probes.reshape(40, -1) / 255 - 0.5, kernel)
+        agreement = [(sides[np.arange(40), logits.argmax(axis=1)] == word).mean() for logits in (taught, untaught)]
+        assert agreement[0] > agreement[1] + 0.1
+    traced = desk.json("trace", "vault", "net", issued["files"][1])
+    assert [a["customer"] for a in traced["suspects"][0]["accused"]] == ["Grace"]
+    again = desk.json("issue", "vault", "net", "Ada", "Grace", "--out", "copies", "--teach", "linear:teaching")
+    assert again["written"] == 0
+    desk.run("issue", "vault", "net", "Emmy", "--out", "copies")
+    assert "without --teach" in desk.stderr
+    desk.run("add-model", "vault", "plain", "base.npz", "--chips", 40)
+    desk.run("issue", "vault", "plain", "Ada", "--out", "plain", "--teach", "linear:teaching", code=1)
+    assert "--probes" in desk.stderr
+
+
 # Crashes
 
 
