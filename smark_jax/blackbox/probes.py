@@ -300,7 +300,7 @@ class _Batch(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _probabilities(apply_fn: ApplyFn, params: PyTree, images: AnyArray) -> Array:
+def _probabilities(apply_fn: ApplyFn, params: PyTree, images: Array) -> Array:
     return jax.nn.softmax(apply_fn(params, images).astype(jnp.float32))
 
 
