@@ -163,7 +163,8 @@ def _carrying(who: str, params: PyTree, spec: Spec) -> list[Any]:
 @functools.partial(jax.jit, static_argnames="spec")
 def _read(leaves: list[Array], spec: Spec) -> Array:
     scaled = [jnp.ravel(x).astype(jnp.float32) * (1 / leaf.scale) for x, leaf in zip(leaves, spec.leaves, strict=True)]
-    return jnp.concatenate(scaled)
+    # The barrier keeps XLA from fusing the products into the concatenation, which it would then make weight by weight.
+    return jnp.concatenate(jax.lax.optimization_barrier(scaled))
 
 
 @functools.partial(jax.jit, static_argnames="spec")
