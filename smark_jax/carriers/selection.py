@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from smark_jax import _validate
 from smark_jax._types import AnyArray, PyTree
@@ -106,6 +106,15 @@ def read(params: PyTree, spec: Spec) -> Float[Array, " D"]:
       ValueError: when a carrying leaf is missing from ``params`` or has another shape.
     """
     return _read(_carrying("read", params, spec), spec)
+
+
+def finite(params: PyTree, spec: Spec) -> Bool[Array, ""]:
+    """Whether no carrying weight is NaN or infinite; unlike a look at :func:`read`, it makes no vector of them.
+
+    Raises:
+      ValueError: when a carrying leaf is missing from ``params`` or has another shape.
+    """
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in _carrying("finite", params, spec)]).all()
 
 
 def write(params: PyTree, spec: Spec, vector: Float[AnyArray, " D"]) -> PyTree:
