@@ -22,8 +22,7 @@ CNN_WEIGHTS = 421_642
 class Config:
     """Sizes; ``rounds`` of each race, fewer where they would take more than ``seconds``.
 
-    ``dense_gigabytes`` are what PyTorch's projection may take. ``factor`` and ``learning_rate`` are those of
-    fine-tuning with Uchida's loss, chosen to need few steps. Real models are (name, dtype, weights, chips).
+    ``dense_gigabytes`` are what PyTorch's projection may take; ``models`` are (name, dtype, weights, chips).
     """
 
     rounds: int
@@ -37,8 +36,6 @@ class Config:
     customers: int = 10**6
     parties: int = 4
     batch: int = 64
-    factor: float = 1.0
-    learning_rate: float = 1e-3
     models: tuple[tuple[str, str, int, int], ...] = (
         ("ResNet-50", "float32", 0, 304),
         ("ViT-B/16", "float32", 0, 304),
@@ -63,13 +60,14 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         "verdict": _verdict,
         "models": _models,
     }
+    tell = lambda note: meter.step(note, 0)  # noqa: E731
     meter.start(1 + len(cases))
-    rates = meter.part("rates", 1, lambda: measured_rates(setting))
+    rates = meter.part("rates", 0, lambda: measured_rates(setting, tell))
     meter.step("rates of the machine")
     targets: list[Found] = []
     timings: list[Timing] = list(rates["timings"])
     for name, case in cases.items():
-        found = meter.part(name, 1, lambda case=case: case(config, setting, seed, lambda note: meter.step(note, 0)))
+        found = meter.part(name, 0, lambda case=case: case(config, setting, seed, tell))
         meter.step(name)
         targets += found["targets"]
         timings += found["timings"]
@@ -80,10 +78,10 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     return {"machine": race.machine(setting), "rates": rates["rates"], "targets": targets, "timings": timings}
 
 
-def measured_rates(setting: race.Setting) -> Found:
+def measured_rates(setting: race.Setting, tell: Callable[[str], None]) -> Found:
     """What the machine can do, in bytes and operations a second."""
-    entry = Entry("floor", "rates", {"megabytes": 256, "matrix": 2048, "threads": setting.threads})
-    timings = race.race([entry], setting, 7)
+    entry = Entry("floor", "rates", {"megabytes": 256, "matrix": 1024, "threads": setting.threads})
+    timings = race.race([entry], setting, 7, on_lap=tell)
     rates = {timing["arm"]: timing["facts"]["amount"][0] / timing["median"] for timing in timings}
     return {"timings": timings, "rates": rates}
 
@@ -145,11 +143,10 @@ def _copies(config: Config, setting: race.Setting, seed: int, tell: Callable[[st
         model = f"{folder}/model.npz"
         size = trained(model, config.epochs, seed, tell)
         disk = {"num_copies": config.copies, "folder": folder}
-        tune = {"factor": config.factor, "learning_rate": config.learning_rate, "batch": config.batch, "seed": seed}
         entries = [
             Entry("jax", "disk", {**disk, "model": model, "scored": config.scored, "seed": seed}),
             Entry("floor", "disk", {**disk, "num_bytes": size}),
-            Entry("torch", "tune", {"model": model, "num_chips": config.num_chips, **tune}),
+            Entry("torch", "tune", {"model": model, "num_chips": config.num_chips, "seed": seed}),
         ]
         timings = race.race(entries, setting, config.rounds, seconds=2 * config.seconds, on_lap=tell)
     for timing in timings:  # where they were is nobody's business

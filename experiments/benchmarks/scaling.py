@@ -69,17 +69,14 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     setting = race.setting()
     points = _points(config, seed)
+    tell = lambda note: meter.step(note, 0)  # noqa: E731
     meter.start(1 + len(points))
-    rates = meter.part("rates", 1, lambda: compare.measured_rates(setting))["rates"]
+    rates = meter.part("rates", 0, lambda: compare.measured_rates(setting, tell))["rates"]
     meter.step("rates of the machine")
     known = floor_side.Rates(**rates)
     timings = []
     for number, (curve, entries) in enumerate(points):
-
-        def compute(entries: Sequence[Entry] = entries) -> list[Timing]:
-            tell = lambda note: meter.step(note, 0)  # noqa: E731
-            return race.race(entries, setting, config.rounds, seconds=config.seconds, on_lap=tell)
-
+        compute = lambda: race.race(entries, setting, config.rounds, seconds=config.seconds, on_lap=tell)  # noqa: E731
         found = meter.part(f"point {number}", 0, compute)
         meter.step(f"{curve} = {entries[0].params[CURVES[curve][0]]:,}")
         for timing in found:
