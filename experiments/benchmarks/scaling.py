@@ -1,6 +1,7 @@
 """How time grows: with weights D, chips m, customers N, copies K and parties P, and the exponents fitted to it."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,10 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     rates = meter.part("rates", 0, lambda: compare.measured_rates(setting, tell))["rates"]
     meter.step("rates of the machine")
     known = floor_side.Rates(**rates)
+    measure = functools.partial(race.race, setting=setting, rounds=config.rounds, seconds=config.seconds, on_lap=tell)
     timings = []
     for number, (curve, entries) in enumerate(points):
-        compute = lambda: race.race(entries, setting, config.rounds, seconds=config.seconds, on_lap=tell)  # noqa: E731
-        found = meter.part(f"point {number}", 0, compute)
+        found = meter.part(f"point {number}", 0, functools.partial(measure, entries))
         meter.step(f"{curve} = {entries[0].params[CURVES[curve][0]]:,}")
         for timing in found:
             timing |= {"curve": curve, "size": timing["params"][CURVES[curve][0]]}
