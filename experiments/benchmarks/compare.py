@@ -180,14 +180,9 @@ def trained(path: str, epochs: int, seed: int, tell: Callable[[str], None]) -> i
     tell(f"train the CNN for {epochs} epochs")
     subject = networks.train(models.CNN(), seed, epochs)
     leaves = files.flatten(subject.base)
-    np.savez(
-        path,
-        train_images=subject.images,
-        train_labels=subject.labels,
-        test_images=subject.test_images,
-        test_labels=subject.test_labels,
-        **{f"weights:{name}": leaf for name, leaf in leaves.items()},
-    )
+    arrays: dict[str, Any] = {f"weights:{name}": leaf for name, leaf in leaves.items()}
+    arrays |= {"train_images": subject.images, "train_labels": subject.labels}
+    np.savez(path, **arrays, test_images=subject.test_images, test_labels=subject.test_labels)
     copy = Path(path).with_suffix(".safetensors")
     files.write(copy, leaves)
     return copy.stat().st_size

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
-Arms = dict[str, Callable[[], dict[str, Any] | None]]
+Arms = Mapping[str, Callable[[], dict[str, Any] | None]]
 
 _KEYSTREAM_BLOCK = 64
 # Multiplications and additions of the CNN for one image: two convolutions and two dense layers; backward takes twice

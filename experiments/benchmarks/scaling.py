@@ -30,7 +30,7 @@ class Config:
     copies: tuple[int, ...]
     parties: tuple[int, ...]
     dense_gigabytes: float
-    weights_of_chips: int = 4_000_000
+    weights_of_chips: int = 900_000
 
 
 QUICK = Config(
@@ -41,7 +41,7 @@ QUICK = Config(
     customers=(10**3, 10**5, 10**6),
     copies=(1, 10, 100),
     parties=(2, 8),
-    dense_gigabytes=1,
+    dense_gigabytes=1.2,
 )
 FULL = Config(
     7,

@@ -9,7 +9,7 @@ faster than what it is compared with, not slower.
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Arms = dict[str, Callable[[], dict[str, Any] | None]]
+Arms = Mapping[str, Callable[[], dict[str, Any] | None]]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Codewords that are unpacked at a time, and copies that are made at a time.
