@@ -81,12 +81,12 @@ class Worker:
             self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            self._process.wait()
+            status = self._process.wait()
             self._errors.seek(0)
-            raise RuntimeError(
-                f"The worker for {self.entry} ended with status {self._process.returncode} "
-                f"(-9: most likely out of memory). Its last words:\n{self._errors.read()[-3000:]}"
-            )
+            words = self._errors.read()[-3000:]
+            self.close()
+            cause = "most likely for want of memory" if status == -9 else f"its last words:\n{words}"
+            raise RuntimeError(f"The worker for {self.entry} ended with status {status}: {cause}")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Worker:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
         self._process.wait()
-        self._errors.close()
+        self._errors.close()  # harmless when closed already
 
 
 def race(

@@ -179,5 +179,6 @@ def picture(path: Path, result: sections.Result) -> None:
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xlabel(name)
-            axes.legend(frameon=False, fontsize=6)
+            if arms:
+                axes.legend(frameon=False, fontsize=6)
         fig.axes[0].set_ylabel("seconds (dotted: the machine's floor)")

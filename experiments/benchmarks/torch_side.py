@@ -161,8 +161,8 @@ def network(leaves: dict[str, np.ndarray]) -> CNN:
     ):
         kernel = leaves[f"{name}/kernel"]
         order = (3, 2, 0, 1) if kernel.ndim == 4 else (1, 0)
-        state[f"{torch_name}.weight"] = torch.from_numpy(np.ascontiguousarray(kernel.transpose(order)))
-        state[f"{torch_name}.bias"] = torch.from_numpy(leaves[f"{name}/bias"])
+        state[f"{torch_name}.weight"] = torch.tensor(kernel.transpose(order))
+        state[f"{torch_name}.bias"] = torch.tensor(leaves[f"{name}/bias"])
     found = CNN()
     found.load_state_dict(state)
     return found.to(DEVICE).to(memory_format=torch.channels_last)
