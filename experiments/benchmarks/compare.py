@@ -45,7 +45,7 @@ class Config:
 
 
 QUICK = Config(3, 6, epochs=2, copies=100, scored=5, dense_gigabytes=1, models=(("ViT-B/16", "float32", 0, 304),))
-FULL = Config(15, 60, epochs=6, copies=1000, scored=100, dense_gigabytes=4)
+FULL = Config(15, 60, epochs=6, copies=1000, scored=30, dense_gigabytes=4)
 
 Found = dict[str, Any]
 
@@ -123,7 +123,7 @@ def _carrier(config: Config, setting: race.Setting, seed: int, tell: Callable[[s
         what = f"{arm} at D = {config.num_weights:,}, against one copy of the weights"
         targets.append(target(what, times(find(alone, "jax", arm), copy), 5, at_most=True, unit="x"))
     for arm in arms:
-        what = f"{arm}: as fast as PyTorch's dense projection at D = {dense:,} ({config.dense_gigabytes:g} GB)"
+        what = f"{arm}, times as fast as PyTorch's dense projection at D = {dense:,} ({config.dense_gigabytes:g} GB)"
         faster = times(find(beside, "torch", arm), find(beside, "jax", arm))
         targets.append(target(what, faster, 20, at_most=False, unit="x"))
     return {"timings": alone + beside, "targets": targets}
@@ -165,7 +165,7 @@ def _copies(config: Config, setting: race.Setting, seed: int, tell: Callable[[st
     issue = find(timings, "jax", "issue")
     assert issue
     faster = config.copies * race.ratio(fastest, issue) if fastest else None
-    what = "a copy on disk: as fast as PyTorch's fine-tuning with Uchida's loss"
+    what = "a copy on disk, times as fast as PyTorch's fine-tuning with Uchida's loss"
     targets.append(target(what, faster, 20, at_most=False, unit="x"))
     gain = 100 * (np.mean(issue["facts"]["accuracy"]) - np.mean(fastest["facts"]["accuracy"])) if fastest else None
     what = "its accuracy on held-out digits, less that of the fine-tuned copies"
@@ -201,10 +201,10 @@ def _verdict(config: Config, setting: race.Setting, seed: int, tell: Callable[[s
     targets = []
     for arm, how in (("blocks", "codewords in blocks"), ("tables", "by tables"), ("held", "all codewords held")):
         theirs = find(timings, "torch", arm)
-        what = f"verdict among {config.customers:,}: as fast as PyTorch, {how}"
+        what = f"verdict among {config.customers:,}, times as fast as PyTorch, {how}"
         targets.append(target(what, times(theirs, ours), 10, at_most=False, unit="x"))
         memory = theirs["peak_mb"] / ours["peak_mb"] if theirs and ours and ours["peak_mb"] else None
-        what = f"verdict among {config.customers:,}: PyTorch's peak memory, {how}, against ours (whole processes)"
+        what = f"its peak memory (whole process) in PyTorch, {how}, over ours"
         targets.append(target(what, memory, 4, at_most=False, unit="x"))
     return {"timings": timings, "targets": targets}
 
@@ -257,7 +257,9 @@ def show_machine(console: rich.console.Console, result: sections.Result) -> None
 
 
 def show_timings(console: rich.console.Console, timings: Sequence[Timing]) -> None:
-    table = rich.table.Table(title="Medians and quartiles of laps, in milliseconds", title_justify="left")
+    table = rich.table.Table(
+        title="Medians and quartiles of laps in milliseconds, memory in megabytes", title_justify="left"
+    )
     for column in (
         "side",
         "case",
@@ -267,7 +269,8 @@ def show_timings(console: rich.console.Console, timings: Sequence[Timing]) -> No
         "floor",
         "x floor",
         "first lap",
-        "peak [MB]",
+        "imports",
+        "peak",
         "found",
     ):
         table.add_column(column, justify="left" if column in ("side", "case", "found") else "right")
@@ -283,6 +286,7 @@ def show_timings(console: rich.console.Console, timings: Sequence[Timing]) -> No
             f"{1e3 * floor:.2f}" if floor else "-",
             f"{row['median'] / floor:.1f}" if floor else "-",
             f"{1e3 * row['first_lap']:.0f}",
+            f"{row['imported_mb']:.0f}" if row["imported_mb"] else "-",
             f"{peak:.0f}" if peak else "-",
             ", ".join(f"{name} {value:.4g}" for name, value in found.items()),
         )

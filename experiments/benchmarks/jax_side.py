@@ -175,13 +175,13 @@ def disk(num_copies: int, model: str, folder: str, scored: int, seed: int) -> Ar
     """Copies of a trained CNN as files: through the vault, which licenses, hashes and logs each, and without it."""
     base, test_images, test_labels = _trained(model)
     apply_fn = models.apply_fn(models.CNN())
+    accuracy = lambda params: models.accuracy(apply_fn, params, test_images, test_labels)  # noqa: E731
     spec = carriers.select(base)
     carrier = carriers.draw(_secret(seed, "carrier"), spec)
 
     def judge(paths: list[Path]) -> dict[str, Any]:
-        some = [files.nest(files.read(path).leaves) for path in paths[:scored]]
-        accuracy = [models.accuracy(apply_fn, copy, test_images, test_labels) for copy in some]
-        return {"accuracy": float(np.mean(accuracy)), "bytes": sum(path.stat().st_size for path in paths)}
+        mean = float(np.mean([accuracy(files.nest(files.read(path).leaves)) for path in paths[:scored]]))
+        return {"accuracy": mean, "of_base": accuracy(base), "bytes": sum(path.stat().st_size for path in paths)}
 
     def write() -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=folder) as name:

@@ -41,7 +41,7 @@ QUICK = Config(
     customers=(10**3, 10**5, 10**6),
     copies=(1, 10, 100),
     parties=(2, 8),
-    dense_gigabytes=1.2,
+    dense_gigabytes=1.3,
 )
 FULL = Config(
     7,
