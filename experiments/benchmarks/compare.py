@@ -75,7 +75,13 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     for timing in timings:
         floor = floor_side.floor(known, timing["case"], timing["arm"], timing["params"])
         timing["floor"] = timing.get("floor") or floor
-    return {"machine": race.machine(setting), "rates": rates["rates"], "targets": targets, "timings": timings}
+    machine = race.machine(setting, ours(timings), seed)
+    return {"machine": machine, "rates": rates["rates"], "targets": targets, "timings": timings}
+
+
+def ours(timings: Sequence[Timing]) -> str:
+    """The device that smark_jax ran on."""
+    return next((timing["device"] for timing in timings if timing["side"] == "jax"), "none")
 
 
 def measured_rates(setting: race.Setting, tell: Callable[[str], None]) -> Found:
@@ -243,8 +249,7 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
 
 def show_machine(console: rich.console.Console, result: sections.Result) -> None:
     found, rates = result["machine"], result["rates"]
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    console.print(f"{found['cpu']}, {found['threads']} threads, {versions}")
+    console.print(machine_line(result))
     if not found["torch"]:
         console.print("PyTorch is not installed (extra 'bench'): smark_jax ran alone.")
     if found["load_average"] > 1.5 * found["threads"]:
@@ -254,6 +259,23 @@ def show_machine(console: rich.console.Console, result: sections.Result) -> None
         f"copy {rates['copy'] / 1e9:.1f} GB/s read and written, float32 matmul {rates['matmul'] / 1e9:.0f} GFLOP/s, "
         f"ChaCha20 {rates['keystream'] / 1e9:.2f} GB/s"
     )
+
+
+def machine_line(result: sections.Result) -> str:
+    found = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    device = "" if found["device"] == "cpu" else f"{found['device']}, "
+    return f"{device}{found['cpu']}, {found['threads']} threads, {versions}, seed {found['seed']}"
+
+
+def plain_ticks(axis: Any, ticks: Sequence[float] | None = None) -> None:
+    """On a logarithmic axis: these ticks only, as plain numbers; without any, the powers of ten."""
+    from matplotlib import ticker
+
+    if ticks is not None:
+        axis.set_major_locator(ticker.FixedLocator(list(ticks)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def show_timings(console: rich.console.Console, timings: Sequence[Timing]) -> None:
@@ -317,8 +339,10 @@ def picture(path: Path, result: sections.Result) -> None:
             text = f" {row['measured']:.3g} {row['unit']} "
             axes.annotate(text, (value, place), va="center", ha="left" if value >= 1 else "right", fontsize=8)
         axes.set_xscale("log")
+        plain_ticks(axes.xaxis, [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16])
         axes.axvline(1, color="0.1", lw=1)
         axes.margins(x=0.15)
         axes.set_yticks(places, [row["what"] for row in rows], fontsize=7)
         axes.invert_yaxis()
         axes.set_xlabel("times better than the target (1 is the target itself)")
+        fig.suptitle(machine_line(result), fontsize=8)

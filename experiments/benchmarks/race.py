@@ -191,8 +191,8 @@ def _prints(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
-def machine(setting: Setting) -> dict[str, Any]:
-    """What a reader of the results must know of the machine."""
+def machine(setting: Setting, device: str, seed: int) -> dict[str, Any]:
+    """What a reader of the results must know of the machine and the run."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -203,6 +203,8 @@ def machine(setting: Setting) -> dict[str, Any]:
     packages = ("jax", "jaxlib", "numpy", "torch") if setting.torch else ("jax", "jaxlib", "numpy")
     return {
         "cpu": cpu,
+        "device": device,
+        "seed": seed,
         "threads": setting.threads,
         "accelerator": setting.accelerator,
         "torch": setting.torch,

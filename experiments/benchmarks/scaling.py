@@ -84,7 +84,8 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
             timing |= {"curve": curve, "size": timing["params"][CURVES[curve][0]]}
             timing["floor"] = floor_side.floor(known, timing["case"], timing["arm"], timing["params"])
         timings += found
-    return {"machine": race.machine(setting), "rates": rates, "fits": fits(timings), "timings": timings}
+    machine = race.machine(setting, compare.ours(timings), seed)
+    return {"machine": machine, "rates": rates, "fits": fits(timings), "timings": timings}
 
 
 def _points(config: Config, seed: int) -> list[tuple[str, list[Entry]]]:
@@ -179,6 +180,10 @@ def picture(path: Path, result: sections.Result) -> None:
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xlabel(name)
+            few = sorted({timing["size"] for timing in result["timings"] if timing["curve"] == curve})
+            compare.plain_ticks(axes.xaxis, few if curve in "mP" else None)
+            compare.plain_ticks(axes.yaxis)
             if arms:
                 axes.legend(frameon=False, fontsize=6)
         fig.axes[0].set_ylabel("seconds (dotted: the machine's floor)")
+        fig.suptitle(compare.machine_line(result), fontsize=8)
