@@ -163,43 +163,51 @@ class TestPyTorchSide:
 
         return torch_side
 
+    @pytest.fixture
+    def system(self):
+        from experiments.benchmarks import torch_system
+
+        return torch_system
+
     def tensors(self):
         import torch
 
         return [torch.tensor(value, dtype=torch.float32) for value in (self.weights, self.matrix, self.code)]
 
-    def test_losses(self, side):
+    def test_losses(self, system):
         chips = np.array([sum(a * b for a, b in zip(row, self.weights, strict=True)) for row in self.matrix])
         uchida = np.mean([np.log(1 + np.exp(-b * y)) for b, y in zip(self.code, chips, strict=True)])
-        assert float(side.uchida_loss(*self.tensors())) == pytest.approx(uchida, rel=1e-5)
-        assert float(side.deepmarks_loss(*self.tensors())) == pytest.approx(np.mean((chips - self.code) ** 2), rel=1e-5)
+        assert float(system.uchida_loss(*self.tensors())) == pytest.approx(uchida, rel=1e-5)
+        assert float(system.deepmarks_loss(*self.tensors())) == pytest.approx(
+            np.mean((chips - self.code) ** 2), rel=1e-5
+        )
 
-    def test_spread_spectrum(self, side):
+    def test_spread_spectrum(self, system):
         weights, matrix, code = self.tensors()
-        copy = side.embedded(weights, matrix, code, 0.03)
+        copy = system.embedded(weights, matrix, code, 0.03)
         scale = 0.03 * np.sqrt(np.mean(self.weights**2)) * np.sqrt(1000 / 32)
         np.testing.assert_allclose(copy, self.weights + scale * self.code @ self.matrix, atol=1e-5)
         moved = np.sqrt(np.mean((copy.numpy() - self.weights) ** 2) / np.mean(self.weights**2))
         assert moved == pytest.approx(0.03, rel=0.2)
         np.testing.assert_allclose(
-            side.extracted(copy, weights, matrix), scale * self.matrix @ self.matrix.T @ self.code, atol=1e-5
+            system.extracted(copy, weights, matrix), scale * self.matrix @ self.matrix.T @ self.code, atol=1e-5
         )
 
-    def test_statistics_and_p_values(self, side):
+    def test_statistics_and_p_values(self, system):
         import torch
 
-        words = np.concatenate([side.signs(count, 20, 5 + block).numpy() for block, count in enumerate((64, 36))])
+        words = np.concatenate([system.signs(count, 20, 5 + block).numpy() for block, count in enumerate((64, 36))])
         assert words.shape == (100, 20) and set(np.unique(words)) == {-1, 1}
         assert stats.binomtest(int((words > 0).sum()), words.size).pvalue > 1e-3
         chips = self.rng.normal(size=20)
         expected = words @ chips / np.linalg.norm(chips)
-        for score in (side.statistics, side.statistics_by_tables):
+        for score in (system.statistics, system.statistics_by_tables):
             found = score(torch.tensor(chips, dtype=torch.float32), 100, 5, 64)
             np.testing.assert_allclose(found, expected, atol=1e-5)
         tail = special.ndtr(-np.abs(expected)) / (4 * special.ndtr(-(2**0.5)))
-        np.testing.assert_allclose(side.log_p_values(found), np.log(np.minimum(1, 200 * tail)), atol=1e-4)
+        np.testing.assert_allclose(system.log_p_values(found), np.log(np.minimum(1, 200 * tail)), atol=1e-4)
 
-    def test_the_network_is_the_one_in_flax(self, side):
+    def test_the_network_is_the_one_in_flax(self, system):
         import jax
 
         from smark_jax import files, models
@@ -207,10 +215,10 @@ class TestPyTorchSide:
         network = models.CNN()
         params = models.init(network, jax.random.key(0), (28, 28, 1))
         images = self.rng.integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
-        copy = side.network(files.flatten(params))
+        copy = system.network(files.flatten(params))
         assert sum(weight.numel() for weight in copy.parameters()) == compare.CNN_WEIGHTS
         np.testing.assert_allclose(
-            copy(side._images(images)).detach(), models.apply_fn(network)(params, images), atol=1e-4
+            copy(system.pixels(images)).detach(), models.apply_fn(network)(params, images), atol=1e-4
         )
 
     def test_it_does_what_it_times(self, side):

@@ -11,7 +11,7 @@ import rich.console
 import rich.table
 
 from experiments import sections
-from experiments.benchmarks import compare, floor_side, race
+from experiments.benchmarks import compare, floor_side, race, tables
 from experiments.benchmarks.race import Entry, Timing
 
 
@@ -135,8 +135,8 @@ def fits(timings: Sequence[Timing]) -> list[dict[str, Any]]:
 
 
 def show(console: rich.console.Console, result: sections.Result) -> None:
-    compare.show_machine(console, result)
-    compare.show_timings(console, result["timings"])
+    tables.show_machine(console, result)
+    tables.show_timings(console, result["timings"])
     table = rich.table.Table(title="Fitted exponents: time = c size^e", title_justify="left")
     for column in ("curve", "side", "arm", "from", "to", "e", "e of the last two", "at most", "met"):
         table.add_column(column, justify="left" if column in ("curve", "side", "arm") else "right")
@@ -181,9 +181,9 @@ def picture(path: Path, result: sections.Result) -> None:
             axes.set_yscale("log")
             axes.set_xlabel(name)
             few = sorted({timing["size"] for timing in result["timings"] if timing["curve"] == curve})
-            compare.plain_ticks(axes.xaxis, few if curve in "mP" else None)
-            compare.plain_ticks(axes.yaxis)
+            tables.plain_ticks(axes.xaxis, few if curve in "mP" else None)
+            tables.plain_ticks(axes.yaxis)
             if arms:
                 axes.legend(frameon=False, fontsize=6)
         fig.axes[0].set_ylabel("seconds (dotted: the machine's floor)")
-        fig.suptitle(compare.machine_line(result), fontsize=8)
+        fig.suptitle(tables.machine_line(result), fontsize=8)
