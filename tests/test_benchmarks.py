@@ -1,5 +1,6 @@
 """The benchmark: statistics of races, both sides against references, and what is said where PyTorch is missing."""
 
+import dataclasses
 import importlib.util
 import io
 import itertools
@@ -125,20 +126,47 @@ def test_our_side_does_what_it_times():
     assert set(jax_side.CASES) >= {"losses", "train", "copies", "disk", "party", "model"}
 
 
-def test_a_section_runs_resumes_and_says_that_pytorch_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(race, "setting", lambda: ALONE)
-    tiny = scaling.Config(1, 0.1, (4096, 8192), (), (), (), (), dense_gigabytes=0)
-    document = section_checks.run_and_resume({scaling: tiny}, tmp_path)["scaling"]
-    result = document["result"]
-    assert {row["arm"] for row in result["fits"]} == {"spread", "despread", "embed"}
-    assert all(timing["floor"] > 0 and timing["side"] == "jax" for timing in result["timings"])
+def linear_race(entries, setting, rounds, *, seconds=0, on_lap=None):
+    """A race of workers whose laps take a nanosecond a unit of the size, PyTorch's twice as long."""
+    arms = {"rates": ("copy", "matmul", "keystream"), "party": ("party", "aggregate")}
+    blank = {"device": "cpu", "first_lap": 1.0, "imported_mb": 100, "peak_mb": 200, "device_peak_mb": None}
+    return [
+        {
+            **laps(*[1e-9 * (1 + (entry.side == "torch")) * max(entry.params.values())] * rounds, arm=arm),
+            **blank,
+            "side": entry.side,
+            "case": entry.case,
+            "params": entry.params,
+            "facts": {"amount": [1e3] * rounds} if entry.case == "rates" else {},
+        }
+        for entry in entries
+        if entry.side != "torch" or setting.torch
+        for arm in entry.arms or arms.get(entry.case, ("arm",))
+    ]
+
+
+@pytest.mark.parametrize("torch", [True, False])
+def test_scaling_fits_its_curves_resumes_and_says_whether_pytorch_took_part(tmp_path, monkeypatch, torch):
+    monkeypatch.setattr(race, "setting", lambda: ALONE._replace(torch=torch))
+    monkeypatch.setattr(race, "race", linear_race)
+    monkeypatch.setattr(race.importlib.metadata, "version", lambda name: "1")
+    curves = {"customers": (), "copies": (), "parties": ()}
+    tiny = scaling.Config(1, 0.1, (4096, 8192, 16384), (1000, 2000), **curves, dense_gigabytes=1e-2)
+    tiny = dataclasses.replace(tiny, weights_of_chips=500)
+    result = section_checks.run_and_resume({scaling: tiny}, tmp_path)["scaling"]["result"]
+    fits = {(row["curve"], row["side"], row["arm"]): row for row in result["fits"]}
+    assert fits["D", "jax", "spread"]["exponent"] == pytest.approx(1) and fits["D", "jax", "embed"]["met"]
+    assert fits["m", "jax", "despread"]["sizes"] == [1000, 2000]
+    # 4 * 8192 * 304 bytes are just within the 10 MB that PyTorch's projection may take.
+    assert fits.get(("D", "torch", "spread"), {}).get("sizes") == ([4096, 8192] if torch else None)
+    assert all(timing["floor"] > 0 for timing in result["timings"])
 
     text = io.StringIO()
     made = [compare.target("speed", None, 20, at_most=False), compare.target("cost", 3, 15, at_most=True, unit="%")]
     found = {**result, "targets": made}
     compare.show(rich.console.Console(file=text, width=200), json.loads(json.dumps(found)))
     compare.picture(tmp_path / "compare.png", found)
-    assert "PyTorch is not installed" in text.getvalue()
+    assert ("PyTorch is not installed" in text.getvalue()) == (not torch)
     assert "not measured" in text.getvalue() and "3 %" in text.getvalue()
 
 
