@@ -25,7 +25,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def projection(num_chips: int, num_weights: int, seed: int) -> Tensor:
-    """The secret matrix: normal entries of variance 1 / D, so that rows have length 1; shape [m, D]."""
+    """The secret matrix: normal entries of variance 1 / D, so that rows have a length of about 1; shape [m, D]."""
     matrix = torch.randn(num_chips, num_weights, generator=generator(seed), device=DEVICE)
     return matrix.mul_(num_weights**-0.5)
 
@@ -43,7 +43,7 @@ def signs(num_words: int, num_chips: int, seed: int) -> Tensor:
 
 
 def uchida_loss(weights: Tensor, matrix: Tensor, code: Tensor) -> Tensor:
-    """Cross-entropy of the bits with the projection as logits (arXiv 1701.04082, equation 3)."""
+    """Cross-entropy of the bits with the projection as logits (Uchida et al., arXiv 1701.04082)."""
     return F.binary_cross_entropy_with_logits(matrix @ weights, (code + 1) / 2)
 
 
