@@ -144,13 +144,13 @@ class _Way:
 
         @jax.jit
         def update(params: Params, state: Any, images: Array, labels: Array) -> tuple[Params, Any]:
-            def of_party(batch: tuple[Array, Array]) -> Params:
-                x, y = batch
+            def of_party(x: Array, y: Array) -> Params:
                 gradient = jax.grad(lambda p: parallel.cross_entropy(self.apply_fn(p, x), y))(params)
                 scale = jnp.minimum(1.0, _CLIP / jnp.maximum(optax.tree.norm(gradient), 1e-30))
                 return jax.tree.map(lambda leaf: leaf * scale, gradient)
 
-            mean = jax.tree.map(lambda leaf: leaf.mean(axis=0), jax.lax.map(of_party, (images, labels)))
+            each = [of_party(*batch) for batch in zip(images, labels, strict=True)]
+            mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each)
             updates, state = self.optimizer.update(mean, state, params)
             return optax.apply_updates(params, updates), state
 
