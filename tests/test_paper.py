@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,14 +18,30 @@ from section_checks import CONSOLE, run_and_resume
 import experiments.paper.__main__ as paper
 from experiments import sections
 from experiments.paper import common, comparators, fidelity, parties, report, schemes, splits, summary, uniqueness
-from smark_jax import attacks, data, keys, training
+from experiments.robustness import networks
+from smark_jax import attacks, data, keys, models, privacy, training
+
+
+class Linear(nn.Module):
+    """The least that parties can train: masks and noise do not care for the network."""
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(10)(images.reshape(images.shape[0], -1) / 255.0)
 
 
 @pytest.fixture
 def tiny_networks(monkeypatch):
-    """Networks of a few thousand weights in place of those that the tables use."""
-    small = common.DataSet(common.NormNet(6), common.NormNet(6), common.NormNet(2), 1)
+    """Networks of a few thousand weights in place of those that the tables use, and untrained ones for bases."""
+    small = common.DataSet(common.NormNet(6), common.NormNet(6), Linear(), 1)
     monkeypatch.setitem(common.DATA, "mnist_5k", small)
+    train, test = data.load("mnist_5k", "train[:128]"), data.load("mnist_5k", "test[:100]")
+
+    def untrained(network, config, seed, on_step=lambda: None):
+        apply_fn, base = models.apply_fn(network), models.init(network, jax.random.key(seed), train.images.shape[1:])
+        return networks.Subject(apply_fn, apply_fn, base, train.images, train.labels, test.images, test.labels)
+
+    monkeypatch.setattr(common, "train", untrained)
 
 
 def test_intervals_are_those_of_scipy():
@@ -157,28 +174,47 @@ def test_dirichlet_deals_everything_once_and_unequally():
     assert splits.imbalance(np.array([[0, 0], [1, 1]])) == 0.5
 
 
-def test_masks_do_not_change_training(tiny_networks):
+# optax.global_norm, which jax_privacy calls.
+@pytest.mark.filterwarnings("ignore:optax.global_norm:DeprecationWarning")
+def test_masks_do_not_change_training_and_noise_follows_the_seed(tiny_networks, monkeypatch):
+    monkeypatch.setattr(privacy, "plan", lambda sampling, epsilon, delta: privacy.Guarantee(8, delta, 1.0, sampling))
     train = data.load("mnist_5k", "train[:128]")
-    config = parties.Config((2,), seeds=1, epochs=2, batch=32, data="mnist_5k")
-    way = parties._Way(2, config, train)
+    way = parties._Way(2, parties.Config((2,), seeds=1, epochs=2, batch=32), train)
     images, labels = training.partition(train.images, train.labels, 2, 0)
-    found = {
-        kind: parties._train(parties._Task(2, "IID", kind, 0), way, images, labels, 2, lambda params, done: None)
-        for kind in ("masked", "plain mean")
-    }
-    start = jax.tree.leaves(way.start(0))
-    for masked, plain, before in zip(*map(jax.tree.leaves, (found["masked"], found["plain mean"])), start, strict=True):
-        np.testing.assert_allclose(masked, plain, atol=2e-3)
-        assert float(jnp.abs(plain - before).max()) > 5e-3
+    start = way.start(0)
+    monkeypatch.setattr(way, "start", lambda seed: start)
+
+    def moved(kind, seed):
+        task = parties._Task(2, "IID", kind, seed)
+        after = parties._train(task, way, images, labels, 2, lambda params, done: None)
+        return np.asarray(after["Dense_0"]["kernel"] - start["Dense_0"]["kernel"])
+
+    masked, plain = moved("masked", 0), moved("plain mean", 0)
+    assert np.abs(plain).max() > 5e-3
+    np.testing.assert_allclose(masked, plain, atol=1e-3)
+    first, again, other = moved("private", 0), moved("private", 0), moved("private", 1)
+    np.testing.assert_array_equal(first, again)
+    # On pixels that are always black there is nothing but noise.
+    black = np.flatnonzero(images.reshape(-1, 784).max(axis=0) == 0)
+    assert np.abs(plain[black]).max() < 1e-6 < np.abs(first[black]).min()
+    assert abs(np.corrcoef(first[black].ravel(), other[black].ravel())[0, 1]) < 0.2
 
 
 def test_sections_run_and_resume(tiny_networks, tmp_path):
     tiny = {
-        fidelity: fidelity.Config(2, (32, 64), (0.05,), epochs=1, copies=1, train_images=128),
-        uniqueness: uniqueness.Config(copies=12, customers=600, epochs=1, num_chips=128, train_images=128),
-        parties: parties.Config((2,), 1, epochs=1, copies=1, batch=64, num_chips=128, strength=0.1, train_images=128),
+        fidelity: fidelity.Config(2, (32, 64), (0.05,), epochs=1, copies=1),
+        uniqueness: uniqueness.Config(copies=12, customers=600, epochs=1, num_chips=128),
+        parties: parties.Config((2,), 1, 1, copies=1, batch=64, num_chips=128, train_images=128, kinds=("plain mean",)),
         comparators: comparators.Config(
-            1, 1, comparators._SMALL, 1, 1, copies=2, coalitions=(2,), order=7, held_out=64, train_images=128
+            1,
+            1,
+            (("FedTracker-like", ({"bits": 32, "rate": 0.03},)), ("ours", ({"bits": 64, "strength": 0.05},))),
+            embedding_epochs=1,
+            attack_epochs=1,
+            copies=2,
+            coalitions=(2,),
+            order=7,
+            held_out=64,
         ),
     }
     documents = run_and_resume(tiny, tmp_path)
@@ -196,9 +232,9 @@ def test_sections_run_and_resume(tiny_networks, tmp_path):
     assert control["bound_exceeded"]
 
     runs = {(run["split"], run["kind"]): run for run in documents["parties"]["result"]["runs"]}
-    assert len(runs) == 6
+    assert len(runs) == 2
     assert all(run["traced"] == 1 and run["innocents"] == 0 for run in runs.values())
-    assert runs["Dirichlet(0.5)", "masked"]["imbalance"] > runs["IID", "masked"]["imbalance"]
+    assert runs["Dirichlet(0.5)", "plain mean"]["imbalance"] > runs["IID", "plain mean"]["imbalance"]
 
     rows = {row["scheme"]: row["suspects"] for row in documents["comparators"]["result"]["rows"]}
     assert [rows["ours"][name]["caught"] for name in ("intact", "permuted", "average of 2")] == [2, 2, 2]

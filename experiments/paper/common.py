@@ -57,9 +57,7 @@ def steps(dataset: str, epochs: int, train_images: int | None) -> int:
     return networks.steps(epochs, len(data.load(dataset, "train").labels[:train_images]))
 
 
-def train(
-    network: nn.Module, config: Any, seed: int, on_step: Callable[[], None] = lambda: None
-) -> networks.Subject:
+def train(network: nn.Module, config: Any, seed: int, on_step: Callable[[], None] = lambda: None) -> networks.Subject:
     """A base model on the data set, for the epochs and with the images that the section's configuration says."""
     return networks.train(network, seed, config.epochs, on_step, config.train_images, config.data)
 

@@ -70,8 +70,9 @@ FULL = Config(seeds=3, epochs=8, grids=_GRIDS)
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     """Tuning and every seed's schemes are parts that survive an interruption."""
     settings = [(name, dict(one)) for name, grid in config.grids for one in grid]
+    names = list(dict.fromkeys(name for name, _ in config.grids))
     base_steps = common.steps(config.data, config.epochs, config.train_images)
-    meter.start(base_steps * (2 * config.seeds + 1) + len(settings) + config.seeds * len(_SCHEMES))
+    meter.start(base_steps * (2 * config.seeds + 1) + len(settings) + config.seeds * len(names))
 
     @functools.cache
     def world(number: int) -> schemes.World:
@@ -101,10 +102,10 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         row = meter.part(f"tuning-{place}", 1, lambda name=name, one=one: _tune(name, one, world(-1), config, seed))
         tuning.append({"scheme": name, "settings": one, **row})
         meter.step(f"tuning {name} {one}")
-    chosen = {name: choose([row for row in tuning if row["scheme"] == name]) for name in _SCHEMES}
+    chosen = {name: choose([row for row in tuning if row["scheme"] == name]) for name in names}
     rows = []
     for number in range(config.seeds):
-        for name in _SCHEMES:
+        for name in names:
             compute = functools.partial(_measure, name, chosen[name], world, stranger, number, config, seed)
             rows.append({"scheme": name, "seed": number, **meter.part(f"{name}-{number}", 1, compute)})
             meter.step(f"{name}, seed {number}")
@@ -252,9 +253,7 @@ def tables(result: sections.Result) -> list[report.Table]:
                 _settings(result["chosen"][name]),
                 common.show_interval(common.interval([row["base_accuracy"] for row in rows]), 2, 100),
                 common.show_interval(common.interval([row["accuracy"] for row in rows]), 2, 100),
-                common.show_interval(
-                    common.interval([row["base_accuracy"] - row["accuracy"] for row in rows]), 2, 100
-                ),
+                common.show_interval(common.interval([row["base_accuracy"] - row["accuracy"] for row in rows]), 2, 100),
                 f"{sum(row['bit_errors'] for row in rows):,} of {sum(row['bits'] for row in rows):,}",
                 f"{np.median([row['seconds'] for row in rows]):.3g}",
             )
@@ -313,7 +312,7 @@ def picture(path: Path, result: sections.Result) -> None:
     with sections.figure(path, 9.5, 3.8) as figure:
         axes = figure.subplots()
         colours = ("#7f8c8d", "#d9a441", "#41ab5d", "#c0392b")
-        for shift, (name, colour) in enumerate(zip(result["chosen"], colours, strict=True)):
+        for shift, (name, colour) in enumerate(zip(result["chosen"], colours, strict=False)):
             rows = [row["suspects"] for row in result["rows"] if row["scheme"] == name]
             places = np.arange(len(suspects)) + 0.2 * (shift - 1.5)
             shares = [

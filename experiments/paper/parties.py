@@ -56,6 +56,7 @@ class Config:
     customers: int = 1000
     points_an_epoch: int = 2
     train_images: int | None = None
+    kinds: tuple[str, ...] = _KINDS
     data: str = "mnist_5k"
 
 
@@ -79,7 +80,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     tasks = [
         _Task(parties, split, kind, seed + 1000 * number)
         for parties in config.parties
-        for kind in _KINDS
+        for kind in config.kinds
         for number in range(config.seeds)
         for split in ("IID", f"Dirichlet({config.concentration:g})")
     ]
@@ -193,7 +194,7 @@ def _train(
     if task.kind == "plain mean":
         state = way.optimizer.init(params)
         for number, batch in enumerate(batches):
-            params, state = way.plain(params, state, *batch)
+            params, state = way.plain(params, state, *map(jnp.asarray, batch))
             on_round(params, number + 1)
         return params
     secrets = [common.secret(task.seed, "party", str(party)) for party in range(task.parties)]
@@ -291,7 +292,10 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
 def picture(path: Path, result: sections.Result) -> None:
     """Accuracy per round; each seed a thin line, their mean a thick one."""
     groups = _groups(result)
-    counts, names = sorted({key[0] for key in groups}), sorted({key[1] for key in groups}, key=lambda name: name != "IID")
+    counts, names = (
+        sorted({key[0] for key in groups}),
+        sorted({key[1] for key in groups}, key=lambda name: name != "IID"),
+    )
     with sections.figure(path, 3.1 * len(counts) + 1, 5.2) as figure:
         grid = figure.subplots(len(names), len(counts), squeeze=False, sharey=True)
         styles = {"masked": ("#c0392b", "-"), "plain mean": ("0.2", ":"), "private": ("#2c7fb8", "-")}

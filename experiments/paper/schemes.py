@@ -12,9 +12,9 @@ FedTracker-like         scales of norm layers, a     hinge on the signs      as 
 ours                    all weights, closed form     -                       joint decoding, proved bound
 ======================= ============================ ======================= ==================================
 
-The first three train the copy on with the task's loss, for the same number of epochs: Uchida and DeepMarks add theirs to
-it, FedTracker's server sets the scales before each epoch and at the end. FedTracker itself names whoever agrees best, and
-so always somebody; a binomial test in its place is to its advantage where nobody is to be accused.
+The first three train the copy on with the task's loss, for the same number of epochs: Uchida and DeepMarks add theirs
+to it, FedTracker's server sets the scales before each epoch and at the end. FedTracker itself names whoever agrees
+best, and so always somebody; a binomial test in its place is to its advantage where nobody is to be accused.
 """
 
 import functools

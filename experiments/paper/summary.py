@@ -201,7 +201,9 @@ def _answers_averages(result: dict[str, Any]) -> str:
 def _answers_accuracy(result: dict[str, Any]) -> str:
     found = [copy["attacks"][0]["accuracy"] for copy in result["copies"]]
     mean = 100 * sum(found) / len(found)
-    return f"base {100 * result['base_accuracy']:.1f} %, copies {mean:.2f} % in the mean, {100 * min(found):.1f} % worst"
+    return (
+        f"base {100 * result['base_accuracy']:.1f} %, copies {mean:.2f} % in the mean, {100 * min(found):.1f} % worst"
+    )
 
 
 def _single(result: dict[str, Any]) -> str:
