@@ -33,7 +33,7 @@ class Linear(nn.Module):
 @pytest.fixture
 def tiny_networks(monkeypatch):
     """Networks of a few thousand weights in place of those that the tables use, and untrained ones for bases."""
-    small = common.DataSet(common.NormNet(6), common.NormNet(6), Linear(), 1)
+    small = common.DataSet(*[common.NormNet(6)] * 3, 1)
     monkeypatch.setitem(common.DATA, "mnist_5k", small)
     train, test = data.load("mnist_5k", "train[:128]"), data.load("mnist_5k", "test[:100]")
 
@@ -176,7 +176,8 @@ def test_dirichlet_deals_everything_once_and_unequally():
 
 # optax.global_norm, which jax_privacy calls.
 @pytest.mark.filterwarnings("ignore:optax.global_norm:DeprecationWarning")
-def test_masks_do_not_change_training_and_noise_follows_the_seed(tiny_networks, monkeypatch):
+def test_masks_do_not_change_training_and_noise_follows_the_seed(monkeypatch):
+    monkeypatch.setitem(common.DATA, "mnist_5k", common.DataSet(*[Linear()] * 3, 1))
     monkeypatch.setattr(privacy, "plan", lambda sampling, epsilon, delta: privacy.Guarantee(8, delta, 1.0, sampling))
     train = data.load("mnist_5k", "train[:128]")
     way = parties._Way(2, parties.Config((2,), seeds=1, epochs=2, batch=32), train)
@@ -202,9 +203,11 @@ def test_masks_do_not_change_training_and_noise_follows_the_seed(tiny_networks, 
 
 def test_sections_run_and_resume(tiny_networks, tmp_path):
     tiny = {
-        fidelity: fidelity.Config(2, (32, 64), (0.05,), epochs=1, copies=1),
-        uniqueness: uniqueness.Config(copies=12, customers=600, epochs=1, num_chips=128),
-        parties: parties.Config((2,), 1, 1, copies=1, batch=64, num_chips=128, train_images=128, kinds=("plain mean",)),
+        fidelity: fidelity.Config(2, (64,), (0.05, 0.1), epochs=1, copies=1, customers=57),
+        uniqueness: uniqueness.Config(copies=10, customers=600, epochs=1, num_chips=64, strength=0.05),
+        parties: parties.Config(
+            (2,), 1, 1, copies=1, batch=64, num_chips=64, customers=57, train_images=128, kinds=("plain mean",)
+        ),
         comparators: comparators.Config(
             1,
             1,
@@ -221,7 +224,7 @@ def test_sections_run_and_resume(tiny_networks, tmp_path):
 
     cells = documents["fidelity"]["result"]["rows"]
     assert [(row["chips"], row["traced"], row["bit_errors"], row["innocents"]) for row in cells] == [
-        (32, 2, 0, 0),
+        (64, 2, 0, 0),
         (64, 2, 0, 0),
     ]
     assert all(row["accuracy"]["n"] == 2 for row in cells)
