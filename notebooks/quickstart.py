@@ -91,3 +91,7 @@ print(
     "largest statistic:",
     float(jnp.abs(tracing.trace(extraction.extract(other, base, spec, carrier), codebook).statistics).max()),
 )
+
+# %% [markdown]
+# Go on: `how_a_fingerprint_hides` turns the two knobs of a mark, `bring_your_own_model` marks a network of yours, and
+# `docs/tutorial.md` has the whole way in a few lines.
