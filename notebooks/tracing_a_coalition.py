@@ -15,17 +15,23 @@
 # decoder still finds them. Needs `pip install "smark-jax[notebooks]"`.
 
 # %%
+import flax.linen as nn
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
 from smark_jax import attacks, carriers, codes, data, embedding, extraction, keys, models, tracing
 
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(nn.relu(nn.Dense(256)(x.reshape(x.shape[0], -1) / 255.0)))
+
+
 train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")
-network = models.CNN()
-apply_fn = models.apply_fn(network)
-base = models.init(network, jax.random.key(0), (28, 28, 1))
-base = attacks.fine_tune(base, apply_fn, train.images[:2000], train.labels[:2000], epochs=2)
+apply_fn, base = models.apply_fn(Network()), models.init(Network(), jax.random.key(0), (28, 28, 1))
+base = attacks.fine_tune(base, apply_fn, train.images, train.labels, epochs=3)
 
 master = keys.from_bytes(bytes(range(32)))  # for a notebook that repeats itself; otherwise keys.new()
 spec = carriers.select(base)
@@ -49,9 +55,9 @@ for name, model in {"base": base, "average of ten copies": pirate}.items():
 # %% [markdown]
 # ## One customer at a time, or all together
 #
-# Tested alone, most of the colluders stay below the threshold: to each of them the other nine are noise. The joint
-# decoder explains the read-out by several codewords at once and tests each suspect on what the *others* leave over, in
-# a run that never saw the suspect's own codeword. That last condition is what the bound on accusing innocents rests on.
+# Tested alone, the colluders stay below the threshold: to each of them the other nine are noise. The joint decoder
+# explains the read-out by several codewords at once and tests each suspect on what the *others* leave over, in a run
+# that never saw the suspect's own codeword. That last condition is what the bound on accusing innocents rests on.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained", sharey=True)
@@ -84,7 +90,7 @@ for accused in sorted(verdict.accused, key=lambda accusation: accusation.serial)
 
 # %%
 key = jax.random.key(2)
-for name in ("average", "median", "minimum", "min_max", "interleave", "extrapolate"):
+for name in ("median", "minimum", "interleave", "extrapolate"):
     model = attacks.COLLUSIONS[name](copies, key)
     found = tracing.trace(extraction.extract(model, base, spec, carrier), registry)
     accused = {accusation.serial for accusation in found.accused}
@@ -99,7 +105,7 @@ for name in ("average", "median", "minimum", "min_max", "interleave", "extrapola
 # layer's spread. Past its limit the decoder finds fewer, or none; it does not begin to accuse innocents.
 
 # %%
-SIZES = (1, 2, 4, 6, 8, 12, 16)
+SIZES = (1, 4, 8, 12, 16)
 many = np.random.default_rng(1).choice(registry.num_customers, max(SIZES), replace=False)
 all_copies = embedding.embed_batch(base, spec, carrier, codes.codebook(registry.key, many))
 pirates = [jax.tree.map(lambda leaf, size=size: leaf[:size].mean(axis=0), all_copies) for size in SIZES]

@@ -64,7 +64,7 @@ for party, own in enumerate(gradients):
     masked.append(bare[-1] + aggregation.pairwise_mask(pair_keys[party], party, 0, bare[-1].size))
 print("sum of masked words == sum of bare words:", bool((sum(masked) == sum(bare)).all()))
 
-figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained", sharey=True)
 for axis, words, title in zip(
     axes, (bare[0], masked[0]), ("party 0's words, bare", "party 0's words, masked"), strict=True
 ):
@@ -95,7 +95,7 @@ found = {
             shape=(count, 28, 28, 1),
             labels=labels[:count],
             method="dlg",
-            steps=150 * count,
+            steps=100 * count,
         ).images
     )
     for name, (message, count) in seen.items()
@@ -123,8 +123,8 @@ plt.show()
 
 # %% [markdown]
 # The bare message is the digit. The masked one is noise to whoever lacks the keys, and the attack ends in noise. But
-# the **sum is not hidden**: training needs it, and from few parties it still shows digits. More parties blur it without
-# any guarantee; differential privacy is the remedy that has one.
+# the **sum is not hidden**: training needs it, and the sum of four still shows three of the digits. More parties blur
+# it without any guarantee; differential privacy is the remedy that has one.
 #
 # Go on: `docs/privacy.md` measures this on more digits, networks and parties, `docs/differential-privacy.md` adds the
 # noise, `docs/federation.md` runs the protocol between organisations, with drop-outs.

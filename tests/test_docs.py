@@ -6,7 +6,6 @@ what it prints. Two HTML comments, which readers do not see, change that: ``<!--
 """
 
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
