@@ -63,14 +63,14 @@ def mark(num_chips, strength):
 def show(num_chips=304, strength=0.03):
     """Weights, one unit's weights, and chips."""
     copy, word, chips, statistic, threshold = mark(num_chips, strength)
-    weights, marked = (np.asarray(model["Dense_0"]["kernel"]) for model in (base, copy))
+    weights, marked = (np.asarray(model["Dense_1"]["kernel"]) for model in (base, copy))
     accuracy = models.accuracy(apply_fn, copy, test.images, test.labels)
     _, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
-    bins = np.linspace(-0.15, 0.15, 80)
+    bins = np.linspace(-0.12, 0.12, 80)
     left.hist(weights.ravel(), bins, histtype="step", label="base")
     left.hist(marked.ravel(), bins, histtype="step", label="copy")
     left.set(
-        title=f"accuracy {base_accuracy:.3f}, copy {accuracy:.3f}", xlabel="weight of layer Dense_0", ylabel="count"
+        title=f"accuracy {base_accuracy:.3f}, copy {accuracy:.3f}", xlabel="weight of the hidden layer", ylabel="count"
     )
     left.legend(frameon=False)
     middle.plot(weights[:60, 0], label="base")
