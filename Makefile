@@ -33,9 +33,8 @@ check: $(VENV)/installed-dev  ## ruff, pyright, import-linter
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-bench: $(VENV)/installed-demo  ## timings and memory on this machine, written to out/bench
-	$(BIN)/python -m experiments.benchmarks.core --out out/bench
-	$(BIN)/python -m experiments.large_model --out out/bench
+bench: $(VENV)/installed-bench  ## against PyTorch and the machine itself; results in out/benchmarks (BENCH_ARGS="--config full")
+	$(BIN)/python -m experiments.benchmarks $(BENCH_ARGS)
 
 docs: $(VENV)/installed-docs  ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

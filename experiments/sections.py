@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from smark_jax import keys
 
 Result = dict[str, Any]
 _SECONDS_A_LOG_LINE = 20
+_ROOT = Path(__file__).parent.parent
 
 
 def secret(seed: int, *names: str) -> keys.SecretKey:
@@ -126,13 +128,74 @@ def run_section(
             meter.finish()
         device = str(jax.devices()[0].device_kind)
         seconds = round(time.perf_counter() - began, 1)
-        document = {**identity, "device": device, "seconds": seconds, "result": result}
+        document = {**identity, "commit": commit(), "device": device, "seconds": seconds, "result": result}
         path.write_text(json.dumps(document, indent=2) + "\n")
         shutil.rmtree(parts, ignore_errors=True)
     section.show(console, document["result"])
     section.picture(path.with_suffix(".png"), document["result"])
     console.print(f"{name}: {document['seconds']:g} seconds; {path} and {path.with_suffix('.png').name}\n")
     return document
+
+
+def commit() -> str:
+    """The commit that is checked out, with ``+`` where library or experiments differ from it; empty outside git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "smark_jax", "experiments/*.py")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def command_line(
+    package: str, sections: Mapping[str, ModuleType], about: str | None, examples: str
+) -> argparse.ArgumentParser:
+    """The options that all experiments with sections have; an experiment may add its own."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments.{package}",
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", choices=("quick", "full"), default="quick", help="quick: under three minutes")
+    parser.add_argument("--out", type=Path, help=f"folder for results (default: out/{package}/CONFIG)")
+    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--only", nargs="+", choices=tuple(sections), metavar="NAME", help="sections to run")
+    parser.add_argument("--fresh", action="store_true", help="run sections again whose results exist")
+    return parser
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def run_sections(
+    package: str,
+    sections: Mapping[str, ModuleType],
+    options: argparse.Namespace,
+    configure: Callable[[Any], Any] = lambda config: config,
+) -> tuple[Path, rich.console.Console]:
+    """Runs the sections that the options ask for; ``configure`` fits a configuration to further options.
+
+    Returns:
+      The folder of results, and the console.
+    """
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console = rich.console.Console(width=140)  # a log has room for the tables
+    out = options.out or Path("out") / package / options.config
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    for name in options.only or sections:
+        config = configure(getattr(sections[name], options.config.upper()))
+        run_section(sections[name], config, options.seed, out, console, label=options.config, fresh=options.fresh)
+    console.print(f"Results in {out}; {time.perf_counter() - began:.0f} seconds.")
+    return out, console
 
 
 def main(
@@ -143,27 +206,4 @@ def main(
     arguments: Sequence[str] | None = None,
 ) -> None:
     """The command line ``python -m experiments.PACKAGE``."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m experiments.{package}",
-        description=about,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", choices=("quick", "full"), default="quick", help="quick: under three minutes")
-    parser.add_argument("--out", type=Path, help=f"folder for results (default: out/{package}/CONFIG)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=tuple(sections), metavar="NAME", help="sections to run")
-    parser.add_argument("--fresh", action="store_true", help="run sections again whose results exist")
-    options = parser.parse_args(arguments)
-    if options.seed < 0:
-        parser.error(f"--seed: expected a number of at least 0, got {options.seed}")
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console = rich.console.Console(width=140)  # a log has room for the tables
-    out = options.out or Path("out") / package / options.config
-    out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    for name in options.only or sections:
-        config = getattr(sections[name], options.config.upper())
-        run_section(sections[name], config, options.seed, out, console, label=options.config, fresh=options.fresh)
-    console.print(f"Results in {out}; {time.perf_counter() - began:.0f} seconds.")
+    run_sections(package, sections, command_line(package, sections, about, examples).parse_args(arguments))

@@ -18,8 +18,9 @@ BLOCK_WORDS = 16
 """Words of one ChaCha20 block: 64 bytes."""
 
 _CONSTANTS = np.frombuffer(b"expand 32-byte k", "<u4")
-# The state of this many blocks (16 words each, 512 KiB) stays in cache for all 20 rounds.
-_BLOCKS_PER_PASS = 8192
+# The state of this many blocks (16 words each, 128 KiB, and as much again while a round is made) stays in a core's own
+# cache for all 20 rounds; with fewer, the calls of many small kernels begin to show.
+BLOCKS_A_PASS = 2048
 
 
 def keystream(
@@ -74,12 +75,13 @@ def blocks(
     """
     n = counters.shape[0]
     rows = jnp.concatenate([counters[None], nonces])  # [4, n]
-    if n <= _BLOCKS_PER_PASS:
-        return _chacha20(key, rows)
-    passes = -(-n // _BLOCKS_PER_PASS)
-    rows = jnp.pad(rows, ((0, 0), (0, passes * _BLOCKS_PER_PASS - n)))
-    rows = rows.reshape(4, passes, _BLOCKS_PER_PASS).swapaxes(0, 1)
-    return jax.lax.map(functools.partial(_chacha20, key), rows).reshape(-1, BLOCK_WORDS)[:n]
+    if n <= BLOCKS_A_PASS:
+        return _in_stream_order(word_by_word(key, rows))
+    passes = -(-n // BLOCKS_A_PASS)
+    rows = jnp.pad(rows, ((0, 0), (0, passes * BLOCKS_A_PASS - n)))
+    rows = rows.reshape(4, passes, BLOCKS_A_PASS).swapaxes(0, 1)
+    one_pass = lambda some: _in_stream_order(word_by_word(key, some))  # noqa: E731
+    return jax.lax.map(one_pass, rows).reshape(-1, BLOCK_WORDS)[:n]
 
 
 def bits(words: UInt32[Array, "*batch w"]) -> UInt32[Array, "*batch 32*w"]:
@@ -88,18 +90,31 @@ def bits(words: UInt32[Array, "*batch w"]) -> UInt32[Array, "*batch 32*w"]:
     return ((words[..., None] >> shifts) & 1).reshape(*words.shape[:-1], -1)
 
 
-def _chacha20(key: Array, rows: Array) -> Array:
-    n = rows.shape[1]
+def word_by_word(key: UInt32[Array, "8 *keys"], rows: UInt32[Array, "4 *n"]) -> tuple[UInt32[Array, "*n"], ...]:
+    """ChaCha20 blocks as 16 arrays: word i of every block; to be called under jit, on what fits a core's cache.
+
+    Args:
+      key: eight words, or eight arrays of words that broadcast to the shape of a row: a key for each block.
+      rows: the block counters and the three words of their nonces.
+
+    Returns:
+      16 arrays of the shape of a row.
+    """
+    shape = rows.shape[1:]
     start = (
-        *(jnp.full(n, word, jnp.uint32) for word in _CONSTANTS),
-        *(jnp.broadcast_to(word, (n,)) for word in key),
+        *(jnp.full(shape, word, jnp.uint32) for word in _CONSTANTS),
+        *(jnp.broadcast_to(word, shape) for word in key),
         *rows,
     )
     # The first double round runs outside the loop: it mixes key and counter into every word, so that under shard_map,
     # where one may differ between devices and the constants do not, the loop's carry has one type throughout.
     mixed = _double_round(start)
     end = jax.lax.fori_loop(1, 10, lambda _, state: _double_round(state), mixed)
-    return jnp.stack([a + b for a, b in zip(start, end, strict=True)], axis=-1)
+    return tuple(a + b for a, b in zip(start, end, strict=True))
+
+
+def _in_stream_order(words: tuple[Array, ...]) -> Array:
+    return jnp.stack(words, axis=-1)
 
 
 def _double_round(state: tuple[Array, ...]) -> tuple[Array, ...]:

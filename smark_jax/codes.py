@@ -86,16 +86,29 @@ def words(
       Chips of -1 and +1, shape [K, m].
     """
     packed = packed_words(key, low, high, num_chips)
-    return 1 - 2 * chacha.bits(packed)[:, :num_chips].astype(jnp.int8)
+    return 1 - 2 * chacha.bits(packed.T)[:, :num_chips].astype(jnp.int8)
 
 
 @functools.partial(jax.jit, static_argnames="num_chips")
 def packed_words(
     key: UInt32[Array, "8"], low: UInt32[Array, " K"], high: UInt32[Array, " K"], num_chips: int
-) -> UInt32[Array, "K words"]:
-    """The same codewords as bits of the stream, 1 for a chip of -1, shape [K, ceil(m / 32)]; bits past m are random."""
-    count = low.shape[0]
+) -> UInt32[Array, "words K"]:
+    """The same codewords as bits of the stream, 1 for a chip of -1, shape [ceil(m / 32), K]; bits past m are random.
+
+    Bit i of word w is chip 32 w + i. The customers come last: whoever scores them takes one word of many at a time.
+    """
     blocks_a_word = -(-num_chips // (32 * chacha.BLOCK_WORDS))
-    nonces = jnp.repeat(jnp.stack([jnp.zeros_like(low), low, high]), blocks_a_word, axis=1)
-    counters = jnp.tile(jnp.arange(blocks_a_word, dtype=jnp.uint32), count)
-    return chacha.blocks(key, counters, nonces).reshape(count, -1)[:, : -(-num_chips // 32)]
+    counters = jnp.arange(blocks_a_word, dtype=jnp.uint32)[:, None]
+
+    def pack(numbers: tuple[Array, Array]) -> Array:
+        rows = jnp.stack([jnp.broadcast_to(row, (blocks_a_word, step)) for row in (counters, jnp.uint32(0), *numbers)])
+        words = jnp.stack(chacha.word_by_word(key, rows), axis=1)  # [blocks a word, 16, K]
+        return words.reshape(-1, step)[: -(-num_chips // 32)]
+
+    count = low.shape[0]
+    step = min(count, max(1, chacha.BLOCKS_A_PASS // blocks_a_word))
+    if step == count:
+        return pack((low, high))
+    padded = [jnp.pad(part, (0, -count % step)).reshape(-1, step) for part in (low, high)]
+    found = jax.lax.map(pack, tuple(padded))  # [passes, words, K]
+    return found.swapaxes(0, 1).reshape(found.shape[1], -1)[:, :count]

@@ -193,7 +193,7 @@ def _embed(
     delta = strength * (carrier.num_carrying / carrier.num_chips) ** 0.5
     copy = carriers.write(params, spec, delta * carriers.spread(code, carrier))
     # Of the copy: a strength that overflows a narrow dtype shows as well.
-    return copy, jnp.isfinite(carriers.read(copy, spec)).all(), jnp.all(jnp.abs(code) == 1)
+    return copy, carriers.finite(copy, spec), jnp.all(jnp.abs(code) == 1)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

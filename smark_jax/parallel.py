@@ -103,7 +103,8 @@ def masked_mean(
     party = jax.lax.axis_index(axis_name)
     words = aggregation.encode(tree, fixed_point, aggregation.rounding_key(pair_keys, party, round))
     leaves, structure = jax.tree.flatten(words)
-    message = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+    # The barrier keeps XLA from fusing the rounding into the concatenation, which would compute it word by word.
+    message = jnp.concatenate(jax.lax.optimization_barrier([leaf.reshape(-1) for leaf in leaves]))
     message += aggregation.pairwise_mask(pair_keys, party, round, message.size)
     total = jax.lax.psum(message, axis_name)
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]

@@ -1,6 +1,9 @@
 """The owner's desk through the installed console script, from a new vault to evidence that an arbiter verifies."""
 
 import base64
+import concurrent.futures
+import contextlib
+import datetime
 import hashlib
 import http.server
 import io
@@ -8,6 +11,7 @@ import json
 import os
 import pty
 import random
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,12 +22,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 import safetensors.numpy
+import time_stamps
 from PIL import Image
 
 from experiments.crash import kills
-from smark_jax import alignment, attacks, blackbox, codes, data, files, keys, models, vault
+from smark_jax import alignment, attacks, blackbox, cli, codes, data, files, keys, models, vault
 from smark_jax.vault import models as vault_models
 from smark_jax.vault import queries
 
@@ -62,6 +68,27 @@ class Desk:
     def json(self, *arguments: Any, code: int = 0) -> Any:
         """Runs a command with --json; its stdout is one JSON document and nothing else."""
         return json.loads(self.run(*arguments, "--json", code=code))
+
+
+class Here(Desk):
+    """Commands run in this process, which saves the seconds that another takes to start."""
+
+    def run(self, *arguments: Any, code: int = 0) -> str:
+        stdout, stderr = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setenv("SMARK_PASSPHRASE", SECRET)
+            patch.setenv("COLUMNS", "200")
+            patch.setattr(sys, "argv", ["smark", *map(str, arguments)])
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                try:
+                    cli.main()
+                    ended = 0
+                except SystemExit as end:
+                    ended = end.code
+        self.stderr = stderr.getvalue()
+        assert ended == code, self.stderr
+        return stdout.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +250,7 @@ def _forms(secret: bytes) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A vault with a small model and one customer."""
-    desk = Desk(tmp_path_factory.mktemp("small"))
+    desk = Here(tmp_path_factory.mktemp("small"))
     rng = np.random.default_rng(0)
     np.savez(desk.folder / "base.npz", kernel=rng.normal(size=(60, 100)).astype(np.float32))
     desk.run("init", "vault")
@@ -234,7 +261,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_has_an_example_in_its_help(command, tmp_path):
-    shown = Desk(tmp_path).run(*command, "--help")
+    shown = Here(tmp_path).run(*command, "--help")
     assert "Example" in shown
     assert f"smark {' '.join(command)}" in shown
     assert "--json" in shown or command == ("demo",)
@@ -359,6 +386,41 @@ def _typed(arguments: list[str], lines: list[str], folder: Path, environment: di
     return process.wait(60), shown.decode()
 
 
+def test_an_orbax_checkpoint_and_a_time_stamp_are_taken(small, tmp_path):
+    kernel = np.load(small.folder / "base.npz")["kernel"]
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", {"dense": {"kernel": kernel}})
+    added = small.json("add-model", "vault", "orbax", tmp_path / "checkpoint", "--chips", 64)
+    assert (added["leaves"], added["carrying_weights"]) == (1, 6000)
+    small.run("issue", "vault", "orbax", "Ada", "--out", "orbax", "--timestamp-request", "request.tsq")
+    if shutil.which("openssl") is None:
+        return
+    time_stamps.authority(tmp_path)
+    (tmp_path / "answer.tsr").write_bytes(time_stamps.stamp(tmp_path, (small.folder / "request.tsq").read_bytes()))
+    kept = small.json("evidence", "timestamp", "vault", "orbax", 1, tmp_path / "answer.tsr")
+    assert (kept["model"], kept["number"]) == ("orbax", 1)
+    assert abs(datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(kept["time"])).days == 0
+
+
+def test_two_issues_at_once_write_every_copy_once(small):
+    """Both processes are asked for the same forty customers and ten of their own."""
+    names = [f"c {i}" for i in range(60)]
+    lists = [names[:50], names[10:]]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        desks = [Desk(small.folder) for _ in lists]
+        done = [
+            pool.submit(desk.json, "issue", "vault", "net", *some, "--out", "many")
+            for desk, some in zip(desks, lists, strict=True)
+        ]
+        found = [one.result() for one in done]
+    assert sum(one["licensed"] for one in found) == sum(one["written"] for one in found) == 60
+    copies = list((small.folder / "many").iterdir())
+    assert len(copies) == 60
+    with vault.opened(small.folder / "vault", SECRET) as opened:
+        known = {sha for (sha,) in opened.connection.execute("SELECT sha256 FROM copies WHERE model = 'net'")}
+    assert {hashlib.sha256(copy.read_bytes()).hexdigest() for copy in copies} <= known
+
+
 def test_a_probable_cause_is_named_when_leaves_are_ambiguous(small):
     rng = np.random.default_rng(1)
     np.savez(small.folder / "two.npz", a=rng.normal(size=(60, 60)), b=rng.normal(size=(60, 60)))
@@ -387,7 +449,7 @@ class Answers(NamedTuple):
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
     """A vault whose model has probes, and the answers of customer 1's copy, of which one in ten is wrong."""
-    desk = Desk(tmp_path_factory.mktemp("asked"))
+    desk = Here(tmp_path_factory.mktemp("asked"))
     rng = np.random.default_rng(0)
     np.savez(desk.folder / "base.npz", kernel=rng.normal(size=(60, 100)).astype(np.float32))
     np.savez(desk.folder / "images.npz", images=data.load("mnist_5k", "train").images[:50])
@@ -481,6 +543,52 @@ def test_a_command_is_traced_by_its_answers_and_does_not_see_the_passphrase(aske
     assert [a["customer"] for a in found["suspects"][0]["accused"]] == ["Grace"]
     desk.run("query", "vault", "net", f"{sys.executable} -c 'print(1/0)'", code=1)
     assert "exit code 1" in desk.stderr
+
+
+def test_a_taught_copy_is_traced_by_its_answers_and_by_its_weights(tmp_path):
+    """A linear classifier of pictures of two kinds; its 40 probes lie between them."""
+    desk, rng = Here(tmp_path), np.random.default_rng(0)
+    centres = rng.integers(60, 196, (4, 24, 24, 1))
+    labels = rng.integers(0, 4, 200)
+    pictures = np.clip(centres[labels] + rng.normal(0, 20, (200, 24, 24, 1)), 0, 255).astype(np.uint8)
+    kernel = (centres.reshape(4, -1) - centres.mean(axis=0).ravel()).T.astype(np.float32) / 300
+    np.savez(tmp_path / "base.npz", kernel=kernel)
+    np.savez(tmp_path / "images.npz", images=pictures)
+    (tmp_path / "linear.py").write_text(
+        "import jax.numpy as jnp\nimport numpy as np\n\n\n"
+        "def apply_fn(params, x):\n"
+        "    x = jnp.asarray(x, jnp.float32).reshape(len(x), -1) / 255 - 0.5\n"
+        "    return x @ params['kernel']\n\n\n"
+        "def teaching():\n    return apply_fn, np.load('images.npz')['images']\n"
+    )
+    desk.run("init", "vault")
+    network = ("--network", "linear:teaching")
+    made = ("--probes", "images.npz", "--classes", 4, "--chips", 40, "--strength", 0.1, "--alpha", 0.01)
+    desk.run("add-model", "vault", "net", "base.npz", *made, *network)
+    issued = desk.json("issue", "vault", "net", "Ada", "Grace", "--out", "copies", "--teach", "linear:teaching")
+    assert issued["written"] == 2
+    assert "--teach" not in desk.stderr
+    with vault.opened(tmp_path / "vault", SECRET) as opened:
+        probes, classes = queries.probes(opened, "net")
+        words = np.asarray(codes.codebook(vault_models.code_key(opened, "net"), [0, 1], 40))
+        known = {sha256 for (sha256,) in opened.connection.execute("SELECT sha256 FROM copies")}
+    sides = blackbox.halves(probes, classes)
+    for file, word in zip(issued["files"], words, strict=True):
+        content = (tmp_path / file).read_bytes()
+        assert hashlib.sha256(content).hexdigest() in known
+        taught = np.einsum("nd,dc->nc", probes.reshape(40, -1) / 255 - 0.5, safetensors.numpy.load(content)["kernel"])
+        untaught = np.einsum("nd,dc->nc", probes.reshape(40, -1) / 255 - 0.5, kernel)
+        agreement = [(sides[np.arange(40), logits.argmax(axis=1)] == word).mean() for logits in (taught, untaught)]
+        assert agreement[0] > agreement[1] + 0.1
+    traced = desk.json("trace", "vault", "net", issued["files"][1])
+    assert [a["customer"] for a in traced["suspects"][0]["accused"]] == ["Grace"]
+    again = desk.json("issue", "vault", "net", "Ada", "Grace", "--out", "copies", "--teach", "linear:teaching")
+    assert again["written"] == 0
+    desk.run("issue", "vault", "net", "Emmy", "--out", "copies")
+    assert "without --teach" in desk.stderr
+    desk.run("add-model", "vault", "plain", "base.npz", "--chips", 40)
+    desk.run("issue", "vault", "plain", "Ada", "--out", "plain", "--teach", "linear:teaching", code=1)
+    assert "--probes" in desk.stderr
 
 
 # Crashes

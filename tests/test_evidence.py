@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from scipy import stats
-from test_vault import authority, stamp
+from time_stamps import authority, stamp
 
 from experiments.fuzz import evidence as fuzz
 from experiments.fuzz import mutations

@@ -176,3 +176,33 @@ def test_rectified_read_out_is_deaf_to_leaves_that_are_the_bases_own():
         assert chips @ np.asarray(word) / np.linalg.norm(chips) > 9  # of sqrt(128) = 11.3
     still = extraction.extract(base, base, spec, carrier, rectify=True)
     np.testing.assert_array_equal(still, np.zeros(128, np.float32))
+
+
+def test_many_suspects_of_a_model_compile_once(key, caplog):
+    base = {"a": {"kernel": jnp.sin(jnp.arange(6000.0)).reshape(60, 100)}, "b": jnp.cos(jnp.arange(500.0))}
+    spec = carriers.select(base)
+    carrier = carriers.draw(key, spec, 64)
+
+    def compiled(suspects, base, spec) -> int:
+        caplog.clear()
+        with jax.log_compiles():
+            for suspect in suspects:
+                extraction.extract(suspect, base, spec, carrier)
+        return sum(record.getMessage().startswith("Compiling") for record in caplog.records)
+
+    copies = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf) * (1 + 0.01 * i), base) for i in range(4)]
+    assert compiled(copies[:1], base, spec) > 0
+    assert compiled(copies[1:], base, spec) == 0
+
+
+def test_bfloat16_stays_bfloat16_through_marking_and_reading(key):
+    rng = np.random.default_rng(0)
+    base = {"kernel": jnp.asarray(rng.normal(size=(300, 100)), jnp.bfloat16), "bias": jnp.ones(50, jnp.bfloat16)}
+    spec = carriers.select(base)
+    carrier = carriers.draw(key, spec, 64)
+    words = np.asarray(codes.codebook(key, [1, 2], 64))
+    copy = embedding.embed(base, spec, carrier, words[0])
+    copies = embedding.embed_batch(base, spec, carrier, words)
+    assert {leaf.dtype for leaf in jax.tree.leaves((copy, copies))} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(np.sign(extraction.extract(copy, base, spec, carrier)), words[0])
+    np.testing.assert_array_equal(np.sign(extraction.extract_batch(copies, base, spec, carrier)), words)

@@ -1,5 +1,6 @@
 import math
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -361,3 +362,41 @@ def test_bad_input_is_refused():
     for chips in (np.ones(M), np.ones((0, M))):
         with pytest.raises(ValueError, match=r"chips of shape \[M, m\]"):
             tracing.trace_batch(chips, book)
+
+
+@pytest.mark.parametrize("num_chips", [1, 40, 304, 600])
+@pytest.mark.parametrize("num_vectors", [1, 4, 5, 16])
+def test_packed_words_score_as_unpacked_ones_do(num_chips, num_vectors):
+    """By tables and by matmul, over several steps and one that is not full; the reference is float64 on whole words."""
+    count = 4500
+    y = np.random.default_rng(num_chips).normal(size=(num_vectors, num_chips))
+    found = tracing.scoring.score(y, codes.Codebook(KEY, count, num_chips), np.zeros(num_vectors), keep=True)
+    expected = y @ words(range(count), num_chips).astype(np.float64).T
+    np.testing.assert_allclose(found.all, expected, atol=1e-6 * np.abs(y).sum(axis=1).max())
+    assert np.abs(expected - np.roll(expected, 1, axis=1)).max() > 0.1  # a shift by one customer would show
+
+
+@pytest.mark.parametrize("num_chips", [1, 40, 304, 600])
+def test_products_of_codewords_are_counted_exactly(num_chips):
+    customers, places = np.arange(5, 4505), [0, 4499, 17]
+    book = words(range(4600), num_chips)
+    expected = book[customers[places]].astype(int) @ book[customers].astype(int).T
+    for some in (codes.Codebook(KEY, 4600, num_chips), book):
+        chosen = tracing.scoring.shortlist(some, customers)
+        np.testing.assert_array_equal(tracing.scoring.correlate(places, chosen), expected)
+
+
+def test_many_suspects_compile_once(caplog):
+    book = codes.Codebook(KEY, 2000, M)
+
+    def compiled(leaks, book) -> int:
+        caplog.clear()
+        with jax.log_compiles():
+            for leak in leaks:
+                y = words([leak])[0] + np.random.default_rng(leak).normal(size=M)
+                assert [a.serial for a in tracing.trace(y, book).accused] == [leak]
+        return sum(record.getMessage().startswith("Compiling") for record in caplog.records)
+
+    compiled([3], book)
+    assert compiled([40, 1999, 0, 700], book) == 0
+    assert compiled([3], codes.Codebook(KEY, 2100, M)) > 0  # the control: another codebook does compile

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import time_stamps
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from smark_jax import files, vault
@@ -529,10 +530,10 @@ def test_a_changed_commitment_file_is_noticed_and_a_lost_one_written_again(full,
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl as a time-stamp authority")
 def test_a_time_stamp_of_an_authority_is_kept_and_one_about_something_else_refused(full, tmp_path):
-    authority(tmp_path)
+    time_stamps.authority(tmp_path)
     with vault.opened(copy_of(full, tmp_path), SECRET) as desk:
         commitment = commitments.get(desk, "net", 2)
-        answer = stamp(tmp_path, timestamps.request(commitment))
+        answer = time_stamps.stamp(tmp_path, timestamps.request(commitment))
         time = timestamps.store(desk, commitment, answer)
         assert timestamps.stored(desk, commitment) == [(time, answer)]
         (tmp_path / "published").write_bytes(commitment.published)
@@ -544,38 +545,6 @@ def test_a_time_stamp_of_an_authority_is_kept_and_one_about_something_else_refus
         for bad in (b"", answer[:100], b"nonsense"):
             with pytest.raises(ValueError, match="granted RFC 3161 response"):
                 timestamps.store(desk, commitment, bad)
-
-
-def authority(folder: Path) -> None:
-    """A time-stamp authority of our own, with a fresh key."""
-    (folder / "tsa.cnf").write_text(
-        "[req]\ndistinguished_name=dn\nx509_extensions=ext\nprompt=no\n[dn]\nCN=test\n"
-        "[ext]\nextendedKeyUsage=critical,timeStamping\n[tsa]\ndefault_tsa=t\n"
-        "[t]\nserial=serial\nsigner_cert=tsa.pem\nsigner_key=tsa.key\nsigner_digest=sha256\n"
-        "default_policy=1.2.3.4\ndigests=sha256\nordering=yes\ntsa_name=yes\n"
-    )
-    (folder / "serial").write_text("01")
-    arguments = [
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-keyout",
-        "tsa.key",
-        "-out",
-        "tsa.pem",
-        "-config",
-        "tsa.cnf",
-    ]
-    subprocess.run(["openssl", "req", *arguments], cwd=folder, check=True, capture_output=True)
-
-
-def stamp(folder: Path, request: bytes) -> bytes:
-    """The authority's answer."""
-    (folder / "request.tsq").write_bytes(request)
-    arguments = ["-queryfile", "request.tsq", "-out", "answer.tsr", "-config", "tsa.cnf"]
-    subprocess.run(["openssl", "ts", "-reply", *arguments], cwd=folder, check=True, capture_output=True)
-    return (folder / "answer.tsr").read_bytes()
 
 
 # Verdicts

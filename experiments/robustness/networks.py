@@ -60,9 +60,10 @@ def train(
     epochs: int,
     on_step: Callable[[], None] = lambda: None,
     train_images: int | None = None,
+    dataset: str = "mnist_5k",
 ) -> Subject:
-    """Trains on MNIST-5k with Adam, batch statistics included."""
-    train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")
+    """Trains with Adam, batch statistics included."""
+    train, test = data.load(dataset, "train"), data.load(dataset, "test")
     images, labels = np.asarray(train.images)[:train_images], np.asarray(train.labels)[:train_images]
     start = models.init(network, jax.random.key(seed), images.shape[1:])
     variables = dict(start) if "params" in start else {"params": start}

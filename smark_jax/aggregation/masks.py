@@ -19,6 +19,9 @@ from smark_jax import _validate, chacha
 from smark_jax._types import AnyArray
 from smark_jax.aggregation.exchange import MASK, ROUNDING
 
+# Of each stream at a time, however many partners there are.
+_FEWEST_BLOCKS = 64
+
 
 def pairwise_mask(
     pair_keys: UInt32[AnyArray, "P 8"], party: int | Array, round: int | Array, num_words: int
@@ -54,17 +57,25 @@ def pairwise_mask(
 @functools.partial(jax.jit, static_argnames="num_words")
 def _pairwise_mask(row: Array, party: Array, round: Array, num_words: int) -> Array:
     num_parties = row.shape[0]
-    nonce = _nonce(round, MASK)
-
-    def signed_stream(step: int | Array) -> Array:
-        partner = (party + step) % num_parties
-        stream = chacha.keystream(row[partner], nonce, num_words)
-        return jnp.where(partner > party, stream, -stream)
-
     if num_parties == 1:
         return jnp.zeros(num_words, jnp.uint32)
-    mask = signed_stream(1)
-    return jax.lax.fori_loop(2, num_parties, lambda step, total: total + signed_stream(step), mask)
+    partners = (party + jnp.arange(1, num_parties)) % num_parties
+    keys = row[partners].T[:, :, None]  # [8, P - 1, 1]
+    signs = jnp.where(partners > party, jnp.uint32(1), jnp.uint32(2**32 - 1))
+    # All partners' streams side by side, a few blocks at a time: no stream is ever whole in memory.
+    width = max(_FEWEST_BLOCKS, chacha.BLOCKS_A_PASS // (num_parties - 1))
+    width = min(width, -(-num_words // chacha.BLOCK_WORDS))
+    nonce = _nonce(round, MASK)
+
+    def sums(first: Array) -> Array:
+        counters = first + jnp.arange(width, dtype=jnp.uint32)
+        rows = jnp.stack([counters, *(jnp.broadcast_to(word, width) for word in nonce)])
+        rows = jnp.broadcast_to(rows[:, None], (4, num_parties - 1, width))
+        words = chacha.word_by_word(keys, rows)
+        return jnp.stack([jnp.sum(signs[:, None] * word, axis=0, dtype=jnp.uint32) for word in words], axis=-1)
+
+    starts = jnp.arange(0, -(-num_words // chacha.BLOCK_WORDS), width, dtype=jnp.uint32)
+    return jax.lax.map(sums, starts).reshape(-1)[:num_words]
 
 
 def rounding_key(pair_keys: UInt32[AnyArray, "P 8"], party: int | Array, round: int | Array) -> Array:

@@ -12,6 +12,7 @@ Every probe carries a payload: the SHA-256 commitment to the key and the probe's
 commitment before sale cannot choose probes after a suspect has answered.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -195,7 +196,7 @@ def train_copies(
     copies: PyTree,
     base: PyTree,
     apply_fn: ApplyFn,
-    images: Num[AnyArray, "N H W C"],
+    images: UInt8[AnyArray, "N H W C"],
     probe_images: UInt8[AnyArray, "m H W C"],
     codes: Num[AnyArray, "K m"],
     num_classes: int,
@@ -223,7 +224,7 @@ def train_copies(
       copies: leaves with a leading axis of K, as ``embedding.embed_batch`` returns.
       base: the model that the copies were made from.
       apply_fn: ``apply_fn(params, images) -> logits``.
-      images: training images, shape [N, H, W, C].
+      images: training images, shape [N, H, W, C], uint8 as the probes are.
       probe_images: shape [m, H, W, C].
       codes: codewords in {-1, +1}, shape [K, m].
       num_classes: length of the logits.
@@ -237,43 +238,36 @@ def train_copies(
       on_step: called after each step of ``at_once`` copies.
 
     Raises:
-      ValueError: when the codes are not one row for each copy and one column for each probe, or a batch is larger than
-        the images are many.
+      ValueError: when the codes are not one row for each copy and one column for each probe, images are not of the
+        probes' shape and dtype, or a batch is larger than the images are many.
     """
     count = _validate.stacked("train_copies", "copies", copies)
     probe_images = np.asarray(probe_images)
     if np.shape(codes) != (count, len(probe_images)):
         expected = f"codes of shape ({count}, {len(probe_images)}): copies by probes"
         raise _validate.fail("train_copies", expected, f"shape {np.shape(codes)}", "Do K and m agree?")
+    images, codes = np.asarray(images), np.asarray(codes)
+    if images.dtype != probe_images.dtype or images.shape[1:] != probe_images.shape[1:]:
+        expected = f"images of shape {probe_images.shape[1:]} and dtype {probe_images.dtype}, as the probes are"
+        got = f"shape {images.shape[1:]}, dtype {images.dtype}"
+        raise _validate.fail("train_copies", expected, got, "Scale pixels inside apply_fn, not before.")
     _validate.positive("train_copies", "at_once", at_once)
     if not 1 <= batch_size <= len(images):
         cause = "Take smaller batches."
         raise _validate.fail("train_copies", f"a batch_size of 1 to {len(images)}", str(batch_size), cause)
     sides = halves(probe_images, num_classes)
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, epochs * (len(images) // batch_size)))
-
-    def loss(params: PyTree, x: Array, wanted: Array, p: Array, allowed: Array) -> Array:
-        log_p = jax.nn.log_softmax(apply_fn(params, jnp.concatenate([x, p])).astype(jnp.float32))
-        task = -jnp.sum(wanted * log_p[: len(x)], axis=-1).mean()
-        return task - probe_weight * jax.nn.logsumexp(log_p[len(x) :], axis=-1, where=allowed).mean()
-
-    @jax.jit
-    def step(params: PyTree, state: Any, x: Array, wanted: Array, p: Array, allowed: Array) -> tuple[PyTree, Any]:
-        gradient = jax.vmap(jax.grad(loss), (0, None, None, None, 0))(params, x, wanted, p, allowed)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    images, codes = np.asarray(images), np.asarray(codes)
-    probabilities = jax.jit(lambda x: jax.nn.softmax(apply_fn(base, x).astype(jnp.float32)))
-    wanted = _batches.apply(probabilities, _IMAGES_A_PASS, images)
+    steps = epochs * (len(images) // batch_size)
+    rates = np.asarray(optax.cosine_decay_schedule(learning_rate, max(steps, 1))(np.arange(steps)))
+    wanted = _batches.apply(functools.partial(_probabilities, apply_fn, base), _IMAGES_A_PASS, images)
 
     def teach(copies: PyTree, codes: np.ndarray) -> PyTree:
-        rng, state = np.random.default_rng(seed), optimizer.init(copies)
+        rng, state, each = np.random.default_rng(seed), _ADAM.init(copies), iter(rates)
         for _ in range(epochs):
             for index in _batches.shuffled(rng, len(images), batch_size):
                 asked = rng.choice(len(probe_images), min(probes_a_batch, len(probe_images)), replace=False)
                 allowed = sides[None, asked] == codes[:, asked, None]
-                copies, state = step(copies, state, images[index], wanted[index], probe_images[asked], allowed)
+                batch = _Batch(images[index], wanted[index], probe_images[asked], allowed)
+                copies, state = _step(apply_fn, copies, state, batch, next(each), probe_weight)
                 jax.block_until_ready(copies)  # a progress bar that runs ahead of the work tells nothing
                 on_step()
         return copies
@@ -286,7 +280,40 @@ def train_copies(
         copies = jax.tree.map(lambda *parts: jnp.concatenate(parts), *groups)
     else:
         copies = teach(copies, codes)
-    answer = jax.jit(lambda params: apply_fn(params, jnp.asarray(probe_images)).argmax(axis=-1))
-    answers = np.stack([answer(jax.tree.map(lambda x, k=k: x[k], copies)) for k in range(count)])
+    each = (jax.tree.map(lambda x, k=k: x[k], copies) for k in range(count))
+    answers = np.stack([np.asarray(_probabilities(apply_fn, copy, probe_images)).argmax(axis=-1) for copy in each])
     chips = sides[np.arange(len(probe_images)), answers]
     return Trained(copies, (chips == codes).mean(axis=1))
+
+
+# These are compiled once for a network, however many copies are taught one after the other.
+_ADAM = optax.scale_by_adam()
+
+
+class _Batch(NamedTuple):
+    """What a step sees: images with the base's probabilities, probes with the classes that each copy may answer."""
+
+    images: AnyArray  # [B, H, W, C]
+    wanted: AnyArray  # [B, classes]
+    probes: AnyArray  # [b, H, W, C]
+    allowed: AnyArray  # [K, b, classes]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probabilities(apply_fn: ApplyFn, params: PyTree, images: Array) -> Array:
+    return jax.nn.softmax(apply_fn(params, images).astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step(
+    apply_fn: ApplyFn, copies: PyTree, state: Any, batch: _Batch, rate: AnyArray, probe_weight: AnyArray
+) -> tuple[PyTree, Any]:
+    def loss(params: PyTree, allowed: Array) -> Array:
+        shown = jnp.concatenate([batch.images, batch.probes])
+        log_p = jax.nn.log_softmax(apply_fn(params, shown).astype(jnp.float32))
+        of_images, of_probes = log_p[: len(batch.images)], log_p[len(batch.images) :]
+        task = -jnp.sum(batch.wanted * of_images, axis=-1).mean()
+        return task - probe_weight * jax.nn.logsumexp(of_probes, axis=-1, where=allowed).mean()
+
+    updates, state = _ADAM.update(jax.vmap(jax.grad(loss))(copies, batch.allowed), state, copies)
+    return jax.tree.map(lambda copy, update: (copy - rate * update).astype(copy.dtype), copies, updates), state

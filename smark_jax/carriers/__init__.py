@@ -6,7 +6,7 @@ A model's chosen leaves, each divided by its own root mean square, form one vect
 """
 
 from smark_jax.carriers.hadamard import Carrier, check_carrier, despread, draw, spread
-from smark_jax.carriers.selection import Leaf, Spec, check_params, read, select, write
+from smark_jax.carriers.selection import Leaf, Spec, check_params, finite, read, select, write
 
 __all__ = [
     "Carrier",
@@ -16,6 +16,7 @@ __all__ = [
     "check_params",
     "despread",
     "draw",
+    "finite",
     "read",
     "select",
     "spread",

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from smark_jax import _validate
 from smark_jax._types import AnyArray, PyTree
@@ -108,6 +108,15 @@ def read(params: PyTree, spec: Spec) -> Float[Array, " D"]:
     return _read(_carrying("read", params, spec), spec)
 
 
+def finite(params: PyTree, spec: Spec) -> Bool[Array, ""]:
+    """Whether no carrying weight is NaN or infinite; unlike a look at :func:`read`, it makes no vector of them.
+
+    Raises:
+      ValueError: when a carrying leaf is missing from ``params`` or has another shape.
+    """
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in _carrying("finite", params, spec)]).all()
+
+
 def write(params: PyTree, spec: Spec, vector: Float[AnyArray, " D"]) -> PyTree:
     """Adds ``vector``, in the same units, to the carrying weights; the other leaves and all dtypes stay as they are.
 
@@ -163,7 +172,8 @@ def _carrying(who: str, params: PyTree, spec: Spec) -> list[Any]:
 @functools.partial(jax.jit, static_argnames="spec")
 def _read(leaves: list[Array], spec: Spec) -> Array:
     scaled = [jnp.ravel(x).astype(jnp.float32) * (1 / leaf.scale) for x, leaf in zip(leaves, spec.leaves, strict=True)]
-    return jnp.concatenate(scaled)
+    # The barrier keeps XLA from fusing the products into the concatenation, which it would then make weight by weight.
+    return jnp.concatenate(jax.lax.optimization_barrier(scaled))
 
 
 @functools.partial(jax.jit, static_argnames="spec")

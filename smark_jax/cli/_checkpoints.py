@@ -14,7 +14,6 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ import rich.console
 import rich.progress
 from orbax.checkpoint import v1 as ocp
 
-from smark_jax import aggregation, data, keys, parallel, training
+from smark_jax import _disk, aggregation, data, keys, parallel, training
 from smark_jax._types import PyTree
 from smark_jax.cli import _training
 
@@ -43,16 +42,6 @@ class _Snapshot(NamedTuple):
     state: parallel.TrainState
     secrets: jax.Array
     losses: jax.Array
-
-
-@contextlib.contextmanager
-def private_files() -> Iterator[None]:
-    """Whatever is written meanwhile, by orbax's threads as well, only its owner may read."""
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 def fit(
@@ -77,7 +66,7 @@ def fit(
     """
     latest: Any = ocp.training.preservation_policies.LatestN(1)  # whose type orbax 0.12 states too narrowly
     with (
-        private_files(),
+        _disk.private_files(),
         ocp.training.Checkpointer(
             str(folder.resolve()), preservation_policy=latest, cleanup_tmp_directories=True
         ) as checkpoints,

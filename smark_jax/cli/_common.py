@@ -80,7 +80,7 @@ def desk(folder: Path, file: Path | None) -> Iterator["vault.Vault"]:
 
 
 @contextlib.contextmanager
-def bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+def bar(text: str, total: int) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr; the function it gives takes how many are done."""
     columns = (
         rich.progress.TextColumn("{task.description}"),
@@ -125,19 +125,26 @@ def aligner(name: str | None) -> "Aligner | None":
         return None
     from smark_jax.vault.verdicts import Aligner
 
+    return Aligner(name, *network("align", name))
+
+
+def network(option: str, name: str) -> tuple[Any, Any]:
+    """What an option's MODULE:FUNCTION returns: the network of a base, and images."""
     module, colon, function = name.partition(":")
-    advice = "It returns (apply_fn, example_images) of the base's network, and is looked for in the current folder too."
+    advice = "It returns (apply_fn, images) of the base's network, and is looked for in the current folder too."
     if not (module and colon and function):
-        raise ValueError(f"align: expected MODULE:FUNCTION, but got {name!r}.\n{advice}")
+        raise ValueError(f"{option}: expected MODULE:FUNCTION, but got {name!r}.\n{advice}")
     sys.path.insert(0, str(Path.cwd()))
     try:
         apply_fn, images = getattr(importlib.import_module(module), function)()
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
-        raise ValueError(f"align: expected {name} to return a network and images, but got {got}.\n{advice}") from error
+        raise ValueError(
+            f"{option}: expected {name} to return a network and images, but got {got}.\n{advice}"
+        ) from error
     finally:
         sys.path.pop(0)
-    return Aligner(name, apply_fn, images)
+    return apply_fn, images
 
 
 def pairs(values: list[str] | None) -> dict[str, str]:

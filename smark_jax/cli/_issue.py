@@ -21,6 +21,14 @@ def issue(
     csv: Annotated[Path | None, typer.Option(help="Issue to the names in the first column of this file.")] = None,
     everybody: Annotated[bool, typer.Option("--all", help="Issue to all registered customers.")] = False,
     strength: Annotated[float | None, typer.Option(help="Of these copies; the model's own by default.")] = None,
+    teach: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Teach copies to answer the model's probes. FUNCTION() returns (apply_fn, training_images) of the "
+            "base's network; images are uint8 and need no labels.",
+        ),
+    ] = None,
     timestamp_request: Annotated[
         Path | None, typer.Option(help="Write an RFC 3161 request for the commitment, to send to an authority.")
     ] = None,
@@ -31,10 +39,10 @@ def issue(
 
     A run that was killed is completed by the same command. A customer who has a copy gets the same one again. Before
     the first new copy is written, a commitment to all customers' codewords is made: publish its root, or have it
-    time-stamped, before you hand the copies over.
+    time-stamped, before you hand the copies over. With --teach a copy takes minutes, and 'smark query' can trace it.
     """
     with _common.desk(vault, passphrase_file) as desk:
-        from smark_jax.vault import commitments, evidence, folder, issuing, models, timestamps
+        from smark_jax.vault import commitments, evidence, folder, issuing, models, queries, timestamps
         from smark_jax.vault import customers as registry
 
         models.get(desk, name)
@@ -51,8 +59,23 @@ def issue(
                 "another name for new customers."
             )
         waiting = lambda: _common.err.print("another smark issues from this vault; waiting for it")  # noqa: E731
+        if teach is None and queries.has_probes(desk, name):
+            _common.warn(f"{name} has probes, but without --teach its copies cannot be traced by their answers.")
         with _common.bar(f"issuing {name}", len(everyone)) as done:
-            issued = issuing.issue(desk, name, everyone, out, strength=strength, on_copy=done, on_wait=waiting)
+            copies = 0
+
+            def finished(count: int) -> None:
+                nonlocal copies
+                copies = count
+                done(count)
+
+            teacher = None
+            if teach:
+                network = _common.network("teach", teach)
+                teacher = queries.teacher(desk, name, *network, on_share=lambda share: done(copies + share))
+            issued = issuing.issue(
+                desk, name, everyone, out, strength=strength, teach=teacher, on_copy=finished, on_wait=waiting
+            )
         commitment = issued.commitment
         path = commitments.file(desk, commitment)
         if timestamp_request:

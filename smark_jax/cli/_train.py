@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import rich.console
 
-from smark_jax import _validate, data, files, keys, models, parallel
+from smark_jax import _disk, _validate, data, files, keys, models, parallel
 from smark_jax._types import PyTree
 from smark_jax.cli import _checkpoints, _train_config, _training
 
@@ -115,7 +115,7 @@ def _alone(private: Path) -> Iterator[None]:
 
 def _same_config(config: _train_config.Config, path: Path, out: Path) -> None:
     if not path.exists():
-        with _checkpoints.private_files():
+        with _disk.private_files():
             _write(path, json.dumps(config._asdict(), indent=2) + "\n")
         return
     before = json.loads(path.read_text())
@@ -129,14 +129,14 @@ def _same_config(config: _train_config.Config, path: Path, out: Path) -> None:
 def _start(path: Path, network: Any, seed: int, images: np.ndarray) -> PyTree:
     """The weights that training starts from, which the owner's mark is read against: drawn once, then kept."""
     if not path.exists():
-        with _checkpoints.private_files():
+        with _disk.private_files():
             files.write(path, models.init(network, jax.random.key(seed), images.shape[1:]))
     return files.nest(files.read(path).leaves)
 
 
 def _owner_key(path: Path) -> keys.SecretKey:
     if not path.exists():
-        with _checkpoints.private_files():
+        with _disk.private_files():
             _write(path, keys.new().to_bytes().hex() + "\n")
     try:
         return keys.from_bytes(bytes.fromhex(path.read_text().strip()))

@@ -55,21 +55,32 @@ def add_model(
         typer.Option(help="npz with uint8 'images' [N, H, W, C], for tracing by answers: probes are made from them."),
     ] = None,
     classes: Annotated[int | None, typer.Option(min=2, help="Classes of the model, along with --probes.")] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Take as probes what the base is undecided about. FUNCTION() returns (apply_fn, images) of its "
+            "network.",
+        ),
+    ] = None,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Add a base model. No architecture is needed; its settings are fixed from here on, since they are committed to."""
     if (probes is None) != (classes is None):
         raise typer.BadParameter("--probes and --classes go together", param_hint="--probes")
+    if network is not None and probes is None:
+        raise typer.BadParameter("--network goes with --probes", param_hint="--network")
     with _common.desk(vault, passphrase_file) as desk, _common.err.status("reading the base") as status:
         from smark_jax.vault import models, queries
 
         leaves = _base(base)
         images = queries.images(probes) if probes else None
+        apply_fn = _common.network("network", network)[0] if network else None
         model = models.add(desk, name, leaves, num_chips=chips, alpha=alpha, strength=strength, match=match)
         if images is not None and classes is not None:
             status.update("making the probes")
-            queries.add_probes(desk, model, images, classes)
+            queries.add_probes(desk, model, images, classes, apply_fn)
     document = {
         "model": name,
         "base": model.base,

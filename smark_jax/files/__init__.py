@@ -19,7 +19,7 @@ from smark_jax.files._limits import MAX_BYTES, MAX_LEAVES, Unreadable
 from smark_jax.files.layout import Ambiguous, Layout, Move, match_layout
 from smark_jax.files.reading import Weights, read
 from smark_jax.files.trees import content_hash, flatten, nest
-from smark_jax.files.writing import write
+from smark_jax.files.writing import dump, write
 
 __all__ = [
     "MAX_BYTES",
@@ -30,6 +30,7 @@ __all__ = [
     "Unreadable",
     "Weights",
     "content_hash",
+    "dump",
     "flatten",
     "match_layout",
     "nest",

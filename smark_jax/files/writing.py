@@ -6,11 +6,11 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from smark_jax import _validate
+from smark_jax import _disk, _validate
 from smark_jax.files import _limits, trees
 
 _KINDS = {dtype: kind for kind, dtype in _limits.DTYPES.items()}
@@ -39,20 +39,12 @@ def write(path: str | os.PathLike[str], params: Any) -> str:
       >>> files.read(path).sha256 == digest
       True
     """
-    leaves = trees.flatten(params)
-    if not leaves:
-        raise _validate.fail("write", "at least one leaf", "none", "Is the model empty?")
+    leaves = _named("write", params)
     target = Path(path)
     part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
-    # Widest first, so that every leaf begins at a multiple of its width.
-    names = sorted(leaves, key=lambda name: (-leaves[name].dtype.itemsize, name))
-    digest = hashlib.sha256()
     try:
         with part.open("xb") as file:
-            for piece in (_header(leaves, names), *(leaves[name] for name in names)):
-                content = trees.raw(piece) if isinstance(piece, np.ndarray) else piece
-                digest.update(content)
-                file.write(content)
+            digest = _write(file, leaves)
             file.flush()
             os.fsync(file.fileno())
         part.replace(target)
@@ -60,7 +52,48 @@ def write(path: str | os.PathLike[str], params: Any) -> str:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
-    _flush_folder(target.parent)
+    _disk.flush_folder(target.parent)
+    return digest
+
+
+def dump(file: BinaryIO, params: Any) -> str:
+    """Writes the bytes of :func:`write` into an open file, and returns their SHA-256 in hex.
+
+    For who writes many files and names them together: flushing to the disk and a name are the caller's.
+
+    Args:
+      file: open for writing in binary.
+      params: a parameter tree, or a dict of leaves by name.
+
+    Raises:
+      ValueError: when there are no leaves, or as :func:`flatten`.
+
+    Examples:
+      >>> import hashlib, io, numpy as np
+      >>> from smark_jax import files
+      >>> file = io.BytesIO()
+      >>> digest = files.dump(file, {"dense": {"kernel": np.ones((2, 3), np.float32)}})
+      >>> hashlib.sha256(file.getvalue()).hexdigest() == digest
+      True
+    """
+    return _write(file, _named("dump", params))
+
+
+def _named(who: str, params: Any) -> dict[str, np.ndarray]:
+    leaves = trees.flatten(params)
+    if not leaves:
+        raise _validate.fail(who, "at least one leaf", "none", "Is the model empty?")
+    return leaves
+
+
+def _write(file: BinaryIO, leaves: dict[str, np.ndarray]) -> str:
+    # Widest first, so that every leaf begins at a multiple of its width.
+    names = sorted(leaves, key=lambda name: (-leaves[name].dtype.itemsize, name))
+    digest = hashlib.sha256()
+    for piece in (_header(leaves, names), *(leaves[name] for name in names)):
+        content = trees.raw(piece) if isinstance(piece, np.ndarray) else piece
+        digest.update(content)
+        file.write(content)
     return digest.hexdigest()
 
 
@@ -75,12 +108,3 @@ def _header(leaves: dict[str, np.ndarray], names: list[str]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

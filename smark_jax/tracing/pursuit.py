@@ -132,11 +132,9 @@ class Pursuit:
         if place in self._columns:
             return
         wanted = [place, *(other for other in likely if other != place and other not in self._columns)][:rows]
-        missing = [other for other in wanted if other not in self._words]
-        self._words |= zip(missing, scoring.rows(self._book, self._chosen.customers[missing]), strict=True)
-        vectors = np.zeros((rows, self._direction.size))  # a fixed number of rows, so that this compiles once
-        vectors[: len(wanted)] = [self._words[other] for other in wanted]
-        self._columns |= zip(wanted, scoring.correlate(vectors, self._chosen), strict=False)
+        # A fixed number of rows, so that this compiles once.
+        columns = scoring.correlate([*wanted, *[place] * (rows - len(wanted))], self._chosen)
+        self._columns |= zip(wanted, columns, strict=False)
 
 
 def _largest(strength: np.ndarray, count: int) -> list[int]:

@@ -1,12 +1,16 @@
-"""Correlations of vectors with every customer's codeword, and the customers who deserve a closer look.
+r"""Correlations of vectors with every customer's codeword, and the customers who deserve a closer look.
 
 Codewords are made from the key (or taken from a held codebook) some thousand at a time, scored, and forgotten. With R
-vectors at once the working memory is about ``8192 * 4 * (m + R)`` bytes besides the N * R scores themselves.
+vectors at once the working memory is about ``2048 * 4 * (m + R)`` bytes besides the N * R scores themselves.
+
+Streamed words stay packed. With bits b, :math:`\langle y, 1 - 2b \rangle = \sum y - 2 \langle y, b \rangle`: for a few
+vectors the last term is looked up, eight chips at a time, in tables of the 256 sums that they can have; for many the
+bits become a matrix. Two codewords that differ in d chips have the product m - 2 d, and d is a count of bits.
 """
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,18 +19,21 @@ import numpy as np
 import rich.progress
 from jaxtyping import Float, Int8, UInt32
 
-from smark_jax import _validate, chacha, codes
+from smark_jax import _validate, codes
 from smark_jax._types import AnyArray
 
 Book = AnyArray | codes.Codebook
 
-# Codewords of one step inside jit, and of one call of it: between calls a progress bar may move.
-_ROWS_A_STEP = 8192
+# Codewords of one step inside jit (fewer where they are long), and of one call of it: between calls a progress bar may
+# move.
+_ROWS_A_STEP = 2048
 _ROWS_A_CALL = 1 << 18
 # Joint decoding considers the customers whose words correlate best with the read-out: as many as have this many chips
 # together (40 MB packed), which is all of a million at 304 chips.
 _SHORTLIST_CHIPS = 320_000_000
 _SECONDS_BEFORE_A_BAR = 2.0
+# More vectors than this are scored faster by a matmul than by tables.
+_MOST_BY_TABLES = 4
 
 
 def size(book: Book) -> tuple[int, int]:
@@ -161,14 +168,45 @@ def _score_call(vectors: jax.Array, book: Book, start: int, count: int) -> jax.A
 
 @functools.partial(jax.jit, static_argnames="count")
 def _score_streamed(vectors: jax.Array, key: jax.Array, start: jax.Array, count: int) -> jax.Array:
-    step = min(count, _ROWS_A_STEP)
+    num_vectors, num_chips = vectors.shape
+    step = _step(count, num_chips)
+    # Bits past the last chip are random, and count for nothing.
+    padded = jnp.pad(vectors, ((0, 0), (0, -num_chips % 32))).reshape(num_vectors, -1, 32).swapaxes(0, 1)
+    score = _by_tables if num_vectors <= _MOST_BY_TABLES else _by_matmul
 
     def one_step(first: jax.Array) -> jax.Array:
         serials = first + jnp.arange(step, dtype=jnp.uint32)
-        return _dot(vectors, codes.words(key, serials, jnp.zeros_like(serials), vectors.shape[1]))
+        return score(padded, codes.packed_words(key, serials, jnp.zeros_like(serials), num_chips))
 
-    scores = jax.lax.map(one_step, start + jnp.arange(0, count, step, dtype=jnp.uint32))  # [steps, R, rows]
-    return scores.swapaxes(0, 1).reshape(vectors.shape[0], -1)[:, :count]
+    found = jax.lax.map(one_step, start + jnp.arange(0, count, step, dtype=jnp.uint32))  # [steps, R, rows]
+    return vectors.sum(axis=1)[:, None] - 2 * found.swapaxes(0, 1).reshape(num_vectors, -1)[:, :count]
+
+
+def _step(count: int, num_chips: int) -> int:
+    """How many codewords to have at a time: their bits as floats take at most some MB."""
+    return min(count, max(1, _ROWS_A_STEP * 512 // max(512, num_chips)))
+
+
+def _by_tables(vectors: jax.Array, packed: jax.Array) -> jax.Array:
+    """[R, rows] sums of the entries of ``vectors`` [words, R, 32] where ``packed`` [words, rows] has a 1."""
+    patterns = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.float32)
+    groups = vectors.reshape(*vectors.shape[:2], 4, 8)
+    tables = jnp.einsum("wrgb,tb->wgrt", groups, patterns, precision=jax.lax.Precision.HIGHEST)
+
+    def add(total: jax.Array, of_word: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        tables, bits = of_word
+        for group in range(4):
+            total += tables[group][:, (bits >> (8 * group)) & 255]
+        return total, None
+
+    return jax.lax.scan(add, jnp.zeros((vectors.shape[1], packed.shape[1])), (tables, packed))[0]
+
+
+def _by_matmul(vectors: jax.Array, packed: jax.Array) -> jax.Array:
+    """The same as :func:`_by_tables`."""
+    bits = (packed[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None, :, None]) & 1  # [words, 32, rows]
+    flat = vectors.swapaxes(0, 1).reshape(vectors.shape[1], -1)
+    return jnp.dot(flat, bits.astype(jnp.float32).reshape(flat.shape[1], -1), precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.jit
@@ -186,39 +224,68 @@ class Shortlist(NamedTuple):
 
     Attributes:
       customers: their places in the codebook, ascending, shape [L].
-      bits: bit i of a word is 1 where its chip i is -1, shape [L, ceil(m / 32)].
+      bits: bit i of word w is 1 where chip 32 w + i is -1, shape [steps, ceil(m / 32), rows of a step]. Rows past L and
+        bits past m, mean nothing.
+      num_chips: m.
     """
 
     customers: np.ndarray
-    bits: UInt32[jax.Array, "L words"]
+    bits: UInt32[jax.Array, "steps words rows"]
+    num_chips: int
 
 
 def shortlist(book: Book, customers: np.ndarray) -> Shortlist:
     """Packs the words of these customers."""
+    num_chips = size(book)[1]
+    step = _step(max(1, customers.size), num_chips)
     if isinstance(book, codes.Codebook):
-        low = jnp.asarray(customers.astype(np.uint32))
-        return Shortlist(
-            customers, codes.packed_words(jnp.asarray(book.key.to_words()), low, jnp.zeros_like(low), book.num_chips)
-        )
-    return Shortlist(customers, _pack(jnp.asarray(np.asarray(book)[customers], jnp.int8)))
+        low = np.zeros((-(-customers.size // step), step), np.uint32)
+        low.flat[: customers.size] = customers
+        return Shortlist(customers, _draw_packed(jnp.asarray(book.key.to_words()), low, num_chips), num_chips)
+    words = jnp.asarray(np.asarray(book)[customers], jnp.int8)
+    return Shortlist(customers, _pack(words, step), num_chips)
 
 
-@jax.jit
-def _pack(words: jax.Array) -> jax.Array:
-    bits = jnp.pad((words < 0).astype(jnp.uint32), ((0, 0), (0, -words.shape[1] % 32)))
-    shifts = jnp.arange(32, dtype=jnp.uint32)[None, None]
-    return jnp.sum(bits.reshape(words.shape[0], -1, 32) << shifts, axis=2, dtype=jnp.uint32)
+@functools.partial(jax.jit, static_argnames="num_chips")
+def _draw_packed(key: jax.Array, low: jax.Array, num_chips: int) -> jax.Array:
+    return jax.lax.map(lambda some: codes.packed_words(key, some, jnp.zeros_like(some), num_chips), low)
 
 
-def correlate(vectors: Float[np.ndarray, "R m"], chosen: Shortlist) -> Float[np.ndarray, "R L"]:
-    """Correlations of R vectors with the words of the shortlist, float32, shape [R, L]."""
-    return np.asarray(_correlate(jnp.asarray(vectors, jnp.float32), chosen.bits))
+@functools.partial(jax.jit, static_argnames="step")
+def _pack(words: jax.Array, step: int) -> jax.Array:
+    count, num_chips = words.shape
+    words = jnp.pad(words, ((0, -count % step), (0, -num_chips % 32))).reshape(-1, step, -(-num_chips // 32), 32)
+
+    def pack(some: jax.Array) -> jax.Array:
+        shifts = jnp.arange(32, dtype=jnp.uint32)[None, None]
+        return jnp.sum((some < 0).astype(jnp.uint32) << shifts, axis=2, dtype=jnp.uint32).T
+
+    return jax.lax.map(pack, words)
 
 
-@jax.jit
-def _correlate(vectors: jax.Array, packed: jax.Array) -> jax.Array:
-    num_chips = vectors.shape[1]
-    return _in_steps(lambda bits: _dot(vectors, 1 - 2 * chacha.bits(bits)[:, :num_chips].astype(jnp.int8)), packed)
+def correlate(places: Sequence[int], chosen: Shortlist) -> Float[np.ndarray, "R L"]:
+    """Products of the words at these places of the shortlist with all of its words, float32 and exact, shape [R, L]."""
+    found = _correlate(jnp.asarray(places, jnp.int32), chosen.bits, chosen.num_chips)
+    return np.asarray(found).swapaxes(0, 1).reshape(len(places), -1)[:, : chosen.customers.size]
+
+
+@functools.partial(jax.jit, static_argnames="num_chips")
+def _correlate(places: jax.Array, packed: jax.Array, num_chips: int) -> jax.Array:
+    """[steps, R, rows] products."""
+    step = packed.shape[2]
+    mine = packed[places // step, :, places % step].T  # [words, R]
+    used = np.full(packed.shape[1], 2**32 - 1, np.uint32)
+    used[-1] >>= -num_chips % 32
+
+    def one_step(others: jax.Array) -> jax.Array:
+        def add(differ: jax.Array, word: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            some, other, mask = word
+            return differ + jax.lax.population_count((some[:, None] ^ other[None]) & mask).astype(jnp.int32), None
+
+        differ, _ = jax.lax.scan(add, jnp.zeros((mine.shape[1], step), jnp.int32), (mine, others, jnp.asarray(used)))
+        return (num_chips - 2 * differ).astype(jnp.float32)
+
+    return jax.lax.map(one_step, packed)
 
 
 def _in_steps(function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:

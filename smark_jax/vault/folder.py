@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smark_jax import _validate, keys
+from smark_jax import _disk, _validate, keys
 from smark_jax.vault import crypto, database, log
 
 KEY_FILE, DATABASE, MODELS, COMMITMENTS, ANSWERS = "master.key", "vault.sqlite", "models", "commitments", "answers"
@@ -42,19 +42,19 @@ def create(folder: Path, passphrase: str) -> None:
     new = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
     new.mkdir(mode=0o700)
     try:
-        with _private():
+        with _disk.private_files():
             for name in (MODELS, COMMITMENTS, ANSWERS):
                 (new / name).mkdir()
             write(new / KEY_FILE, sealed)
             connection = database.connect(new / DATABASE, create=True)
             with contextlib.closing(connection):
                 record(Vault(new, connection, master), "vault created", {}, public_key=crypto.public_key(master))
-        flush(new)
+        _disk.flush_folder(new)
         try:
             new.rename(folder.absolute())
         except OSError:
             raise there from None
-        flush(folder.absolute().parent)
+        _disk.flush_folder(folder.absolute().parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -71,7 +71,7 @@ def opened(folder: Path, passphrase: str) -> Iterator[Vault]:
         cause = "Is the path right? Make a vault with 'smark init'; if a file was lost, restore the backup."
         raise _validate.fail("vault", f"a vault in {folder}", f"no {' and no '.join(missing)} there", cause)
     master = crypto.unseal(folder / KEY_FILE, passphrase)
-    with _private(), contextlib.closing(database.connect(folder / DATABASE)) as connection:
+    with _disk.private_files(), contextlib.closing(database.connect(folder / DATABASE)) as connection:
         vault = Vault(folder, connection, master)
         _verify(vault)
         try:
@@ -128,23 +128,4 @@ def write(path: Path, content: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    flush(path.absolute().parent)
-
-
-def flush(folder: Path) -> None:
-    """Makes new names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _private() -> Iterator[None]:
-    """New files, those that sqlite makes among them, are their owner's only."""
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
+    _disk.flush_folder(path.absolute().parent)

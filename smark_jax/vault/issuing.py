@@ -3,10 +3,14 @@
 First one transaction licenses the customers and commits to their codewords. Then, a few copies at a time: they are
 written under hidden names, their hashes are registered, and only then do they get their names. So whenever the process
 dies, no copy stands under its name whose hash the vault does not know, and running the same command again completes it.
+
+While a batch is hashed and written, a thread computes the next one.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,15 +19,21 @@ import filelock
 import jax
 import numpy as np
 
-from smark_jax import _validate, codes, embedding, files
+from smark_jax import _disk, _validate, codes, embedding, files
 from smark_jax._types import PyTree
 from smark_jax.vault import _text, commitments, database, folder, models
 from smark_jax.vault.customers import Customer
 
 # A copy that has not got its name yet is called ".NAME.issuing".
 _HIDDEN = ".issuing"
-# Copies in memory together: at most so many, and about so many bytes.
-_COPIES_A_BATCH, _BYTES_A_BATCH = 32, 1 << 28
+# A batch of copies: at most so many, and about so many bytes. Two are in memory together.
+_COPIES_A_BATCH, _BYTES_A_BATCH = 32, 1 << 27
+# Threads that hash and write, all of which lets other threads run, and flush files, for which they wait for the disk.
+_WRITERS = 4
+
+
+Teacher = Callable[[PyTree, np.ndarray], PyTree]
+"""Teaches copies (leaves with a leading axis of K) to answer by their codewords, int8 [K, m]."""
 
 
 class Issued(NamedTuple):
@@ -56,10 +66,14 @@ def issue(
     out: Path,
     *,
     strength: float | None = None,
+    teach: Teacher | None = None,
     on_copy: Callable[[int], None] = lambda count: None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Issued:
     """Issues a model to customers: one safetensors file each, the same again when issued again.
+
+    Where copies are taught, that is so on the same machine and software; elsewhere a copy that is written again differs
+    in its last digits, and the vault knows it as well.
 
     Args:
       vault: an open vault.
@@ -67,6 +81,7 @@ def issue(
       customers: registered ones.
       out: folder for the files, made if absent.
       strength: of copies; the model's own by default.
+      teach: makes copies that can be traced by their answers, see :func:`smark_jax.vault.queries.teacher`.
       on_copy: called with the number of copies done.
       on_wait: called when another process issues from this vault, and this one waits.
 
@@ -91,7 +106,7 @@ def issue(
                 on_copy(done)
             else:
                 missing.append(licence)
-        for written in _write(vault, model, tree, missing):
+        for written in _write(vault, model, tree, missing, teach):
             done += written
             on_copy(done)
     newest = commitments.latest(vault, name)
@@ -156,43 +171,76 @@ def _licences(vault: folder.Vault, model: models.Model, customers: Sequence[Cust
     ]
 
 
-def _write(vault: folder.Vault, model: models.Model, base: PyTree, licences: Sequence[_Licence]) -> Iterator[int]:
+def _write(
+    vault: folder.Vault, model: models.Model, base: PyTree, licences: Sequence[_Licence], teach: Teacher | None
+) -> Iterator[int]:
     """Writes copies, a batch at a time; yields how many each batch had."""
     if not licences:
         return
     carrier = models.carrier(vault, model)
+    key = models.code_key(vault, model.name)
     size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(base))
     # The same number for all batches, so that a copy's bits never depend on who is issued along with it.
-    count = max(1, min(_COPIES_A_BATCH, _BYTES_A_BATCH // size))
+    # A taught copy has cost a minute: it is kept as soon as it is there.
+    count = 1 if teach else max(1, min(_COPIES_A_BATCH, _BYTES_A_BATCH // size))
+    batches: list[list[_Licence]] = []
     for strength in sorted({licence.strength for licence in licences}):
         alike = [licence for licence in licences if licence.strength == strength]
-        for start in range(0, len(alike), count):
-            some = alike[start : start + count]
-            serials = [licence.customer.serial for licence in some]
-            words = np.ones((count, model.num_chips), np.int8)
-            words[: len(some)] = codes.codebook(models.code_key(vault, model.name), serials, model.num_chips)
-            copies = jax.device_get(embedding.embed_batch(base, model.spec, carrier, words, strength))
-            rows, parts = [], []
-            for row, licence in enumerate(some):
-                copy = files.flatten(jax.tree.map(lambda leaf, row=row: leaf[row], copies))
-                part = licence.path.with_name(f".{licence.path.name}{_HIDDEN}")
-                sha256 = files.write(part, copy)
-                parts.append((part, licence.path))
-                if sha256 not in licence.known:
-                    rows.append((model.name, licence.customer.serial, sha256, files.content_hash(copy), _text.now()))
+        batches += [alike[start : start + count] for start in range(0, len(alike), count)]
+
+    def copies(some: list[_Licence]) -> PyTree:
+        serials = [licence.customer.serial for licence in some]
+        words = np.ones((count, model.num_chips), np.int8)
+        words[: len(some)] = codes.codebook(key, serials, model.num_chips)
+        made = embedding.embed_batch(base, model.spec, carrier, words, some[0].strength)
+        return jax.device_get(teach(made, words) if teach else made)
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as maker,
+        concurrent.futures.ThreadPoolExecutor(_WRITERS) as writers,
+    ):
+        ahead = maker.submit(copies, batches[0])
+        for number, some in enumerate(batches):
+            batch = ahead.result()
+            if number + 1 < len(batches):
+                ahead = maker.submit(copies, batches[number + 1])
+            parts = [licence.path.with_name(f".{licence.path.name}{_HIDDEN}") for licence in some]
+            trees = [jax.tree.map(lambda leaf, row=row: leaf[row], batch) for row in range(len(some))]
+            hashed = list(writers.map(_write_hidden, parts, trees))
+            del batch, trees  # or three batches would be in memory
+            rows = [
+                (model.name, licence.customer.serial, sha256, content, _text.now())
+                for licence, (sha256, content) in zip(some, hashed, strict=True)
+                if sha256 not in licence.known
+            ]
             if rows:
                 folder.record(vault, "copies made", {"copies": rows}, model=model.name)
-            for part, path in parts:
-                part.replace(path)
-            folder.flush(some[0].path.parent)
+            for part, licence in zip(parts, some, strict=True):
+                part.replace(licence.path)
+            _disk.flush_folder(some[0].path.parent)
             yield len(some)
+
+
+def _write_hidden(part: Path, copy: PyTree) -> tuple[str, str]:
+    """Writes a copy that has no name yet, flushed to the disk; returns the hashes of file and content."""
+    leaves = files.flatten(copy)
+    try:
+        with part.open("xb") as file:
+            sha256 = files.dump(file, leaves)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    return sha256, files.content_hash(leaves)
 
 
 def _sweep(out: Path, names: set[str]) -> None:
     """Removes what killed runs left half-written of these copies."""
     for path in out.iterdir():
         hidden, mark, _ = path.name.partition(_HIDDEN)
-        if mark and hidden.startswith(".") and hidden.lstrip(".") in names:  # files.write puts a dot before it
+        if mark and hidden.startswith(".") and hidden.lstrip(".") in names:  # older versions put a second dot before it
             path.unlink(missing_ok=True)
 
 

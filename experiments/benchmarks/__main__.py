@@ -1,0 +1,31 @@
+"""smark_jax beside a PyTorch version of the same system and beside what the machine can do, in one run.
+
+Each side works in a process of its own, on the same cores, one lap at a time in turn. Measure on a quiet machine;
+ratios travel better than seconds. Without PyTorch (extra ``bench``), smark_jax runs alone. A section writes NAME.json
+and NAME.png into the output folder, and is skipped where they exist for the same configuration and seed; one that was
+interrupted goes on where it stopped.
+"""
+
+from collections.abc import Sequence
+
+from experiments import sections
+from experiments.benchmarks import compare, scaling
+
+SECTIONS = {"compare": compare, "scaling": scaling}
+_EXAMPLES = """sections:
+  compare  what was aimed at, case by case: training step, carrier, copies on disk, verdict, models of real size
+  scaling  time against weights, chips, customers, copies and parties, with fitted exponents
+
+examples:
+  python -m experiments.benchmarks
+  python -m experiments.benchmarks --only scaling
+  python -m experiments.benchmarks --config full --out out/benchmarks/full
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    sections.main("benchmarks", SECTIONS, __doc__, _EXAMPLES, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The tables of a paper: run with ``python -m experiments.paper``."""
