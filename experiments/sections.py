@@ -123,12 +123,14 @@ def run_section(
             parts = out / f"{name}.{digest}.parts"
             if fresh:
                 shutil.rmtree(parts, ignore_errors=True)
+            resumed = parts.exists()
             meter = Meter(progress, name, parts)
             result = section.run(config, seed, meter)
             meter.finish()
         device = str(jax.devices()[0].device_kind)
         seconds = round(time.perf_counter() - began, 1)
-        document = {**identity, "commit": commit(), "device": device, "seconds": seconds, "result": result}
+        about = {"commit": commit(), "device": device, "seconds": seconds, "resumed": resumed}
+        document = {**identity, **about, "result": result}
         path.write_text(json.dumps(document, indent=2) + "\n")
         shutil.rmtree(parts, ignore_errors=True)
     section.show(console, document["result"])

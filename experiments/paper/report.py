@@ -57,7 +57,8 @@ def write(out: Path, modules: Mapping[str, ModuleType]) -> Path:
             parts.append(f"## {name}")
             parts.append(
                 f"`{command('paper', document)}`; seed {document['seed']}; commit {document['commit'] or 'unknown'}; "
-                f"device {document['device']}; {document['seconds']:,.0f} s."
+                f"device {document['device']}; {document['seconds']:,.0f} s"
+                f"{' since it was resumed' if document['resumed'] else ''}."
             )
             parts += [markdown(table) for table in module.tables(document["result"])]
     path = out / "tables.md"
