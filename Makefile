@@ -24,8 +24,8 @@ $(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
 demo: $(VENV)/installed-demo  ## train on 4 parties, issue 20 copies, trace a leak; results in OUT=out/demo
 	$(BIN)/smark demo --out "$(OUT)"
 
-test: $(VENV)/installed-test  ## the test suite
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+test: $(VENV)/installed-test  ## the test suite, notebooks included
+	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 $(PYTEST_ARGS)
 
 check: $(VENV)/installed-dev  ## ruff, pyright, import-linter
 	$(BIN)/ruff format --check .

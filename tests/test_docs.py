@@ -1,0 +1,112 @@
+"""The documentation runs: its Python blocks, what they print, and the newcomer's fifteen lines.
+
+A page's blocks run in order in one namespace, in an empty folder. After a block, the word "prints" and a text block say
+what it prints. Two HTML comments, which readers do not see, change that: ``<!-- first: CODE -->`` runs CODE, and
+``<!-- not run: REASON -->`` means that the next block is only compiled.
+"""
+
+import re
+from typing import NamedTuple
+
+import jax
+import pytest
+import test_package
+
+import smark_jax
+
+ROOT = test_package.ROOT
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_PIECE = re.compile(
+    r"^<!-- (?P<kind>first|not run):(?P<note>.*?)-->$"
+    r"|^(?P<indent> *)```python\n(?P<code>.*?)^ *```$(?:\n+prints\n+```text\n(?P<shown>.*?)^```$)?",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+class Block(NamedTuple):
+    line: int
+    code: str
+    shown: str | None  # what it prints, where the page says so
+    runs: bool
+
+
+def blocks(text: str) -> list[Block]:
+    found, skip = [], False
+    for piece in _PIECE.finditer(text):
+        line = text[: piece.start()].count("\n") + 1
+        if piece["kind"] == "not run":
+            assert piece["note"].strip(), f"line {line}: 'not run' without a reason"
+            skip = True
+        elif piece["kind"] == "first":
+            found.append(Block(line, piece["note"].strip(), None, True))
+        else:
+            code = re.sub(f"^{piece['indent']}", "", piece["code"], flags=re.MULTILINE)
+            found.append(Block(line, code, piece["shown"], not skip))
+            skip = False
+    return found
+
+
+def execute(text: str, name: str, capsys) -> None:
+    namespace = {"__name__": "__main__"}
+    for block in blocks(text):
+        code = compile("\n" * block.line + block.code, name, "exec")
+        if not block.runs:
+            continue
+        capsys.readouterr()
+        exec(code, namespace)
+        if block.shown is not None:
+            assert capsys.readouterr().out.strip() == block.shown.strip(), f"{name}, line {block.line}"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_python_blocks_of_a_page_run_and_print_what_it_says(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_rank_promotion("allow"):  # as readers have it
+        execute(page.read_text(), str(page.relative_to(ROOT)), capsys)
+
+
+def test_a_page_that_is_wrong_is_refused(capsys):
+    page = "<!-- first: x = 2 -->\n```python\nprint(x + 1)\n```\n\nprints\n\n```text\n{}\n```\n"
+    execute(page.format(3), "right", capsys)
+    with pytest.raises(AssertionError, match="wrong, line 2"):
+        execute(page.format(4), "wrong", capsys)
+    skipped = "<!-- not run: no network -->\n```python\n1 / 0\n```\n"
+    execute(skipped, "skipped", capsys)
+    with pytest.raises(ZeroDivisionError):
+        execute(skipped + "```python\n1 / 0\n```\n", "the next one runs", capsys)
+    with pytest.raises(AssertionError, match="without a reason"):
+        execute(skipped.replace(" no network ", ""), "no reason", capsys)
+
+
+@pytest.mark.parametrize(("page", "lines"), [("README.md", 20), ("docs/tutorial.md", 15)])
+def test_a_newcomer_copies_a_few_lines_that_need_nothing_else(page, lines):
+    """The page's first block, which the test above runs in an empty namespace; it prints a trace."""
+    block = blocks((ROOT / page).read_text())[0]
+    assert block.runs and "42" in str(block.shown)
+    assert len([line for line in block.code.splitlines() if line.strip()]) <= lines
+
+
+def test_the_reference_has_every_public_module():
+    listed = re.findall(r"^::: (\S+)$", "\n".join(page.read_text() for page in PAGES), flags=re.MULTILINE)
+    assert len(set(listed)) == len(listed)
+    assert {f"smark_jax.{name}" for name in smark_jax.__all__} <= set(listed)
+    assert set(listed) <= set(test_package.MODULES)
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.parts[-2:] != (ROOT.name, "README.md")}
+    assert set(re.findall(r"\S+\.md", navigation)) == pages
+
+
+def test_the_reference_has_every_command():
+    from smark_jax import cli
+
+    page = (ROOT / "docs/reference/command-line.md").read_text()
+    names = [command.name or command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands]
+    names += [
+        f"evidence {command.name or command.callback.__name__}" for command in cli._evidence.app.registered_commands
+    ]
+    assert set(re.findall(r"^\| `smark ([a-z -]+)` \|", page, flags=re.MULTILINE)) == set(names)
