@@ -1,4 +1,10 @@
-"""Eight virtual CPU devices, no silent broadcasting, and keys for the tests."""
+"""Eight virtual CPU devices, no silent broadcasting, quick compilation, and keys for the tests."""
+
+import os
+
+# Most of the tests' time is compilation, and few of them compute for long. Set before JAX is imported, for the
+# processes that tests start as well.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
 import pytest

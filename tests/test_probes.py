@@ -183,7 +183,7 @@ def test_probes_divide_the_base():
     chosen, first = (blackbox.probes(KEY, 20, SHAPE, IMAGES, s) for s in (scores, None))
     assert gaps(chosen).max() < np.median(gaps(first))
     numbers = [int.from_bytes(np.packbits(row).tobytes()[32:], "big") for row in blackbox.read_images(chosen, KEY)[0]]
-    assert numbers == sorted(numbers) and 20 < numbers[-1] < 160
-    np.testing.assert_array_equal(blackbox.probes(KEY, 160, SHAPE, IMAGES)[numbers], chosen)
-    with pytest.raises(ValueError, match=r"probes: scores: expected logits of shape \(160, classes\)"):
+    assert numbers == sorted(numbers) and 20 < numbers[-1] < 640
+    np.testing.assert_array_equal(blackbox.probes(KEY, 640, SHAPE, IMAGES)[numbers], chosen)
+    with pytest.raises(ValueError, match=r"probes: scores: expected logits of shape \(256, classes\)"):
         blackbox.probes(KEY, 20, SHAPE, IMAGES, lambda images: np.zeros(len(images)))

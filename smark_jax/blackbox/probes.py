@@ -30,7 +30,6 @@ from smark_jax import _batches, _validate, keys
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 from smark_jax.blackbox import payload
 
-_CANDIDATES = 8  # for each probe
 _IMAGES_A_PASS = 256
 
 Predict = Callable[[np.ndarray], Any]
@@ -43,6 +42,7 @@ def probes(
     shape: tuple[int, int, int],
     images: UInt8[AnyArray, "N H W C"] | None = None,
     scores: Callable[[np.ndarray], Any] | None = None,
+    candidates: int = 32,
 ) -> UInt8[np.ndarray, "m H W C"]:
     """The probe images that ``key`` names.
 
@@ -52,8 +52,10 @@ def probes(
       shape: (height, width, channels), at least 511 pixels.
       images: the owner's images, of that shape. Probes are then blends of two of them and pass for data; without them
         they are smooth random patterns, which an API that refuses odd inputs may notice.
-      scores: the base's logits for images, ``scores(uint8 [B, H, W, C]) -> [B, classes]``. Of eight times as many
-        candidates the m are taken on whose halves the base is most evenly divided; without it, the first m are.
+      scores: the base's logits for images, ``scores(uint8 [B, H, W, C]) -> [B, classes]``. The probes are
+        then those candidates on whose halves the base is most evenly divided; without it, the first m.
+      candidates: for each probe, when there are scores. More leave the base more evenly divided, so that copies have to
+        be tipped less and keep more accuracy; each has to be made and scored, once.
 
     Returns:
       uint8 images, shape [m, H, W, C], each with its payload.
@@ -63,33 +65,45 @@ def probes(
         ``mark_images``.
     """
     _validate.positive("probes", "num_chips", num_chips)
+    _validate.positive("probes", "candidates", candidates)
     rng = np.random.default_rng(np.frombuffer(keys.derive(key, "probes").to_bytes(), np.uint32))
-    count = num_chips * (_CANDIDATES if scores else 1)
+    count = num_chips * (candidates if scores else 1)
     if images is None:
-        drawn = jnp.asarray(rng.normal(size=(count, 4, 4, shape[2])), jnp.float32)
-        blends = 127.5 + 60 * np.asarray(jax.image.resize(drawn, (count, *shape), "cubic"))
+        patterns = rng.normal(size=(count, 4, 4, shape[2])).astype(np.float32)
     else:
         images = np.asarray(images)
         if images.shape[1:] != tuple(shape) or len(images) < 2 or images.dtype != np.uint8:
             got = f"shape {images.shape}, dtype {images.dtype}"
             raise _validate.fail("probes", f"at least two uint8 images of shape {tuple(shape)}", got, "Resize them.")
         pairs = np.stack([rng.choice(len(images), 2, replace=False) for _ in range(count)])
-        blends = images[pairs].mean(axis=1, dtype=np.float32)
-    pixels = np.clip(np.round(blends), 0, 255).astype(np.uint8)
-    found = payload.mark_images(pixels, commitment_payloads(key, count), key)
-    return found[_most_divided(found, num_chips, scores)] if scores else found
+    payloads = commitment_payloads(key, count)
+
+    def made(numbers: np.ndarray) -> np.ndarray:
+        """The candidates of these numbers."""
+        if images is None:
+            blends = 127.5 + 60 * np.asarray(jax.image.resize(patterns[numbers], (len(numbers), *shape), "cubic"))
+        else:
+            blends = images[pairs[numbers]].mean(axis=1, dtype=np.float32)
+        pixels = np.clip(np.round(blends), 0, 255).astype(np.uint8)
+        return payload.mark_images(pixels, payloads[numbers], key)
+
+    numbers = np.arange(count)
+    if scores:
+        blocks = [numbers[i : i + _IMAGES_A_PASS] for i in range(0, count, _IMAGES_A_PASS)]
+        uneven = np.concatenate([_uneven(made(block), scores) for block in blocks])
+        numbers = np.sort(np.argsort(uneven, kind="stable")[:num_chips])
+    return made(numbers)
 
 
-def _most_divided(candidates: np.ndarray, count: int, scores: Callable[[np.ndarray], Any]) -> np.ndarray:
-    """The numbers, rising, of those where the base gives both halves the most equal probability."""
-    starts = range(0, len(candidates), _IMAGES_A_PASS)
-    logits = np.concatenate([np.asarray(scores(candidates[i : i + _IMAGES_A_PASS]), np.float64) for i in starts])
+def _uneven(candidates: np.ndarray, scores: Callable[[np.ndarray], Any]) -> np.ndarray:
+    """How unevenly the base divides its probability between the halves: the logarithm of their ratio."""
+    logits = np.asarray(scores(candidates), np.float64)
     if logits.ndim != 2 or len(logits) != len(candidates):
         got = f"shape {logits.shape}"
         raise _validate.fail("probes: scores", f"logits of shape ({len(candidates)}, classes)", got, "Pass the logits.")
     sides = halves(candidates, logits.shape[1])
     inside, outside = (np.logaddexp.reduce(logits, axis=1, where=sides == side, initial=-np.inf) for side in (1, -1))
-    return np.sort(np.argsort(np.abs(inside - outside), kind="stable")[:count])
+    return np.abs(inside - outside)
 
 
 def commitment_payloads(key: keys.SecretKey, count: int) -> Int[np.ndarray, "n 304"]:
