@@ -27,7 +27,7 @@ class Config:
 
 
 QUICK = Config(2, (32, 304, 8192), (0.03, 0.1), epochs=2, copies=1)
-FULL = Config(5, (32, 64, 128, 304, 1024, 4096, 8192), (0.01, 0.03, 0.1, 0.3), epochs=6)
+FULL = Config(3, (32, 64, 128, 304, 1024, 4096, 8192), (0.01, 0.03, 0.1, 0.3), epochs=6)
 
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
