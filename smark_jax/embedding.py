@@ -80,7 +80,8 @@ def embed_batch(
 ) -> PyTree:
     """:func:`embed` for K customers at once: a pytree whose leaves have a leading axis of K copies.
 
-    All copies are in memory together. For thousands of large models, call it on a few codewords at a time.
+    A copy is the same bit for bit as :func:`embed` makes it, whatever K is. All copies are in memory together, with
+    about two models besides. For thousands of large models, call it on a few codewords at a time.
 
     Raises:
       ValueError: as :func:`embed`.
@@ -200,7 +201,9 @@ def _embed(
 def _embed_batch(
     params: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, codes: Array, strength: Array | float
 ) -> tuple[PyTree, Array, Array]:
-    copies, ok, signs = jax.vmap(lambda code: _embed(params, spec, carrier, code, strength))(codes)
+    # One after the other: all at once would take three times the memory, fall out of cache between the transform's
+    # factors, and round by the number of copies.
+    copies, ok, signs = jax.lax.map(lambda code: _embed(params, spec, carrier, code, strength), codes)
     return copies, ok.all(), signs.all()
 
 
