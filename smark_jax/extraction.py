@@ -48,6 +48,11 @@ def extract(
     It depends on suspect and base only, so the bound on accusing the innocent holds as it does without. Choose one way
     before you look: where both are tried, say so to ``trace`` by ``num_alignments``.
 
+    Parameters that a mesh of devices holds (leaves split by a ``NamedSharding``) are read where they lie: only chips
+    cross between devices, each of which holds the carrier, a byte a weight or less. If suspect and base are split
+    differently, the base's leaves are moved, and where only the base is split, the suspect's. Not so with ``rectify``,
+    which sorts whole leaves, nor under a jit of your own, where the compiler decides.
+
     Args:
       suspect: the model to read, with the base's structure.
       base: the model that the copies were made from.
@@ -65,7 +70,11 @@ def extract(
     carriers.check_carrier("extract", carrier, spec)
     carriers.check_params("extract: suspect", suspect, spec)
     carriers.check_params("extract: base", base, spec)
-    chips, ok = _extract(suspect, base, spec, carrier, rectify)
+    where = None if rectify else carriers.layout("extract", suspect, spec) or carriers.layout("extract", base, spec)
+    if where is None:
+        chips, ok = _extract(suspect, base, spec, carrier, rectify)
+    else:
+        chips, ok = carriers.despread_difference(suspect, base, spec, where, carrier)
     _validate.all_finite("extract", "carrying weights in suspect and base", ok)
     return chips
 
