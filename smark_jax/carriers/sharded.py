@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32, Num
 
 from smark_jax import _validate
 from smark_jax._types import AnyArray, PyTree
 from smark_jax.carriers import hadamard
-from smark_jax.carriers.selection import Leaf, Spec, carrying, replace
+from smark_jax.carriers.selection import Spec, carrying, replace
 
 # Places in a leaf are counted in int32, and a block may stand out on either side.
 _MAX_LEAF = 2**31 - 2**24
@@ -41,7 +42,7 @@ class Layout(NamedTuple):
       specs: for each carrying leaf the mesh axes along which it is split; empty for one that all devices hold.
     """
 
-    mesh: Mesh | AbstractMesh
+    mesh: Mesh
     specs: tuple[PartitionSpec, ...]
 
 
@@ -53,7 +54,7 @@ def layout(who: str, params: PyTree, spec: Spec) -> Layout | None:
     """
     leaves = carrying(who, params, spec)
     split = [_split(leaf) for leaf in leaves]
-    meshes = {sharding.mesh for sharding in split if sharding is not None}
+    meshes = {sharding.mesh for sharding in split if sharding is not None and isinstance(sharding.mesh, Mesh)}
     if not meshes:
         return None
     if len(meshes) > 1:
@@ -81,8 +82,11 @@ def add_spread(
 ) -> PyTree:
     """``write(params, spec, size * spread(code, carrier))`` for a model on a mesh; each leaf stays where it lies."""
     leaves = _placed(carrying("add_spread", params, spec), where)
-    code, size = jnp.asarray(code, jnp.float32), jnp.asarray(size, jnp.float32)
-    return replace(params, spec, _add_spread(leaves, *_everywhere((code, carrier, size), where), spec, where))
+    common = _everywhere((jnp.asarray(code, jnp.float32), carrier, jnp.float32(size)), where)
+    scales = _everywhere([np.float32(leaf.scale) for leaf in spec.leaves], where)
+    inputs = zip(leaves, _starts(spec, where, carrier), scales, where.specs, strict=True)
+    marked = [_add_to_leaf(x, start, scale, *common, axes, where.mesh) for x, start, scale, axes in inputs]
+    return replace(params, spec, marked)
 
 
 def despread_difference(
@@ -93,7 +97,28 @@ def despread_difference(
     A leaf that lies otherwise than ``where`` says is moved first.
     """
     pair = [_placed(carrying("despread_difference", params, spec), where) for params in (found, base)]
-    return _despread_difference(*pair, _everywhere(carrier, where), spec, where)
+    starts, carrier = _starts(spec, where, carrier), _everywhere(carrier, where)
+    factors = _everywhere([np.float32(1 / leaf.scale) for leaf in spec.leaves], where)
+    inputs = zip(*pair, starts, factors, where.specs, strict=True)
+    read = [_despread_leaf(x, y, start, factor, carrier, axes, where.mesh) for x, y, start, factor, axes in inputs]
+    chips, finite = zip(*read, strict=True)
+    return jnp.stack(chips).sum(axis=0), jnp.stack(finite).all()
+
+
+class _Start(NamedTuple):
+    """Where a leaf begins in the carrier: in which block, and at which weight of that."""
+
+    block: Array
+    offset: Array
+
+
+def _starts(spec: Spec, where: Layout, carrier: hadamard.Carrier) -> list[_Start]:
+    _, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
+    starts, at = [], 0
+    for leaf in spec.leaves:
+        starts.append(_Start(np.int32(at // length), np.int32(at % length)))
+        at += leaf.size
+    return _everywhere(starts, where)
 
 
 def _placed(leaves: list[Any], where: Layout) -> list[Array]:
@@ -105,51 +130,89 @@ def _everywhere(tree: PyTree, where: Layout) -> PyTree:
     return jax.device_put(tree, NamedSharding(where.mesh, _ALL))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "where"))
-def _add_spread(
-    leaves: list[Array], code: Array, carrier: hadamard.Carrier, size: Array, spec: Spec, where: Layout
-) -> list[Array]:
-    def on_device(leaves: list[Array], code: Array, carrier: hadamard.Carrier, size: Array) -> list[Array]:
-        return [
-            _add_to_shard(shard, part, code, carrier, lambda block, scale=leaf.scale: size * block * scale)
-            for shard, leaf, part in zip(leaves, spec.leaves, _parts(spec, where), strict=True)
-        ]
+# A program for each shape and place of a leaf, of which a model has few: one for all leaves would compile for minutes.
+@functools.partial(jax.jit, static_argnames=("axes", "mesh"))
+def _add_to_leaf(
+    leaf: Array,
+    start: _Start,
+    scale: Array,
+    code: Array,
+    carrier: hadamard.Carrier,
+    size: Array,
+    axes: PartitionSpec,
+    mesh: Mesh,
+) -> Array:
+    """Adds to a leaf what it carries, on each device to its shard."""
+    n, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
 
-    specs = list(where.specs)
-    return _on_mesh(on_device, where, (specs, _ALL, _ALL, _ALL), specs)(leaves, code, carrier, size)
+    def on_device(shard: Array, start: _Start, scale: Array, code: Array, carrier: hadamard.Carrier, size: Array):
+        part = _part(leaf.shape, axes, mesh)
+        touched = _touched(part, start, length)
+        a_pass = min(touched.most, max(1, _PASS_WEIGHTS // length))
+        spread = jax.vmap(functools.partial(hadamard.spread_block, code * n**-0.5, length))
+
+        def one_pass(number: Array, flat: Array) -> Array:
+            blocks = touched.first + number * a_pass + jnp.arange(a_pass, dtype=jnp.int32)
+            numbers, index = _held(part, start, blocks, n, length)
+            old = flat.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
+            new = old + size * spread(*(rows[numbers] for rows in carrier.arrays)) * scale
+            return flat.at[index].set(new.astype(flat.dtype), mode="drop")
+
+        flat = jax.lax.fori_loop(0, -(-touched.most // a_pass), one_pass, shard.reshape(-1))
+        return flat.reshape(shard.shape)
+
+    inputs = (leaf, start, scale, code, carrier, size)
+    return _on_mesh(on_device, mesh, (axes, *[_ALL] * 5), axes)(*inputs)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "where"))
-def _despread_difference(
-    found: list[Array], base: list[Array], carrier: hadamard.Carrier, spec: Spec, where: Layout
-) -> tuple[Array, Array]:
-    def on_device(found: list[Array], base: list[Array], carrier: hadamard.Carrier) -> tuple[Array, Array]:
-        chips, broken = jnp.zeros(carrier.num_chips), jnp.int32(0)
-        for x, y, leaf, part in zip(found, base, spec.leaves, _parts(spec, where), strict=True):
-            scaled = functools.partial(_scaled, scale=leaf.scale)
-            chips += _despread_shards(x, y, part, carrier, scaled)
-            broken += jnp.any(~jnp.isfinite(scaled(x) - scaled(y)))
-        return jax.lax.psum((chips, broken), where.mesh.axis_names)
+@functools.partial(jax.jit, static_argnames=("axes", "mesh"))
+def _despread_leaf(
+    found: Array,
+    base: Array,
+    start: _Start,
+    factor: Array,
+    carrier: hadamard.Carrier,
+    axes: PartitionSpec,
+    mesh: Mesh,
+) -> tuple[Float[Array, " m"], Bool[Array, ""]]:
+    """A leaf's part in the chips. Devices that hold the same shard take turns at its blocks, to count none twice."""
+    n, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
+    shape = found.shape
 
-    specs = list(where.specs)
-    chips, broken = _on_mesh(on_device, where, (specs, specs, _ALL), (_ALL, _ALL))(found, base, carrier)
+    def on_device(found: Array, base: Array, start: _Start, factor: Array, carrier: hadamard.Carrier):
+        part = _part(shape, axes, mesh)
+        touched = _touched(part, start, length)
+        turn = -(-touched.most // part.twins)
+        a_pass = min(turn, max(1, _PASS_WEIGHTS // length))
+        found, base = found.reshape(-1), base.reshape(-1)
+
+        def one_pass(number: Array, chips: Array) -> Array:
+            turns = number * a_pass + jnp.arange(a_pass, dtype=jnp.int32)
+            numbers, index = _held(part, start, touched.first + part.twin * turn + turns, n, length)
+            index = jnp.where((turns < turn)[:, None], index, found.size)
+            x, y = (flat.at[index].get(mode="fill", fill_value=0).astype(jnp.float32) for flat in (found, base))
+            blocks = (rows[numbers] for rows in carrier.arrays)
+            return chips + jax.vmap(hadamard.despread_block)(x * factor - y * factor, *blocks).sum(axis=0)
+
+        chips = jax.lax.fori_loop(0, -(-turn // a_pass), one_pass, jnp.zeros(carrier.num_chips))
+        shift = found.astype(jnp.float32) * factor - base.astype(jnp.float32) * factor
+        broken = jnp.any(~jnp.isfinite(shift)).astype(jnp.int32)
+        return jax.lax.psum((chips * n**-0.5, broken), mesh.axis_names)
+
+    inputs = (found, base, start, factor, carrier)
+    chips, broken = _on_mesh(on_device, mesh, (axes, axes, *[_ALL] * 3), (_ALL, _ALL))(*inputs)
     return chips, broken == 0
 
 
-def _scaled(weights: Array, scale: float) -> Array:
-    return weights.astype(jnp.float32) * (1 / scale)
-
-
-def _on_mesh(f: Callable[..., Any], where: Layout, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def _on_mesh(f: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     # Unchecked, because what depends on a device's place is the same on all devices that hold the same shard.
-    return jax.shard_map(f, mesh=where.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 class _Part(NamedTuple):
     """What this device holds of a leaf: a box of its index space, of which an axis is merged with whole ones after it.
 
     Attributes:
-      start: of the leaf in the vector of weights.
       sizes: the leaf's axes.
       held: the box's.
       origin: the box's corner.
@@ -157,7 +220,6 @@ class _Part(NamedTuple):
       twins: how many those are.
     """
 
-    start: int
     sizes: tuple[int, ...]
     held: tuple[int, ...]
     origin: tuple[Array | int, ...]
@@ -165,18 +227,11 @@ class _Part(NamedTuple):
     twins: int
 
 
-def _parts(spec: Spec, where: Layout) -> list[_Part]:
-    parts, start = [], 0
-    for leaf, axes in zip(spec.leaves, where.specs, strict=True):
-        parts.append(_part(start, leaf, axes, where.mesh))
-        start += leaf.size
-    return parts
-
-
-def _part(start: int, leaf: Leaf, axes: PartitionSpec, mesh: Mesh | AbstractMesh) -> _Part:
+def _part(shape: tuple[int, ...], axes: PartitionSpec, mesh: Mesh) -> _Part:
+    """To be called on a device of the mesh, under shard_map."""
     sizes, held, used = [1], [1], set()
     origin: list[Array | int] = [0]
-    for size, names in itertools.zip_longest(leaf.shape, axes):
+    for size, names in itertools.zip_longest(shape, axes):
         names = () if names is None else (names,) if isinstance(names, str) else names
         shards = math.prod(mesh.shape[name] for name in names)
         if shards == 1:
@@ -188,38 +243,37 @@ def _part(start: int, leaf: Leaf, axes: PartitionSpec, mesh: Mesh | AbstractMesh
         used.update(names)
     others = tuple(name for name in mesh.axis_names if name not in used)
     twin = jax.lax.axis_index(others) if others else 0
-    return _Part(start, tuple(sizes), tuple(held), tuple(origin), twin, math.prod(mesh.shape[name] for name in others))
+    return _Part(tuple(sizes), tuple(held), tuple(origin), twin, math.prod(mesh.shape[name] for name in others))
 
 
 class _Blocks(NamedTuple):
-    """Blocks of the carrier that a shard touches: the first, counted from the leaf's first, and at most how many."""
+    """Blocks that a shard touches: the first, counted from the one in which the leaf begins, and at most how many."""
 
-    first: Array | int
+    first: Array
     most: int
 
 
-def _touched(part: _Part, n: int, length: int) -> _Blocks:
+def _touched(part: _Part, start: _Start, length: int) -> _Blocks:
     strides = [math.prod(part.sizes[axis + 1 :]) for axis in range(len(part.sizes))]
     begin = sum(at * stride for at, stride in zip(part.origin, strides, strict=True))
     span = 1 + sum((some - 1) * stride for some, stride in zip(part.held, strides, strict=True))
-    lead, size = part.start % length, math.prod(part.sizes)
-    most = min((span - 1) // length + 2, (lead + size - 1) // length + 1, max(0, n - part.start // length))
-    return _Blocks((lead + begin) // length, most)
+    return _Blocks((start.offset + begin) // length, (span - 1) // length + 2)
 
 
 def _held(
-    part: _Part, blocks: Int32[Array, " p"], n: int, length: int
+    part: _Part, start: _Start, blocks: Int32[Array, " p"], n: int, length: int
 ) -> tuple[Int32[Array, " p"], Int32[Array, "p L"]]:
-    """Where the carrier has these blocks, and where the shard, flattened, has their weights: past its end if nowhere.
+    """Blocks' numbers in the carrier, and where the shard, flattened, has their weights: past its end if nowhere.
 
     Args:
       part: the shard.
-      blocks: counted from the leaf's first.
+      start: the leaf's.
+      blocks: counted from the one in which the leaf begins.
       n: how many blocks the carrier has.
       length: of a block.
     """
-    numbers = part.start // length + blocks
-    rest = blocks[:, None] * length - part.start % length + jnp.arange(length, dtype=jnp.int32)[None]
+    numbers = start.block + blocks
+    rest = blocks[:, None] * length - start.offset + jnp.arange(length, dtype=jnp.int32)[None]
     here = (rest >= 0) & (rest < math.prod(part.sizes)) & (numbers < n)[:, None]
     index, stride = jnp.zeros_like(rest), 1
     for axis in reversed(range(len(part.sizes))):
@@ -230,42 +284,3 @@ def _held(
         here &= (place >= 0) & (place < part.held[axis])
         index, stride = index + place * stride, stride * part.held[axis]
     return jnp.minimum(numbers, n - 1), jnp.where(here, index, stride)
-
-
-def _add_to_shard(
-    shard: Array, part: _Part, code: Array, carrier: hadamard.Carrier, scaled: Callable[[Array], Array]
-) -> Array:
-    n, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
-    touched = _touched(part, n, length)
-    a_pass = max(1, min(touched.most, _PASS_WEIGHTS // length))
-    spread = jax.vmap(functools.partial(hadamard.spread_block, code * n**-0.5, length))
-
-    def one_pass(number: Array, flat: Array) -> Array:
-        blocks = touched.first + number * a_pass + jnp.arange(a_pass, dtype=jnp.int32)
-        numbers, index = _held(part, blocks, n, length)
-        old = flat.at[index].get(mode="fill", fill_value=0)
-        new = old.astype(jnp.float32) + scaled(spread(*(rows[numbers] for rows in carrier.arrays)))
-        return flat.at[index].set(new.astype(flat.dtype), mode="drop")
-
-    return jax.lax.fori_loop(0, -(-touched.most // a_pass), one_pass, shard.reshape(-1)).reshape(shard.shape)
-
-
-def _despread_shards(
-    found: Array, base: Array, part: _Part, carrier: hadamard.Carrier, scaled: Callable[[Array], Array]
-) -> Float[Array, " m"]:
-    """Devices that hold the same shard take turns at its blocks, so that none is counted twice."""
-    n, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
-    touched = _touched(part, n, length)
-    turn = -(-touched.most // part.twins)
-    a_pass = max(1, min(turn, _PASS_WEIGHTS // length))
-    found, base = found.reshape(-1), base.reshape(-1)
-
-    def one_pass(number: Array, chips: Array) -> Array:
-        turns = number * a_pass + jnp.arange(a_pass, dtype=jnp.int32)
-        numbers, index = _held(part, touched.first + part.twin * turn + turns, n, length)
-        index = jnp.where((turns < turn)[:, None], index, found.size)
-        x, y = (scaled(flat.at[index].get(mode="fill", fill_value=0)) for flat in (found, base))
-        return chips + jax.vmap(hadamard.despread_block)(x - y, *(rows[numbers] for rows in carrier.arrays)).sum(axis=0)
-
-    chips = jax.lax.fori_loop(0, -(-turn // a_pass), one_pass, jnp.zeros(carrier.num_chips))
-    return chips * n**-0.5
