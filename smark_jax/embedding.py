@@ -37,8 +37,9 @@ def embed(
     """A copy of the model that carries ``code``: closed form, no data touched.
 
     Parameters that a mesh of devices holds (leaves split by a ``NamedSharding``) are marked where they lie: no device
-    gets another's weights, and the copy is split as they are. Each device holds the carrier, a byte a weight or less.
-    Not so under a jit of your own, where the compiler decides, nor in :func:`embed_batch`.
+    gets another's weights, and the copy is split as they are. Beside them, each device holds the carrier (about a byte
+    a weight of the whole model). Not so under a jit of your own, where the compiler decides, nor in
+    :func:`embed_batch`.
 
     Args:
       params: the base model.

@@ -49,9 +49,10 @@ def extract(
     before you look: where both are tried, say so to ``trace`` by ``num_alignments``.
 
     Parameters that a mesh of devices holds (leaves split by a ``NamedSharding``) are read where they lie: only chips
-    cross between devices, each of which holds the carrier, a byte a weight or less. If suspect and base are split
-    differently, the base's leaves are moved, and where only the base is split, the suspect's. Not so with ``rectify``,
-    which sorts whole leaves, nor under a jit of your own, where the compiler decides.
+    cross between devices, each of which holds the carrier beside them (about a byte a weight of the whole model). If
+    suspect and base are split differently, the base's leaves are moved, and where only the base is split, the
+    suspect's. Not so with ``rectify``, which sorts whole leaves, nor under a jit of your own, where the compiler
+    decides.
 
     Args:
       suspect: the model to read, with the base's structure.
@@ -65,7 +66,7 @@ def extract(
 
     Raises:
       ValueError: when the suspect or base lacks a carrying leaf or has one of another shape, the carrier was drawn for
-        another number of weights, or carrying weights are NaN or infinite.
+        another number of weights, carrying weights are NaN or infinite, or one model's are split over several meshes.
     """
     carriers.check_carrier("extract", carrier, spec)
     carriers.check_params("extract: suspect", suspect, spec)

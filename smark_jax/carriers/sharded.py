@@ -6,8 +6,8 @@ chips, which is right because reading is linear. So nothing crosses between devi
 model's length is made anywhere.
 
 A leaf split along its first axis lies on each device as one run, and the work is divided by the number of devices.
-Split along another axis, it lies in short runs, one of them in almost every block, and every device transforms almost
-every block of the leaf: memory is divided, time is not.
+Split along another axis, it lies in short runs, some of them in almost every block, and every device transforms almost
+every block of the leaf: memory is divided, time is not. Beside the model, each device holds the whole carrier.
 """
 
 import functools
@@ -86,7 +86,7 @@ def add_spread(
     scales = _everywhere([np.float32(leaf.scale) for leaf in spec.leaves], where)
     inputs = zip(leaves, _starts(spec, where, carrier), scales, where.specs, strict=True)
     marked = [_add_to_leaf(x, start, scale, *common, axes, where.mesh) for x, start, scale, axes in inputs]
-    return replace(params, spec, marked)
+    return replace(params, spec, _placed(marked, where))  # for a jit spells P("x") as P("x", None)
 
 
 def despread_difference(
@@ -108,15 +108,15 @@ def despread_difference(
 class _Start(NamedTuple):
     """Where a leaf begins in the carrier: in which block, and at which weight of that."""
 
-    block: Array
-    offset: Array
+    block: AnyArray
+    offset: AnyArray
 
 
 def _starts(spec: Spec, where: Layout, carrier: hadamard.Carrier) -> list[_Start]:
     _, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
     starts, at = [], 0
     for leaf in spec.leaves:
-        starts.append(_Start(np.int32(at // length), np.int32(at % length)))
+        starts.append(_Start(np.asarray(at // length, np.int32), np.asarray(at % length, np.int32)))
         at += leaf.size
     return _everywhere(starts, where)
 
@@ -257,7 +257,7 @@ def _touched(part: _Part, start: _Start, length: int) -> _Blocks:
     strides = [math.prod(part.sizes[axis + 1 :]) for axis in range(len(part.sizes))]
     begin = sum(at * stride for at, stride in zip(part.origin, strides, strict=True))
     span = 1 + sum((some - 1) * stride for some, stride in zip(part.held, strides, strict=True))
-    return _Blocks((start.offset + begin) // length, (span - 1) // length + 2)
+    return _Blocks((jnp.asarray(start.offset) + begin) // length, (span - 1) // length + 2)
 
 
 def _held(
