@@ -16,10 +16,13 @@
 # number of chips, and the strength. Here you can turn both. Needs `pip install "smark-jax[notebooks]"`.
 
 # %%
+import io
+
 import flax.linen as nn
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 
 from smark_jax import attacks, carriers, codes, data, embedding, extraction, keys, models, statistics
 
@@ -60,12 +63,12 @@ def mark(num_chips, strength):
     return copy, word, chips, float(statistics.direction(chips) @ word), statistics.threshold(chips, LOG_LEVEL)
 
 
-def show(num_chips=304, strength=0.03):
-    """Weights, one unit's weights, and chips."""
+def draw(num_chips=304, strength=0.03):
+    """A figure of all weights, one unit's weights, and chips."""
     copy, word, chips, statistic, threshold = mark(num_chips, strength)
     weights, marked = (np.asarray(model["Dense_1"]["kernel"]) for model in (base, copy))
     accuracy = models.accuracy(apply_fn, copy, test.images, test.labels)
-    _, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
     bins = np.linspace(-0.12, 0.12, 80)
     left.hist(weights.ravel(), bins, histtype="step", label="base")
     left.hist(marked.ravel(), bins, histtype="step", label="copy")
@@ -89,10 +92,11 @@ def show(num_chips=304, strength=0.03):
         ylabel="count",
     )
     right.legend(frameon=False)
-    plt.show()
+    return figure
 
 
-show()
+draw()
+plt.show()
 
 # %% [markdown]
 # ## Turn the knobs
@@ -105,11 +109,20 @@ try:
 except ImportError:
     print("Sliders need ipywidgets: pip install 'smark-jax[notebooks]'")
 else:
-    ipywidgets.interact(
-        show,
-        num_chips=ipywidgets.SelectionSlider(options=[32, 128, 304, 1024, 4096], value=304, description="chips"),
-        strength=ipywidgets.SelectionSlider(options=[0.003, 0.01, 0.03, 0.1, 0.3], value=0.03, description="strength"),
-    )
+    picture = ipywidgets.Image(format="png")
+    num_chips = ipywidgets.SelectionSlider(options=[32, 128, 304, 1024, 4096], value=304, description="chips")
+    strength = ipywidgets.SelectionSlider(options=[0.003, 0.01, 0.03, 0.1, 0.3], value=0.03, description="strength")
+
+    def redraw(change=None):
+        figure, content = draw(num_chips.value, strength.value), io.BytesIO()
+        figure.savefig(content, dpi=80)
+        plt.close(figure)
+        picture.value = content.getvalue()
+
+    num_chips.observe(redraw, "value")
+    strength.observe(redraw, "value")
+    redraw()
+    display(ipywidgets.VBox([num_chips, strength, picture]))
 
 # %% [markdown]
 # ## All settings at once

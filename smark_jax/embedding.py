@@ -36,6 +36,11 @@ def embed(
 ) -> PyTree:
     """A copy of the model that carries ``code``: closed form, no data touched.
 
+    Parameters that a mesh of devices holds (leaves split by a ``NamedSharding``) are marked where they lie: no device
+    gets another's weights, and the copy is split as they are. Beside them, each device holds the carrier (about a byte
+    a weight of the whole model). Not so under a jit of your own, where the compiler decides, nor in
+    :func:`embed_batch`.
+
     Args:
       params: the base model.
       spec: its carrying leaves.
@@ -48,8 +53,8 @@ def embed(
 
     Raises:
       ValueError: when the code has another length than the carrier or entries other than -1 and +1, the carrier was
-        drawn for another number of weights, ``params`` does not fit the spec or holds NaN or infinite weights, or
-        ``strength`` is not positive and finite.
+        drawn for another number of weights, ``params`` does not fit the spec or holds NaN or infinite weights or is
+        split over several meshes, or ``strength`` is not positive and finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -66,7 +71,12 @@ def embed(
     _check("embed", params, spec, carrier, strength)
     cause = "Was the codeword made with another num_chips than the carrier?"
     _validate.vector("embed", "code", code, carrier.num_chips, cause)
-    copy, ok, signs = _embed(params, spec, carrier, jnp.asarray(code), strength)
+    where = carriers.layout("embed", params, spec)
+    if where is None:
+        copy, ok, signs = _embed(params, spec, carrier, jnp.asarray(code), strength)
+    else:
+        copy = carriers.add_spread(params, spec, where, code, carrier, _delta(carrier, strength))
+        ok, signs = _finite(copy, spec), jnp.all(jnp.abs(jnp.asarray(code)) == 1)
     _verify("embed", ok, signs)
     return copy
 
@@ -80,7 +90,8 @@ def embed_batch(
 ) -> PyTree:
     """:func:`embed` for K customers at once: a pytree whose leaves have a leading axis of K copies.
 
-    All copies are in memory together. For thousands of large models, call it on a few codewords at a time.
+    A copy is the same bit for bit as :func:`embed` makes it, whatever K is. All copies are in memory together, with
+    about two models besides. For thousands of large models, call it on a few codewords at a time.
 
     Raises:
       ValueError: as :func:`embed`.
@@ -186,12 +197,18 @@ def _verify(who: str, finite: Array, signs: Array) -> None:
         raise _validate.fail(who, "codewords of -1 and +1", "other entries", "Bits become chips by 1 - 2 * bits.")
 
 
+_finite = jax.jit(carriers.finite, static_argnames="spec")
+
+
+def _delta(carrier: carriers.Carrier, strength: Array | float) -> Array | float:
+    return strength * (carrier.num_carrying / carrier.num_chips) ** 0.5
+
+
 @functools.partial(jax.jit, static_argnames="spec")
 def _embed(
     params: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, code: Array, strength: Array | float
 ) -> tuple[PyTree, Array, Array]:
-    delta = strength * (carrier.num_carrying / carrier.num_chips) ** 0.5
-    copy = carriers.write(params, spec, delta * carriers.spread(code, carrier))
+    copy = carriers.write(params, spec, _delta(carrier, strength) * carriers.spread(code, carrier))
     # Of the copy: a strength that overflows a narrow dtype shows as well.
     return copy, carriers.finite(copy, spec), jnp.all(jnp.abs(code) == 1)
 
@@ -200,7 +217,9 @@ def _embed(
 def _embed_batch(
     params: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, codes: Array, strength: Array | float
 ) -> tuple[PyTree, Array, Array]:
-    copies, ok, signs = jax.vmap(lambda code: _embed(params, spec, carrier, code, strength))(codes)
+    # One after the other: all at once would take three times the memory, fall out of cache between the transform's
+    # factors, and round by the number of copies.
+    copies, ok, signs = jax.lax.map(lambda code: _embed(params, spec, carrier, code, strength), codes)
     return copies, ok.all(), signs.all()
 
 

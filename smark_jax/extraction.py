@@ -48,6 +48,12 @@ def extract(
     It depends on suspect and base only, so the bound on accusing the innocent holds as it does without. Choose one way
     before you look: where both are tried, say so to ``trace`` by ``num_alignments``.
 
+    Parameters that a mesh of devices holds (leaves split by a ``NamedSharding``) are read where they lie: only chips
+    cross between devices, each of which holds the carrier beside them (about a byte a weight of the whole model). If
+    suspect and base are split differently, the base's leaves are moved, and where only the base is split, the
+    suspect's. Not so with ``rectify``, which sorts whole leaves, nor under a jit of your own, where the compiler
+    decides.
+
     Args:
       suspect: the model to read, with the base's structure.
       base: the model that the copies were made from.
@@ -60,12 +66,16 @@ def extract(
 
     Raises:
       ValueError: when the suspect or base lacks a carrying leaf or has one of another shape, the carrier was drawn for
-        another number of weights, or carrying weights are NaN or infinite.
+        another number of weights, carrying weights are NaN or infinite, or one model's are split over several meshes.
     """
     carriers.check_carrier("extract", carrier, spec)
     carriers.check_params("extract: suspect", suspect, spec)
     carriers.check_params("extract: base", base, spec)
-    chips, ok = _extract(suspect, base, spec, carrier, rectify)
+    where = None if rectify else carriers.layout("extract", suspect, spec) or carriers.layout("extract", base, spec)
+    if where is None:
+        chips, ok = _extract(suspect, base, spec, carrier, rectify)
+    else:
+        chips, ok = carriers.despread_difference(suspect, base, spec, where, carrier)
     _validate.all_finite("extract", "carrying weights in suspect and base", ok)
     return chips
 

@@ -7,16 +7,21 @@ A model's chosen leaves, each divided by its own root mean square, form one vect
 
 from smark_jax.carriers.hadamard import Carrier, check_carrier, despread, draw, spread
 from smark_jax.carriers.selection import Leaf, Spec, check_params, finite, read, select, write
+from smark_jax.carriers.sharded import Layout, add_spread, despread_difference, layout
 
 __all__ = [
     "Carrier",
+    "Layout",
     "Leaf",
     "Spec",
+    "add_spread",
     "check_carrier",
     "check_params",
     "despread",
+    "despread_difference",
     "draw",
     "finite",
+    "layout",
     "read",
     "select",
     "spread",

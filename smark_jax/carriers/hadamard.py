@@ -66,8 +66,13 @@ class Carrier:
     @property
     def num_carrying(self) -> int:
         """How many weights the rows cover: n L, which is D less a tail shorter than a block."""
-        n, length = _cut(self.num_weights, self.num_chips)
+        n, length = cut(self.num_weights, self.num_chips)
         return n * length
+
+    @property
+    def arrays(self) -> tuple[Array, Array, Array]:
+        """Inner signs, outer signs and positions: of each the rows are blocks."""
+        return self.inner_signs, self.outer_signs, self.positions
 
     def __repr__(self) -> str:  # the arrays are secret
         return f"Carrier(num_chips={self.num_chips}, num_weights={self.num_weights})"
@@ -98,7 +103,7 @@ def draw(key: keys.SecretKey, spec: Spec, num_chips: int = 304) -> Carrier:
             f"{num_chips:,} chips",
             "Select more leaves, or take fewer chips.",
         )
-    n, length = _cut(spec.num_weights, num_chips)
+    n, length = cut(spec.num_weights, num_chips)
     words = -(-length // 32)
     zero = np.zeros(3, np.uint32)
     inner, outer = (
@@ -149,33 +154,33 @@ def check_carrier(who: str, carrier: Carrier, spec: Spec) -> None:
 
 @jax.jit
 def _spread(chips: Array, carrier: Carrier) -> Array:
-    n, length = _cut(carrier.num_weights, carrier.num_chips)
-
-    def block(args: tuple[Array, Array, Array]) -> Array:
-        inner, outer, positions = args
-        x = jnp.zeros(length).at[positions].set(chips * n**-0.5, unique_indices=True)
-        return _flip(_mix(_flip(_mix(x), inner)), outer)
-
-    arrays = (carrier.inner_signs, carrier.outer_signs, carrier.positions)
-    blocks = jax.lax.map(block, arrays, batch_size=_blocks_a_pass(n, length))
+    n, length = cut(carrier.num_weights, carrier.num_chips)
+    block = lambda args: spread_block(chips * n**-0.5, length, *args)  # noqa: E731
+    blocks = jax.lax.map(block, carrier.arrays, batch_size=_blocks_a_pass(n, length))
     return jnp.pad(blocks.reshape(-1), (0, carrier.num_weights - n * length))
 
 
 @jax.jit
 def _despread(vector: Array, carrier: Carrier) -> Array:
-    n, length = _cut(carrier.num_weights, carrier.num_chips)
-
-    def block(args: tuple[Array, Array, Array, Array]) -> Array:
-        x, inner, outer, positions = args
-        x = _mix(_flip(_mix(_flip(x, outer), transpose=True), inner), transpose=True)
-        return x[positions]
-
-    blocks = vector[: n * length].reshape(n, length)
-    arrays = (blocks, carrier.inner_signs, carrier.outer_signs, carrier.positions)
-    return jax.lax.map(block, arrays, batch_size=_blocks_a_pass(n, length)).sum(axis=0) * n**-0.5
+    n, length = cut(carrier.num_weights, carrier.num_chips)
+    arrays = (vector[: n * length].reshape(n, length), *carrier.arrays)
+    chips = jax.lax.map(lambda args: despread_block(*args), arrays, batch_size=_blocks_a_pass(n, length))
+    return chips.sum(axis=0) * n**-0.5
 
 
-def _cut(num_weights: int, num_chips: int) -> tuple[int, int]:
+def spread_block(chips: Array, length: int, inner: Array, outer: Array, positions: Array) -> Float[Array, " L"]:
+    """What one block carries of chips that have been divided by the root of the number of blocks."""
+    x = jnp.zeros(length).at[positions].set(chips, unique_indices=True)
+    return _flip(_mix(_flip(_mix(x), inner)), outer)
+
+
+def despread_block(x: Array, inner: Array, outer: Array, positions: Array) -> Float[Array, " m"]:
+    """The transpose of :func:`spread_block`."""
+    x = _mix(_flip(_mix(_flip(x, outer), transpose=True), inner), transpose=True)
+    return x[positions]
+
+
+def cut(num_weights: int, num_chips: int) -> tuple[int, int]:
     """The number of blocks and their length."""
     length = max(_MIN_BLOCK, 1 << (4 * num_chips - 1).bit_length())
     return (num_weights // length, length) if num_weights >= length else (1, num_weights)

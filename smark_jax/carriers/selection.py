@@ -105,7 +105,7 @@ def read(params: PyTree, spec: Spec) -> Float[Array, " D"]:
     Raises:
       ValueError: when a carrying leaf is missing from ``params`` or has another shape.
     """
-    return _read(_carrying("read", params, spec), spec)
+    return _read(carrying("read", params, spec), spec)
 
 
 def finite(params: PyTree, spec: Spec) -> Bool[Array, ""]:
@@ -114,7 +114,7 @@ def finite(params: PyTree, spec: Spec) -> Bool[Array, ""]:
     Raises:
       ValueError: when a carrying leaf is missing from ``params`` or has another shape.
     """
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in _carrying("finite", params, spec)]).all()
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in carrying("finite", params, spec)]).all()
 
 
 def write(params: PyTree, spec: Spec, vector: Float[AnyArray, " D"]) -> PyTree:
@@ -132,8 +132,13 @@ def write(params: PyTree, spec: Spec, vector: Float[AnyArray, " D"]) -> PyTree:
       ValueError: when a carrying leaf is missing or has another shape, or ``vector`` has another length.
     """
     _validate.vector("write", "vector", vector, spec.num_weights, "Was it made for another model's spec?")
-    changed = _write(_carrying("write", params, spec), spec, vector)
-    by_path = {leaf.path: value for leaf, value in zip(spec.leaves, changed, strict=True)}
+    changed = _write(carrying("write", params, spec), spec, vector)
+    return replace(params, spec, changed)
+
+
+def replace(params: PyTree, spec: Spec, leaves: list[Array]) -> PyTree:
+    """``params`` with other carrying leaves, in the order of ``spec``."""
+    by_path = {leaf.path: value for leaf, value in zip(spec.leaves, leaves, strict=True)}
     return jax.tree_util.tree_map_with_path(lambda path, old: by_path.get(_validate.path_name(path), old), params)
 
 
@@ -143,10 +148,10 @@ def check_params(who: str, params: PyTree, spec: Spec) -> None:
     Raises:
       ValueError: naming the leaf, the shape that the base has and the one that came.
     """
-    _carrying(who, params, spec)
+    carrying(who, params, spec)
 
 
-def _carrying(who: str, params: PyTree, spec: Spec) -> list[Any]:
+def carrying(who: str, params: PyTree, spec: Spec) -> list[Any]:
     """The leaves that ``spec`` names, in its order."""
     named = {_validate.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     missing = [leaf.path for leaf in spec.leaves if leaf.path not in named]

@@ -1,0 +1,286 @@
+"""Writing and reading through a carrier where a mesh of devices holds the model and none could hold it alone.
+
+Each device works through the blocks that its shards touch, a few at a time. To write, it transforms a block and adds to
+the weights that it holds. To read, it transforms a block with zeros where it holds none, and the devices sum their
+chips, which is right because reading is linear. So nothing crosses between devices but m chips, and nothing of the
+model's length is made anywhere.
+
+A leaf split along its first axis lies on each device as one run, and the work is divided by the number of devices.
+Split along another axis, it lies in short runs, some of them in almost every block, and every device transforms almost
+every block of the leaf: memory is divided, time is not. Beside the model, each device holds the whole carrier.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int32, Num
+
+from smark_jax import _validate
+from smark_jax._types import AnyArray, PyTree
+from smark_jax.carriers import hadamard
+from smark_jax.carriers.selection import Spec, carrying, replace
+
+# Places in a leaf are counted in int32, and a block may stand out on either side.
+_MAX_LEAF = 2**31 - 2**24
+# Blocks are transformed this many weights at a time, on each device.
+_PASS_WEIGHTS = 1 << 16
+_ALL = PartitionSpec()
+
+
+class Layout(NamedTuple):
+    """How a mesh holds a model's carrying leaves. Hashable, so it is a static argument under jit.
+
+    Attributes:
+      mesh: the devices.
+      specs: for each carrying leaf the mesh axes along which it is split; empty for one that all devices hold.
+    """
+
+    mesh: Mesh
+    specs: tuple[PartitionSpec, ...]
+
+
+def layout(who: str, params: PyTree, spec: Spec) -> Layout | None:
+    """How ``params`` lies on a mesh, or None where no carrying leaf is split by a ``NamedSharding`` (or under jit).
+
+    Raises:
+      ValueError: when leaves are split over different meshes, or a split leaf has 2^31 weights or about so many.
+    """
+    leaves = carrying(who, params, spec)
+    split = [_split(leaf) for leaf in leaves]
+    meshes = {sharding.mesh for sharding in split if sharding is not None and isinstance(sharding.mesh, Mesh)}
+    if not meshes:
+        return None
+    if len(meshes) > 1:
+        cause = "Move them to one mesh with jax.device_put."
+        raise _validate.fail(who, "carrying leaves split over one mesh", f"{len(meshes)} meshes", cause)
+    for leaf in spec.leaves:
+        if leaf.size > _MAX_LEAF:
+            cause = "Split the leaf in two, or leave it out of the selection."
+            raise _validate.fail(
+                who, f"leaves of at most {_MAX_LEAF:,} weights", f"{leaf.path!r} of {leaf.size:,}", cause
+            )
+    specs = tuple(PartitionSpec() if sharding is None else sharding.spec for sharding in split)
+    return Layout(meshes.pop(), specs)
+
+
+def _split(leaf: Any) -> NamedSharding | None:
+    if not isinstance(leaf, jax.Array) or _validate.is_traced(leaf):
+        return None
+    sharding = leaf.sharding
+    return sharding if isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated else None
+
+
+def add_spread(
+    params: PyTree, spec: Spec, where: Layout, code: Num[AnyArray, " m"], carrier: hadamard.Carrier, size: float | Array
+) -> PyTree:
+    """``write(params, spec, size * spread(code, carrier))`` for a model on a mesh; each leaf stays where it lies."""
+    leaves = _placed(carrying("add_spread", params, spec), where)
+    common = _everywhere((jnp.asarray(code, jnp.float32), carrier, jnp.float32(size)), where)
+    scales = _everywhere([np.float32(leaf.scale) for leaf in spec.leaves], where)
+    inputs = zip(leaves, _starts(spec, where, carrier), scales, where.specs, strict=True)
+    marked = [_add_to_leaf(x, start, scale, *common, axes, where.mesh) for x, start, scale, axes in inputs]
+    return replace(params, spec, _placed(marked, where))  # for a jit spells P("x") as P("x", None)
+
+
+def despread_difference(
+    found: PyTree, base: PyTree, spec: Spec, where: Layout, carrier: hadamard.Carrier
+) -> tuple[Float[Array, " m"], Bool[Array, ""]]:
+    """``despread(read(found) - read(base))`` of models on a mesh, and whether that difference is finite throughout.
+
+    A leaf that lies otherwise than ``where`` says is moved first.
+    """
+    pair = [_placed(carrying("despread_difference", params, spec), where) for params in (found, base)]
+    starts, carrier = _starts(spec, where, carrier), _everywhere(carrier, where)
+    factors = _everywhere([np.float32(1 / leaf.scale) for leaf in spec.leaves], where)
+    inputs = zip(*pair, starts, factors, where.specs, strict=True)
+    read = [_despread_leaf(x, y, start, factor, carrier, axes, where.mesh) for x, y, start, factor, axes in inputs]
+    chips, finite = zip(*read, strict=True)
+    return jnp.stack(chips).sum(axis=0), jnp.stack(finite).all()
+
+
+class _Start(NamedTuple):
+    """Where a leaf begins in the carrier: in which block, and at which weight of that."""
+
+    block: AnyArray
+    offset: AnyArray
+
+
+def _starts(spec: Spec, where: Layout, carrier: hadamard.Carrier) -> list[_Start]:
+    _, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
+    starts, at = [], 0
+    for leaf in spec.leaves:
+        starts.append(_Start(np.asarray(at // length, np.int32), np.asarray(at % length, np.int32)))
+        at += leaf.size
+    return _everywhere(starts, where)
+
+
+def _placed(leaves: list[Any], where: Layout) -> list[Array]:
+    """The leaves as the layout has them; those that lie so already are not touched."""
+    return [jax.device_put(x, NamedSharding(where.mesh, axes)) for x, axes in zip(leaves, where.specs, strict=True)]
+
+
+def _everywhere(tree: PyTree, where: Layout) -> PyTree:
+    return jax.device_put(tree, NamedSharding(where.mesh, _ALL))
+
+
+# A program for each shape and place of a leaf, of which a model has few: one for all leaves would compile for minutes.
+@functools.partial(jax.jit, static_argnames=("axes", "mesh"))
+def _add_to_leaf(
+    leaf: Array,
+    start: _Start,
+    scale: Array,
+    code: Array,
+    carrier: hadamard.Carrier,
+    size: Array,
+    axes: PartitionSpec,
+    mesh: Mesh,
+) -> Array:
+    """Adds to a leaf what it carries, on each device to its shard."""
+    n, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
+
+    def on_device(shard: Array, start: _Start, scale: Array, code: Array, carrier: hadamard.Carrier, size: Array):
+        part = _part(leaf.shape, axes, mesh)
+        touched = _touched(part, start, length)
+        a_pass = min(touched.most, max(1, _PASS_WEIGHTS // length))
+        spread = jax.vmap(functools.partial(hadamard.spread_block, code * n**-0.5, length))
+
+        def one_pass(number: Array, flat: Array) -> Array:
+            blocks = touched.first + number * a_pass + jnp.arange(a_pass, dtype=jnp.int32)
+            numbers, index = _held(part, start, blocks, n, length)
+            old = flat.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
+            new = old + size * spread(*(rows[numbers] for rows in carrier.arrays)) * scale
+            return flat.at[index].set(new.astype(flat.dtype), mode="drop")
+
+        flat = jax.lax.fori_loop(0, -(-touched.most // a_pass), one_pass, shard.reshape(-1))
+        return flat.reshape(shard.shape)
+
+    inputs = (leaf, start, scale, code, carrier, size)
+    return _on_mesh(on_device, mesh, (axes, *[_ALL] * 5), axes)(*inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "mesh"))
+def _despread_leaf(
+    found: Array,
+    base: Array,
+    start: _Start,
+    factor: Array,
+    carrier: hadamard.Carrier,
+    axes: PartitionSpec,
+    mesh: Mesh,
+) -> tuple[Float[Array, " m"], Bool[Array, ""]]:
+    """A leaf's part in the chips. Devices that hold the same shard take turns at its blocks, to count none twice."""
+    n, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
+    shape = found.shape
+
+    def on_device(found: Array, base: Array, start: _Start, factor: Array, carrier: hadamard.Carrier):
+        part = _part(shape, axes, mesh)
+        touched = _touched(part, start, length)
+        turn = -(-touched.most // part.twins)
+        a_pass = min(turn, max(1, _PASS_WEIGHTS // length))
+        found, base = found.reshape(-1), base.reshape(-1)
+
+        def one_pass(number: Array, chips: Array) -> Array:
+            turns = number * a_pass + jnp.arange(a_pass, dtype=jnp.int32)
+            numbers, index = _held(part, start, touched.first + part.twin * turn + turns, n, length)
+            index = jnp.where((turns < turn)[:, None], index, found.size)
+            x, y = (flat.at[index].get(mode="fill", fill_value=0).astype(jnp.float32) for flat in (found, base))
+            blocks = (rows[numbers] for rows in carrier.arrays)
+            return chips + jax.vmap(hadamard.despread_block)(x * factor - y * factor, *blocks).sum(axis=0)
+
+        chips = jax.lax.fori_loop(0, -(-turn // a_pass), one_pass, jnp.zeros(carrier.num_chips))
+        shift = found.astype(jnp.float32) * factor - base.astype(jnp.float32) * factor
+        broken = jnp.any(~jnp.isfinite(shift)).astype(jnp.int32)
+        return jax.lax.psum((chips * n**-0.5, broken), mesh.axis_names)
+
+    inputs = (found, base, start, factor, carrier)
+    chips, broken = _on_mesh(on_device, mesh, (axes, axes, *[_ALL] * 3), (_ALL, _ALL))(*inputs)
+    return chips, broken == 0
+
+
+def _on_mesh(f: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    # Unchecked, because what depends on a device's place is the same on all devices that hold the same shard.
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+class _Part(NamedTuple):
+    """What this device holds of a leaf: a box of its index space, of which an axis is merged with whole ones after it.
+
+    Attributes:
+      sizes: the leaf's axes.
+      held: the box's.
+      origin: the box's corner.
+      twin: this device's number among those that hold the same box.
+      twins: how many those are.
+    """
+
+    sizes: tuple[int, ...]
+    held: tuple[int, ...]
+    origin: tuple[Array | int, ...]
+    twin: Array | int
+    twins: int
+
+
+def _part(shape: tuple[int, ...], axes: PartitionSpec, mesh: Mesh) -> _Part:
+    """To be called on a device of the mesh, under shard_map."""
+    sizes, held, used = [1], [1], set()
+    origin: list[Array | int] = [0]
+    for size, names in itertools.zip_longest(shape, axes):
+        names = () if names is None else (names,) if isinstance(names, str) else names
+        shards = math.prod(mesh.shape[name] for name in names)
+        if shards == 1:
+            sizes[-1], held[-1], origin[-1] = sizes[-1] * size, held[-1] * size, origin[-1] * size
+        else:
+            sizes.append(size)
+            held.append(size // shards)
+            origin.append(jax.lax.axis_index(names) * (size // shards))
+        used.update(names)
+    others = tuple(name for name in mesh.axis_names if name not in used)
+    twin = jax.lax.axis_index(others) if others else 0
+    return _Part(tuple(sizes), tuple(held), tuple(origin), twin, math.prod(mesh.shape[name] for name in others))
+
+
+class _Blocks(NamedTuple):
+    """Blocks that a shard touches: the first, counted from the one in which the leaf begins, and at most how many."""
+
+    first: Array
+    most: int
+
+
+def _touched(part: _Part, start: _Start, length: int) -> _Blocks:
+    strides = [math.prod(part.sizes[axis + 1 :]) for axis in range(len(part.sizes))]
+    begin = sum(at * stride for at, stride in zip(part.origin, strides, strict=True))
+    span = 1 + sum((some - 1) * stride for some, stride in zip(part.held, strides, strict=True))
+    return _Blocks((jnp.asarray(start.offset) + begin) // length, (span - 1) // length + 2)
+
+
+def _held(
+    part: _Part, start: _Start, blocks: Int32[Array, " p"], n: int, length: int
+) -> tuple[Int32[Array, " p"], Int32[Array, "p L"]]:
+    """Blocks' numbers in the carrier, and where the shard, flattened, has their weights: past its end if nowhere.
+
+    Args:
+      part: the shard.
+      start: the leaf's.
+      blocks: counted from the one in which the leaf begins.
+      n: how many blocks the carrier has.
+      length: of a block.
+    """
+    numbers = start.block + blocks
+    rest = blocks[:, None] * length - start.offset + jnp.arange(length, dtype=jnp.int32)[None]
+    here = (rest >= 0) & (rest < math.prod(part.sizes)) & (numbers < n)[:, None]
+    index, stride = jnp.zeros_like(rest), 1
+    for axis in reversed(range(len(part.sizes))):
+        place = rest
+        if axis:  # the first axis takes what is left
+            rest, place = jnp.divmod(rest, part.sizes[axis])
+        place -= part.origin[axis]
+        here &= (place >= 0) & (place < part.held[axis])
+        index, stride = index + place * stride, stride * part.held[axis]
+    return jnp.minimum(numbers, n - 1), jnp.where(here, index, stride)
