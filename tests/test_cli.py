@@ -25,7 +25,8 @@ def demo(tmp_path_factory):
     """A short demo: two parties, three epochs, six customers."""
     out = tmp_path_factory.mktemp("demo") / "new folder"
     arguments = ("--parties", "2", "--epochs", "3", "--customers", "6", "--out", str(out))
-    return smark("demo", *arguments, COLUMNS="160"), out
+    # It computes for longer than it compiles: with optimisation, unlike the tests around it.
+    return smark("demo", *arguments, COLUMNS="160", XLA_FLAGS=""), out
 
 
 def test_demo_traces_all_and_accuses_no_innocent(demo):
