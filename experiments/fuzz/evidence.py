@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax import files, keys, vault
-from smark_jax.vault import bundles, commitments, customers, evidence, issuing, models, verdicts, verification
+from smark_jax.vault import bundles, customers, evidence, issuing, models, verdicts, verification
 
 
 class _Case(NamedTuple):
@@ -34,7 +34,7 @@ def _case() -> _Case:
         issued = issuing.issue(desk, "net", customers.resolve(desk, ["Ada", "Grace", "Emmy"]), path / "copies")
         verdicts.trace(desk, "net", [issued.files[1]])
         content = evidence.export(desk, 1).content
-        return _Case(content, issued.files[1], path / "base", commitments.latest(desk, "net").root, folder)
+        return _Case(content, issued.files[1], path / "base", issued.commitment.root, folder)
 
 
 def genuine(rng: np.random.Generator) -> bytes:

@@ -68,23 +68,17 @@ def probes(
     _validate.positive("probes", "candidates", candidates)
     rng = np.random.default_rng(np.frombuffer(keys.derive(key, "probes").to_bytes(), np.uint32))
     count = num_chips * (candidates if scores else 1)
-    if images is None:
-        patterns = rng.normal(size=(count, 4, 4, shape[2])).astype(np.float32)
-    else:
+    if images is not None:
         images = np.asarray(images)
         if images.shape[1:] != tuple(shape) or len(images) < 2 or images.dtype != np.uint8:
             got = f"shape {images.shape}, dtype {images.dtype}"
             raise _validate.fail("probes", f"at least two uint8 images of shape {tuple(shape)}", got, "Resize them.")
-        pairs = np.stack([rng.choice(len(images), 2, replace=False) for _ in range(count)])
+    unmarked = _patterns(rng, count, shape) if images is None else _blends(rng, count, images)
     payloads = commitment_payloads(key, count)
 
     def made(numbers: np.ndarray) -> np.ndarray:
         """The candidates of these numbers."""
-        if images is None:
-            blends = 127.5 + 60 * np.asarray(jax.image.resize(patterns[numbers], (len(numbers), *shape), "cubic"))
-        else:
-            blends = images[pairs[numbers]].mean(axis=1, dtype=np.float32)
-        pixels = np.clip(np.round(blends), 0, 255).astype(np.uint8)
+        pixels = np.clip(np.round(unmarked(numbers)), 0, 255).astype(np.uint8)
         return payload.mark_images(pixels, payloads[numbers], key)
 
     numbers = np.arange(count)
@@ -93,6 +87,18 @@ def probes(
         uneven = np.concatenate([_uneven(made(block), scores) for block in blocks])
         numbers = np.sort(np.argsort(uneven, kind="stable")[:num_chips])
     return made(numbers)
+
+
+def _patterns(rng: np.random.Generator, count: int, shape: tuple[int, int, int]) -> Callable[[np.ndarray], np.ndarray]:
+    """Smooth random patterns by number."""
+    drawn = rng.normal(size=(count, 4, 4, shape[2])).astype(np.float32)
+    return lambda some: 127.5 + 60 * np.asarray(jax.image.resize(drawn[some], (len(some), *shape), "cubic"))
+
+
+def _blends(rng: np.random.Generator, count: int, images: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Means of two images by number."""
+    pairs = np.stack([rng.choice(len(images), 2, replace=False) for _ in range(count)])
+    return lambda some: images[pairs[some]].mean(axis=1, dtype=np.float32)
 
 
 def _uneven(candidates: np.ndarray, scores: Callable[[np.ndarray], Any]) -> np.ndarray:
