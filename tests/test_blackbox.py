@@ -30,7 +30,7 @@ def test_copies_are_traced_by_labels(tmp_path):
         probe_weight=1.0,
         distilled=1,
         distillation_epochs=1,
-        timed=2,
+        timed=1,
         train_images=320,
         customers=20,
         num_chips=64,
