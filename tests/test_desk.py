@@ -549,8 +549,8 @@ def test_a_taught_copy_is_traced_by_its_answers_and_by_its_weights(tmp_path):
     """A linear classifier of pictures of two kinds; its 40 probes lie between them."""
     desk, rng = Here(tmp_path), np.random.default_rng(0)
     centres = rng.integers(60, 196, (4, 24, 24, 1))
-    labels = rng.integers(0, 4, 200)
-    pictures = np.clip(centres[labels] + rng.normal(0, 20, (200, 24, 24, 1)), 0, 255).astype(np.uint8)
+    labels = rng.integers(0, 4, 1280)
+    pictures = np.clip(centres[labels] + rng.normal(0, 20, (1280, 24, 24, 1)), 0, 255).astype(np.uint8)
     kernel = (centres.reshape(4, -1) - centres.mean(axis=0).ravel()).T.astype(np.float32) / 300
     np.savez(tmp_path / "base.npz", kernel=kernel)
     np.savez(tmp_path / "images.npz", images=pictures)
