@@ -2,8 +2,43 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that was not there before, flushed to the disk at the end of the block; none when that fails."""
+    with path.open("xb") as file, _gone_on_error(path):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name, and replaces what had it, at the end of the block; nothing changes when that fails.
+
+    Until then it stands beside its place under a name that begins with a dot and ends in ``.part``.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    with new_file(part) as file:
+        yield file
+    with _gone_on_error(part):
+        part.replace(path)
+    flush_folder(path.absolute().parent)
+
+
+@contextlib.contextmanager
+def _gone_on_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
 
 
 def flush_folder(folder: Path) -> None:

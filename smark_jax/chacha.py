@@ -75,12 +75,12 @@ def blocks(
     """
     n = counters.shape[0]
     rows = jnp.concatenate([counters[None], nonces])  # [4, n]
+    one_pass = lambda some: jnp.stack(word_by_word(key, some), axis=-1)  # noqa: E731
     if n <= BLOCKS_A_PASS:
-        return _in_stream_order(word_by_word(key, rows))
+        return one_pass(rows)
     passes = -(-n // BLOCKS_A_PASS)
     rows = jnp.pad(rows, ((0, 0), (0, passes * BLOCKS_A_PASS - n)))
     rows = rows.reshape(4, passes, BLOCKS_A_PASS).swapaxes(0, 1)
-    one_pass = lambda some: _in_stream_order(word_by_word(key, some))  # noqa: E731
     return jax.lax.map(one_pass, rows).reshape(-1, BLOCK_WORDS)[:n]
 
 
@@ -111,10 +111,6 @@ def word_by_word(key: UInt32[Array, "8 *keys"], rows: UInt32[Array, "4 *n"]) -> 
     mixed = _double_round(start)
     end = jax.lax.fori_loop(1, 10, lambda _, state: _double_round(state), mixed)
     return tuple(a + b for a, b in zip(start, end, strict=True))
-
-
-def _in_stream_order(words: tuple[Array, ...]) -> Array:
-    return jnp.stack(words, axis=-1)
 
 
 def _double_round(state: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import optax
 
+from experiments import sections
 from experiments.benchmarks import shapes
 from smark_jax import (
     aggregation,
@@ -47,7 +48,7 @@ def device_peak() -> float | None:
 
 
 def _secret(seed: int, *names: str) -> keys.SecretKey:
-    return keys.derive(keys.from_bytes(seed.to_bytes(32, "big")), "benchmark", *names)
+    return sections.secret(seed, "benchmark", *names)
 
 
 def _wait(value: Any) -> None:

@@ -1,10 +1,8 @@
 """Writing safetensors so that a file under its name is whole, whatever happens."""
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,20 +38,8 @@ def write(path: str | os.PathLike[str], params: Any) -> str:
       True
     """
     leaves = _named("write", params)
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as file:
-            digest = _write(file, leaves)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-    _disk.flush_folder(target.parent)
-    return digest
+    with _disk.whole_file(Path(path)) as file:
+        return _write(file, leaves)
 
 
 def dump(file: BinaryIO, params: Any) -> str:

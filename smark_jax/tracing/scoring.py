@@ -10,7 +10,7 @@ bits become a matrix. Two codewords that differ in d chips have the product m - 
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -211,12 +211,17 @@ def _by_matmul(vectors: jax.Array, packed: jax.Array) -> jax.Array:
 
 @jax.jit
 def _score_held(vectors: jax.Array, book: jax.Array) -> jax.Array:
-    return _in_steps(lambda words: _dot(vectors, words), book)
+    """[R, rows] products of vectors and words, some thousand words at a time."""
+    count, num_chips = book.shape
+    step = min(count, _ROWS_A_STEP)
 
+    def one_step(words: jax.Array) -> jax.Array:
+        # Accelerators would round the float32 matmul to fewer bits by default.
+        return jnp.einsum("rm,km->rk", vectors, words.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
-def _dot(vectors: jax.Array, words: jax.Array) -> jax.Array:
-    """[R, rows] products; accelerators would round the float32 matmul to fewer bits by default."""
-    return jnp.einsum("rm,km->rk", vectors, words.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    padded = jnp.pad(book, ((0, -count % step), (0, 0))).reshape(-1, step, num_chips)
+    scores = jax.lax.map(one_step, padded)  # [steps, R, rows]
+    return scores.swapaxes(0, 1).reshape(len(vectors), -1)[:, :count]
 
 
 class Shortlist(NamedTuple):
@@ -286,12 +291,3 @@ def _correlate(places: jax.Array, packed: jax.Array, num_chips: int) -> jax.Arra
         return (num_chips - 2 * differ).astype(jnp.float32)
 
     return jax.lax.map(one_step, packed)
-
-
-def _in_steps(function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
-    """``function([rows, ...]) -> [R, rows]`` over all rows, some thousand at a time."""
-    count = array.shape[0]
-    step = min(count, _ROWS_A_STEP)
-    padded = jnp.pad(array, ((0, -count % step), (0, 0))).reshape(-1, step, array.shape[1])
-    scores = jax.lax.map(function, padded)  # [steps, R, rows]
-    return scores.swapaxes(0, 1).reshape(scores.shape[1], -1)[:, :count]

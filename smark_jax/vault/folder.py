@@ -1,7 +1,6 @@
 """A vault's folder: made in one step, opened with the passphrase, checked before anything is read from it."""
 
 import contextlib
-import os
 import secrets
 import shutil
 import sqlite3
@@ -119,13 +118,5 @@ def _log_key(vault: Vault) -> keys.SecretKey:
 
 def write(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all, flushed to the disk, readable for its owner only."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    _disk.flush_folder(path.absolute().parent)
+    with _disk.private_files(), _disk.whole_file(path) as file:
+        file.write(content)

@@ -10,7 +10,6 @@ While a batch is hashed and written, a thread computes the next one.
 import concurrent.futures
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -224,15 +223,8 @@ def _write(
 def _write_hidden(part: Path, copy: PyTree) -> tuple[str, str]:
     """Writes a copy that has no name yet, flushed to the disk; returns the hashes of file and content."""
     leaves = files.flatten(copy)
-    try:
-        with part.open("xb") as file:
-            sha256 = files.dump(file, leaves)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+    with _disk.new_file(part) as file:
+        sha256 = files.dump(file, leaves)
     return sha256, files.content_hash(leaves)
 
 
