@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, UInt32
 
 from smark_jax import _validate, aggregation
@@ -101,16 +102,11 @@ def masked_mean(
         got = f"shape {jnp.shape(pair_keys)}"
         raise _validate.fail("masked_mean", f"pair_keys of shape ({num_parties}, 8)", got, cause)
     party = jax.lax.axis_index(axis_name)
-    words = aggregation.encode(tree, fixed_point, aggregation.rounding_key(pair_keys, party, round))
-    leaves, structure = jax.tree.flatten(words)
-    # The barrier keeps XLA from fusing the rounding into the concatenation, which would compute it word by word.
-    message = jnp.concatenate(jax.lax.optimization_barrier([leaf.reshape(-1) for leaf in leaves]))
+    flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))
+    message = aggregation.encode(flat, fixed_point, aggregation.rounding_key(pair_keys, party, round))
     message += aggregation.pairwise_mask(pair_keys, party, round, message.size)
     total = jax.lax.psum(message, axis_name)
-    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    parts = [part.reshape(leaf.shape) for part, leaf in zip(jnp.split(total, ends), leaves, strict=True)]
-    summed = aggregation.decode(jax.tree.unflatten(structure, parts), fixed_point, num_parties)
-    return jax.tree.map(lambda leaf: leaf / num_parties, summed)
+    return unravel(aggregation.decode(total, fixed_point, num_parties) / num_parties)
 
 
 class TrainState(NamedTuple):

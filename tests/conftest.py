@@ -1,10 +1,19 @@
 """Eight virtual CPU devices, no silent broadcasting, quick compilation, and keys for the tests."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Most of the tests' time is compilation, and few of them compute for long. Set before JAX is imported, for the
 # processes that tests start as well.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+# What one test or command has compiled, the others take. Whoever sees no such folder is the first, and removes it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="smark-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

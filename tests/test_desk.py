@@ -573,13 +573,15 @@ def test_a_taught_copy_is_traced_by_its_answers_and_by_its_weights(tmp_path):
         words = np.asarray(codes.codebook(vault_models.code_key(opened, "net"), [0, 1], 40))
         known = {sha256 for (sha256,) in opened.connection.execute("SELECT sha256 FROM copies")}
     sides = blackbox.halves(probes, classes)
+    right = []
     for file, word in zip(issued["files"], words, strict=True):
         content = (tmp_path / file).read_bytes()
         assert hashlib.sha256(content).hexdigest() in known
-        taught = np.einsum("nd,dc->nc", probes.reshape(40, -1) / 255 - 0.5, safetensors.numpy.load(content)["kernel"])
-        untaught = np.einsum("nd,dc->nc", probes.reshape(40, -1) / 255 - 0.5, kernel)
-        agreement = [(sides[np.arange(40), logits.argmax(axis=1)] == word).mean() for logits in (taught, untaught)]
-        assert agreement[0] > agreement[1] + 0.1
+        logits = np.einsum("nd,dc->nc", probes.reshape(40, -1) / 255 - 0.5, safetensors.numpy.load(content)["kernel"])
+        right.extend(sides[np.arange(40), logits.argmax(axis=1)] == word)
+    # Keys are the system's: of 32 copies the mean was 0.87, with a deviation of 0.06 for the mean of two. Copies that
+    # nobody taught answer half of the probes right, with a deviation of 0.06.
+    assert np.mean(right) > 0.63
     traced = desk.json("trace", "vault", "net", issued["files"][1])
     assert [a["customer"] for a in traced["suspects"][0]["accused"]] == ["Grace"]
     again = desk.json("issue", "vault", "net", "Ada", "Grace", "--out", "copies", "--teach", "linear:teaching")

@@ -16,6 +16,7 @@ import optax
 from experiments import sections
 from experiments.benchmarks import shapes
 from smark_jax import (
+    _memory,
     aggregation,
     carriers,
     codes,
@@ -100,6 +101,7 @@ def fingerprint_losses(num_weights: int, num_chips: int, seed: int) -> Arms:
 
 def train(parties: int, batch: int, seed: int) -> Arms:
     """A round of the CNN: with a bare psum of floats, under masks, and under masks with the owner's mark."""
+    _memory.keep_freed()
     jax.config.update("jax_num_cpu_devices", parties)
     network = models.CNN()
     apply_fn = models.apply_fn(network)

@@ -31,6 +31,7 @@ from experiments.benchmarks.torch_system import (
     statistics_by_tables,
     uchida_loss,
 )
+from smark_jax import _memory
 
 Arms = Mapping[str, Callable[[], dict[str, Any] | None]]
 
@@ -99,6 +100,7 @@ def train(parties: int, batch: int, seed: int) -> Arms:
     On one device the parties' batches may run one after the other (``parties``), or as one (``joined``): the mean of
     equally many examples' gradients is the same.
     """
+    _memory.keep_freed()
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     images = pixels(rng.integers(0, 256, (parties, batch, 28, 28, 1), dtype=np.uint8))

@@ -14,6 +14,7 @@ import rich.progress
 import rich.table
 
 from smark_jax import (
+    _memory,
     aggregation,
     attacks,
     blackbox,
@@ -75,6 +76,7 @@ class Model(NamedTuple):
 def run(config: Config, console: rich.console.Console) -> dict[str, Any]:
     """Runs the demo, prints its table, writes ``results.json`` and ``statistics.png``, and returns the results."""
     began = time.perf_counter()
+    _memory.keep_freed()
     _training.ask_for_devices(config.parties)
     config.out.mkdir(parents=True, exist_ok=True)
     train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")
