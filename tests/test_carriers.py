@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -23,10 +25,15 @@ def dense(carrier: carriers.Carrier) -> np.ndarray:
     return reference.carrier_matrix(*map(np.asarray, arrays), carrier.num_weights)
 
 
+@functools.cache
+def drawn(num_weights: int, num_chips: int) -> tuple[carriers.Carrier, np.ndarray]:
+    carrier = carriers.draw(KEY, spec_of(num_weights), num_chips)
+    return carrier, dense(carrier)
+
+
 @pytest.mark.parametrize(("num_weights", "num_chips"), SIZES)
 def test_transforms_equal_the_dense_matrix(num_weights, num_chips):
-    carrier = carriers.draw(KEY, spec_of(num_weights), num_chips)
-    matrix = dense(carrier)
+    carrier, matrix = drawn(num_weights, num_chips)
     rng = np.random.default_rng(num_weights)
     chips, vector = rng.normal(size=num_chips), rng.normal(size=num_weights)
     np.testing.assert_allclose(carriers.spread(jnp.float32(chips), carrier), chips @ matrix, atol=2e-5)
@@ -35,8 +42,7 @@ def test_transforms_equal_the_dense_matrix(num_weights, num_chips):
 
 @pytest.mark.parametrize(("num_weights", "num_chips"), SIZES)
 def test_rows_are_orthonormal_and_dense(num_weights, num_chips):
-    carrier = carriers.draw(KEY, spec_of(num_weights), num_chips)
-    matrix = dense(carrier)
+    carrier, matrix = drawn(num_weights, num_chips)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(num_chips), atol=1e-12)
     covered = matrix[:, : carrier.num_carrying]
     assert not matrix[:, carrier.num_carrying :].any()

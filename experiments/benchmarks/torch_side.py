@@ -17,11 +17,14 @@ from experiments.benchmarks.torch_system import (
     DEVICE,
     ROWS_A_BLOCK,
     STRENGTH,
+    Stream,
     accuracy,
+    cipher_stream,
     deepmarks_loss,
     embedded,
     extracted,
     generator,
+    generator_stream,
     log_p_values,
     network,
     pixels,
@@ -192,14 +195,15 @@ def tune(model: str, num_chips: int, seed: int) -> Arms:
 def verdict(num_customers: int, num_chips: int, seed: int) -> Arms:
     """From the generator's seed to every customer's p-value.
 
-    Codewords in blocks and a product with each; all of them at once (``held``); or in blocks, by ``tables``.
+    Codewords in blocks and a product with each; all of them at once (``held``); in blocks, by ``tables``; and the same
+    with a ``cipher``, whose codewords are as secret as smark_jax's.
     """
     guilty = min(num_customers, ROWS_A_BLOCK) // 3
 
-    def arm(score: Callable[..., Tensor], rows: int) -> Callable[[], dict[str, Any]]:
+    def arm(score: Callable[..., Tensor], rows: int, stream: Stream = generator_stream) -> Callable[[], dict[str, Any]]:
         @functools.cache  # made by the first lap, so that an arm which does not run takes no memory
         def chips() -> Tensor:
-            word = signs(min(rows, num_customers), num_chips, seed)[guilty]
+            word = signs(min(rows, num_customers), num_chips, seed, stream)[guilty]
             return word + torch.randn(num_chips, generator=generator(seed), device=DEVICE)
 
         def run() -> dict[str, Any]:
@@ -211,6 +215,7 @@ def verdict(num_customers: int, num_chips: int, seed: int) -> Arms:
     return {
         "blocks": arm(statistics, ROWS_A_BLOCK),
         "tables": arm(statistics_by_tables, ROWS_A_BLOCK),
+        "cipher": arm(functools.partial(statistics_by_tables, stream=cipher_stream), ROWS_A_BLOCK, cipher_stream),
         "held": arm(statistics, num_customers),
     }
 

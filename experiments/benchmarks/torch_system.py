@@ -1,21 +1,24 @@
 """The same system in PyTorch, with the dense projections of Uchida et al. 2017 and DeepMarks (Chen et al. 2019).
 
 It is written to be fast: no gradient where none is needed, memory used in place, channels last, codewords in blocks.
-It neither imports JAX nor smark_jax. Its codewords come from PyTorch's generator, which is no cipher: that makes it
-faster than what it is compared with, not slower.
+It neither imports JAX nor smark_jax. Its codewords come from PyTorch's generator, which is no cipher and therefore faster
+than what it is compared with, or from OpenSSL's ChaCha20.
 """
 # pyright: reportMissingImports=false
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor, nn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STRENGTH = 0.03
 ROWS_A_BLOCK = 16_384  # codewords that are made at a time
+Stream = Callable[[int, int, int], Tensor]
 # The eight signs of each byte: looking them up unpacks bits several times as fast as shifting them.
 _BYTE_SIGNS = 1 - 2 * ((torch.arange(256, device=DEVICE)[:, None] >> torch.arange(8, device=DEVICE)) & 1).float()
 
@@ -30,16 +33,24 @@ def projection(num_chips: int, num_weights: int, seed: int) -> Tensor:
     return matrix.mul_(num_weights**-0.5)
 
 
-def _stream(num_words: int, num_chips: int, seed: int) -> Tensor:
+def generator_stream(num_words: int, num_chips: int, seed: int) -> Tensor:
     """Random bytes, as table indices, eight chips each, shape [K, ceil(m / 8)]: 64 bits a number is far the fastest."""
     numbers = torch.empty(num_words, -(-num_chips // 64), dtype=torch.int64, device=DEVICE)
     numbers.random_(-(2**63), None, generator=generator(seed))
     return numbers.view(torch.uint8)[:, : -(-num_chips // 8)].int()
 
 
-def signs(num_words: int, num_chips: int, seed: int) -> Tensor:
-    """Codewords of -1 and +1 from the bits of a seeded generator, float32, shape [K, m]."""
-    return F.embedding(_stream(num_words, num_chips, seed), _BYTE_SIGNS).view(num_words, -1)[:, :num_chips]
+def cipher_stream(num_words: int, num_chips: int, seed: int) -> Tensor:
+    """Codewords as :func:`generator_stream` has them, from OpenSSL's ChaCha20 under a key: nobody can predict them."""
+    key = seed.to_bytes(32, "little")
+    num_bytes = -(-num_chips // 8)
+    stream = Cipher(algorithms.ChaCha20(key, bytes(16)), None).encryptor().update(bytes(num_words * num_bytes))
+    return torch.frombuffer(bytearray(stream), dtype=torch.uint8).view(num_words, num_bytes).to(DEVICE).int()
+
+
+def signs(num_words: int, num_chips: int, seed: int, stream: Stream = generator_stream) -> Tensor:
+    """Codewords of -1 and +1 from the bits of a stream, float32, shape [K, m]."""
+    return F.embedding(stream(num_words, num_chips, seed), _BYTE_SIGNS).view(num_words, -1)[:, :num_chips]
 
 
 def uchida_loss(weights: Tensor, matrix: Tensor, code: Tensor) -> Tensor:
@@ -75,7 +86,13 @@ def statistics(chips: Tensor, num_customers: int, seed: int, rows: int = ROWS_A_
 
 
 @torch.no_grad()
-def statistics_by_tables(chips: Tensor, num_customers: int, seed: int, rows: int = ROWS_A_BLOCK) -> Tensor:
+def statistics_by_tables(
+    chips: Tensor,
+    num_customers: int,
+    seed: int,
+    rows: int = ROWS_A_BLOCK,
+    stream: Stream = generator_stream,
+) -> Tensor:
     """The same without unpacking: what each of the 256 values of each byte adds to T is in a table, shape [N]."""
     direction = F.pad(chips / chips.norm(), (0, -len(chips) % 8))
     tables = (direction.view(-1, 8) @ _BYTE_SIGNS.T).flatten()
@@ -83,7 +100,7 @@ def statistics_by_tables(chips: Tensor, num_customers: int, seed: int, rows: int
     found = torch.empty(num_customers, device=DEVICE)
     for block, start in enumerate(range(0, num_customers, rows)):
         count = min(rows, num_customers - start)
-        index = _stream(count, len(chips), seed + block).add_(first)
+        index = stream(count, len(chips), seed + block).add_(first)
         torch.sum(tables[index], 1, out=found[start : start + count])
     return found
 
