@@ -168,4 +168,4 @@ for name, model in {"as it is": permuted, "aligned": aligned.params}.items():
 
 # %% [markdown]
 # Go on: `docs/how-to/mark-your-own-model.md` has the same for PyTorch weights, `docs/desk.md` the command line, which
-# needs no architecture at all, and `docs/robustness.md` what 53 attacks leave of a mark.
+# needs no architecture at all, and `docs/robustness.md` what 52 attacks leave of a mark.

@@ -15,6 +15,8 @@
 # Needs `pip install "smark-jax[demo]"`.
 
 # %%
+import math
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -78,7 +80,7 @@ axis.axhline(verdict.threshold, color="k", lw=1)
 axis.axhline(-verdict.threshold, color="k", lw=1)
 axis.set(xlabel="customer", ylabel="statistic T", xticks=range(20))
 for accused in verdict.accused:
-    print(f"customer {accused.serial}: T = {accused.statistic:.1f}, p = 1e{accused.log10_p:.0f}")
+    print(f"customer {accused.serial}: T = {accused.statistic:.1f}, p < 1e{math.floor(accused.log10_p) + 1}")
 
 # %% [markdown]
 # ## A model that is nobody's copy accuses nobody

@@ -15,6 +15,8 @@
 # decoder still finds them. Needs `pip install "smark-jax[notebooks]"`.
 
 # %%
+import math
+
 import flax.linen as nn
 import jax
 import matplotlib.pyplot as plt
@@ -79,8 +81,8 @@ plt.show()
 
 # %%
 for accused in sorted(verdict.accused, key=lambda accusation: accusation.serial):
-    p_value = f"1e{accused.log10_p:.0f}"
-    print(f"customer {accused.serial:6}: T = {accused.statistic:5.1f}, p = {p_value}, share {accused.share:.0%}")
+    p_value = f"1e{math.floor(accused.log10_p) + 1}"
+    print(f"customer {accused.serial:6}: T = {accused.statistic:5.1f}, p < {p_value}, share {accused.share:.0%}")
 
 # %% [markdown]
 # ## Other ways to mix

@@ -1,8 +1,8 @@
 """The same system in PyTorch, with the dense projections of Uchida et al. 2017 and DeepMarks (Chen et al. 2019).
 
 It is written to be fast: no gradient where none is needed, memory used in place, channels last, codewords in blocks.
-It neither imports JAX nor smark_jax. Its codewords come from PyTorch's generator, which is no cipher and therefore faster
-than what it is compared with, or from OpenSSL's ChaCha20.
+It neither imports JAX nor smark_jax. Its codewords come from PyTorch's generator, which anybody can predict, or from
+OpenSSL's ChaCha20.
 """
 # pyright: reportMissingImports=false
 

@@ -11,7 +11,7 @@ from experiments.collusion import capability, codes, null, real, roc, speed
 
 SECTIONS = {module.__name__.rpartition(".")[2]: module for module in (capability, real, null, codes, roc, speed)}
 _EXAMPLES = """sections:
-  capability  largest coalition traced, by simulation, against the table in the guarantees
+  capability  largest coalition traced, by simulation, as in the table of docs/tracing.md
   real        copies of a CNN trained on digits, 1,000,000 customers, eight attacks
   null        how often anybody innocent is accused at alpha = 0.1; two negative controls
   codes       ours, BIBD, Tardos, Nuida and orthogonal codes on the same attacks

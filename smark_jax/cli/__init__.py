@@ -87,7 +87,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 15,
     seed: Annotated[int, typer.Option(min=0, help="Of initialisation, shuffles and the demo's keys.")] = 0,
 ) -> None:
-    """Train across parties, issue fingerprinted copies, leak four of them, and trace the leaks; about four minutes.
+    """Train across parties, issue fingerprinted copies, leak four of them, and trace the leaks; about two minutes.
 
     Real digits (MNIST-5k, shipped with a package; nothing is downloaded), real training. Parties are accelerators where
     there are enough of them, and virtual CPU devices otherwise.
