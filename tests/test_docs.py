@@ -110,3 +110,11 @@ def test_the_reference_has_every_command():
         f"evidence {command.name or command.callback.__name__}" for command in cli._evidence.app.registered_commands
     ]
     assert set(re.findall(r"^\| `smark ([a-z -]+)` \|", page, flags=re.MULTILINE)) == set(names)
+
+
+def test_the_page_of_tables_shows_the_results_that_are_kept():
+    page = (ROOT / "docs" / "paper.md").read_text()
+    kept = (ROOT / "experiments" / "paper" / "results" / "tables.md").read_text()
+    lines = [line for line in kept.splitlines() if line.startswith(("|", "**", "`"))]
+    assert len(lines) > 50
+    assert [line for line in lines if line not in page] == []

@@ -39,7 +39,7 @@ def issue(
 
     A run that was killed is completed by the same command. A customer who has a copy gets the same one again. Before
     the first new copy is written, a commitment to all customers' codewords is made: publish its root, or have it
-    time-stamped, before you hand the copies over. With --teach a copy takes a minute or more, and 'smark query' can trace it.
+    time-stamped, before you hand the copies over. With --teach a copy takes longer, and 'smark query' can trace it.
     """
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import commitments, evidence, folder, issuing, models, queries, timestamps
