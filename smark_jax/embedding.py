@@ -252,10 +252,17 @@ def mark(base: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, code: Num
     return Mark(weights, carrier, jnp.asarray(code, jnp.float32))
 
 
-def _read_loss(loss_fn: FingerprintLoss, params: PyTree, spec: carriers.Spec, aim: Mark) -> tuple[Array, Array]:
-    """The fingerprint loss of what ``params`` read relative to the base, and how many chips read wrong."""
-    chips = carriers.despread(carriers.read(params, spec) - aim.base, aim.carrier)
-    return loss_fn(chips, aim.code), jnp.sum(chips * aim.code <= 0)
+def _fingerprint_gradient(
+    loss_fn: FingerprintLoss, params: PyTree, spec: carriers.Spec, aim: Mark
+) -> tuple[Array, Array, PyTree]:
+    """The fingerprint loss of what ``params`` read relative to the base, how many chips read wrong, the gradient."""
+    weights, back = jax.vjp(lambda p: carriers.read(p, spec), params)
+    chips = carriers.despread(weights - aim.base, aim.carrier)
+    loss, by_chip = jax.value_and_grad(loss_fn)(chips, aim.code)
+    # Losses such as the hinge leave chips alone that read well, and most rounds of a training have no others.
+    spread = lambda: carriers.spread(by_chip, aim.carrier)  # noqa: E731
+    vector = jax.lax.cond(jnp.any(by_chip != 0), spread, lambda: jnp.zeros_like(weights))
+    return loss, jnp.sum(chips * aim.code <= 0), back(vector)[0]
 
 
 def add_fingerprint_gradient(
@@ -281,13 +288,8 @@ def add_fingerprint_gradient(
         return aim  # pyright: ignore[reportReturnType]  # optax types states too narrowly for a NamedTuple
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        weights, back = jax.vjp(lambda p: carriers.read(p, spec), params)
-        chips = carriers.despread(weights - state.base, state.carrier)
-        by_chip = weight * jax.grad(loss_fn)(chips, state.code)
-        # Losses such as the hinge leave chips alone that read well, and most rounds of a training have no others.
-        spread = lambda: carriers.spread(by_chip, state.carrier)  # noqa: E731
-        vector = jax.lax.cond(jnp.any(by_chip != 0), spread, lambda: jnp.zeros_like(weights))
-        return jax.tree.map(jnp.add, updates, back(vector)[0]), state
+        _, _, gradient = _fingerprint_gradient(loss_fn, params, spec, state)
+        return jax.tree.map(lambda u, g: u + weight * g, updates, gradient), state
 
     return optax.GradientTransformation(init, update)
 
@@ -352,8 +354,7 @@ def embedder(loss_fn: FingerprintLoss, optimizer: optax.GradientTransformation) 
     def update(
         state: EmbedderState, spec: carriers.Spec, task_gradient: PyTree | None = None
     ) -> tuple[EmbedderState, EmbedderInfo]:
-        objective = functools.partial(_read_loss, loss_fn, spec=spec, aim=state.aim)
-        (loss, wrong), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        loss, wrong, gradient = _fingerprint_gradient(loss_fn, state.params, spec, state.aim)
         if task_gradient is not None:
             gradient = jax.tree.map(jnp.add, gradient, task_gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

@@ -104,10 +104,15 @@ def times(slow: Timing | None, fast: Timing | None) -> float | None:
 
 
 def _training(config: Config, setting: race.Setting, seed: int, tell: Callable[[str], None]) -> Found:
-    params = {"parties": config.parties, "batch": config.batch, "seed": seed}
-    entries = [Entry("jax", "train", params), Entry("torch", "train", params)]
+    params = {"parties": config.parties, "batch": config.batch, "seed": seed, "keep_memory": True}
+    entries = [
+        Entry("jax", "train", params),
+        Entry("torch", "train", params),
+        Entry("jax", "train", {**params, "keep_memory": False}, ("plain",)),
+    ]
     timings = race.race(entries, setting, 3 * config.rounds, seconds=config.seconds, on_lap=tell)
-    plain, marked = find(timings, "jax", "plain"), find(timings, "jax", "masks and fingerprint")
+    plain = find(timings, "jax", "plain", keep_memory=True)
+    marked = find(timings, "jax", "masks and fingerprint")
     assert plain and marked
     what = f"training step of the CNN, {config.parties} parties: masks and fingerprint beyond a plain psum"
     cost = 100 * (race.ratio(marked, plain) - 1)
@@ -196,21 +201,21 @@ def trained(path: str, epochs: int, seed: int, tell: Callable[[str], None]) -> i
 
 def _verdict(config: Config, setting: race.Setting, seed: int, tell: Callable[[str], None]) -> Found:
     params = {"num_customers": config.customers, "num_chips": config.num_chips, "seed": seed}
-    entries = [
-        Entry("jax", "verdict", {**params, "decoder": "single"}),
-        # In workers of their own, since memory is counted by worker.
-        *(Entry("torch", "verdict", params, (arm,)) for arm in ("blocks", "tables", "cipher", "held")),
-        Entry("jax", "verdict", {**params, "decoder": "joint"}),
-    ]
-    timings = race.race(entries, setting, config.rounds, seconds=config.seconds, on_lap=tell)
-    ours = find(timings, "jax", "verdict", decoder="single")
-    targets = []
     hows = {
         "blocks": "codewords in blocks",
         "tables": "by tables",
         "cipher": "by tables, codewords from ChaCha20",
         "held": "all codewords held",
     }
+    entries = [
+        Entry("jax", "verdict", {**params, "decoder": "single"}),
+        # In workers of their own, since memory is counted by worker.
+        *(Entry("torch", "verdict", params, (arm,)) for arm in hows),
+        Entry("jax", "verdict", {**params, "decoder": "joint"}),
+    ]
+    timings = race.race(entries, setting, config.rounds, seconds=config.seconds, on_lap=tell)
+    ours = find(timings, "jax", "verdict", decoder="single")
+    targets = []
     for arm, how in hows.items():
         theirs = find(timings, "torch", arm)
         what = f"verdict among {config.customers:,}, times as fast as PyTorch, {how}"

@@ -99,9 +99,10 @@ def fingerprint_losses(num_weights: int, num_chips: int, seed: int) -> Arms:
     return {"uchida": arm(losses.bit_cross_entropy), "deepmarks": arm(losses.code_mse)}
 
 
-def train(parties: int, batch: int, seed: int) -> Arms:
+def train(parties: int, batch: int, seed: int, keep_memory: bool = True) -> Arms:
     """A round of the CNN: with a bare psum of floats, under masks, and under masks with the owner's mark."""
-    _memory.keep_freed()
+    if keep_memory:
+        _memory.keep_freed()
     jax.config.update("jax_num_cpu_devices", parties)
     network = models.CNN()
     apply_fn = models.apply_fn(network)

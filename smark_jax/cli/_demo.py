@@ -14,7 +14,6 @@ import rich.progress
 import rich.table
 
 from smark_jax import (
-    _memory,
     aggregation,
     attacks,
     blackbox,
@@ -76,8 +75,7 @@ class Model(NamedTuple):
 def run(config: Config, console: rich.console.Console) -> dict[str, Any]:
     """Runs the demo, prints its table, writes ``results.json`` and ``statistics.png``, and returns the results."""
     began = time.perf_counter()
-    _memory.keep_freed()
-    _training.ask_for_devices(config.parties)
+    _training.before_jax(config.parties)
     config.out.mkdir(parents=True, exist_ok=True)
     train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")
     network = models.CNN()

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import rich.console
 
-from smark_jax import _disk, _memory, _validate, data, files, keys, models, parallel
+from smark_jax import _disk, _validate, data, files, keys, models, parallel
 from smark_jax._types import PyTree
 from smark_jax.cli import _checkpoints, _train_config, _training
 
@@ -42,8 +42,7 @@ def run(config: _train_config.Config, out: Path, console: rich.console.Console) 
             _training.say(console, f"{out} holds this model already; nothing is left to do.")
             shutil.rmtree(private / "checkpoints", ignore_errors=True)
             return json.loads((out / "results.json").read_text())
-        _memory.keep_freed()
-        _training.ask_for_devices(config.parties)
+        _training.before_jax(config.parties)
         _training.say(console, f"Loading {config.dataset} ...")
         train = data.load(config.dataset, config.train_split)
         test = data.load(config.dataset, config.test_split)

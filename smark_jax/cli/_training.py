@@ -11,7 +11,7 @@ import optax
 import rich.console
 import rich.progress
 
-from smark_jax import aggregation, carriers, codes, data, embedding, keys, losses, parallel, tracing, training
+from smark_jax import _memory, aggregation, carriers, codes, data, embedding, keys, losses, parallel, tracing, training
 from smark_jax._types import ApplyFn, PyTree
 
 OWNER_MARGIN = 1.0  # what each chip of the owner's mark must read while the base is trained
@@ -89,8 +89,12 @@ def owner_log10_p(params: PyTree, owner: Owner) -> float:
     return verdict.accused[0].log10_p if verdict.accused else 0.0
 
 
-def ask_for_devices(parties: int) -> None:
-    """Virtual CPU devices must be asked for before JAX computes anything; a caller who has begun brings their own."""
+def before_jax(parties: int) -> None:
+    """What must be said before JAX computes anything: that memory is kept, and how many virtual CPU devices there are.
+
+    A caller who has begun to compute brings their own devices.
+    """
+    _memory.keep_freed()
     try:
         jax.config.update("jax_num_cpu_devices", parties)
     except RuntimeError:
