@@ -12,9 +12,9 @@ def keep_freed() -> bool:
 
     By default the C library of Linux (glibc) hands large blocks back to the system, which gives them out again as pages
     that must be cleared and mapped one by one. A training step on CPUs allocates the same blocks every time: the CNN's,
-    with 4 parties on 2 cores, takes 0.6 of the time when they are kept. In return the process stays as large as it ever
-    was, and somewhat larger. Call it before the first computation of a program that trains on CPUs. The same from
-    outside: ``MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000`` in the environment.
+    with 4 parties on 2 cores, takes 0.65 of the time when they are kept (``make bench``). In return the process stays
+    as large as it ever was, and somewhat larger. Call it before the first computation of a program that trains on CPUs.
+    From outside: ``MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000`` in the environment.
 
     Returns:
       Whether the C library does so; False where it is not glibc, and nothing is changed.
