@@ -1,5 +1,6 @@
 """The vault in one process: what it keeps, what it refuses, and what it notices."""
 
+import contextlib
 import csv
 import hashlib
 import hmac
@@ -205,14 +206,13 @@ TAMPERING = {
 
 def edit(place: Path, script: str, restore: bool = True) -> None:
     """Edits the database as somebody without the key would: past the triggers, which are put back."""
-    with sqlite3.connect(place / "vault.sqlite") as connection:
+    with contextlib.closing(sqlite3.connect(place / "vault.sqlite")) as connection, connection:
         triggers = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
         for name, _ in triggers:
             connection.execute(f"DROP TRIGGER {name}")
         connection.executescript(script)
         for _, sql in triggers if restore else ():
             connection.execute(sql)
-    connection.close()
 
 
 @pytest.mark.parametrize("what", TAMPERING)
@@ -273,17 +273,46 @@ def test_a_rolled_back_database_is_told_by_a_newer_commitment(full, tmp_path):
 
 
 def test_a_newer_database_is_refused_and_an_empty_one_brought_up_to_date(place, tmp_path):
-    with sqlite3.connect(place / "vault.sqlite") as connection:
+    with contextlib.closing(sqlite3.connect(place / "vault.sqlite")) as connection:
         connection.execute(f"PRAGMA user_version = {len(database.MIGRATIONS) + 1}")
-    connection.close()
     with pytest.raises(ValueError, match="Upgrade smark-jax"), vault.opened(place, SECRET):
         pass
-    connection = database.connect(tmp_path / "new.sqlite", create=True)
-    assert connection.execute("PRAGMA user_version").fetchone() == (len(database.MIGRATIONS),)
-    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
-    assert connection.execute("PRAGMA foreign_keys").fetchone() == (1,)
-    connection.close()
+    with contextlib.closing(database.connect(tmp_path / "new.sqlite", create=True)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (len(database.MIGRATIONS),)
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert connection.execute("PRAGMA foreign_keys").fetchone() == (1,)
+
+
+def test_every_connection_is_closed_also_where_the_database_is_refused(full, tmp_path, monkeypatch):
+    """Python 3.13 warns of a connection that is left open, and warnings are errors here. The count holds on all."""
+    made, closed = [], []
+
+    class Counted(sqlite3.Connection):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, factory=Counted, **kwargs))
+    place = copy_of(full, tmp_path)
+    with vault.opened(place, SECRET):
+        pass
+    with pytest.raises(ZeroDivisionError), vault.opened(place, SECRET):
+        raise ZeroDivisionError
+    for script, restore in ((TAMPERING["a verdict"], True), ("", False), ("PRAGMA user_version = 99", True)):
+        edit(place, script, restore)
+        with pytest.raises(ValueError), vault.opened(place, SECRET):
+            pass
+    (place / "vault.sqlite").write_bytes(bytes(4096))
+    with pytest.raises(ValueError), vault.opened(place, SECRET):
+        pass
+    assert len(made) > 6
+    assert set(map(id, made)) == set(map(id, closed))
 
 
 def test_all_or_nothing(place):

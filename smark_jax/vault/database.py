@@ -83,13 +83,16 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
         connection = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode={mode}", timeout=_SECONDS_TO_WAIT, isolation_level=None, uri=True
         )
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA trusted_schema = OFF")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        _migrate(connection)
-        if _schema(connection) != _schema(_memory()):
-            raise _tampered("its tables and triggers are not those that smark made")
+        with contextlib.ExitStack() as unless_opened:
+            unless_opened.callback(connection.close)
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            _migrate(connection)
+            if _schema(connection) != _expected_schema():
+                raise _tampered("its tables and triggers are not those that smark made")
+            unless_opened.pop_all()
     except sqlite3.DatabaseError as error:
         raise _tampered(str(error)) from None
     return connection
@@ -118,14 +121,14 @@ def _version(connection: sqlite3.Connection) -> int:
     return connection.execute("PRAGMA user_version").fetchone()[0]
 
 
-def _memory() -> sqlite3.Connection:
-    connection = sqlite3.connect(":memory:", isolation_level=None)
-    _migrate(connection)
-    return connection
-
-
 def _schema(connection: sqlite3.Connection) -> set[tuple[str, str, str | None]]:
     return set(connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall())
+
+
+def _expected_schema() -> set[tuple[str, str, str | None]]:
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        _migrate(connection)
+        return _schema(connection)
 
 
 @contextlib.contextmanager
