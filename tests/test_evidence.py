@@ -410,7 +410,7 @@ def test_large_counts_only_weaken_an_accusation(tmp_path):
 
 def test_random_false_bundles_convict_nobody_and_do_without_range_checks():
     """As ``python -m experiments.fuzz.accusations --config full`` does with 10,000."""
-    result = accusations.fuzz(100, 0)
+    result = accusations.fuzz(0, 0, 100)
     assert result["failures"] == []
     assert result["false_convictions_without_range_checks"] > 0
     assert result["ends"]["the true bundle: true"] == 1

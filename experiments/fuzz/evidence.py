@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -51,13 +52,14 @@ class Scene(NamedTuple):
 
 @functools.cache
 def scene() -> Scene:
-    """Five customers of a model of 680 weights; Ada's copy leaked."""
+    """Five customers of a model of 680 weights; Ada's copy leaked. The same in every process."""
     folder = tempfile.TemporaryDirectory()
-    path, secret, rng = Path(folder.name), keys.new().to_bytes().hex(), np.random.default_rng(0)
+    path, secret, rng = Path(folder.name), "nothing that anybody should guess", np.random.default_rng(0)
     weights = lambda: {name: rng.normal(size=shape).astype(np.float32) for name, shape in _SHAPES.items()}  # noqa: E731
     base = weights()
     files.write(path / "base", base)
-    vault.create(path / "vault", secret)
+    with mock.patch.object(keys, "new", lambda: keys.from_bytes(bytes(range(32)))):
+        vault.create(path / "vault", secret)
     with vault.opened(path / "vault", secret) as desk:
         model = models.add(desk, "net", base, num_chips=_CHIPS)
         first = issuing.issue(desk, "net", customers.resolve(desk, NAMES[:3]), path / "copies")

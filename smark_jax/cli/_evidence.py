@@ -41,10 +41,10 @@ def export(
 
     def words() -> None:
         say(f"{out} accuses {', '.join(exported.accused)}. Hand it over with the suspect and the base.")
-        published = " ".join(f"--commitment FILE-or-ROOT-{number}" for number in exported.commitments)
+        say(f"Anybody can check it: smark evidence verify {out} SUSPECT BASE --commitment FILE-or-ROOT")
         numbers = " and ".join(map(str, exported.commitments))
-        say(f"Codewords are proved by commitment {numbers}, published before the sale.")
-        say(f"Anybody can check it: smark evidence verify {out} SUSPECT BASE {published}")
+        several = ", each by a --commitment of its own" if len(exported.commitments) > 1 else ""
+        say(f"FILE-or-ROOT is commitment {numbers} as you published it before the sale{several}.")
 
     for name in exported.left_out:
         _common.warn(f"{name} was left out: that accusation rests on a search which an arbiter cannot repeat.")

@@ -172,12 +172,13 @@ def _wrong(value: Any, schema: _Schema, name: str) -> str | None:
     if isinstance(schema, Optional):
         return _wrong(value, schema.schema, name)
     if isinstance(schema, dict):
-        keys = value.keys() if isinstance(value, dict) else ()
+        if not isinstance(value, dict):
+            return name or "content"
         needed = {key for key, kind in schema.items() if not isinstance(kind, Optional)}
-        if not isinstance(value, dict) or not needed <= keys <= schema.keys():
-            different = (needed - keys) | (keys - schema.keys()) if isinstance(value, dict) else ()
-            return ".".join(filter(None, (name, *sorted(map(str, different))[:1]))) or "content"
-        return next(filter(None, (_wrong(value[key], schema[key], f"{name}.{key}"[not name :]) for key in keys)), None)
+        different = (needed - value.keys()) | (value.keys() - schema.keys())
+        if different:
+            return ".".join(filter(None, (name, min(map(str, different)))))
+        return next(filter(None, (_wrong(value[key], schema[key], f"{name}.{key}"[not name :]) for key in value)), None)
     if isinstance(schema, list | tuple):
         if not isinstance(value, list) or (isinstance(schema, tuple) and len(value) != len(schema)):
             return name

@@ -61,6 +61,20 @@ class _Fails(Exception):
     """A check that does not hold; the text says why."""
 
 
+class _Checks(list[Check]):
+    """The checks made so far."""
+
+    @contextlib.contextmanager
+    def check(self, name: str, detail: str) -> Iterator[None]:
+        """Adds one, which holds unless the block raises :class:`_Fails`."""
+        try:
+            yield
+        except _Fails as error:
+            self.append(Check(name, False, str(error)))
+        else:
+            self.append(Check(name, True, detail))
+
+
 def published_root(source: str) -> str:
     """The root in a commitment's file, or given itself in hexadecimal.
 
@@ -104,66 +118,73 @@ def verify(
     header, roots = content["commitment"]["header"], (root,) if isinstance(root, str) else tuple(root or ())
     on_step("reading the models")
     theirs, ours = files.read(suspect), files.read(base)
-    checks: list[Check] = []
-
-    @contextlib.contextmanager
-    def check(name: str, detail: str) -> Iterator[None]:
-        try:
-            yield
-        except _Fails as error:
-            checks.append(Check(name, False, str(error)))
-        else:
-            checks.append(Check(name, True, detail))
-
-    def report(accused: Sequence[dict[str, Any]] = ()) -> Report:
-        number, statements = bundles.num_customers(content), _statements(content)
-        found = content["commitment"]["root"], bool(roots)
-        return Report(tuple(checks), tuple(accused), header, *found, statements, number, largest_alpha)
-
-    with check("signature", f"by the owner's key {header['public_key'][:16]}..., which the commitment names"):
+    checks, accused = _Checks(), []
+    with checks.check("signature", f"by the owner's key {header['public_key'][:16]}..., which the commitment names"):
         _require(bundles.genuine(content, signature), "the bundle was changed after it was signed")
-    with check("level", f"alpha {header['alpha']:g}, of at most {largest_alpha:g} that you accept"):
+    with checks.check("level", f"alpha {header['alpha']:g}, of at most {largest_alpha:g} that you accept"):
         _refuse(ranges.level(content, largest_alpha))
-    with check("numbers", "each is in its range"):
+    with checks.check("numbers", "each is in its range"):
         _refuse(ranges.numbers(content))
+    _check_commitments(checks, content, roots)
+    found = _check_contents(checks, content, theirs.leaves, ours.leaves)
+    if found is not None:
+        on_step("reading the suspect's chips")
+        spec, words, key = found
+        chips = None
+        with checks.check("read-out", "the suspect read as the owner read it"):
+            chips = _chips(content, theirs.leaves, ours.leaves, spec, key, aligner)
+        if chips is not None:
+            accused = [_judge(checks, content, claim, chips, words) for claim in content["accused"]]
+    return Report(
+        checks=tuple(checks),
+        accused=tuple(accused),
+        header=header,
+        root=content["commitment"]["root"],
+        compared=bool(roots),
+        statements=_statements(content),
+        num_customers=bundles.num_customers(content),
+        largest_alpha=largest_alpha,
+    )
+
+
+def _check_commitments(checks: _Checks, content: dict[str, Any], roots: Sequence[str]) -> None:
+    """The chain of commitments, their time stamps, and the roots that were published."""
     chain = bundles.chain(content)
     for before, item in zip([None, *chain], chain, strict=False):
         tree = item["commitment"]
-        said = f"number {tree['header']['number']} to {header['model']}, root {tree['root']}"
-        with check("commitment", said):
+        detail = f"number {tree['header']['number']} to {tree['header']['model']}, root {tree['root']}"
+        with checks.check("commitment", detail):
             _check_commitment(tree, before and before["commitment"])
         for stamp in item["timestamps"]:
             detail = f"{stamp['time']}; check the authority's signature with 'openssl ts -verify'"
-            with check("time stamp", detail):
+            with checks.check("time stamp", detail):
                 _require(_stamped(tree, stamp), "it is about another commitment, or states another time")
     if roots:
-        with check("published root", "the same as the commitment's"):
+        with checks.check("published root", "the same as the commitment's"):
             _check_published(content, roots)
-    with check("base", f"content hash {header['base']}"):
-        _require(files.content_hash(ours.leaves) == header["base"], "it is not the model that was committed to")
-    with check("suspect", f"content hash {content['suspect']['content']}"):
-        same = files.content_hash(theirs.leaves) == content["suspect"]["content"]
+
+
+def _check_contents(
+    checks: _Checks, content: dict[str, Any], suspect: dict[str, np.ndarray], base: dict[str, np.ndarray]
+) -> tuple[carriers.Spec, dict[int, np.ndarray], keys.SecretKey] | None:
+    """Models, carrier, leaves and codewords against the commitment; None when the suspect cannot be read by them."""
+    header = content["commitment"]["header"]
+    key = keys.from_bytes(bytes.fromhex(content["carrier_key"]))
+    spec, words = None, {}
+    with checks.check("base", f"content hash {header['base']}"):
+        _require(files.content_hash(base) == header["base"], "it is not the model that was committed to")
+    with checks.check("suspect", f"content hash {content['suspect']['content']}"):
+        same = files.content_hash(suspect) == content["suspect"]["content"]
         _require(same, "it is not the model that was accused")
-    with check("carrier", "its key is the one that was committed to"):
-        key = keys.from_bytes(bytes.fromhex(content["carrier_key"]))
+    with checks.check("carrier", "its key is the one that was committed to"):
         _require(keys.commitment(key) == header["carrier_key"], "its key was not committed to: it is forged")
-    spec, words, chips = None, {}, None
-    with check("carrying leaves", f"{len(content['spec'])} leaves, as committed to, and as the base has them"):
-        spec = _spec(content, ours.leaves)
-    with check("customers", f"{len(content['opened'])} of {header['customers']:,} opened, each under the root"):
+    with checks.check("carrying leaves", f"{len(content['spec'])} leaves, as committed to, and as the base has them"):
+        spec = _spec(content, base)
+    with checks.check("customers", f"{len(content['opened'])} of {header['customers']:,} opened, each under the root"):
         words = _words(content)
     if spec is None or not all(check.holds for check in checks if check.name in _BEFORE_READING):
-        return report()
-    on_step("reading the suspect's chips")
-    with check("read-out", "the suspect read as the owner read it"):
-        chips = _chips(content, theirs.leaves, ours.leaves, spec, key, aligner)
-    accused = []
-    for claim in content["accused"] if chips is not None else ():
-        found = _test(content, claim, chips, words)
-        with check(f"accusation of {found['customer']!r}", _finding(content, claim, found)):
-            _check_accusation(content, claim, found)
-        accused.append(found)
-    return report(accused)
+        return None
+    return spec, words, key
 
 
 def _check_commitment(tree: dict[str, Any], before: dict[str, Any] | None) -> None:
@@ -191,32 +212,28 @@ def _check_published(content: dict[str, Any], roots: Sequence[str]) -> None:
         _require(number <= newest, f"the root of commitment {number}, with the codeword of {customer!r}, was not given")
 
 
-def _test(
-    content: dict[str, Any], claim: dict[str, Any], chips: np.ndarray, words: dict[int, np.ndarray]
+def _judge(
+    checks: _Checks, content: dict[str, Any], claim: dict[str, Any], chips: np.ndarray, words: dict[int, np.ndarray]
 ) -> dict[str, Any]:
+    """One accusation, computed again."""
     name = next(o["leaf"]["customer"] for o in content["opened"] if o["leaf"]["serial"] == claim["serial"])
+    alpha, customers = content["commitment"]["header"]["alpha"], bundles.num_customers(content)
     found = evidence.test(
         chips,
         words[claim["serial"]],
         [words[serial] for serial in claim["support"]],
-        num_customers=bundles.num_customers(content),
+        num_customers=customers,
         num_suspects=content["num_suspects"],
         num_alignments=content["num_alignments"],
     )
-    return {"customer": name, "serial": claim["serial"], **found._asdict()}
-
-
-def _finding(content: dict[str, Any], claim: dict[str, Any], found: dict[str, Any]) -> str:
     rest = f", with {len(claim['support'])} others' parts taken out" if claim["support"] else ""
-    level = f"p <= 10^{found['log10_p']:.1f} at alpha = {content['commitment']['header']['alpha']:g}"
-    return f"T = {found['statistic']:.2f}, {level}, counting {bundles.num_customers(content):,} customers{rest}"
-
-
-def _check_accusation(content: dict[str, Any], claim: dict[str, Any], found: dict[str, Any]) -> None:
-    significant = found["log10_p"] <= math.log10(content["commitment"]["header"]["alpha"])
-    _require(significant, f"not significant: {_finding(content, claim, found)}")
-    close = abs(found["statistic"] - claim["statistic"]) <= _ROUNDING * max(1.0, abs(claim["statistic"]))
-    _require(close, f"T is {found['statistic']:.2f} here and {claim['statistic']:.2f} in the bundle")
+    level = f"p <= 10^{found.log10_p:.1f} at alpha = {alpha:g}, counting {customers:,} customers"
+    detail = f"T = {found.statistic:.2f}, {level}{rest}"
+    with checks.check(f"accusation of {name!r}", detail):
+        _require(found.log10_p <= math.log10(alpha), f"not significant: {detail}")
+        close = abs(found.statistic - claim["statistic"]) <= _ROUNDING * max(1.0, abs(claim["statistic"]))
+        _require(close, f"T is {found.statistic:.2f} here and {claim['statistic']:.2f} in the bundle")
+    return {"customer": name, "serial": claim["serial"], **found._asdict()}
 
 
 def _require(holds: bool, otherwise: str) -> None:
@@ -257,8 +274,9 @@ def _words(content: dict[str, Any]) -> dict[int, np.ndarray]:
     words = {}
     for opened in content["opened"]:
         leaf, path = opened["leaf"], [bytes.fromhex(node) for node in opened["path"]]
-        tree = trees.get(bundles.proved_by(content, opened))
-        _require(tree is not None, f"the commitment with the leaf of {leaf['customer']!r} is not in the bundle")
+        number = bundles.proved_by(content, opened)
+        _require(number in trees, f"the commitment with the leaf of {leaf['customer']!r} is not in the bundle")
+        tree = trees[number]
         found = merkle.root_of_path(commitments.leaf(leaf), opened["index"], tree["header"]["customers"] + 1, path)
         there = found == bytes.fromhex(tree["root"])
         _require(there, f"the leaf of {leaf['customer']!r} is not under the root: it is another one")
