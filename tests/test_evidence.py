@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 from time_stamps import authority, stamp
 
+from experiments.fuzz import accusations, mutations
 from experiments.fuzz import evidence as fuzz
-from experiments.fuzz import mutations
 from smark_jax import carriers, files, keys, statistics, vault
 from smark_jax.vault import (
     bundles,
@@ -23,6 +23,7 @@ from smark_jax.vault import (
     evidence,
     issuing,
     models,
+    ranges,
     timestamps,
     verdicts,
     verification,
@@ -291,6 +292,245 @@ def _statistic(y: np.ndarray, word: np.ndarray, support: np.ndarray) -> float:
     return float(residual @ word / np.linalg.norm(residual))
 
 
+# A lying owner, who signs any number and commits to any before publication (experiments/fuzz/accusations.py).
+
+
+def committed(tmp_path, change) -> accusations.Case:
+    """An accusation of Ada for a model that is nobody's, by an owner who lied before publishing the root."""
+    at = fuzz.scene()
+    suspect = at.suspects[-1]
+    content = json.loads(at.bundle)["bundle"]
+    content["suspect"]["content"] = suspect.content
+    accusations.commit(content)
+    accusations.accuse(content, suspect, np.random.default_rng(0))
+    change(content)
+    accused, opened = content["accused"], content["opened"]
+    accusations.commit(content)
+    content |= {"accused": accused} | ({"opened": opened} if content["opened"] == [] else {})
+    roots = tuple(item["commitment"]["root"] for item in bundles.chain(content))
+    (tmp_path / "bundle").write_bytes(bundles.signed(content, at.master))
+    return accusations.Case(b"", suspect, roots, ())
+
+
+def judged(tmp_path, case, **options) -> verification.Report:
+    return verification.verify(tmp_path / "bundle", case.suspect.path, fuzz.scene().base, root=case.roots, **options)
+
+
+@pytest.mark.parametrize("alpha", [2.0, 1.0, 0.5, 0.002])
+def test_a_committed_alpha_above_what_the_arbiter_allows_convicts_nobody(tmp_path, alpha):
+    case = committed(tmp_path, lambda content: content["commitment"]["header"].update(alpha=alpha))
+    report = judged(tmp_path, case)
+    assert failing(report) == {"level"}
+    assert report.accused == ()
+    (level,) = (check for check in report.checks if check.name == "level")
+    assert "at most 0.001" in level.detail
+    assert report.largest_alpha == 1e-3
+    if alpha == 2.0:  # the control: as it was, an alpha that no test can miss convicts of a model that is nobody's
+        with accusations.ranges_unchecked():
+            assert judged(tmp_path, case).holds
+    if alpha == 0.5:  # an arbiter who allows it gets a test at that level, which this accusation does not pass
+        assert "level" not in failing(judged(tmp_path, case, largest_alpha=0.6))
+
+
+def test_an_arbiter_s_own_limit_is_a_level(case):
+    assert case.verify(largest_alpha=1e-6).holds
+    assert failing(case.verify(largest_alpha=1e-7)) == {"level"}
+    for bad in (0.0, 1.0, 2.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="largest_alpha"):
+            case.verify(largest_alpha=bad)
+
+
+OUT_OF_RANGE = {
+    "no suspects": lambda c: c.update(num_suspects=0),
+    "no readings": lambda c: c.update(num_alignments=0),
+    "no occasion": lambda c: c["verdict"].update(occasion=0),
+    "verdict 0": lambda c: c["verdict"].update(number=0),
+    "alpha 0": lambda c: c["commitment"]["header"].update(alpha=0.0),
+    "a negative alpha": lambda c: c["commitment"]["header"].update(alpha=-1e-6),
+    "no customers": lambda c: c["commitment"]["header"].update(customers=0),
+    "no chips": lambda c: c["commitment"]["header"].update(num_chips=0),
+    "more chips than weights": lambda c: c["commitment"]["header"].update(num_chips=681),
+    "commitment 0": lambda c: c["commitment"]["header"].update(number=0),
+    "decoder 0": lambda c: c["commitment"]["header"].update(decoder_version=0),
+    "strength 0": lambda c: c["commitment"]["header"].update(strength=0.0),
+    "a leaf without weights": lambda c: c["spec"][0][1].append(0),
+    "a scale of 0": lambda c: c["spec"][0].__setitem__(2, 0.0),
+    "a positive log10_p": lambda c: c["accused"][0].update(log10_p=0.5),
+    "a statistic above the largest": lambda c: c["accused"][0].update(statistic=8.2),
+    "a share above 1": lambda c: c["accused"][0].update(share=2.0),
+    "a support of all chips": lambda c: c["accused"][0].update(support=list(range(64))),
+    "nobody accused": lambda c: c.update(accused=[]),
+    "a place before the first": lambda c: c["opened"][0].update(index=0),
+    "a place behind the last": lambda c: c["opened"][0].update(index=4),
+    "a serial below its place": lambda c: c["opened"][2]["leaf"].update(serial=1),
+    "a commitment that is not there": lambda c: c["opened"][0].update(commitment=9),
+    "a thousand time stamps": lambda c: c.update(timestamps=[{"time": "", "response": "00"}] * 1000),
+}
+
+
+@pytest.mark.parametrize("what", OUT_OF_RANGE)
+def test_a_number_out_of_its_range_is_a_failed_check_and_no_crash(tmp_path, what):
+    content = json.loads(fuzz.scene().bundle)["bundle"]
+    suspect = fuzz.scene().suspects[0]
+    accusations.commit(content)
+    OUT_OF_RANGE[what](content)
+    (tmp_path / "bundle").write_bytes(bundles.signed(content, fuzz.scene().master))
+    report = judged(tmp_path, accusations.Case(b"", suspect, (), ()))
+    assert {"level", "numbers"} & failing(report)
+    assert report.accused == ()
+
+
+def test_accusations_that_would_take_an_arbiter_s_computer_hours_are_refused():
+    content = json.loads(fuzz.scene().bundle)["bundle"]
+    for item in bundles.chain(content):
+        item["commitment"]["header"] |= {"num_chips": 680, "customers": 10_000}
+    assert ranges.numbers(content) is None
+    content["accused"] = [{**content["accused"][0], "support": [1] * 670}] * 670
+    assert "multiplications" in (ranges.numbers(content) or "")
+
+
+def test_counts_below_one_are_refused_where_a_test_is_computed():
+    counts = {"num_customers": 1, "num_suspects": 1, "num_alignments": 1}
+    for name in counts:
+        with pytest.raises(ValueError, match=f"{name} to be a whole number of at least 1"):
+            evidence.test(np.ones(8), np.ones(8), [], **{**counts, name: 0})
+
+
+def test_large_counts_only_weaken_an_accusation(tmp_path):
+    content = json.loads(fuzz.scene().bundle)["bundle"]
+    found = []
+    for count in (1, 1000, 2**62):
+        content |= dict.fromkeys(("num_suspects", "num_alignments", "num_customers"), count)
+        (tmp_path / "bundle").write_bytes(bundles.signed(content, fuzz.scene().master))
+        found.append(judged(tmp_path, accusations.Case(b"", fuzz.scene().suspects[0], (), ())))
+    assert [report.num_customers for report in found] == [5, 1000, 2**62]  # five are committed to
+    assert [bool(report.accused) and report.holds for report in found] == [True, True, False]
+    assert found[0].accused[0]["log10_p"] < found[1].accused[0]["log10_p"] < found[2].accused[0]["log10_p"] == 0
+
+
+def test_random_false_bundles_convict_nobody_and_do_without_range_checks():
+    """As ``python -m experiments.fuzz.accusations --config full`` does with 10,000."""
+    result = accusations.fuzz(0, 0, 100)
+    assert result["failures"] == []
+    assert result["false_convictions_without_range_checks"] > 0
+    assert result["ends"]["the true bundle: true"] == 1
+
+
+def test_all_that_is_taken_on_the_owner_s_word_is_listed(case, tmp_path):
+    said = " ".join(case.verify().statements)
+    for word in (
+        "1 suspect(s) were examined",
+        "occasion 1",
+        "no more than 6 customers",
+        "drawn at random, and neither chosen nor drawn again",
+        "no other commitment to this model",
+        "the suspect is younger than the commitment: no time stamp says how old that is",
+        "for anybody but the accused",
+    ):
+        assert word in said
+
+
+# Several issues: a codeword is proved by the commitment of its own sale.
+
+
+@pytest.fixture(scope="module")
+def later(case, tmp_path_factory):
+    """The vault of the case, after two more customers were licensed by an issue of their own each, and verdicts."""
+    place = tmp_path_factory.mktemp("later")
+    shutil.copytree(case.folder / "vault", place / "vault")
+    with vault.opened(place / "vault", SECRET) as desk:
+        newer = [
+            issuing.issue(desk, "net", customers.resolve(desk, [name]), place / "copies") for name in ("Noor", "Ole")
+        ]
+        leaked = [
+            files.read(path).leaves for path in (case.folder / "copies/000001-Ada.safetensors", newer[0].files[0])
+        ]
+        files.write(place / "mixed", {name: (leaked[0][name] + leaked[1][name]) / 2 for name in leaked[0]})
+        verdicts.trace(desk, "net", [case.suspect])
+        verdicts.trace(desk, "net", [place / "mixed"])
+        roots = [commitments.get(desk, "net", number).root for number in (1, 2, 3)]
+    return place, roots
+
+
+@contextlib.contextmanager
+def exported(later, tmp_path, *args):
+    shutil.copytree(later[0] / "vault", tmp_path / "vault")
+    with vault.opened(tmp_path / "vault", SECRET) as desk:
+        yield desk
+        found = evidence.export(desk, *args)
+        (tmp_path / "bundle").write_bytes(found.content)
+
+
+def test_after_a_second_issue_an_earlier_customer_s_evidence_holds_against_the_root_of_that_sale(case, later, tmp_path):
+    _, roots = later
+    with exported(later, tmp_path, 2):
+        pass
+    for published in (roots[0], roots[1], roots[2], roots):  # each commitment names the one before
+        report = case.verify(bundle=tmp_path / "bundle", root=published)
+        assert report.holds, report.checks
+        assert report.num_customers == 8  # all who were compared, though commitment 1 has six
+    before = case.verify().accused[0]["log10_p"]
+    assert report.accused[0]["log10_p"] == pytest.approx(before + math.log10(8 / 6))
+    assert failing(case.verify(bundle=tmp_path / "bundle", root="11" * 32)) == {"published root"}
+
+
+def test_a_named_commitment_is_used_and_one_that_proves_nothing_refused(case, later, tmp_path):
+    _, roots = later
+    with exported(later, tmp_path, 2, None, 2) as desk:
+        for number in (4, 9):
+            with pytest.raises(ValueError, match=r"(?s)of number 1 to 3.*after the suspect was seen"):
+                evidence.export(desk, 2, None, number)
+        with pytest.raises(ValueError, match="of number 2 to 3"):
+            evidence.export(desk, 3, None, 1)
+    report = case.verify(bundle=tmp_path / "bundle", root=roots[1])
+    assert report.holds
+    assert report.header["number"] == 2
+    assert failing(case.verify(bundle=tmp_path / "bundle", root=roots[0])) == {"published root"}
+
+
+def test_a_coalition_of_two_sales_is_proved_by_both_commitments(case, later, tmp_path):
+    place, roots = later
+    with exported(later, tmp_path, 3):
+        pass
+    report = case.verify(bundle=tmp_path / "bundle", suspect=place / "mixed", root=roots[:2])
+    assert report.holds, report.checks
+    assert {accused["customer"] for accused in report.accused} == {"Ada", "Noor"}
+    only_first = case.verify(bundle=tmp_path / "bundle", suspect=place / "mixed", root=roots[0])
+    assert failing(only_first) == {"published root"}
+    assert any("codeword of 'Noor', was not given" in check.detail for check in only_first.checks)
+
+
+CHAIN_FORGERIES = {
+    "a commitment left out": lambda b: b["later"].pop(0),
+    "a commitment of another model": lambda b: b["later"][0]["commitment"]["header"].update(base="11" * 32),
+    "commitments exchanged": lambda b: b["later"].reverse(),
+    "an alpha of a later one": lambda b: b["later"][1]["commitment"]["header"].update(alpha=0.9),
+    "another root": lambda b: b["later"][1]["commitment"].update(root="11" * 32),
+}
+
+
+@pytest.mark.parametrize("what", CHAIN_FORGERIES)
+def test_a_broken_chain_of_commitments_is_noticed(case, later, tmp_path, what):
+    with exported(later, tmp_path, 2):
+        pass
+    content = json.loads((tmp_path / "bundle").read_text())["bundle"]
+    CHAIN_FORGERIES[what](content)
+    master = crypto.unseal(case.folder / "vault" / "master.key", SECRET)
+    (tmp_path / "bundle").write_bytes(bundles.signed(content, master))
+    assert "commitment" in failing(case.verify(bundle=tmp_path / "bundle", root=None))
+
+
+def test_an_owner_who_understates_the_customers_compared_is_held_to_those_committed_to(case, later, tmp_path):
+    with exported(later, tmp_path, 2):
+        pass
+    content = json.loads((tmp_path / "bundle").read_text())["bundle"]
+    content["num_customers"] = 1
+    (tmp_path / "bundle").write_bytes(
+        bundles.signed(content, crypto.unseal(case.folder / "vault" / "master.key", SECRET))
+    )
+    assert case.verify(bundle=tmp_path / "bundle").num_customers == 8
+
+
 # What else is exported
 
 
@@ -329,6 +569,18 @@ def test_time_stamps_travel_with_the_evidence(case, tmp_path):
     assert report.holds
     (check,) = (check for check in report.checks if check.name == "time stamp")
     assert time in check.detail
+    assert any("the time stamps say how old that is" in statement for statement in report.statements)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl as a time-stamp authority")
+def test_a_time_stamp_of_the_sale_travels_with_evidence_after_later_issues(case, later, tmp_path):
+    authority(tmp_path)
+    with exported(later, tmp_path, 2) as desk:
+        commitment = commitments.get(desk, "net", 1)
+        time = timestamps.store(desk, commitment, stamp(tmp_path, timestamps.request(commitment)))
+    report = case.verify(bundle=tmp_path / "bundle")
+    assert report.holds
+    assert [check.detail.split(";")[0] for check in report.checks if check.name == "time stamp"] == [time]
 
 
 # Hostile bundles
@@ -338,7 +590,7 @@ def test_hostile_bundles_are_refused_or_do_not_hold(case, tmp_path):
     rng, original = np.random.default_rng(0), case.bundle.read_bytes()
     path, refused, failed = tmp_path / "bundle", 0, 0
     breaks = (*mutations.BREAKS, fuzz.edit, fuzz.edit, fuzz.edit)
-    for number in range(300):
+    for number in range(450):
         content = breaks[number % len(breaks)](original, rng)
         path.write_bytes(content)
         try:

@@ -6,46 +6,89 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
 from smark_jax import files, keys, vault
-from smark_jax.vault import bundles, customers, evidence, issuing, models, verdicts, verification
+from smark_jax.vault import bundles, commitments, customers, evidence, issuing, models, verdicts, verification
+
+NAMES = ("Ada", "Grace", "Emmy", "Linus", "Mary")
+"""Customers in the order of their serials: three under commitment 1, two more under commitment 2."""
+_SHAPES = {"bias": (8,), "first": (8, 28), "second": (8, 28), "third": (8, 28)}
+_CHIPS = 64
 
 
-class _Case(NamedTuple):
+class Suspect(NamedTuple):
+    """A model in dispute: its file, the customers whose copies are in it, and the chips it reads."""
+
+    path: Path
+    guilty: frozenset[str]
+    content: str
+    chips: np.ndarray
+
+
+class Scene(NamedTuple):
+    """A small vault's evidence, and all that its owner has to lie with.
+
+    Attributes:
+      bundle: the file of a genuine bundle, which accuses Ada of her copy.
+      roots: of commitments 1 and 2.
+      base: file of the base.
+      suspects: Ada's copy first; Emmy's, a mixture of Grace's and Mary's, the base, and models that are nobody's.
+      leaves: all customers' leaves in the clear.
+      master: the owner's key.
+      folder: lives as long as the process.
+    """
+
     bundle: bytes
-    suspect: Path
+    roots: tuple[str, str]
     base: Path
-    root: str
-    folder: tempfile.TemporaryDirectory  # lives as long as the process
+    suspects: tuple[Suspect, ...]
+    leaves: tuple[dict[str, Any], ...]
+    master: keys.SecretKey
+    folder: tempfile.TemporaryDirectory
 
 
 @functools.cache
-def _case() -> _Case:
-    """Three customers of a model of 20,000 weights; the second one's copy leaked."""
+def scene() -> Scene:
+    """Five customers of a model of 680 weights; Ada's copy leaked. The same in every process."""
     folder = tempfile.TemporaryDirectory()
-    path, secret = Path(folder.name), keys.new().to_bytes().hex()
-    base = {"kernel": np.random.default_rng(0).normal(size=(100, 200)).astype(np.float32)}
+    path, secret, rng = Path(folder.name), "nothing that anybody should guess", np.random.default_rng(0)
+    weights = lambda: {name: rng.normal(size=shape).astype(np.float32) for name, shape in _SHAPES.items()}  # noqa: E731
+    base = weights()
     files.write(path / "base", base)
-    vault.create(path / "vault", secret)
+    with mock.patch.object(keys, "new", lambda: keys.from_bytes(bytes(range(32)))):
+        vault.create(path / "vault", secret)
     with vault.opened(path / "vault", secret) as desk:
-        models.add(desk, "net", base)
-        issued = issuing.issue(desk, "net", customers.resolve(desk, ["Ada", "Grace", "Emmy"]), path / "copies")
-        verdicts.trace(desk, "net", [issued.files[1]])
-        content = evidence.export(desk, 1).content
-        return _Case(content, issued.files[1], path / "base", issued.commitment.root, folder)
+        model = models.add(desk, "net", base, num_chips=_CHIPS)
+        first = issuing.issue(desk, "net", customers.resolve(desk, NAMES[:3]), path / "copies")
+        second = issuing.issue(desk, "net", customers.resolve(desk, NAMES[3:]), path / "copies")
+        copies = [files.read(file).leaves for file in (*first.files, *second.files)]
+        mixed = {name: (copies[1][name] + copies[4][name]) / 2 for name in base}
+        found = [("Ada", copies[0]), ("Emmy", copies[2]), ("Grace Mary", mixed), ("", base)]
+        found += [("", weights()) for _ in range(4)]
+        suspects = []
+        for number, (guilty, leaves) in enumerate(found):
+            files.write(file := path / f"suspect-{number}", leaves)
+            chips = verdicts.read(leaves, base, model.spec, models.carrier(desk, model), verdicts.Reading()).chips
+            suspects.append(Suspect(file, frozenset(guilty.split()), files.content_hash(leaves), chips))
+        verdicts.trace(desk, "net", [suspects[0].path])
+        bundle = evidence.export(desk, 1).content
+        opened = tuple(commitments.open_leaves(desk, model, customers.registered(desk)))
+        roots = first.commitment.root, second.commitment.root
+        return Scene(bundle, roots, path / "base", tuple(suspects), opened, desk.master, folder)
 
 
 def genuine(rng: np.random.Generator) -> bytes:
-    return _case().bundle
+    return scene().bundle
 
 
 def read(path: Path) -> verification.Report:
     """Verifies the bundle. Should another one than the genuine hold, that is the worst that could happen."""
-    case = _case()
-    report = verification.verify(path, case.suspect, case.base, root=case.root)
-    if report.holds and json.loads(path.read_bytes()) != json.loads(case.bundle):
+    at = scene()
+    report = verification.verify(path, at.suspects[0].path, at.base, root=at.roots[0])
+    if report.holds and json.loads(path.read_bytes()) != json.loads(at.bundle):
         raise AssertionError("a changed bundle holds")
     return report
 
@@ -54,13 +97,19 @@ def edit(data: bytes, rng: np.random.Generator) -> bytes:
     """A value somewhere in the JSON is replaced by one of another kind or size."""
     values = (None, -1, 10**30, 1e308, "", "zz", "../../etc/passwd", [], {}, [[]], True, "00" * 32, "x" * 10**5)
     document = json.loads(data)
+    parent, name = place(document, rng, int(rng.integers(1, 7)))
+    parent[name] = values[int(rng.integers(len(values)))]
+    return json.dumps(document).encode()
+
+
+def place(document: Any, rng: np.random.Generator, depth: int) -> tuple[Any, Any]:
+    """Somewhere in a document, so many levels down at most: a map or list, and a name or number in it."""
     parent: Any = document
-    for _ in range(int(rng.integers(1, 7))):
+    for _ in range(depth):
         inner = [value for _, value in _items(parent) if isinstance(value, dict | list) and value]
         parent = inner[int(rng.integers(len(inner)))] if inner else parent
     names = [name for name, _ in _items(parent)]
-    parent[names[int(rng.integers(len(names)))]] = values[int(rng.integers(len(values)))]
-    return json.dumps(document).encode()
+    return parent, names[int(rng.integers(len(names)))]
 
 
 def _items(parent: Any) -> Iterator[tuple[Any, Any]]:
@@ -68,7 +117,7 @@ def _items(parent: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def edited_bundle(rng: np.random.Generator) -> bytes:
-    return edit(_case().bundle, rng)
+    return edit(scene().bundle, rng)
 
 
 def other_json(rng: np.random.Generator) -> bytes:

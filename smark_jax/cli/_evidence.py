@@ -20,6 +20,12 @@ def export(
     suspect: Annotated[
         int | None, typer.Option(min=1, help="Which suspect of the verdict, where several were traced.")
     ] = None,
+    commitment: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Open all codewords under this one, not each under that with which its customer was licensed."
+        ),
+    ] = None,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -30,16 +36,24 @@ def export(
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import evidence, folder
 
-        exported = evidence.export(desk, verdict, suspect)
+        exported = evidence.export(desk, verdict, suspect, commitment)
         folder.write(out, exported.content)
 
     def words() -> None:
         say(f"{out} accuses {', '.join(exported.accused)}. Hand it over with the suspect and the base.")
         say(f"Anybody can check it: smark evidence verify {out} SUSPECT BASE --commitment FILE-or-ROOT")
+        numbers = " and ".join(map(str, exported.commitments))
+        several = ", each by a --commitment of its own" if len(exported.commitments) > 1 else ""
+        say(f"FILE-or-ROOT is commitment {numbers} as you published it before the sale{several}.")
 
     for name in exported.left_out:
         _common.warn(f"{name} was left out: that accusation rests on a search which an arbiter cannot repeat.")
-    document = {"bundle": str(out), "accused": exported.accused, "left_out": exported.left_out}
+    document = {
+        "bundle": str(out),
+        "accused": exported.accused,
+        "left_out": exported.left_out,
+        "commitments": exported.commitments,
+    }
     _common.show(document, as_json, words)
 
 
@@ -51,8 +65,12 @@ def verify(
     suspect: Annotated[Path, typer.Argument(help="The model in dispute.", show_default=False)],
     base: Annotated[Path, typer.Argument(help="The model that copies were made from.", show_default=False)],
     commitment: Annotated[
-        str | None, typer.Option(metavar="FILE-or-ROOT", help="What the owner published before the sale.")
+        list[str] | None,
+        typer.Option(metavar="FILE-or-ROOT", help="What the owner published before the sale; repeatable."),
     ] = None,
+    largest_alpha: Annotated[
+        float, typer.Option(help="The highest committed alpha that you accept, above 0 and below 1.")
+    ] = 1e-3,
     align: Align = None,
     as_json: AsJson = False,
 ) -> None:
@@ -60,16 +78,23 @@ def verify(
     with _common.err.status("reading the bundle") as status:
         from smark_jax.vault import verification
 
-        root = verification.published_root(commitment) if commitment else None
+        roots = [verification.published_root(source) for source in commitment or ()]
         found = verification.verify(
-            bundle, suspect, base, root=root, aligner=_common.aligner(align), on_step=status.update
+            bundle,
+            suspect,
+            base,
+            root=roots,
+            largest_alpha=largest_alpha,
+            aligner=_common.aligner(align),
+            on_step=status.update,
         )
     document = {
         "holds": found.holds,
         "compared_with_published_root": found.compared,
         "model": found.header["model"],
         "alpha": found.header["alpha"],
-        "num_customers": found.header["customers"],
+        "largest_alpha": found.largest_alpha,
+        "num_customers": found.num_customers,
         "root": found.root,
         "checks": [check._asdict() for check in found.checks],
         "accused": list(found.accused),

@@ -1,5 +1,6 @@
 """Evidence bundles as files: one JSON document with the owner's Ed25519 signature, read without trusting it."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from smark_jax import keys
 from smark_jax.vault import _text, crypto
 
 FORMAT, VERSION = "smark evidence", 1
-LARGEST = 1 << 26
+LARGEST = 1 << 24
 """Bytes of the largest bundle that is read."""
 
 
@@ -27,6 +28,15 @@ class Unreadable(ValueError):
 # What a field holds: a type; one schema for all items of a list; a tuple of schemas for a list of just these; a number
 # for hexadecimal text of so many bytes (0: of any length). `None` beside a type: the field may be null.
 _Schema = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    """A field that may be missing: bundles of older versions do without it."""
+
+    schema: _Schema
+
+
 _HEADER = {
     "alpha": float,
     "base": 32,
@@ -51,6 +61,7 @@ COMMITMENT: _Schema = {
     "header_path": [32],
     "root": 32,
 }
+_STAMPS = [{"time": str, "response": 0}]
 _LEAF = {"customer": str, "salt": 32, "serial": int, "word": 0}
 BUNDLE: _Schema = {
     "format": str,
@@ -58,7 +69,8 @@ BUNDLE: _Schema = {
     "created": str,
     "smark_version": str,
     "commitment": COMMITMENT,
-    "timestamps": [{"time": str, "response": 0}],
+    "timestamps": _STAMPS,
+    "later": Optional([{"commitment": COMMITMENT, "timestamps": _STAMPS}]),
     "carrier_key": 32,
     "spec": [(str, [int], float)],
     "verdict": {"number": int, "created": str, "occasion": int},
@@ -71,11 +83,29 @@ BUNDLE: _Schema = {
         "alignment": str | None,
         "reading": {"align": str | None, "given": dict, "rectify": bool},
     },
+    "num_customers": Optional(int),
     "num_suspects": int,
     "num_alignments": int,
-    "opened": [{"leaf": _LEAF, "index": int, "path": [32]}],
+    "opened": [{"leaf": _LEAF, "commitment": Optional(int), "index": int, "path": [32]}],
     "accused": [{"serial": int, "support": [int], "statistic": float, "log10_p": float, "share": float}],
 }
+
+
+def chain(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The bundle's commitments with their time stamps, each one the ``previous`` of the next."""
+    first = {name: content[name] for name in ("commitment", "timestamps")}
+    return [first, *content.get("later", ())]
+
+
+def num_customers(content: dict[str, Any]) -> int:
+    """How many customers p-values count: those whom the verdict compared, and no fewer than any commitment has."""
+    committed = (item["commitment"]["header"]["customers"] for item in chain(content))
+    return max(content.get("num_customers", 0), *committed)
+
+
+def proved_by(content: dict[str, Any], opened: dict[str, Any]) -> int:
+    """The number of the commitment that an opened leaf stands under."""
+    return opened.get("commitment", content["commitment"]["header"]["number"])
 
 
 def signed(content: dict[str, Any], master: keys.SecretKey) -> bytes:
@@ -139,13 +169,16 @@ def _no_constant(text: str) -> float:
 
 def _wrong(value: Any, schema: _Schema, name: str) -> str | None:
     """The name of the first field that is not as the schema says; None when all are."""
+    if isinstance(schema, Optional):
+        return _wrong(value, schema.schema, name)
     if isinstance(schema, dict):
-        if not isinstance(value, dict) or value.keys() != schema.keys():
-            different = schema.keys() ^ value.keys() if isinstance(value, dict) else ()
-            return ".".join(filter(None, (name, *sorted(map(str, different))[:1]))) or "content"
-        return next(
-            filter(None, (_wrong(value[key], schema[key], f"{name}.{key}"[not name :]) for key in schema)), None
-        )
+        if not isinstance(value, dict):
+            return name or "content"
+        needed = {key for key, kind in schema.items() if not isinstance(kind, Optional)}
+        different = (needed - value.keys()) | (value.keys() - schema.keys())
+        if different:
+            return ".".join(filter(None, (name, min(map(str, different)))))
+        return next(filter(None, (_wrong(value[key], schema[key], f"{name}.{key}"[not name :]) for key in value)), None)
     if isinstance(schema, list | tuple):
         if not isinstance(value, list) or (isinstance(schema, tuple) and len(value) != len(schema)):
             return name

@@ -54,6 +54,13 @@ CREATE TABLE suspects (
   statistics BLOB NOT NULL, chips BLOB NOT NULL, entry INTEGER NOT NULL REFERENCES log,
   PRIMARY KEY (verdict, place));
 """,
+    # What "suspects" held in plain: smark_jax.vault.sealing moves its rows here, and nothing is written there any more.
+    """
+CREATE TABLE findings (
+  verdict INTEGER NOT NULL REFERENCES verdicts, place INTEGER NOT NULL, document BLOB NOT NULL,
+  statistics BLOB NOT NULL, chips BLOB NOT NULL, entry INTEGER NOT NULL REFERENCES log,
+  PRIMARY KEY (verdict, place));
+""",
 )
 TABLES = {
     "models": ("name", "document"),
@@ -65,10 +72,26 @@ TABLES = {
     "copies": ("model", "serial", "sha256", "content", "created"),
     "verdicts": ("number", "model", "created", "document"),
     "suspects": ("verdict", "place", "sha256", "document", "statistics", "chips"),
+    "findings": ("verdict", "place", "document", "statistics", "chips"),
 }
 """The columns of each table in order, without the entry that every row names."""
 _SECONDS_TO_WAIT = 60.0
 _ROWS_A_HASH = 4096
+_UNWRITABLE = "Is the disk mounted read-only? Make the folder writable for you, or copy it to a disk that is."
+_NO_ROOM = "Free some space on that disk, and run this again: nothing was half written."
+_IN_USE = "Wait until the other smark that uses this vault has ended, and run this again."
+# What sqlite cannot do for reasons outside the database, by the code of its error. All other errors are damage.
+_ADVICE = {
+    sqlite3.SQLITE_PERM: _UNWRITABLE,
+    sqlite3.SQLITE_READONLY: _UNWRITABLE,
+    sqlite3.SQLITE_CANTOPEN: _UNWRITABLE,
+    sqlite3.SQLITE_FULL: _NO_ROOM,
+    sqlite3.SQLITE_IOERR: f"Is the disk full, or no longer connected? {_NO_ROOM}",
+    sqlite3.SQLITE_BUSY: _IN_USE,
+    sqlite3.SQLITE_LOCKED: _IN_USE,
+    sqlite3.SQLITE_CONSTRAINT: "Another smark may have written the same meanwhile: run this again.",
+    sqlite3.SQLITE_NOMEM: "End other programs to free memory, and run this again.",
+}
 
 
 def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
@@ -78,21 +101,39 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
       ValueError: in those cases, and when there is none.
     """
     mode = "rwc" if create else "rw"
-    try:
+    with errors_explained(path):
         # Autocommit: transactions begin and end where `transaction` says so.
         connection = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode={mode}", timeout=_SECONDS_TO_WAIT, isolation_level=None, uri=True
         )
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA trusted_schema = OFF")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        _migrate(connection)
-        if _schema(connection) != _schema(_memory()):
-            raise _tampered("its tables and triggers are not those that smark made")
-    except sqlite3.DatabaseError as error:
-        raise _tampered(str(error)) from None
+        with contextlib.ExitStack() as unless_opened:
+            unless_opened.callback(connection.close)
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            _migrate(connection)
+            if _schema(connection) != _expected_schema():
+                raise _tampered("its tables and triggers are not those that smark made")
+            unless_opened.pop_all()
     return connection
+
+
+@contextlib.contextmanager
+def errors_explained(path: Path) -> Iterator[None]:
+    """Raises sqlite's errors as ours: a disk that is full or read-only is no tampering.
+
+    Raises:
+      ValueError: naming the file, what is wrong with it and what to do.
+    """
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        advice = _ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)  # the higher bits tell variants apart
+        if advice is None:
+            raise _tampered(str(error)) from None
+        expected = f"to read and write the database {path} and files beside it"
+        raise _validate.fail("vault", expected, f"sqlite's refusal: {error}", advice) from None
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
@@ -106,26 +147,48 @@ def _migrate(connection: sqlite3.Connection) -> None:
         for script in MIGRATIONS[version:]:
             for statement in filter(str.strip, script.split(";\n")):
                 connection.execute(statement)
-        for table, act in itertools.product(("log", *TABLES), ("UPDATE", "DELETE")):
-            connection.execute(
-                f"CREATE TRIGGER IF NOT EXISTS {table}_no_{act.lower()} BEFORE {act} ON {table} "
-                f"BEGIN SELECT RAISE(ABORT, 'a vault only grows'); END"
-            )
+        _forbid_changes(connection)
         connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _forbid_changes(connection: sqlite3.Connection) -> None:
+    for table, act in itertools.product(("log", *TABLES), ("UPDATE", "DELETE")):
+        connection.execute(
+            f"CREATE TRIGGER IF NOT EXISTS {table}_no_{act.lower()} BEFORE {act} ON {table} "
+            f"BEGIN SELECT RAISE(ABORT, 'a vault only grows'); END"
+        )
+
+
+def clear(connection: sqlite3.Connection, table: str) -> None:
+    """Removes all rows of a table that others replace; inside a transaction."""
+    connection.execute(f"DROP TRIGGER {table}_no_delete")
+    connection.execute(f"DELETE FROM {table}")
+    _forbid_changes(connection)
+
+
+def rebuild(connection: sqlite3.Connection) -> bool:
+    """Writes the file anew, so that no bytes of removed rows are left in it nor in the write-ahead log beside it.
+
+    Returns:
+      Whether that was possible: while another process reads, the write-ahead log stays.
+    """
+    connection.execute("VACUUM")
+    (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    return not busy
 
 
 def _version(connection: sqlite3.Connection) -> int:
     return connection.execute("PRAGMA user_version").fetchone()[0]
 
 
-def _memory() -> sqlite3.Connection:
-    connection = sqlite3.connect(":memory:", isolation_level=None)
-    _migrate(connection)
-    return connection
-
-
 def _schema(connection: sqlite3.Connection) -> set[tuple[str, str, str | None]]:
     return set(connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall())
+
+
+def _expected_schema() -> set[tuple[str, str, str | None]]:
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        _migrate(connection)
+        return _schema(connection)
 
 
 @contextlib.contextmanager
@@ -134,10 +197,11 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
+        connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # on a full disk sqlite has rolled back by itself
+            connection.execute("ROLLBACK")
         raise
-    connection.execute("COMMIT")
 
 
 def insert(connection: sqlite3.Connection, table: str, rows: Iterable[Row], entry: int) -> None:
@@ -167,11 +231,19 @@ def _plain(value: Any) -> Any:
 
 
 def verify(connection: sqlite3.Connection, said: Mapping[int, Mapping[str, Any]]) -> None:
-    """Compares all rows of all tables with what the log entries say of them.
+    """Compares all rows of all tables with what the log entries say of them, and indices with their tables.
+
+    Args:
+      connection: the database.
+      said: by the number of an entry, the summary of its rows; without those that later entries replaced.
 
     Raises:
       ValueError: naming the table, and the entry with which its rows disagree.
     """
+    # Queries may read names and numbers from an index alone.
+    (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    if found != "ok":
+        raise _tampered(found)
     for table, columns in TABLES.items():
         expected = {number: tables[table] for number, tables in said.items() if table in tables}
         cursor = connection.execute(f"SELECT {', '.join(columns)}, entry FROM {table} ORDER BY entry, rowid")

@@ -9,12 +9,13 @@ have looked at b_j. So the arbiter's p-value pays for all supports that could ha
           \text{alignments}
 
 For an innocent j and every fixed S, b_j is independent of the residual r_S; the sum over N customers, all S of each
-size and all sizes is at most alpha. No step of it trusts the owner's search.
+size and all sizes is at most alpha. No step of it trusts the owner's search. N counts all whom the verdict compared,
+also where the accused's own commitment had fewer customers.
 """
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,10 +49,16 @@ def test(
       chips: the suspect's read-out y, shape [m].
       word: the accused's codeword in {-1, +1}, shape [m].
       support: the codewords of other customers that are projected out, each of shape [m].
-      num_customers: N, of the commitment.
+      num_customers: N, those compared and no fewer than were committed to.
       num_suspects: examined together.
       num_alignments: readings tried.
+
+    Raises:
+      ValueError: when a number is below 1.
     """
+    counts = {"num_customers": num_customers, "num_suspects": num_suspects, "num_alignments": num_alignments}
+    for name, count in counts.items():
+        _validate.positive("evidence", name, count)
     residual = direction = statistics.direction(chips)
     if support:
         words = np.stack(support).astype(np.float64)
@@ -69,53 +76,95 @@ def test(
 
 
 class Exported(NamedTuple):
-    """A bundle: the file's content, the customers it accuses, and those accused whom it cannot prove."""
+    """A bundle.
+
+    Attributes:
+      content: of the file.
+      accused: the customers it accuses.
+      left_out: those accused whom it cannot prove.
+      commitments: the numbers of those under which it opens codewords.
+    """
 
     content: bytes
     accused: tuple[str, ...]
     left_out: tuple[str, ...]
+    commitments: tuple[int, ...]
 
 
-def export(vault: folder.Vault, number: int, place: int | None = None) -> Exported:
+def export(vault: folder.Vault, number: int, place: int | None = None, commitment: int | None = None) -> Exported:
     """The bundle on one suspect of a verdict; the log says that it was made.
 
     It opens the model's carrier key and the leaves of the accused. For each, the support is the smallest that suffices
     of the other accused, those with the largest shares first.
 
+    Each codeword is opened under the commitment with which its customer was licensed, so that it holds against the root
+    that was published before that sale. The bundle has all commitments from the oldest of these to the verdict's own:
+    each names the one before, so that a root published later proves it as well.
+
     Args:
       vault: an open vault.
       number: of the verdict.
       place: of the suspect in the verdict, from 1; may be left out when only one was traced.
+      commitment: number of the commitment under which all codewords are opened instead.
 
     Raises:
-      ValueError: when there is no such verdict or suspect, it was not traced by its weights, or no accusation reaches
-        the committed level on what an arbiter can check.
+      ValueError: when there is no such verdict or suspect, it was not traced by its weights, no accusation reaches
+        the committed level on what an arbiter can check, or the commitment does not cover the accused.
     """
     document = verdicts.get(vault, number)
     where = _place(document, place)
     suspect = document["suspects"][where]
     model = models.get(vault, document["model"])
-    commitment = commitments.get(vault, model.name, document["commitment"]["number"])
-    header = commitment.header
-    serials, names = suspect["serials"], suspect["customers"]
-    index = {serial: position + 1 for position, serial in enumerate(serials)}
+    names = dict(zip(suspect["serials"], suspect["customers"], strict=True))
     ranked = sorted(suspect["accused"], key=operator.itemgetter("share"), reverse=True)
-    customers = [Customer(a["serial"], names[index[a["serial"]] - 1], "") for a in ranked]
-    leaves = dict(zip(index, _leaves(vault, model.name, serials), strict=True))
-    opened = {
-        c.serial: leaf for c, leaf in zip(customers, commitments.open_leaves(vault, model, customers), strict=True)
-    }
-    words = {serial: commitments.word(leaf, model.num_chips) for serial, leaf in opened.items()}
-    chips = verdicts.chips(vault, number, where)
+    customers = [Customer(a["serial"], names[a["serial"]], "") for a in ranked]
+    leaves = {leaf["serial"]: leaf for leaf in commitments.open_leaves(vault, model, customers)}
     counts = {name: suspect[name] for name in ("num_suspects", "num_alignments")}
+    counts["num_customers"] = document["num_customers"]
+    accused, left_out = _claims(verdicts.chips(vault, number, where), ranked, leaves, model, counts)
+    shown = sorted({serial for a in accused for serial in (a["serial"], *a["support"])})
+    newest = document["commitment"]["number"]
+    under = _under(vault, model.name, shown, newest, commitment)
+    opened = {leaf["leaf"]["serial"]: leaf for leaf in _opened(vault, model.name, [leaves[s] for s in shown], under)}
+    (first, *later) = [_stamped(vault, model.name, n) for n in range(min(under.values()), newest + 1)]
+    content = {
+        "format": bundles.FORMAT,
+        "version": bundles.VERSION,
+        "created": _text.now(),
+        "smark_version": document["smark_version"],
+        **first,
+        "later": later,
+        "carrier_key": models.carrier_key(vault, model.name).to_bytes().hex(),
+        "spec": models.spec_document(model.spec),
+        "verdict": {name: document[name] for name in ("number", "created", "occasion")},
+        "suspect": {name: suspect[name] for name in ("sha256", "content", "format", "layout", "alignment")}
+        | {"file": suspect["file"].rpartition("/")[2], "reading": document["reading"]},
+        **counts,
+        "opened": [opened[serial] for serial in shown],
+        "accused": accused,
+    }
+    details = {"model": model.name, "verdict": number, "suspect": where + 1, "opened": shown}
+    folder.record(vault, "evidence exported", {}, **details)
+    who = tuple(names[a["serial"]] for a in accused)
+    return Exported(bundles.signed(content, vault.master), who, tuple(left_out), tuple(sorted(set(under.values()))))
+
+
+def _claims(
+    chips: np.ndarray,
+    ranked: Sequence[dict[str, Any]],
+    leaves: Mapping[int, dict[str, Any]],
+    model: models.Model,
+    counts: Mapping[str, int],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The accusations that an arbiter will find significant, and the names of the others."""
+    words = {serial: commitments.word(leaf, model.num_chips) for serial, leaf in leaves.items()}
     accused, left_out = [], []
     for claim in ranked:
         others = [serial for serial in words if serial != claim["serial"]]
         for size in range(len(others) + 1):
             support = others[:size]
-            rest = [words[serial] for serial in support]
-            found = test(chips, words[claim["serial"]], rest, num_customers=header["customers"], **counts)
-            if found.log10_p <= math.log10(header["alpha"]):
+            found = test(chips, words[claim["serial"]], [words[serial] for serial in support], **counts)
+            if found.log10_p <= math.log10(model.alpha):
                 proof = {"serial": claim["serial"], "support": support, "share": claim["share"]}
                 accused.append({**proof, **found._asdict()})
                 break
@@ -124,36 +173,57 @@ def export(vault: folder.Vault, number: int, place: int | None = None) -> Export
     if not accused:
         got = "none: the joint decoder found them, but what an arbiter can check alone is weaker"
         cause = "Trace more of what leaked; docs/evidence.md tells what an arbiter can check."
-        raise _validate.fail("evidence", f"an accusation that holds at alpha {header['alpha']:g}", got, cause)
-    shown = sorted({serial for a in accused for serial in (a["serial"], *a["support"])})
-    tree = [commitments.header_leaf(header), *leaves.values()]
-    if merkle.root(tree).hex() != commitment.root:
-        cause = "Restore the vault from your backup."
-        raise _validate.fail("evidence", "the leaves that were committed to", "others", cause)
-    ways = merkle.paths(tree, [index[serial] for serial in shown])
-    content = {
-        "format": bundles.FORMAT,
-        "version": bundles.VERSION,
-        "created": _text.now(),
-        "smark_version": document["smark_version"],
-        "commitment": commitment.content,
-        "timestamps": [{"time": time, "response": r.hex()} for time, r in timestamps.stored(vault, commitment)],
-        "carrier_key": models.carrier_key(vault, model.name).to_bytes().hex(),
-        "spec": models.spec_document(model.spec),
-        "verdict": {name: document[name] for name in ("number", "created", "occasion")},
-        "suspect": {name: suspect[name] for name in ("sha256", "content", "format", "layout", "alignment")}
-        | {"file": suspect["file"].rpartition("/")[2], "reading": document["reading"]},
-        **counts,
-        "opened": [
-            {"leaf": opened[serial], "index": index[serial], "path": [node.hex() for node in path]}
-            for serial, path in zip(shown, ways, strict=True)
-        ],
-        "accused": accused,
-    }
-    who = tuple(names[index[a["serial"]] - 1] for a in accused)
-    details = {"model": model.name, "verdict": number, "suspect": where + 1, "opened": shown}
-    folder.record(vault, "evidence exported", {}, **details)
-    return Exported(bundles.signed(content, vault.master), who, tuple(left_out))
+        raise _validate.fail("evidence", f"an accusation that holds at alpha {model.alpha:g}", got, cause)
+    return accused, left_out
+
+
+def _under(
+    vault: folder.Vault, model: str, shown: Sequence[int], newest: int, commitment: int | None
+) -> dict[int, int]:
+    """For each serial the number of the commitment under which its codeword is opened."""
+    licensed = dict(vault.connection.execute("SELECT serial, number FROM licences WHERE model = ?", (model,)))
+    under = {serial: licensed[serial] for serial in shown}
+    if commitment is None:
+        return under
+    least = max(under.values())
+    if not least <= commitment <= newest:
+        cause = (
+            f"Earlier ones lack an accused customer, and later ones were made after the suspect was seen. Without "
+            f"--commitment, each codeword is opened under the one it was licensed with ({sorted(set(under.values()))})."
+        )
+        expected = f"a commitment to {model} of number {least} to {newest}"
+        raise _validate.fail("evidence", expected, f"number {commitment}", cause)
+    return dict.fromkeys(shown, commitment)
+
+
+def _opened(
+    vault: folder.Vault, model: str, leaves: Sequence[dict[str, Any]], under: Mapping[int, int]
+) -> list[dict[str, Any]]:
+    """The leaves with their paths to the roots of the commitments that they stand under."""
+    query = "SELECT serial, leaf, number FROM licences WHERE model = ? ORDER BY serial"
+    licences = vault.connection.execute(query, (model,)).fetchall()
+    opened = []
+    for number in sorted(set(under.values())):
+        commitment = commitments.get(vault, model, number)
+        covered = [(serial, leaf) for serial, leaf, since in licences if since <= number]
+        tree = [commitments.header_leaf(commitment.header), *(leaf for _, leaf in covered)]
+        if merkle.root(tree).hex() != commitment.root:
+            cause = "Restore the vault from your backup."
+            raise _validate.fail("evidence", "the leaves that were committed to", "others", cause)
+        index = {serial: place for place, (serial, _) in enumerate(covered, 1)}
+        some = [leaf for leaf in leaves if under[leaf["serial"]] == number]
+        places = [index[leaf["serial"]] for leaf in some]
+        for leaf, place, path in zip(some, places, merkle.paths(tree, places), strict=True):
+            path_in_hex = [node.hex() for node in path]
+            opened.append({"leaf": leaf, "commitment": number, "index": place, "path": path_in_hex})
+    return opened
+
+
+def _stamped(vault: folder.Vault, model: str, number: int) -> dict[str, Any]:
+    """A commitment and its time stamps, as a bundle holds them."""
+    commitment = commitments.get(vault, model, number)
+    stamps = [{"time": time, "response": found.hex()} for time, found in timestamps.stored(vault, commitment)]
+    return {"commitment": commitment.content, "timestamps": stamps}
 
 
 def exports(vault: folder.Vault, model: str) -> list[str]:
@@ -176,8 +246,3 @@ def _place(document: dict[str, Any], place: int | None) -> int:
         got = f"number {place}" if place is not None else f"{len(traced)} of them"
         raise _validate.fail("evidence", expected, got, f"Say which one by --suspect: {listed}.")
     return place - 1
-
-
-def _leaves(vault: folder.Vault, model: str, serials: Sequence[int]) -> list[bytes]:
-    rows = dict(vault.connection.execute("SELECT serial, leaf FROM licences WHERE model = ?", (model,)))
-    return [rows[serial] for serial in serials]

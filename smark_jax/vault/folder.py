@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smark_jax import _disk, _validate, keys
-from smark_jax.vault import crypto, database, log
+from smark_jax.vault import crypto, database, log, sealing
 
 KEY_FILE, DATABASE, MODELS, COMMITMENTS, ANSWERS = "master.key", "vault.sqlite", "models", "commitments", "answers"
 
@@ -47,6 +47,7 @@ def create(folder: Path, passphrase: str) -> None:
             write(new / KEY_FILE, sealed)
             connection = database.connect(new / DATABASE, create=True)
             with contextlib.closing(connection):
+                sealing.mark_sealed(connection)
                 record(Vault(new, connection, master), "vault created", {}, public_key=crypto.public_key(master))
         _disk.flush_folder(new)
         try:
@@ -62,8 +63,11 @@ def create(folder: Path, passphrase: str) -> None:
 def opened(folder: Path, passphrase: str) -> Iterator[Vault]:
     """The vault in a folder, after its log, its tables and its commitments were checked.
 
+    What an older version kept in plain is sealed (:mod:`smark_jax.vault.sealing`).
+
     Raises:
-      ValueError: when there is no vault, the passphrase is wrong, or anything was tampered with, saying what.
+      ValueError: when there is no vault, the passphrase is wrong, anything was tampered with, or the disk is full or
+        cannot be written, saying what.
     """
     missing = [name for name in (KEY_FILE, DATABASE) if not (folder / name).is_file()]
     if missing:
@@ -72,25 +76,18 @@ def opened(folder: Path, passphrase: str) -> Iterator[Vault]:
     master = crypto.unseal(folder / KEY_FILE, passphrase)
     with _disk.private_files(), contextlib.closing(database.connect(folder / DATABASE)) as connection:
         vault = Vault(folder, connection, master)
-        _verify(vault)
-        try:
+        with database.errors_explained(folder / DATABASE):
+            _verify(vault)
+            sealing.seal_plain_rows(connection, master, _log_key(vault))
             yield vault
-        except sqlite3.DatabaseError as error:
-            cause = "If it is locked or the disk full, free it and run this again; else restore the backup."
-            raise _validate.fail("vault", "a database that works", str(error), cause) from None
 
 
 def _verify(vault: Vault) -> None:
     published = sorted((vault.folder / COMMITMENTS).glob("*.json"))  # before the database, to which others may add
-    try:
-        vault.connection.execute("BEGIN")  # one state of it, whoever writes meanwhile
-        log.verify(vault.connection, _log_key(vault))
-        roots = dict(vault.connection.execute("SELECT model || '-' || number, document FROM commitments"))
-        vault.connection.execute("COMMIT")
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        cause = "Somebody or something changed it outside smark: restore the vault's folder from your backup."
-        got = f"a tampered or damaged database ({error})"
-        raise _validate.fail("vault", "the database as smark wrote it", got, cause) from None
+    vault.connection.execute("BEGIN")  # one state of it, whoever writes meanwhile
+    log.verify(vault.connection, _log_key(vault))
+    roots = dict(vault.connection.execute("SELECT model || '-' || number, document FROM commitments"))
+    vault.connection.execute("COMMIT")
     for path in published:
         if path.stem in roots and path.read_bytes() != roots[path.stem].encode() + b"\n":
             cause = "Restore that file from your backup, or remove it: the next 'smark issue' writes it again."

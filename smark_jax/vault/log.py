@@ -6,6 +6,9 @@ Entry n holds the authenticator of entry n - 1, what happened as JSON, and
 
 n as eight bytes, big-endian. Without the master key no entry can be changed, inserted or removed but at the end. A
 vault that was rolled back as a whole to an older state is whole: only the commitments that were published tell.
+
+An entry may name tables that it ``"replaces"``: earlier entries' rows in them are gone, after they were verified. That
+is how rows which older versions kept in plain were sealed (:mod:`smark_jax.vault.sealing`).
 """
 
 import hmac
@@ -75,7 +78,11 @@ def verify(connection: sqlite3.Connection, key: keys.SecretKey) -> None:
         authentic = isinstance(body, str) and isinstance(before, bytes) and isinstance(mac, bytes)
         if not authentic or before != previous or not hmac.compare_digest(_mac(key, number, before, body), mac):
             raise _tampered(f"entry {number} is not authentic")
-        said[number], previous = json.loads(body)["rows"], mac
+        document, previous = json.loads(body), mac
+        for table in document.get("replaces", ()):
+            for rows in said.values():
+                rows.pop(table, None)
+        said[number] = document["rows"]
     if not count:
         raise _tampered("it is empty")
     database.verify(connection, said)

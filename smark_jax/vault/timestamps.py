@@ -6,6 +6,10 @@ from smark_jax import _validate
 from smark_jax.vault import commitments, folder
 
 _LARGEST = 1_000_000
+# DER's tags of a SET OF, and of the two that CMS tags [0] and [1]: certificates and signed attributes, revocation lists
+# and unsigned attributes (RFC 5652, sections 5.1 and 5.3).
+_SETS = (0x31, 0xA0, 0xA1)
+_CONSTRUCTED, _DEEPEST = 0x20, 50
 
 
 def request(commitment: commitments.Commitment) -> bytes:
@@ -48,7 +52,7 @@ def check(published: bytes, response: bytes) -> str:
     cause = "Send the request that 'smark issue --timestamp-request' wrote, and pass the answer's bytes as they came."
     expected = "a granted RFC 3161 response"
     try:
-        found = rfc3161_client.decode_timestamp_response(response[:_LARGEST])
+        found = rfc3161_client.decode_timestamp_response(_with_sorted_sets(response[:_LARGEST]))
         if found.status not in (rfc3161_client.PKIStatus.GRANTED, rfc3161_client.PKIStatus.GRANTED_WITH_MODS):
             raise _validate.fail("timestamp", expected, f"status {found.status}", cause)
         imprint, time = bytes(found.tst_info.message_imprint.message), found.tst_info.gen_time
@@ -58,3 +62,39 @@ def check(published: bytes, response: bytes) -> str:
     if imprint != hashlib.sha256(published).digest():
         raise _validate.fail("timestamp", "a response about this commitment", "one about another text", cause)
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _with_sorted_sets(response: bytes) -> bytes:
+    """The response with the elements of its sets in DER's order, or as it is when it is no DER.
+
+    RFC 5652 lets an authority write its certificates in any order; rfc3161-client takes DER's only. What is read here,
+    hash and time, lies in a string of bytes, which stays as it is; the response is kept and handed on as it came, so
+    that the authority's signature can be checked.
+    """
+    try:
+        return b"".join(_elements(response, 0))
+    except (IndexError, ValueError):
+        return response
+
+
+def _elements(data: bytes, depth: int) -> list[bytes]:
+    """The DER elements that follow each other in some bytes, the sets in them sorted."""
+    found, place = [], 0
+    while place < len(data):
+        start, tag, size = place, data[place], data[place + 1]
+        place += 2
+        if tag & 0x1F == 0x1F or size == 0x80 or depth > _DEEPEST:
+            raise ValueError("a tag of several bytes, an indefinite length, or too many levels")
+        if size > 0x80:
+            count = size - 0x80
+            size, place = int.from_bytes(data[place : place + count], "big"), place + count
+        end = place + size
+        if end > len(data):
+            raise ValueError("an element that is cut short")
+        head, content = data[start:place], data[place:end]
+        if tag & _CONSTRUCTED:
+            inner = _elements(content, depth + 1)
+            content = b"".join(sorted(inner) if tag in _SETS else inner)
+        found.append(head + content)
+        place = end
+    return found

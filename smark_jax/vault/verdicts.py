@@ -16,7 +16,7 @@ import numpy as np
 
 from smark_jax import _validate, alignment, codes, extraction, files, tracing
 from smark_jax._types import ApplyFn, PyTree
-from smark_jax.vault import commitments, database, folder, models
+from smark_jax.vault import commitments, database, folder, models, sealing
 from smark_jax.vault._text import now
 
 
@@ -234,10 +234,10 @@ def _record(
         number = (last or 0) + 1
         document = database.canonical({**head, "occasion": before + 1})
         rows = [
-            (number, place, row["sha256"] or "", database.canonical(row), *some)
+            sealing.row(vault.master, number, place, database.canonical(row), *some)
             for place, (row, some) in enumerate(zip(suspects, blobs, strict=True))
         ]
-        tables = {"verdicts": [(number, head["model"], created, document)], "suspects": rows}
+        tables = {"verdicts": [(number, head["model"], created, document)], "findings": rows}
         accused = sorted({accused["serial"] for row in suspects for accused in row["accused"]})
         folder.record(vault, "suspects traced", tables, model=head["model"], verdict=number, accused=accused)
     return get(vault, number)
@@ -265,10 +265,11 @@ def get(vault: folder.Vault, number: int) -> dict[str, Any]:
     who = {"serials": [serial for serial, _ in customers], "customers": [name for _, name in customers]}
     suspects = []
     rows = vault.connection.execute(
-        "SELECT document, statistics FROM suspects WHERE verdict = ? ORDER BY place", (number,)
+        "SELECT place, document, statistics FROM findings WHERE verdict = ? ORDER BY place", (number,)
     )
-    for document, statistics in rows:
-        suspect = json.loads(document)
+    for place, document, sealed in rows:
+        suspect = json.loads(sealing.unseal(vault.master, number, place, "document", document))
+        statistics = sealing.unseal(vault.master, number, place, "statistics", sealed)
         if statistics:
             suspect |= {"statistics": np.frombuffer(statistics, "<f4").astype(float).tolist(), **who}
         suspects.append(suspect)
@@ -277,6 +278,6 @@ def get(vault: folder.Vault, number: int) -> dict[str, Any]:
 
 def chips(vault: folder.Vault, number: int, place: int) -> np.ndarray:
     """The chips that a suspect of a verdict read, float64, shape [m]; empty when it could not be read."""
-    query = "SELECT chips FROM suspects WHERE verdict = ? AND place = ?"
-    (blob,) = vault.connection.execute(query, (number, place)).fetchone()
-    return np.frombuffer(blob, "<f8")
+    query = "SELECT chips FROM findings WHERE verdict = ? AND place = ?"
+    (sealed,) = vault.connection.execute(query, (number, place)).fetchone()
+    return np.frombuffer(sealing.unseal(vault.master, number, place, "chips", sealed), "<f8")

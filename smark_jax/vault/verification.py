@@ -3,17 +3,21 @@
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from smark_jax import _validate, carriers, files, keys
-from smark_jax.vault import bundles, commitments, evidence, merkle, models, timestamps, verdicts
+from smark_jax.vault import bundles, commitments, evidence, merkle, models, ranges, timestamps, verdicts
 
 # How far a statistic may differ between the owner's computer and the arbiter's, and a leaf's spread.
 _ROUNDING = 1e-2
+# What may differ between two commitments to a model.
+_PASSING = ("created", "customers", "number", "previous")
+# Nothing is computed from a suspect unless all of these hold.
+_BEFORE_READING = ("level", "numbers", "commitment", "base", "carrier", "carrying leaves", "customers")
 
 
 class Check(NamedTuple):
@@ -30,10 +34,12 @@ class Report(NamedTuple):
     Attributes:
       checks: in the order in which they were made.
       accused: name, serial, statistic and p-value (as logarithm to base 10) of each accused, as computed here.
-      header: of the commitment.
-      root: of the commitment.
-      compared: whether the root was compared with a published one.
+      header: of the commitment, the oldest where codewords were committed to one after another.
+      root: of that commitment.
+      compared: whether the codewords were compared with published roots.
       statements: what the arbiter has the owner's word for.
+      num_customers: for which p-values are corrected.
+      largest_alpha: up to which the arbiter accepts a committed level.
     """
 
     checks: tuple[Check, ...]
@@ -42,6 +48,8 @@ class Report(NamedTuple):
     root: str
     compared: bool
     statements: tuple[str, ...]
+    num_customers: int
+    largest_alpha: float
 
     @property
     def holds(self) -> bool:
@@ -51,6 +59,20 @@ class Report(NamedTuple):
 
 class _Fails(Exception):
     """A check that does not hold; the text says why."""
+
+
+class _Checks(list[Check]):
+    """The checks made so far."""
+
+    @contextlib.contextmanager
+    def check(self, name: str, detail: str) -> Iterator[None]:
+        """Adds one, which holds unless the block raises :class:`_Fails`."""
+        try:
+            yield
+        except _Fails as error:
+            self.append(Check(name, False, str(error)))
+        else:
+            self.append(Check(name, True, detail))
 
 
 def published_root(source: str) -> str:
@@ -72,7 +94,8 @@ def verify(
     suspect: Path,
     base: Path,
     *,
-    root: str | None = None,
+    root: str | Sequence[str] | None = None,
+    largest_alpha: float = ranges.LARGEST_ALPHA,
     aligner: verdicts.Aligner | None = None,
     on_step: Callable[[str], None] = lambda text: None,
 ) -> Report:
@@ -82,87 +105,144 @@ def verify(
       bundle: the evidence.
       suspect: the model in dispute.
       base: the model that copies were made from.
-      root: that was published before the sale, in hex.
+      root: that was published before the sale, in hex; several where customers were licensed one after another.
+      largest_alpha: the highest committed level that the arbiter accepts.
       aligner: how to align, where the owner did; the arbiter's own copy of the network.
       on_step: called with what is done next.
 
     Raises:
-      ValueError: when a file cannot be read at all.
+      ValueError: when a file cannot be read at all, or ``largest_alpha`` is no level.
     """
+    _validate.probability("evidence", "largest_alpha", largest_alpha)
     content, signature = bundles.read(bundle)
-    header, tree = content["commitment"]["header"], content["commitment"]
+    header, roots = content["commitment"]["header"], (root,) if isinstance(root, str) else tuple(root or ())
     on_step("reading the models")
     theirs, ours = files.read(suspect), files.read(base)
-    checks: list[Check] = []
-
-    @contextlib.contextmanager
-    def check(name: str, detail: str) -> Iterator[None]:
-        try:
-            yield
-        except _Fails as error:
-            checks.append(Check(name, False, str(error)))
-        else:
-            checks.append(Check(name, True, detail))
-
-    with check("signature", f"by the owner's key {header['public_key'][:16]}..., which the commitment names"):
+    checks, accused = _Checks(), []
+    with checks.check("signature", f"by the owner's key {header['public_key'][:16]}..., which the commitment names"):
         _require(bundles.genuine(content, signature), "the bundle was changed after it was signed")
-    with check("commitment", f"number {header['number']} to {header['model']}, root {tree['root']}"):
-        leaf, path = commitments.header_leaf(header), [bytes.fromhex(node) for node in tree["header_path"]]
-        found = merkle.root_of_path(leaf, 0, header["customers"] + 1, path)
-        _require(found == bytes.fromhex(tree["root"]), "the header does not lead to the root")
-    if root is not None:
-        with check("published root", "the same as the commitment's"):
-            _require(root == tree["root"], f"{root} was published: keys or customers were chosen afterwards")
-    for stamp in content["timestamps"]:
-        detail = f"{stamp['time']}; check the authority's signature with 'openssl ts -verify'"
-        with check("time stamp", detail):
-            _require(_stamped(tree, stamp), "it is about another commitment, or states another time")
-    with check("base", f"content hash {header['base']}"):
-        _require(files.content_hash(ours.leaves) == header["base"], "it is not the model that was committed to")
-    with check("suspect", f"content hash {content['suspect']['content']}"):
-        same = files.content_hash(theirs.leaves) == content["suspect"]["content"]
+    with checks.check("level", f"alpha {header['alpha']:g}, of at most {largest_alpha:g} that you accept"):
+        _refuse(ranges.level(content, largest_alpha))
+    with checks.check("numbers", "each is in its range"):
+        _refuse(ranges.numbers(content))
+    _check_commitments(checks, content, roots)
+    found = _check_contents(checks, content, theirs.leaves, ours.leaves)
+    if found is not None:
+        on_step("reading the suspect's chips")
+        spec, words, key = found
+        chips = None
+        with checks.check("read-out", "the suspect read as the owner read it"):
+            chips = _chips(content, theirs.leaves, ours.leaves, spec, key, aligner)
+        if chips is not None:
+            accused = [_judge(checks, content, claim, chips, words) for claim in content["accused"]]
+    return Report(
+        checks=tuple(checks),
+        accused=tuple(accused),
+        header=header,
+        root=content["commitment"]["root"],
+        compared=bool(roots),
+        statements=_statements(content),
+        num_customers=bundles.num_customers(content),
+        largest_alpha=largest_alpha,
+    )
+
+
+def _check_commitments(checks: _Checks, content: dict[str, Any], roots: Sequence[str]) -> None:
+    """The chain of commitments, their time stamps, and the roots that were published."""
+    chain = bundles.chain(content)
+    for before, item in zip([None, *chain], chain, strict=False):
+        tree = item["commitment"]
+        detail = f"number {tree['header']['number']} to {tree['header']['model']}, root {tree['root']}"
+        with checks.check("commitment", detail):
+            _check_commitment(tree, before and before["commitment"])
+        for stamp in item["timestamps"]:
+            detail = f"{stamp['time']}; check the authority's signature with 'openssl ts -verify'"
+            with checks.check("time stamp", detail):
+                _require(_stamped(tree, stamp), "it is about another commitment, or states another time")
+    if roots:
+        with checks.check("published root", "the same as the commitment's"):
+            _check_published(content, roots)
+
+
+def _check_contents(
+    checks: _Checks, content: dict[str, Any], suspect: dict[str, np.ndarray], base: dict[str, np.ndarray]
+) -> tuple[carriers.Spec, dict[int, np.ndarray], keys.SecretKey] | None:
+    """Models, carrier, leaves and codewords against the commitment; None when the suspect cannot be read by them."""
+    header = content["commitment"]["header"]
+    key = keys.from_bytes(bytes.fromhex(content["carrier_key"]))
+    spec, words = None, {}
+    with checks.check("base", f"content hash {header['base']}"):
+        _require(files.content_hash(base) == header["base"], "it is not the model that was committed to")
+    with checks.check("suspect", f"content hash {content['suspect']['content']}"):
+        same = files.content_hash(suspect) == content["suspect"]["content"]
         _require(same, "it is not the model that was accused")
-    with check("carrier", "its key is the one that was committed to"):
-        key = keys.from_bytes(bytes.fromhex(content["carrier_key"]))
+    with checks.check("carrier", "its key is the one that was committed to"):
         _require(keys.commitment(key) == header["carrier_key"], "its key was not committed to: it is forged")
-    spec = None
-    with check("carrying leaves", f"{len(content['spec'])} leaves, as committed to, and as the base has them"):
-        spec = _spec(content, ours.leaves)
-    with check("customers", f"{len(content['opened'])} of {header['customers']:,} opened, each under the root"):
+    with checks.check("carrying leaves", f"{len(content['spec'])} leaves, as committed to, and as the base has them"):
+        spec = _spec(content, base)
+    with checks.check("customers", f"{len(content['opened'])} of {header['customers']:,} opened, each under the root"):
         words = _words(content)
-    if (
-        not all(c.holds for c in checks if c.name in ("carrying leaves", "customers", "carrier", "base"))
-        or spec is None
-    ):
-        return Report(tuple(checks), (), header, tree["root"], root is not None, _statements(content))
-    on_step("reading the suspect's chips")
-    accused = []
-    chips = None
-    with check("read-out", "the suspect read as the owner read it"):
-        chips = _chips(content, theirs.leaves, ours.leaves, spec, key, aligner)
-    for claim in content["accused"] if chips is not None else ():
-        name = next(o["leaf"]["customer"] for o in content["opened"] if o["leaf"]["serial"] == claim["serial"])
-        found = evidence.test(
-            chips,
-            words[claim["serial"]],
-            [words[serial] for serial in claim["support"]],
-            num_customers=header["customers"],
-            num_suspects=content["num_suspects"],
-            num_alignments=content["num_alignments"],
-        )
-        rest = f", with {len(claim['support'])} others' parts taken out" if claim["support"] else ""
-        detail = f"T = {found.statistic:.2f}, p <= 10^{found.log10_p:.1f} at alpha = {header['alpha']:g}{rest}"
-        with check(f"accusation of {name!r}", detail):
-            _require(found.log10_p <= math.log10(header["alpha"]), f"not significant: {detail}")
-            close = abs(found.statistic - claim["statistic"]) <= _ROUNDING * max(1.0, abs(claim["statistic"]))
-            _require(close, f"T is {found.statistic:.2f} here and {claim['statistic']:.2f} in the bundle")
-        accused.append({"customer": name, "serial": claim["serial"], **found._asdict()})
-    return Report(tuple(checks), tuple(accused), header, tree["root"], root is not None, _statements(content))
+    if spec is None or not all(check.holds for check in checks if check.name in _BEFORE_READING):
+        return None
+    return spec, words, key
+
+
+def _check_commitment(tree: dict[str, Any], before: dict[str, Any] | None) -> None:
+    """That the header leads to the root, and that the commitment follows the one before."""
+    header, path = tree["header"], [bytes.fromhex(node) for node in tree["header_path"]]
+    found = merkle.root_of_path(commitments.header_leaf(header), 0, header["customers"] + 1, path)
+    _require(found == bytes.fromhex(tree["root"]), "the header does not lead to the root")
+    if before is not None:
+        follows = (header["previous"], header["number"]) == (before["root"], before["header"]["number"] + 1)
+        _require(follows, f"it does not name the commitment of number {before['header']['number']} as the one before")
+        other = [name for name in header if name not in _PASSING and header[name] != before["header"][name]]
+        _require(not other, f"it is not to the same model: {', '.join(other)}")
+        _require(header["customers"] > before["header"]["customers"], "it has no more customers than the one before")
+
+
+def _check_published(content: dict[str, Any], roots: Sequence[str]) -> None:
+    """That all published roots are the bundle's, and that every opened codeword is under one of them or an earlier."""
+    numbers = {item["commitment"]["root"]: item["commitment"]["header"]["number"] for item in bundles.chain(content)}
+    for root in roots:
+        _require(root in numbers, f"{root} was published: keys or customers were chosen afterwards")
+    newest = max(numbers[root] for root in roots)
+    for opened in content["opened"]:
+        number = bundles.proved_by(content, opened)
+        customer = opened["leaf"]["customer"]
+        _require(number <= newest, f"the root of commitment {number}, with the codeword of {customer!r}, was not given")
+
+
+def _judge(
+    checks: _Checks, content: dict[str, Any], claim: dict[str, Any], chips: np.ndarray, words: dict[int, np.ndarray]
+) -> dict[str, Any]:
+    """One accusation, computed again."""
+    name = next(o["leaf"]["customer"] for o in content["opened"] if o["leaf"]["serial"] == claim["serial"])
+    alpha, customers = content["commitment"]["header"]["alpha"], bundles.num_customers(content)
+    found = evidence.test(
+        chips,
+        words[claim["serial"]],
+        [words[serial] for serial in claim["support"]],
+        num_customers=customers,
+        num_suspects=content["num_suspects"],
+        num_alignments=content["num_alignments"],
+    )
+    rest = f", with {len(claim['support'])} others' parts taken out" if claim["support"] else ""
+    level = f"p <= 10^{found.log10_p:.1f} at alpha = {alpha:g}, counting {customers:,} customers"
+    detail = f"T = {found.statistic:.2f}, {level}{rest}"
+    with checks.check(f"accusation of {name!r}", detail):
+        _require(found.log10_p <= math.log10(alpha), f"not significant: {detail}")
+        close = abs(found.statistic - claim["statistic"]) <= _ROUNDING * max(1.0, abs(claim["statistic"]))
+        _require(close, f"T is {found.statistic:.2f} here and {claim['statistic']:.2f} in the bundle")
+    return {"customer": name, "serial": claim["serial"], **found._asdict()}
 
 
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise _Fails(otherwise)
+
+
+def _refuse(wrong: str | None) -> None:
+    _require(wrong is None, wrong or "")
 
 
 def _stamped(tree: dict[str, Any], stamp: dict[str, Any]) -> bool:
@@ -188,17 +268,23 @@ def _spec(content: dict[str, Any], base: dict[str, np.ndarray]) -> carriers.Spec
 
 
 def _words(content: dict[str, Any]) -> dict[int, np.ndarray]:
-    """The opened codewords by serial, when each is under the root and each accusation has the words it needs."""
-    header, root = content["commitment"]["header"], bytes.fromhex(content["commitment"]["root"])
+    """The opened codewords by serial, when each is under its root and each accusation has the words it needs."""
+    trees = {item["commitment"]["header"]["number"]: item["commitment"] for item in bundles.chain(content)}
+    num_chips = content["commitment"]["header"]["num_chips"]
     words = {}
     for opened in content["opened"]:
         leaf, path = opened["leaf"], [bytes.fromhex(node) for node in opened["path"]]
-        found = merkle.root_of_path(commitments.leaf(leaf), opened["index"], header["customers"] + 1, path)
-        _require(found == root, f"the leaf of {leaf['customer']!r} is not under the root: it is another one")
-        _require(len(leaf["word"]) == 2 * -(-header["num_chips"] // 8), "a codeword is of another length")
-        words[leaf["serial"]] = commitments.word(leaf, header["num_chips"])
+        number = bundles.proved_by(content, opened)
+        _require(number in trees, f"the commitment with the leaf of {leaf['customer']!r} is not in the bundle")
+        tree = trees[number]
+        found = merkle.root_of_path(commitments.leaf(leaf), opened["index"], tree["header"]["customers"] + 1, path)
+        there = found == bytes.fromhex(tree["root"])
+        _require(there, f"the leaf of {leaf['customer']!r} is not under the root: it is another one")
+        _require(len(leaf["word"]) == 2 * -(-num_chips // 8), "a codeword is of another length")
+        words[leaf["serial"]] = commitments.word(leaf, num_chips)
     _require(len(words) == len(content["opened"]), "a serial was opened twice")
-    _require(len(content["accused"]) > 0, "nobody is accused")
+    serials = [claim["serial"] for claim in content["accused"]]
+    _require(0 < len(serials) == len(set(serials)), "nobody is accused, or somebody twice")
     for claim in content["accused"]:
         used = [claim["serial"], *claim["support"]]
         _require(words.keys() >= set(used) and len(set(used)) == len(used), "an accusation uses words not opened")
@@ -217,8 +303,8 @@ def _chips(
     if how["align"] and not aligner:
         raise _Fails(f"the owner aligned it by {how['align']}: pass --align with your own copy of that function")
     reading = verdicts.Reading(aligner if how["align"] else None, how["rectify"], how["given"])
-    carrier = carriers.draw(key, spec, content["commitment"]["header"]["num_chips"])
     try:
+        carrier = carriers.draw(key, spec, content["commitment"]["header"]["num_chips"])
         return verdicts.read(suspect, base, spec, carrier, reading).chips
     except ValueError as error:
         raise _Fails(str(error)) from None
@@ -227,8 +313,15 @@ def _chips(
 def _statements(content: dict[str, Any]) -> tuple[str, ...]:
     suspects, readings = content["num_suspects"], content["num_alignments"]
     occasion = content["verdict"]["occasion"]
+    customers = bundles.num_customers(content)
+    stamped = all(item["timestamps"] for item in bundles.chain(content))
+    age = "the time stamps say how old that is" if stamped else "no time stamp says how old that is"
     return (
         f"that {suspects} suspect(s) were examined together, in {readings} reading(s) each: p-values count them",
         f"that it was occasion {occasion} of tracing this model: alpha holds for each occasion",
+        f"that the suspect was compared with no more than {customers:,} customers: p-values count them",
+        "that codewords were drawn at random, and neither chosen nor drawn again until one fitted",
+        "that there is no other commitment to this model with other codewords, published to be shown where it fits",
+        f"that the suspect is younger than the commitment: {age}, and nothing here says how old the suspect is",
         "that no copy with this codeword was made for anybody but the accused",
     )

@@ -1,0 +1,87 @@
+"""What verdicts found, sealed at rest: who steals the database without the passphrase learns no codeword from it.
+
+A lone leaker's chips *are* its codeword. Everybody's statistics are one linear equation in each customer's codeword,
+and some 190 verdicts suffice to solve them. So documents, statistics and chips of suspects are kept under a key derived
+from the master key (ChaCha20-Poly1305, RFC 8439, with a random nonce), bound to verdict, place and column.
+
+Older versions kept them in plain. The first opening moves those rows, after they were verified, and then rewrites the
+file, so that their bytes are gone from it. Backups made before still hold them.
+"""
+
+import os
+import sqlite3
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from smark_jax import _validate, keys
+from smark_jax.vault import _text, database, log
+
+_NONCE_BYTES = 12
+# sqlite's field for the kind of file. Set once no byte in the file is older than this module.
+_SEALED = 0x736D6B32
+_COLUMNS = ("document", "statistics", "chips")
+
+
+def row(
+    master: keys.SecretKey, verdict: int, place: int, document: str, statistics: bytes, chips: bytes
+) -> database.Row:
+    """A row of the table ``findings``."""
+    plain = zip(_COLUMNS, (document.encode(), statistics, chips), strict=True)
+    cipher = _cipher(master)
+    sealed = []
+    for column, content in plain:
+        nonce = os.urandom(_NONCE_BYTES)
+        sealed.append(nonce + cipher.encrypt(nonce, content, _about(verdict, place, column)))
+    return (verdict, place, *sealed)
+
+
+def unseal(master: keys.SecretKey, verdict: int, place: int, column: str, sealed: bytes) -> bytes:
+    """What a column of ``findings`` holds.
+
+    Raises:
+      ValueError: when it was sealed with another key, or as something else.
+    """
+    nonce, content = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
+    try:
+        return _cipher(master).decrypt(nonce, content, _about(verdict, place, column))
+    except (InvalidTag, ValueError):
+        got = f"other bytes ({column} of suspect {place + 1} of verdict {verdict})"
+        cause = "Restore the vault's folder from your backup."
+        raise _validate.fail("vault", "a finding that this vault sealed", got, cause) from None
+
+
+def _cipher(master: keys.SecretKey) -> ChaCha20Poly1305:
+    return ChaCha20Poly1305(keys.derive(master, "findings").to_bytes())
+
+
+def _about(verdict: int, place: int, column: str) -> bytes:
+    return _text.canonical(["smark finding v1", verdict, place, column])
+
+
+def mark_sealed(connection: sqlite3.Connection) -> None:
+    """States that the database holds nothing in plain that this module seals."""
+    connection.execute(f"PRAGMA application_id = {_SEALED}")
+
+
+def seal_plain_rows(connection: sqlite3.Connection, master: keys.SecretKey, log_key: keys.SecretKey) -> None:
+    """Seals what an older version wrote in plain, and removes its bytes from the file; otherwise does nothing.
+
+    A process that dies on the way leaves rows either plain or sealed, and the next opening goes on.
+
+    Raises:
+      ValueError: when the rows are not those that the log vouches for.
+    """
+    plain = "SELECT verdict, place, document, statistics, chips FROM suspects ORDER BY verdict, place"
+    (kind,) = connection.execute("PRAGMA application_id").fetchone()
+    if kind == _SEALED and connection.execute(plain).fetchone() is None:
+        return
+    connection.execute("PRAGMA secure_delete = ON")
+    with database.transaction(connection):
+        rows = [row(master, *found) for found in connection.execute(plain)]
+        if rows:
+            log.verify(connection, log_key)  # or a changed row would be vouched for from now on
+            log.append(connection, log_key, "findings sealed", {"findings": rows}, replaces=["suspects"])
+            database.clear(connection, "suspects")
+    if database.rebuild(connection):
+        mark_sealed(connection)
