@@ -8,7 +8,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from smark_jax import keys
+from smark_jax import _foreign, keys
 from smark_jax.vault import _text, crypto
 
 FORMAT, VERSION = "smark evidence", 1
@@ -21,7 +21,7 @@ class Unreadable(ValueError):
 
     def __init__(self, what: str, got: str) -> None:
         advice = "Ask for the file again: it may have been cut short, or be another one."
-        super().__init__(f"evidence: expected {what}, but got {got}. {advice}")
+        super().__init__(_foreign.clean(f"evidence: expected {what}, but got {got}. {advice}"))
 
 
 # What a field holds: a type; one schema for all items of a list; a tuple of schemas for a list of just these; a number
