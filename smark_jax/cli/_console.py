@@ -22,7 +22,8 @@ from smark_jax import _foreign
 Styled = tuple[str, str]
 """A text and its style."""
 
-_LEAST = 10  # characters to which a column of text is narrowed before another is left out
+_LEAST = 10  # characters to which a line is folded at least
+_LONGEST_WORD = 24  # that keeps a column of text as wide as itself; a longer one is broken
 
 
 class Console(rich.console.Console):
@@ -68,7 +69,8 @@ class Console(rich.console.Console):
     @property
     def room(self) -> int | None:
         """Columns of the terminal, or as ``COLUMNS`` says; None for a pipe or a file, which have no edge."""
-        return self.width if self.is_terminal or str(self._environ.get("COLUMNS", "")).isdigit() else None
+        said = self._environ.get("COLUMNS", "")
+        return int(said) if said.isdigit() and int(said) else self.width if self.is_terminal else None
 
     def say(self, text: str, *, style: str = "") -> None:
         """One line, which nothing but a terminal's edge breaks: paths and hashes can be copied whole."""
@@ -77,20 +79,21 @@ class Console(rich.console.Console):
     def lines(self, text: str, start: Styled = ("", "")) -> None:
         """A message of several lines behind ``start``. All but the first are indented: none can pass for another's."""
         first, *rest = text.split("\n")
-        self.print(rich.text.Text.assemble(start, _foreign.clean(first)), soft_wrap=True)
+        self._hang(rich.text.Text.assemble(start, _foreign.clean(first)), 2)
         for line in rest:
-            self.print(f"  {line}", soft_wrap=True)
+            self._hang(rich.text.Text(f"  {_foreign.clean(line)}"), 4)
 
     def item(self, sign: Styled, text: str) -> None:
-        """A sign and what it stands for. On a terminal, further lines of a long text begin to the right of signs."""
+        """A sign and what it stands for, one of a list: only signs stand at the left edge."""
+        self._hang(rich.text.Text.assemble(sign, "  ", _foreign.clean(text)), len(sign[0]) + 2)
+
+    def _hang(self, text: rich.text.Text, indent: int) -> None:
+        """One line; on a terminal folded here, since what the terminal folds itself begins at the left edge."""
         if not self.is_terminal:
-            self.print(rich.text.Text.assemble(sign, "  ", _foreign.clean(text)), soft_wrap=True)
+            self.print(text, soft_wrap=True)
             return
-        grid = rich.table.Table.grid(padding=(0, 2), collapse_padding=True, pad_edge=False)
-        grid.add_column(no_wrap=True)
-        grid.add_column(overflow="fold")
-        grid.add_row(self.plain(sign), text)
-        self.print(grid)
+        for place, part in enumerate(text.wrap(self, max(_LEAST, self.width - indent), overflow="fold")):
+            self.print(rich.text.Text(" " * indent if place else "").append_text(part), soft_wrap=True)
 
     def table(
         self,
@@ -114,26 +117,34 @@ class Console(rich.console.Console):
           title: above the table.
         """
         cells = [[self.plain(cell) for cell in row] for row in rows]
-        natural = {
-            name: max(rich.cells.cell_len(name), *(row[place].cell_len for row in cells), 1)
-            for place, name in enumerate(columns)
+        natural = {name: max(map(_wide, [name, *(row[k].plain for row in cells)])) for k, name in enumerate(columns)}
+        words = {
+            name: max(map(_wide, " ".join([name, *(row[k].plain for row in cells)]).split()))
+            for k, name in enumerate(columns)
         }
-        least = {
-            name: width if name in figures or name == keep[0] else min(width, max(_LEAST, rich.cells.cell_len(name)))
-            for name, width in natural.items()
-        }
+        firm = {keep[0], *figures}
+        least = {name: width if name in firm else min(words[name], _LONGEST_WORD) for name, width in natural.items()}
         widths = _widths(natural, least, keep, self.room)
-        table = rich.table.Table(title=title, title_justify="left")
+        table = rich.table.Table(title=title, title_justify="left", width=sum(widths.values()) + _rules(len(widths)))
         for name in columns:
             if name in widths:
                 side = "right" if name in figures else "left"
                 table.add_column(name, justify=side, overflow="fold", width=widths[name])
         for row in cells:
             table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in widths))
-        self.print(table, crop=False, width=None if self.room else sum(widths.values()) + 3 * len(widths) + 1)
+        self.print(table, crop=False)
         missing = [name for name in columns if name not in widths]
         if missing:
             self.say(f"Not shown, for want of room: {', '.join(missing)}.")
+
+
+def _wide(text: str) -> int:
+    return rich.cells.cell_len(text)
+
+
+def _rules(columns: int) -> int:
+    """What blanks and rules between so many columns take."""
+    return 3 * columns + 1
 
 
 def _widths(natural: dict[str, int], least: dict[str, int], keep: Sequence[str], room: int | None) -> dict[str, int]:
@@ -143,12 +154,12 @@ def _widths(natural: dict[str, int], least: dict[str, int], keep: Sequence[str],
     shown = list(keep)
 
     def left(widths: dict[str, int]) -> int:
-        return room - sum(widths[name] for name in shown) - 3 * len(shown) - 1  # two spaces and a border each, and one
+        return room - sum(widths[name] for name in shown) - _rules(len(shown))
 
     while len(shown) > 1 and left(least) < 0:
         shown.pop()
     if left(least) < 0:  # even the last one has to be folded
-        return {shown[0]: max(1, room - 4)}
+        return {shown[0]: max(1, room - _rules(1))}
     spare, widths = left(least), {}
     for name in shown:
         widths[name] = min(natural[name], least[name] + spare)
