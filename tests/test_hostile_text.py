@@ -8,6 +8,7 @@ import ast
 import copy
 import http.server
 import json
+import logging
 import random
 import sys
 import threading
@@ -235,6 +236,20 @@ def test_the_reason_phrase_of_a_service_is_only_a_phrase(monkeypatch):
         server.server_close()
     assert "503" in ran.err
     assert_seen(ran)
+
+
+def test_the_reason_that_a_client_gives_the_server_is_one_plain_line(caplog):
+    """Flower's clients send text with their errors, which the server's log shows."""
+    strategy = pytest.importorskip("smark_jax.federation.strategy")
+    monitored = logging.getLogger("flwr")
+    monitored.addHandler(caplog.handler)
+    try:
+        strategy.log(logging.WARNING, "Client %s dropped out: %s", 7, PAYLOAD)
+    finally:
+        monitored.removeHandler(caplog.handler)
+    (line,) = {record.getMessage() for record in caplog.records}
+    assert line.startswith("Client 7 dropped out: \\x1b[1A")
+    assert terminal.strange(line) == []
 
 
 @pytest.mark.parametrize("arguments", [(PAYLOAD.replace("\ud800", ""),), ("attack", "a", "b", "--\x1b[2K")])

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import rich.console
 import rich.progress
 from orbax.checkpoint import v1 as ocp
 
 from smark_jax import _disk, aggregation, data, keys, parallel, training
 from smark_jax._types import PyTree
 from smark_jax.cli import _training
-from smark_jax.cli._console import Console
 
 _SECONDS_A_LOG_LINE = 20
 
@@ -51,7 +51,7 @@ def fit(
     every: int,
     environment: dict[str, Any],
     folder: Path,
-    console: Console,
+    console: rich.console.Console,
 ) -> tuple[PyTree, np.ndarray]:
     """Runs all rounds, or those after the last checkpoint in ``folder``; the params and each round's loss.
 
@@ -124,7 +124,7 @@ def _keys(secrets: jax.Array) -> list[keys.SecretKey]:
 
 
 def _resumed(
-    checkpoints: ocp.training.Checkpointer, fresh: _Snapshot, environment: dict[str, Any], console: Console
+    checkpoints: ocp.training.Checkpointer, fresh: _Snapshot, environment: dict[str, Any], console: rich.console.Console
 ) -> _Snapshot:
     """The last checkpoint, with its secrets where its rounds repeat bit for bit, and with fresh ones elsewhere."""
     last = checkpoints.latest

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smark_jax import _foreign
-from smark_jax.cli._console import Console
+from smark_jax.cli._console import Console, progress
 
 if TYPE_CHECKING:
     from smark_jax import vault
@@ -82,9 +82,9 @@ def desk(folder: Path, file: Path | None) -> Iterator["vault.Vault"]:
 @contextlib.contextmanager
 def bar(text: str, total: int) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr; the function it gives takes how many are done."""
-    with err.progress(transient=True) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda done: progress.update(task, completed=done)
+    with progress(err, transient=True) as bars:
+        task = bars.add_task(text, total=total)
+        yield lambda done: bars.update(task, completed=done)
 
 
 def show(document: Any, as_json: bool, otherwise: Callable[[], None]) -> None:

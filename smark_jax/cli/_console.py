@@ -49,19 +49,6 @@ class Console(rich.console.Console):
         """A line that says what is being done."""
         return _Status(self.plain(status), console=self, **options)
 
-    def progress(self, *columns: rich.progress.ProgressColumn, transient: bool = False) -> rich.progress.Progress:
-        """Progress bars, with columns beside the usual ones."""
-        return rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}", markup=False),
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeElapsedColumn(),
-            rich.progress.TimeRemainingColumn(),
-            *columns,
-            console=self,
-            transient=transient,
-        )
-
     def plain(self, text: str | Styled) -> rich.text.Text:
         """A string, or one and its style, as Rich's own text, which it looks for no markup in."""
         return self.render_str(text) if isinstance(text, str) else self.render_str(text[0], style=text[1])
@@ -136,6 +123,22 @@ class Console(rich.console.Console):
         missing = [name for name in columns if name not in widths]
         if missing:
             self.say(f"Not shown, for want of room: {', '.join(missing)}.")
+
+
+def progress(
+    console: rich.console.Console, *columns: rich.progress.ProgressColumn, transient: bool = False
+) -> rich.progress.Progress:
+    """Progress bars, with columns beside the usual ones."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}", markup=False),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        *columns,
+        console=console,
+        transient=transient,
+    )
 
 
 def _wide(text: str) -> int:

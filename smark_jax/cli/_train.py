@@ -17,16 +17,16 @@ from typing import Any
 import filelock
 import jax
 import numpy as np
+import rich.console
 
 from smark_jax import _disk, _validate, data, files, keys, models, parallel
 from smark_jax._types import PyTree
 from smark_jax.cli import _checkpoints, _train_config, _training
-from smark_jax.cli._console import Console
 
 _NETWORKS = {"cnn": models.CNN, "resnet18": models.ResNet18}
 
 
-def run(config: _train_config.Config, out: Path, console: Console) -> dict[str, Any]:
+def run(config: _train_config.Config, out: Path, console: rich.console.Console) -> dict[str, Any]:
     """Trains, or goes on, and returns the results; writes ``base.safetensors``, ``results.json``, ``training.png``.
 
     Raises:
@@ -82,7 +82,7 @@ def run(config: _train_config.Config, out: Path, console: Console) -> dict[str, 
         return results
 
 
-def show(console: Console, out: Path, results: dict[str, Any]) -> None:
+def show(console: rich.console.Console, out: Path, results: dict[str, Any]) -> None:
     """Prints what came of it, and what to do next."""
     _training.say(console, f"Accuracy {results['accuracy']:.4f} on {results['config']['test_split']}.")
     if results["owner_mark_log10_p"] is not None:
@@ -156,7 +156,7 @@ def _write(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def _picture(path: Path, rounds: np.ndarray, epochs: np.ndarray, console: Console) -> None:
+def _picture(path: Path, rounds: np.ndarray, epochs: np.ndarray, console: rich.console.Console) -> None:
     """The training curve: every round's loss, and each epoch's mean."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

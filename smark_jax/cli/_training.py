@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import rich.console
 import rich.progress
 
 from smark_jax import _memory, aggregation, carriers, codes, data, embedding, keys, losses, parallel, tracing, training
 from smark_jax._types import ApplyFn, PyTree
-from smark_jax.cli._console import Console
+from smark_jax.cli import _console
 
 OWNER_MARGIN = 1.0  # what each chip of the owner's mark must read while the base is trained
 
@@ -101,11 +102,11 @@ def before_jax(parties: int) -> None:
         parallel.devices(parties)
 
 
-def progress(console: Console) -> rich.progress.Progress:
+def progress(console: rich.console.Console) -> rich.progress.Progress:
     """The progress display of both commands; each of its tasks has a ``note``."""
-    return console.progress(rich.progress.TextColumn("{task.fields[note]}", markup=False))
+    return _console.progress(console, rich.progress.TextColumn("{task.fields[note]}", markup=False))
 
 
-def say(console: Console, text: str) -> None:
+def say(console: rich.console.Console, text: str) -> None:
     """A line in which nothing is markup, and no path is broken in two."""
-    console.say(text)
+    console.print(text, markup=False, soft_wrap=True)
