@@ -18,6 +18,10 @@ MAX_LEAVES = 100_000
 """Most leaves of a file."""
 
 _MAX_NAME = 1000
+_MAX_JSON_VALUES = 2**21  # some 70 bytes each, where a leaf of a header has ten
+_MAX_JSON_UNICODE = (
+    8 * 2**20
+)  # bytes of JSON that is not ASCII: a single rare character makes text take four bytes each
 _MAX_AXES = 32
 _SHOWN = 120
 
@@ -85,6 +89,19 @@ def check_shape(name: str, shape: Any, dtype: np.dtype, num_bytes: int) -> tuple
     if math.prod(shape) * dtype.itemsize != num_bytes or math.prod(n or 1 for n in shape) >= 2**48:
         raise Unreadable(f"leaf {shown(name)} of shape {shown(shape)}, {dtype.name}, has {num_bytes:,} bytes of data")
     return tuple(shape)
+
+
+def json_text(data: bytes) -> str:
+    """JSON as text, once it is known to become no more than about 300 MB of Python objects beside it.
+
+    Every value is followed by a comma or closes something. In text these count as well, and nobody needs two million.
+    """
+    values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
+    if values > _MAX_JSON_VALUES:
+        raise Unreadable(f"its JSON has {values:,} commas and brackets, more than {_MAX_JSON_VALUES:,}")
+    if not data.isascii() and len(data) > _MAX_JSON_UNICODE:
+        raise Unreadable(f"its JSON of more than {_MAX_JSON_UNICODE:,} bytes is not in ASCII")
+    return data.decode()
 
 
 def shown(value: object) -> str:
