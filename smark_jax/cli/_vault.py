@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import rich.markup
-import rich.table
 import typer
 
 from smark_jax.cli import _common
@@ -142,12 +140,12 @@ def customers(
     }
 
     def words() -> None:
-        table = rich.table.Table("serial", "customer", "since", "copies of")
-        for customer in listed[-_SHOWN:]:
-            copies = ", ".join(models.get(customer.serial, [])) or "-"
-            table.add_row(str(customer.serial), rich.markup.escape(customer.name), customer.created, copies)
-        if listed:
-            _common.out.print(table)
+        rows = [
+            (str(c.serial), c.name, c.created, ", ".join(models.get(c.serial, [])) or "-") for c in listed[-_SHOWN:]
+        ]
+        if rows:
+            keep = ("customer", "serial", "copies of", "since")
+            _common.out.table(("serial", "customer", "since", "copies of"), rows, keep=keep)
         more = f", the last {_SHOWN} shown (--json prints all)" if len(listed) > _SHOWN else ""
         say(f"{len(listed):,} customers{more}; {len(new):,} of them new.")
 

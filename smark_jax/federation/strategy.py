@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
@@ -21,6 +20,7 @@ from smark_jax import _validate, carriers, codes, embedding, keys
 from smark_jax.aggregation import protocol
 from smark_jax.aggregation.protocol import messages, server
 from smark_jax.federation import update, wire
+from smark_jax.federation._log import log
 
 _POLL_SECONDS = 0.2
 _MOST_FAILURES = 3

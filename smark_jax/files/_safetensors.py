@@ -59,7 +59,7 @@ def _check(data: bytes, size: int) -> list[_Entry]:
         why = f"of a file of {size:,}" if cut else f"where {_MAX_HEADER:,} are allowed"
         raise Unreadable(f"its header claims {length:,} bytes {why}", _ADVICE)
     try:
-        header = json.loads(data[8 : 8 + length].decode(), object_pairs_hook=_distinct)
+        header = json.loads(_limits.json_text(data[8 : 8 + length]), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         if isinstance(error, Unreadable):
             raise
