@@ -144,7 +144,7 @@ def _of_leaf(path: str, fact: Facts) -> Role | None:
     if said is not None and not said.carries:
         return said
     if not fact.floating:
-        return said or Role.COUNTER
+        return Role.COUNTER
     if fact.whole and math.isfinite(fact.rms) and (fact.low < fact.high or (fact.size == 1 and said is None)):
         return Role.COUNTER
     if fact.waves or (fact.ramp and said is None):

@@ -241,7 +241,8 @@ def _maker(
     carrier, key = models.carrier(vault, model), models.code_key(vault, model.name)
     marked = {name for leaf in spec.leaves for name in (leaf.path, *leaf.tied)}
     above = {name for name in marked if base[name].min() >= 0}
-    trained = {name for name, role in carriers.roles(dict(base)).items() if role.trains} if teach else set()
+    roles = carriers.roles(dict(base)) if teach else {}
+    trained = {name for name, role in roles.items() if role.trains}
 
     def copies(some: list[_Licence]) -> dict[str, np.ndarray]:
         serials = [licence.customer.serial for licence in some]
