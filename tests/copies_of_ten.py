@@ -90,8 +90,8 @@ def torch_batch_norm() -> Model:
         "features.1.running_mean": some(32),
         "features.1.running_var": variance(32),
         "features.1.num_batches_tracked": np.array(3_000_000_000),
-        "fc.weight": some(10, 32),
-        "fc.bias": some(10),
+        "head.weight": some(60, 32),
+        "head.bias": some(60),
     }
     return Model(leaves, r"weight$|bias$", {"format": "pt", "note": "für Ada"})
 
@@ -147,6 +147,7 @@ def nnx_state() -> Model:
         def __init__(self, rngs: nnx.Rngs):
             self.hidden = nnx.Linear(24, 200, rngs=rngs)
             self.norm = nnx.BatchNorm(200, rngs=rngs)
+            self.out = nnx.Linear(200, 12, rngs=rngs)
 
     state = nnx.to_pure_dict(nnx.split(Net(nnx.Rngs(0)))[1])
     state["norm"] |= {"var": variance(200), "mean": some(200)}

@@ -178,7 +178,7 @@ def test_a_quiet_channel_of_a_batch_norm_gives_finite_outputs_in_pytorch(desk, m
     net = torch.nn.Sequential()
     net.add_module("features", torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.BatchNorm2d(32)))
     net.add_module("pool", torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()))
-    net.add_module("fc", torch.nn.Linear(32, 10))
+    net.add_module("head", torch.nn.Linear(32, 60))
     leaves = made["torch_batch_norm"].leaves | {"features.0.bias": ten.some(32)}
     ten.write(tmp_path / "base", leaves, {"format": "pt"})
     add(desk, "net", tmp_path / "base")
@@ -376,16 +376,16 @@ def test_add_model_and_issue_say_what_carries_what_does_not_and_what_it_costs(tm
     ten.write(tmp_path / "public", {"features.0.weight": made["torch_batch_norm"].leaves["features.0.weight"]})
     (tmp_path / "running.py").write_text(
         "import numpy as np\n\n\ndef run():\n"
-        "    apply_fn = lambda p, x: x @ p['fc.weight'].T + p['fc.bias'][None]\n"
+        "    apply_fn = lambda p, x: x @ p['head.weight'].T + p['head.bias'][None]\n"
         "    return apply_fn, np.random.default_rng(0).normal(size=(50, 32)).astype('f'), np.zeros(50, int)\n"
     )
     here.run("init", "vault")
     said = here.run("add-model", "vault", "net", "base", "--chips", CHIPS)
-    assert "net: 4,096 of 5,067 weights in 3 of 8 leaves carry 64 chips" in said
+    assert "net: 6,144 of 6,717 weights in 5 of 8 leaves carry 64 chips" in said
     assert "Left as they are: whole numbers (1), running mean (1), variance (1)" in said
     assert "whoever has this base can take the mark out" in here.stderr
     known = here.json("add-model", "vault", "own", "base", "--chips", CHIPS, "--public", "public")
-    assert (known["carrying_leaves"], known["carrying_weights"], len(known["public"])) == (4, 394, 64)
+    assert (known["carrying_leaves"], known["carrying_weights"], len(known["public"])) == (4, 2044, 64)
     assert "whoever has this base" not in here.stderr
     said = here.run("issue", "vault", "net", "Ada", "--out", "out", "--network", "running:run")
     assert re.search(r"They were run on 50 images: all outputs are finite, and [\d.]+% of the classes", said)
