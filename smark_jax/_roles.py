@@ -1,6 +1,6 @@
 """What each leaf of a model is for: a weight, which may carry a mark, or something that has to stay as it is.
 
-One table for every framework's names, and what content tells where a name says nothing (Keras' ``vars/3``) or too little.
+One table for every framework's names, and what content tells where a name says nothing (Keras' ``vars/3``).
 In doubt a leaf stays as it is: a mark lost in a small vector costs nothing, a variance below zero the whole copy.
 """
 
@@ -45,8 +45,8 @@ _NAMES = {
     Role.SCALE: "scale gamma",
     Role.MEAN: "mean running_mean moving_mean mean_ema _mean moving_average",
     Role.VAR: "var variance running_var moving_var moving_variance var_ema _variance running_std std",
-    Role.COUNTER: "num_batches_tracked count counter step steps global_step local_step iteration iterations num_updates "
-    "weight_u weight_v _u _v token_type_ids observer_enabled fake_quant_enabled",
+    Role.COUNTER: "num_batches_tracked count counter step steps global_step local_step iteration iterations "
+    "num_updates weight_u weight_v _u _v token_type_ids observer_enabled fake_quant_enabled",
     Role.POSITION: "position_ids position_index relative_position_index relative_coords_table inv_freq freqs_cis freqs "
     "cos_cached sin_cached attn_mask masked_bias",
     Role.QUANTISER: "zero_point zero_points scales qzeros g_idx weight_scale weight_scale_inv weight_zero_point "

@@ -29,7 +29,7 @@ KINDS = {
 
 
 def write(path: Path, leaves: Leaves, notes: dict[str, str] | None = None) -> None:
-    """safetensors with metadata, in the order of the dict, without padding of the header."""
+    """A safetensors file with metadata, in the order of the dict, without padding of the header."""
     header, start = {"__metadata__": notes} if notes else {}, 0
     for name, leaf in leaves.items():
         header[name] = {"dtype": KINDS[leaf.dtype], "shape": leaf.shape, "data_offsets": (start, start + leaf.nbytes)}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from smark_jax import carriers, codes, embedding, extraction, files, keys, vault
+from smark_jax import carriers, codes, embedding, extraction, files, vault
 from smark_jax.vault import crypto, customers, issuing, models, trials, verdicts
 
 SECRET = "correct horse battery staple"

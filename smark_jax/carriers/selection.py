@@ -57,10 +57,10 @@ class Spec:
 def select(params: PyTree, match: str | Callable[[str], object] | None = None) -> Spec:
     """Chooses the leaves that carry, from the base model alone.
 
-    Every leaf of trained weights carries (:func:`roles`) unless ``match`` says otherwise. Passed over are a leaf that is
-    zero throughout (a fresh bias), which has no spread to hide in; running statistics, counters, position tables and the
-    scales of quantisers, which would break a copy or be replaced by any further training; and a leaf that comes near
-    zero and has no negative value. Of tied leaves the first carries, and the others are written as it is.
+    Every leaf of trained weights carries (:func:`roles`) unless ``match`` says otherwise. Passed over are a leaf that
+    is zero throughout (a fresh bias), which has no spread to hide in; running statistics, counters, position tables and
+    the scales of quantisers, which would break a copy or be replaced by any further training; and a leaf that comes
+    near zero and has no negative value. Of tied leaves the first carries, and the others are written as it is.
 
     Args:
       params: the base model's parameter pytree (with batch norm: its whole variables dict).

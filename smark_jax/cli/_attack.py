@@ -34,7 +34,9 @@ def attack(
         from smark_jax.aggregation import stack
 
         with jax.enable_x64(True):  # leaves of 64 bits keep them
-            copies = [jax.tree.map(jax.numpy.asarray, files.nest(files.read(path).leaves)) for path in (copy, *(mix or []))]
+            copies = [
+                jax.tree.map(jax.numpy.asarray, files.nest(files.read(path).leaves)) for path in (copy, *(mix or []))
+            ]
             tree = attacks.average(stack(copies)) if mix else copies[0]
             if prune is not None:
                 tree = attacks.prune(tree, prune)

@@ -102,9 +102,9 @@ def issue(
         if issued.unfit:
             leaf, role = next(iter(issued.unfit.items()))
             _common.warn(
-                f"{name} was added by an older version, which marks {len(issued.unfit)} leaves that should stay as they "
-                f"are, such as {leaf} ({role}): copies may answer wrongly. Add the base again under another name, and "
-                "issue from that; copies of this one are still traced."
+                f"{name} was added by an older version and marks {len(issued.unfit)} leaves that should stay as they are, "
+                f"such as {leaf} ({role}): copies may answer wrongly. Add the base again under another name, and issue "
+                "from that; copies of this one are still traced."
             )
         commitment = issued.commitment
         path = commitments.file(desk, commitment)
@@ -151,7 +151,9 @@ def issue(
 
 def _answered(trial: "trials.Trial") -> str:
     """How copies answered that were run."""
-    text = f"They were run on {trial.images} images: all outputs are finite, and {trial.agreement:.1%} of the classes are "
+    text = (
+        f"They were run on {trial.images} images: all outputs are finite, and {trial.agreement:.1%} of the classes are "
+    )
     text += f"the base's ({trial.least:.1%} in the copy that agrees least)"
     if trial.accuracy is not None:
         text += f"; accuracy {trial.accuracy:.3f}, the base's {trial.base_accuracy:.3f}"

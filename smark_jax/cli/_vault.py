@@ -76,8 +76,8 @@ def add_model(
 ) -> None:
     """Add a base model. No architecture is needed; its settings are fixed from here on, since they are committed to.
 
-    Only trained weights are marked: not running statistics, counters, position tables or the scales of quantisers, which
-    are told by name and by content. Whoever has the base can take the mark out of a copy. Of a base that was trained
+    Only trained weights are marked: not running statistics, counters, position tables or the scales of quantisers,
+    which are told by name and by content. Whoever has the base can take the mark out of a copy. Of a base that was trained
     from public weights, --public leaves those unmarked that everybody has.
     """
     if (probes is None) != (classes is None):
@@ -111,8 +111,8 @@ def add_model(
         unmarked = {path: str(role) for path, role in carriers.roles(files.nest(leaves)).items() if not role.carries}
     if public is None:
         _common.warn(
-            "whoever has this base can take the mark out of a copy. If it was trained from public weights, name them by "
-            "--public."
+            "whoever has this base can take the mark out of a copy. If it was trained from public weights, name them "
+            "by --public."
         )
     document = {
         "model": name,
@@ -131,8 +131,8 @@ def add_model(
 
     def words() -> None:
         say(
-            f"{name}: {carrying.weights:,} of {document['weights']:,} weights in {carrying.leaves} of {len(leaves)} leaves "
-            f"carry {chips} chips; alpha {alpha:g}, strength {strength:g}. Base: {model.base}"
+            f"{name}: {carrying.weights:,} of {document['weights']:,} weights in {carrying.leaves} of {len(leaves)} "
+            f"leaves carry {chips} chips; alpha {alpha:g}, strength {strength:g}. Base: {model.base}"
         )
         if unmarked:
             counts = collections.Counter(unmarked.values())

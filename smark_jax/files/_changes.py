@@ -120,8 +120,8 @@ def layers(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, str]]:
         bare = next((name[len(c) :] for c in _COLLECTIONS if name.startswith(c)), name).replace("/", ".")
         layer, _, last = bare.rpartition(".")
         said = of_name(last)
-        role = said if said in _TOLD else last
-        role = Role.SCALE if role == Role.KERNEL and leaf.ndim == 1 else role
+        role: str = said if said is not None and said in _TOLD else last
+        role = Role.SCALE if role is Role.KERNEL and leaf.ndim == 1 else role
         roles = found.setdefault(layer, {})
         roles[last if role in roles else role] = name
     return found

@@ -49,7 +49,7 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def head(path: Path) -> tuple[bytes, list[Entry]]:
-    """What precedes the leaves of a file, to the byte, and the leaves that it announces, in the order of their bytes."""
+    """What precedes the leaves of a file, to the byte, and the leaves that it lists, in the order of their bytes."""
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         file.seek(0)

@@ -77,7 +77,8 @@ def issue(
     """Issues a model to customers: one safetensors file each, the same again when issued again.
 
     A copy differs from the file of the base in the bytes of its carrying leaves and in no other. None is written whose
-    marked leaves are not finite, or fall below zero where the base's do not; nor, with ``network``, one that answers NaN.
+    marked leaves are not finite, or fall below zero where the base's do not; nor, with ``network``, one that answers
+    NaN.
 
     Where copies are taught, that is so on the same machine and software; elsewhere a copy that is written again differs
     in its last digits, and the vault knows it as well.
@@ -88,8 +89,8 @@ def issue(
       customers: registered ones.
       out: folder for the files, made if absent.
       strength: of copies; the model's own by default.
-      teach: makes copies that can be traced by their answers, see :func:`smark_jax.vault.queries.teacher`. It changes all
-        leaves that gradients move.
+      teach: makes copies that can be traced by their answers, see :func:`smark_jax.vault.queries.teacher`. It changes
+        all leaves that gradients move.
       network: runs each copy before it is written.
       on_copy: called with the number of copies done.
       on_wait: called when another process issues from this vault, and this one waits.
@@ -215,8 +216,9 @@ def _write(
                 ahead = maker.submit(copies, batches[number + 1])
             parts = [licence.path.with_name(f".{licence.path.name}{_HIDDEN}") for licence in some]
             made = [dict(base) | {name: leaf[row] for name, leaf in batch.items()} for row in range(len(some))]
-            for licence, leaves in zip(some, made, strict=True) if trial else ():
-                trial.add(f"the copy of {licence.customer.name}", leaves)
+            if trial:
+                for licence, leaves in zip(some, made, strict=True):
+                    trial.add(f"the copy of {licence.customer.name}", leaves)
             hidden = functools.partial(_write_hidden, like=models.base_file(vault, model))
             hashed = list(writers.map(hidden, parts, made))
             del batch, made  # or three batches would be in memory
@@ -263,7 +265,9 @@ def _maker(
 def _refuse_below(name: str, lowest: float, customer: Customer) -> None:
     if lowest < 0:
         got = f"{lowest:.3g} in the copy of {customer.name}, which is not written"
-        cause = "Issue it with less --strength, or add the model again under another name, which leaves such leaves alone."
+        cause = (
+            "Issue it with less --strength, or add the model again under another name, which leaves such leaves alone."
+        )
         raise _validate.fail("issue", f"values of zero and above in leaf {name!r}, as the base has them", got, cause)
 
 

@@ -14,7 +14,7 @@ _IMAGES = 256
 
 
 class Network(NamedTuple):
-    """How to run copies before they are handed over: ``apply_fn(params, images) -> logits``, images, labels if known."""
+    """How to run copies: ``apply_fn(params, images) -> logits``, images, and their labels where they are known."""
 
     apply_fn: ApplyFn
     images: Any
@@ -53,7 +53,9 @@ class Running:
     def _answers(self, who: str, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         logits = np.asarray(self._run(files.nest(leaves), self._images))
         if not np.isfinite(logits).all():
-            cause = "Nothing was written of it. Mark fewer leaves or less: add the model again with --match or --strength."
+            cause = (
+                "Nothing was written of it. Mark fewer leaves or less: add the model again with --match or --strength."
+            )
             raise _validate.fail("issue", "finite outputs", f"NaN or infinite ones from {who}", cause)
         return logits.argmax(axis=-1)
 
