@@ -77,8 +77,8 @@ def add_model(
     """Add a base model. No architecture is needed; its settings are fixed from here on, since they are committed to.
 
     Only trained weights are marked: not running statistics, counters, position tables or the scales of quantisers,
-    which are told by name and by content. Whoever has the base can take the mark out of a copy. Of a base that was trained
-    from public weights, --public leaves those unmarked that everybody has.
+    which are told by name and by content. Whoever has the base can take the mark out of a copy. Of a base that was
+    trained from public weights, --public leaves those unmarked that everybody has.
     """
     if (probes is None) != (classes is None):
         raise typer.BadParameter("--probes and --classes go together", param_hint="--probes")
