@@ -81,6 +81,16 @@ def test_a_base_of_doubles_is_marked_in_double_precision(desk, made, tmp_path):
     np.testing.assert_allclose(moved, delta, atol=1e-6 * np.abs(delta).max())
 
 
+def test_a_file_like_another_takes_its_form_and_refuses_other_leaves(tmp_path):
+    leaves = {"b": ten.some(3), "a": np.array([-0.0, np.nan]), "empty": np.zeros((0, 2), np.uint8)}
+    ten.write(tmp_path / "base", leaves, {"by": "us"})
+    files.write(tmp_path / "copy", files.read(tmp_path / "base").leaves, like=tmp_path / "base")
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "base").read_bytes()
+    for other in ({**leaves, "b": ten.some(4)}, {**leaves, "c": ten.some(1)}, {"b": leaves["b"]}):
+        with pytest.raises(ValueError, match="write: expected leaves as in"):
+            files.write(tmp_path / "copy", other, like=tmp_path / "base")
+
+
 @pytest.mark.parametrize("kind", ["msgpack", "npz", "orbax"])
 def test_bases_of_other_formats_keep_every_dtype(desk, made, tmp_path, kind):
     import flax.serialization

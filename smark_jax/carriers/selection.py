@@ -164,13 +164,20 @@ def _facts(named: Mapping[str, Any]) -> dict[str, _roles.Facts]:
     for path, leaf in named.items():
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         narrow = leaf.dtype != bool and leaf.dtype.itemsize == 1
-        measure = _measured if isinstance(leaf, jax.Array) else _roles.measured
-        found[path] = (leaf.shape, floating, narrow, measure(leaf) if floating and leaf.size else ())
+        found[path] = (leaf.shape, floating, narrow, _measure(leaf) if floating and leaf.size else ())
     found = jax.device_get(found)
     return {
         path: _roles.Facts(tuple(shape), floating, narrow, *(value.item() for value in content))
         for path, (shape, floating, narrow, content) in found.items()
     }
+
+
+def _measure(leaf: Any) -> tuple[Any, ...]:
+    """By NumPy where it has the leaf without copying it, since a program for each shape takes longer to compile."""
+    here = not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and leaf.is_fully_replicated)
+    if here and (not isinstance(leaf, jax.Array) or all(device.platform == "cpu" for device in leaf.devices())):
+        return _roles.measured(np.asarray(leaf))
+    return _measured(leaf)
 
 
 _measured = jax.jit(_roles.measured)

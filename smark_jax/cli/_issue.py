@@ -103,8 +103,8 @@ def issue(
             leaf, role = next(iter(issued.unfit.items()))
             _common.warn(
                 f"{name} was added by an older version and marks {len(issued.unfit)} leaves that should stay as they "
-                f"are, such as {leaf} ({role}): copies may answer wrongly. Add the base again under another name, and issue "
-                "from that; copies of this one are still traced."
+                f"are, such as {leaf} ({role}): copies may answer wrongly. Add the base again under another name, and "
+                "issue from that; copies of this one are still traced."
             )
         commitment = issued.commitment
         path = commitments.file(desk, commitment)
