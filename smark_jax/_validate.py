@@ -154,8 +154,3 @@ def path_name(path: Any) -> str:
     import jax
 
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def is_statistic(path: str) -> bool:
-    """Whether a leaf of a Flax variables dict is a running statistic of batch norm, by its path."""
-    return path.startswith("batch_stats/")

@@ -32,6 +32,7 @@ for _command, _examples in (
         _vault.add_model,
         "smark add-model my-vault mnist-cnn out/base/base.safetensors\n\n"
         "  smark add-model my-vault mnist-cnn base.npz --strength 0.05\n\n"
+        "  smark add-model my-vault fine-tuned base.safetensors --public backbone.safetensors\n\n"
         "  smark add-model my-vault mnist-cnn base.npz --probes images.npz --classes 10 --network network:teaching",
     ),
     (
@@ -43,6 +44,7 @@ for _command, _examples in (
         _issue.issue,
         "smark issue my-vault mnist-cnn Ada 'Grace Hopper' --out copies\n\n"
         "  smark issue my-vault mnist-cnn --csv customers.csv --out copies --timestamp-request request.tsq\n\n"
+        "  smark issue my-vault mnist-cnn --all --out copies --network network:running\n\n"
         "  smark issue my-vault mnist-cnn Ada --out copies --teach network:teaching",
     ),
     (

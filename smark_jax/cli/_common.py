@@ -118,18 +118,18 @@ def aligner(name: str | None) -> "Aligner | None":
         return None
     from smark_jax.vault.verdicts import Aligner
 
-    return Aligner(name, *network("align", name))
+    return Aligner(name, *network("align", name)[:2])
 
 
-def network(option: str, name: str) -> tuple[Any, Any]:
-    """What an option's MODULE:FUNCTION returns: the network of a base, and images."""
+def network(option: str, name: str) -> tuple[Any, ...]:
+    """What an option's MODULE:FUNCTION returns: the network of a base, images, and their labels where it knows them."""
     module, colon, function = name.partition(":")
     advice = "It returns (apply_fn, images) of the base's network, and is looked for in the current folder too."
     if not (module and colon and function):
         raise ValueError(f"{option}: expected MODULE:FUNCTION, but got {name!r}.\n{advice}")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        apply_fn, images = getattr(importlib.import_module(module), function)()
+        apply_fn, images, *labels = getattr(importlib.import_module(module), function)()
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
         raise ValueError(
@@ -137,7 +137,7 @@ def network(option: str, name: str) -> tuple[Any, Any]:
         ) from error
     finally:
         sys.path.pop(0)
-    return apply_fn, images
+    return (apply_fn, images, *labels[:1])
 
 
 def pairs(values: list[str] | None) -> dict[str, str]:
