@@ -105,7 +105,7 @@ def share(state: Party, request: messages.ShareRequest) -> tuple[Party, messages
     Raises:
       ProtocolError: when fewer than the quorum advertised, a signature is wrong, or keys repeat.
     """
-    _at(state, "shares")
+    expect(state, "shares")
     setup, advertised = state.setup, dict(request.advertised)
     check_advertised(setup, advertised)
     own = advertised.get(state.party)
@@ -141,7 +141,7 @@ def mask(
       ProtocolError: when fewer than the quorum shared, or a share was altered, missing or meant for somebody else.
       ValueError: when the words are not as many uint32 as the setup says.
     """
-    _at(state, "masked")
+    expect(state, "masked")
     setup = state.setup
     words = np.asarray(words)
     if words.shape != (setup.num_words,) or words.dtype != np.uint32:
@@ -182,7 +182,7 @@ def confirm(state: Party, request: messages.ConfirmRequest) -> tuple[Party, mess
       ProtocolError: when the survivors are fewer than the quorum, no members, or lack the party itself; or when it
         agreed to others before.
     """
-    _at(state, "unmask")
+    expect(state, "unmask")
     survivors = _survivors(state, "confirm", request.survivors)
     if state.survivors not in ((), survivors):
         raise refuse("confirm", f"the survivors {state.survivors}", str(survivors), "The server changed its mind.")
@@ -197,7 +197,7 @@ def unmask(state: Party, request: messages.UnmaskRequest) -> tuple[Party, messag
       ProtocolError: when fewer than the quorum agreed on these survivors and on this party's task, or when this party
         agreed to others or has answered before.
     """
-    _at(state, "unmask")
+    expect(state, "unmask")
     survivors = _survivors(state, "unmask", request.survivors)
     if state.survivors not in ((), survivors):
         raise refuse("unmask", f"the survivors {state.survivors}", str(survivors), "The server changed its mind.")
@@ -261,7 +261,8 @@ def seed_hash(setup: Setup, party: int, seed: keys.SecretKey) -> bytes:
     return bytes.fromhex(keys.commitment(keys.derive(seed, "commitment", setup.context.hex(), str(party))))
 
 
-def _at(state: Party, stage: str) -> None:
+def expect(state: Party, stage: str) -> None:
+    """Refuses a request for another stage than the one that the party answers next."""
     if state.stage != stage:
         cause = "Each stage is answered once and in order; was the request repeated?"
         raise refuse(f"party {state.party}", f"a request for stage {state.stage!r}", f"one for {stage!r}", cause)
