@@ -86,7 +86,7 @@ def control(name: str) -> Iterator[dict[str, Any]]:
         agreed: dict[str, Any] = {}
         if name == "no policy":
             agreed = {"smark-least-parties": 1, "smark-least-share": 0.0, "smark-bind-model": False}
-            agreed |= {"smark-corruption-rate": 0.0, "smark-weight": "num-examples"}
+            agreed |= {"smark-corruption-rate": 0.0, "smark-roster": None}
         elif name == "nothing bound":
             stack.enter_context(mock.patch.object(task, "digest", lambda *_, **__: bytes(32)))
             stack.enter_context(mock.patch.object(task.Limits, "check", lambda *_: None))

@@ -50,6 +50,12 @@ def content() -> RecordDict:
     return RecordDict({"arrays": model(), "config": ConfigRecord({"learning-rate": 1.0, "server-round": 1})})
 
 
+def message(party: int, sent: RecordDict, kind: str = "train") -> Message:
+    """A message as it arrives at a participant."""
+    meta = Metadata(1, "1", 1, NODES[party], "", "", time.time(), 3600.0, kind)
+    return Message(copy.deepcopy(sent), metadata=meta)  # pyright: ignore[reportCallIssue]
+
+
 def _app(updates: np.ndarray) -> ClientApp:
     app = ClientApp(mods=[federation.masked_mod])
 
@@ -72,7 +78,8 @@ class Parties:
 
     Args:
       folder: for identities and ledgers.
-      agreed: options of all node configurations besides these files, such as ``{"smark-least-parties": 1}``.
+      agreed: options of all node configurations besides these files, such as ``{"smark-least-parties": 1}``; None
+        leaves an option out.
     """
 
     def __init__(self, folder: Path, agreed: dict[str, Any] | None = None) -> None:
@@ -82,22 +89,24 @@ class Parties:
         self.roster = tuple(identities.create(path) for path in paths)
         listed = folder / "roster.txt"
         listed.write_text("".join(f"{identity.hex()}\n" for identity in self.roster))
+        files = [{"smark-identity": str(path), "smark-roster": str(listed)} for path in paths]
         self._configs = [
-            {"partition-id": number, "smark-identity": str(path), "smark-roster": str(listed), **(agreed or {})}
-            for number, path in enumerate(paths)
+            {
+                name: value
+                for name, value in ({"partition-id": number} | file | (agreed or {})).items()
+                if value is not None
+            }
+            for number, file in enumerate(files)
         ]
         self.begin(0)
 
     def begin(self, seed: int) -> None:
         """A new run: no context is left, and other data."""
         self._updates = np.random.default_rng([seed, 1]).normal(0, 0.1, (len(NODES), WEIGHTS)).astype(np.float32)
-        self._app = _app(self._updates)
+        self.app = _app(self._updates)
         self.contexts = [
             Context(1, node, config, RecordDict(), {}) for node, config in zip(NODES, self._configs, strict=True)
         ]
-
-    def true_update(self, party: int) -> np.ndarray:
-        return self._updates[party]
 
     def copy_of(self, party: int) -> Context:
         """What Flower has stored of a participant: it may be handed out again."""
@@ -106,13 +115,11 @@ class Parties:
     def deliver(self, party: int, sent: RecordDict, kind: str = "train", context: Context | None = None) -> Answer:
         """Hands a message to a participant, with the context that is stored or with an old copy of it."""
         context = self.contexts[party] if context is None else context
-        meta = Metadata(1, "1", 1, NODES[party], "", "", time.time(), 3600.0, kind)
-        message = Message(copy.deepcopy(sent), metadata=meta)  # pyright: ignore[reportCallIssue]
         encoded: list[np.ndarray] = []
         began = time.perf_counter()
         try:
             with _recorded(encoded):
-                reply = self._app(message, context)
+                reply = self.app(message(party, sent, kind), context)
             items, error = wire.take(reply.content), None
         except Exception as raised:  # Flower answers with its text; which types may come is the judge's business
             items, error = {}, raised

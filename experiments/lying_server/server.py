@@ -190,7 +190,7 @@ class LyingServer:
         return told, form, kind
 
     def _asked(self) -> range | tuple[int, ...]:
-        alone = self.plan.alone or self.plan.name in ("roster of one", "invented parties")
+        alone = self.plan.alone or self.plan.name in ("roster of one", "quorum of one", "invented parties")
         return (VICTIM,) if alone else _EVERYBODY
 
     def _request(
