@@ -133,6 +133,25 @@ def test_the_guards_command_is_flowers_and_other_kinds_of_code_are_refused(tmp_p
     assert "refused" in refused.stderr
 
 
+def test_supernodes_accept_what_the_publisher_signed_and_nothing_else(tmp_path):
+    """Flower's own check, of --trusted-entities, against the signatures of the loopback runs."""
+    import json
+
+    import yaml
+    from flwr.supernode.start_client_internal import _verify_fab
+
+    from experiments.federation import superlink
+
+    known, other = bundle(tmp_path / "known"), bundle(tmp_path / "other")
+    superlink.sign(tmp_path, [known])
+    trusted = yaml.safe_load((tmp_path / "trusted.yaml").read_text())
+    signed = json.loads((tmp_path / "signatures.json").read_text())[hashlib.sha256(known).hexdigest()]
+    assert _verify_fab(Fab("", known, signed), trusted)
+    assert not _verify_fab(Fab("", other, signed), trusted)
+    superlink.sign(tmp_path, [known])  # by another publisher
+    assert not _verify_fab(Fab("", known, signed), yaml.safe_load((tmp_path / "trusted.yaml").read_text()))
+
+
 def test_another_version_of_flower_runs_nothing():
     with pytest.raises(ValueError, match="another version of Flower"):
         guard.install(types.SimpleNamespace(__name__="flwr"), set(), False)

@@ -216,7 +216,10 @@ def open_sum(server: Server) -> UInt32[np.ndarray, " num_words"]:
 def _add(server: Server, message: messages.Masked) -> Server:
     setup, party = server.setup, message.party
     if message.task != server.task:
-        cause = "Updates made from different models, configurations or formats cannot be added."
+        cause = (
+            "Updates made from different models, configurations or formats cannot be added. (Over Flower: does Masked "
+            "know the run's configuration, run_config=context.run_config?)"
+        )
         raise refuse("masked", f"party {party} to have the task of this round", "another one", cause)
     if message.words.shape != (setup.num_words,) or message.words.dtype != np.uint32:
         got = f"{message.words.dtype}{list(message.words.shape)}"
