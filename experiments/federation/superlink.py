@@ -46,12 +46,12 @@ def main() -> None:
     from flwr.superlink.servicer.control import control_handlers
 
     signed = json.loads(Path(os.environ[_SIGNATURES]).read_text())
-    plain = vars(control_handlers)["Fab"]
+    plain = control_handlers.__dict__["Fab"]
 
     def with_signatures(hash_str: str, content: bytes, verifications: dict[str, str]) -> object:
         return plain(hash_str, content, verifications or signed.get(hash_str, {}))
 
-    vars(control_handlers)["Fab"] = with_signatures
+    control_handlers.__dict__["Fab"] = with_signatures
     sys.argv[0] = "flower-superlink"
     flower_superlink()
 

@@ -3,7 +3,8 @@
 Each server lies in one of the planned ways, and most of them alter, drop or repeat messages at random besides. A judge
 who sees all answers and knows the true updates tries every combination from which masks fall off. It is a breach when a
 sum of fewer than three participants is bare, when a bare sum is one participant's update, when a participant raises
-anything but ValueError (of which ProtocolError is one), or takes longer than ten seconds.
+anything but ValueError (of which ProtocolError is one), computes for more than ten seconds on one message, or when a
+round is not over in a minute.
 
 Three controls show that the judge can convict: the same servers against participants whose operators agreed to
 anything, against masks that are not bound to what participants are told, and against participants that keep no ledger.
@@ -68,7 +69,7 @@ def trial(parties: Parties, seed: int, number: int, least: int = LEAST) -> dict[
     if strange:
         wrong = f"raised {type(strange[0]).__name__}: {strange[0]}"
     elif slowest > _MOST_SECONDS:
-        wrong = f"took {slowest:.0f} seconds"
+        wrong = f"computed for {slowest:.0f} seconds"
     return {
         "number": number,
         "plan": plan._asdict(),

@@ -31,7 +31,7 @@ class Answer(NamedTuple):
       error: the exception, or None.
       words: the update's words before masking, which only the judge sees; None where nothing was trained.
       update: the update itself, likewise.
-      seconds: how long it took.
+      seconds: how much processor time it took.
     """
 
     items: dict[str, Any]
@@ -116,7 +116,7 @@ class Parties:
         """Hands a message to a participant, with the context that is stored or with an old copy of it."""
         context = self.contexts[party] if context is None else context
         encoded: list[np.ndarray] = []
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             with _recorded(encoded):
                 reply = self.app(message(party, sent, kind), context)
@@ -124,7 +124,7 @@ class Parties:
         except Exception as raised:  # Flower answers with its text; which types may come is the judge's business
             items, error = {}, raised
         words = encoded[-1] if encoded else None
-        return Answer(items, error, words, self._updates[party], time.perf_counter() - began)
+        return Answer(items, error, words, self._updates[party], time.process_time() - began)
 
 
 @contextlib.contextmanager
