@@ -1,7 +1,7 @@
 # Front doors. Each works alone on a fresh clone: it makes .venv, installs what it needs, and runs.
 PYTHON ?= python3
 OUT    ?= out/demo
-VENV   := .venv
+VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .PHONY: demo test check bench docs help clean

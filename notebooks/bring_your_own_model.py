@@ -136,7 +136,7 @@ for axis, (name, (apply_fn, base)) in zip(axes, networks.items(), strict=True):
     verdict = tracing.trace(extraction.extract(leak, base, spec, carrier), book)
     secrets[name] = (spec, carrier, book, copy)
     print(
-        f"{name}: {spec.num_weights:,} weights carry; strength {found.strength}; accuracy {score(base):.3f}, "
+        f"{name}: {carrier.num_carrying:,} weights carry; strength {found.strength}; accuracy {score(base):.3f}, "
         f"copy {score(copy):.3f}, leak {score(leak):.3f}; accused: {[a.serial for a in verdict.accused]}"
     )
     axis.plot(verdict.statistics, ".", color="0.6", ms=3)

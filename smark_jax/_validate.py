@@ -6,11 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from smark_jax import _foreign
+
 PyTree = Any  # as _types.PyTree, which comes with jax; jax is loaded only where a tree is walked
 
 
 def fail(who: str, expected: str, got: str, cause: str) -> ValueError:
-    """The one shape of our error messages; the caller raises it."""
+    """The one shape of our error messages; the caller raises it.
+
+    Two lines, whatever stands in the parts: text of others cannot begin a line of its own.
+    """
+    expected, got, cause = map(_foreign.clean, (expected, got, cause))
     return ValueError(f"{who}: expected {expected}, but got {got}.\n{cause}")
 
 
@@ -148,8 +154,3 @@ def path_name(path: Any) -> str:
     import jax
 
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def is_statistic(path: str) -> bool:
-    """Whether a leaf of a Flax variables dict is a running statistic of batch norm, by its path."""
-    return path.startswith("batch_stats/")

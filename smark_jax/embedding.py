@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Num
 
 from smark_jax import _validate, carriers
 from smark_jax._types import AnyArray, PyTree
+from smark_jax.carriers import selection
 
 FingerprintLoss = Callable[[Array, Array], Array]
 """``loss(chips [m], code [m]) -> scalar``, such as those in :mod:`smark_jax.losses`."""
@@ -49,7 +50,8 @@ def embed(
       strength: root mean square change of a weight in units of its leaf's root mean square.
 
     Returns:
-      The marked copy, with the structure and dtypes of ``params``.
+      The marked copy, with the structure and dtypes of ``params``. Leaves that do not carry are those of ``params``,
+      untouched; float64 arrays of NumPy are marked in float64.
 
     Raises:
       ValueError: when the code has another length than the carrier or entries other than -1 and +1, the carrier was
@@ -73,7 +75,9 @@ def embed(
     _validate.vector("embed", "code", code, carrier.num_chips, cause)
     where = carriers.layout("embed", params, spec)
     if where is None:
-        copy, ok, signs = _embed(params, spec, carrier, jnp.asarray(code), strength)
+        changed, ok, signs = _embed(selection.narrow("embed", params, spec), spec, carrier, jnp.asarray(code), strength)
+        copy = selection.replace(params, spec, changed)
+        ok = _wide_too(ok, params, spec)
     else:
         copy = carriers.add_spread(params, spec, where, code, carrier, _delta(carrier, strength))
         ok, signs = _finite(copy, spec), jnp.all(jnp.abs(jnp.asarray(code)) == 1)
@@ -101,9 +105,21 @@ def embed_batch(
         expected = f"codes of shape [K, {carrier.num_chips}] with K >= 1"
         cause = "Was the codebook made with another num_chips than the carrier?"
         raise _validate.fail("embed_batch", expected, f"shape {jnp.shape(codes)}", cause)
-    copies, ok, signs = _embed_batch(params, spec, carrier, jnp.asarray(codes), strength)
-    _verify("embed_batch", ok, signs)
-    return copies
+    leaves = selection.narrow("embed_batch", params, spec)
+    changed, ok, signs = _embed_batch(leaves, spec, carrier, jnp.asarray(codes), strength)
+    _verify("embed_batch", _wide_too(ok, params, spec), signs)
+    marked = {name for leaf in spec.leaves for name in (leaf.path, *leaf.tied)}
+    repeated = lambda leaf: _repeated(leaf, jnp.shape(codes)[0])  # noqa: E731
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if _validate.path_name(path) in marked else repeated(leaf),
+        selection.replace(params, spec, changed),
+    )
+
+
+def _repeated(leaf: Any, times: int) -> Any:
+    """A leaf once for each copy, without room for more than one where NumPy has it."""
+    xp = jnp if isinstance(leaf, jax.Array) else np
+    return xp.broadcast_to(leaf, (times, *np.shape(leaf)))
 
 
 class Calibration(NamedTuple):
@@ -204,22 +220,28 @@ def _delta(carrier: carriers.Carrier, strength: Array | float) -> Array | float:
     return strength * (carrier.num_carrying / carrier.num_chips) ** 0.5
 
 
+def _wide_too(ok: Any, params: PyTree, spec: carriers.Spec) -> Any:
+    """``ok``, and whether the carrying leaves that JAX has not seen are finite."""
+    seen = zip(selection.carrying("embed", params, spec), selection.narrow("embed", params, spec), strict=True)
+    return ok & all(np.isfinite(leaf).all() for leaf, narrow in seen if narrow is None)
+
+
 @functools.partial(jax.jit, static_argnames="spec")
 def _embed(
-    params: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, code: Array, strength: Array | float
-) -> tuple[PyTree, Array, Array]:
-    copy = carriers.write(params, spec, _delta(carrier, strength) * carriers.spread(code, carrier))
+    leaves: list[Any], spec: carriers.Spec, carrier: carriers.Carrier, code: Array, strength: Array | float
+) -> tuple[list[Array], Array, Array]:
+    changed = selection.add(leaves, spec, _delta(carrier, strength) * carriers.spread(code, carrier))
     # Of the copy: a strength that overflows a narrow dtype shows as well.
-    return copy, carriers.finite(copy, spec), jnp.all(jnp.abs(code) == 1)
+    return changed, jnp.stack([jnp.isfinite(leaf).all() for leaf in changed]).all(), jnp.all(jnp.abs(code) == 1)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _embed_batch(
-    params: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, codes: Array, strength: Array | float
-) -> tuple[PyTree, Array, Array]:
+    leaves: list[Any], spec: carriers.Spec, carrier: carriers.Carrier, codes: Array, strength: Array | float
+) -> tuple[list[Array], Array, Array]:
     # One after the other: all at once would take three times the memory, fall out of cache between the transform's
     # factors, and round by the number of copies.
-    copies, ok, signs = jax.lax.map(lambda code: _embed(params, spec, carrier, code, strength), codes)
+    copies, ok, signs = jax.lax.map(lambda code: _embed(leaves, spec, carrier, code, strength), codes)
     return copies, ok.all(), signs.all()
 
 
@@ -262,7 +284,10 @@ def _fingerprint_gradient(
     # Losses such as the hinge leave chips alone that read well, and most rounds of a training have no others.
     spread = lambda: carriers.spread(by_chip, aim.carrier)  # noqa: E731
     vector = jax.lax.cond(jnp.any(by_chip != 0), spread, lambda: jnp.zeros_like(weights))
-    return loss, jnp.sum(chips * aim.code <= 0), back(vector)[0]
+    gradient = back(vector)[0]
+    if any(leaf.tied for leaf in spec.leaves):  # what moves one name of a tensor moves them all
+        gradient = selection.replace(gradient, spec, selection.carrying("gradient", gradient, spec))
+    return loss, jnp.sum(chips * aim.code <= 0), gradient
 
 
 def add_fingerprint_gradient(

@@ -165,9 +165,10 @@ def train_step(
     """A distributed training step with masked aggregation.
 
     Each party computes the gradient of its own batch, scales it down to a global norm of at most ``fixed_point.clip``,
-    and takes part in :func:`masked_mean`. The owner feeds the mean to ``optimizer``, in a computation of its own on one
-    device. Whatever is the owner's alone (the gradient of its mark, see
-    :func:`smark_jax.embedding.add_fingerprint_gradient`) is chained into that optimiser and never enters the parties'.
+    and takes part in :func:`masked_mean`. The owner feeds the mean to ``optimizer``, in float32 whatever the
+    parameters' type, in a computation of its own on one device. Whatever is the owner's alone (the gradient of its
+    mark, see :func:`smark_jax.embedding.add_fingerprint_gradient`) is chained into that optimiser and never enters the
+    parties'.
 
     Args:
       apply_fn: ``apply_fn(params, images) -> logits``, pure.
@@ -201,6 +202,8 @@ def train_step(
 
     def party_round(params: PyTree, images: Array, labels: Array, row: Array, round: Array) -> tuple[PyTree, TrainInfo]:
         loss, gradient = party_gradient(params, images, labels)
+        # In a lower precision, scaling would not keep to the clip.
+        gradient = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradient)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         scale = jnp.minimum(1.0, fixed_point.clip / jnp.maximum(norm, 1e-30))
@@ -215,14 +218,16 @@ def train_step(
 
     @jax.jit
     def owner_round(params: PyTree, opt_state: Any, mean: PyTree, round: Array) -> TrainState:
-        mean = jax.tree.map(lambda m, p: m.astype(p.dtype), mean, params)
+        # The mean stays in float32, whatever the parameters are in: rounded to bfloat16, two means that differ by an
+        # example's share could lie further apart than the noise of differential privacy allows for.
         updates, opt_state = optimizer.update(mean, opt_state, params)
         return TrainState(optax.apply_updates(params, updates), opt_state, round + 1)
 
     def init(params: PyTree) -> TrainState:
         _same_in_every_process(params)
         params = jax.device_put(params, owner_device)
-        opt_state = jax.device_put(optimizer.init(params), owner_device)
+        wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)
+        opt_state = jax.device_put(optimizer.init(wide), owner_device)
         return TrainState(params, opt_state, jax.device_put(jnp.uint32(0), owner_device))
 
     def update(

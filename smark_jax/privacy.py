@@ -23,7 +23,7 @@ jax_privacy's, the accounting is dp_accounting's; they come with ``pip install '
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -178,12 +178,17 @@ def value_and_clipped_grad(
     _validate.finite_number("value_and_clipped_grad", "clip", clip)
 
     def transform(loss: Callable[..., Array]) -> Callable[..., tuple[Array, PyTree]]:
-        gradient = clipped_grad(loss, batch_argnums=(1, 2), l2_clip_norm=clip, normalize_by=sampling.expected_batch)
-
         def value_and_grad(params: PyTree, images: Array, labels: Array) -> tuple[Array, PyTree]:
+            # Each example's gradient comes in float32, and is clipped and summed so: rounded to bfloat16, clipped
+            # gradients are longer than C, and their sum moves by more than any of them.
+            def wide_loss(wide: PyTree, *batch: Array) -> Array:
+                return loss(jax.tree.map(lambda w, p: w.astype(p.dtype), wide, params), *batch)
+
+            each = {"batch_argnums": (1, 2), "l2_clip_norm": clip, "normalize_by": sampling.expected_batch}
+            wide = jax.tree.map(lambda p: p.astype(_at_least_float32(p)), params)
             padding = labels == _PADDING
             real = jnp.where(padding, 0, labels)
-            return jnp.float32(0.0), gradient(params, images, real, is_padding_example=padding)
+            return jnp.float32(0.0), clipped_grad(wide_loss, **each)(wide, images, real, is_padding_example=padding)
 
         return value_and_grad
 
@@ -238,6 +243,9 @@ def gaussian_noise(
       clip: C, the same as in :func:`value_and_clipped_grad`.
       params: the model, for its number of weights.
       key: the owner's, fresh for each run.
+
+    Raises:
+      ValueError: from ``update``, when the mean comes in a type below float32: the sensitivity does not cover a cast.
     """
     if not isinstance(key, keys.SecretKey):
         got, cause = type(key).__name__, "Noise that others can draw again protects nobody: keys.new()."
@@ -246,7 +254,18 @@ def gaussian_noise(
     stddev = guarantee.noise_multiplier * sensitivity(guarantee.sampling, clip, num_weights)
     words = keys.derive(key, "privacy noise").to_words()[:2]
     generator = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
-    return noise_addition.gaussian_privatizer(stddev=stddev, prng_key=generator)
+    noise = noise_addition.gaussian_privatizer(stddev=stddev, prng_key=generator)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        narrow = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(updates) if leaf.dtype != _at_least_float32(leaf)})
+        if narrow:
+            cause = (
+                "Chain the noise first and cast afterwards: rounding may move two means further apart than it hides."
+            )
+            raise _validate.fail("gaussian_noise", "a mean in float32", f"{narrow}", cause)
+        return noise.update(updates, state, params)
+
+    return optax.GradientTransformation(noise.init, update)
 
 
 def batches(
@@ -301,6 +320,10 @@ def _event(sampling: Sampling, noise_multiplier: float) -> dp_accounting.DpEvent
 
 def _accountant() -> pld.PLDAccountant:
     return pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, _DISCRETIZATION)
+
+
+def _at_least_float32(leaf: Array) -> jnp.dtype:
+    return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 def _check_delta(who: str, delta: float) -> None:

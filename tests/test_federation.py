@@ -22,6 +22,11 @@ SHAPES = {"a": (40, 30), "b": (30,)}
 KEY = keys.from_bytes(bytes(32))
 
 
+@pytest.fixture(autouse=True)
+def ledgers_of_clients_without_identity_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
 def change(partition: int, round_: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([partition, round_])
     return {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in SHAPES.items()}
@@ -57,8 +62,10 @@ def initial() -> ArrayRecord:
     return ArrayRecord({name: Array(rng.normal(size=shape).astype(np.float32)) for name, shape in SHAPES.items()})
 
 
-def configs(n: int) -> dict[int, dict]:
-    return {100 + p: {"partition-id": p} for p in range(n)}
+def configs(n: int, **options) -> dict[int, dict]:
+    """Node configurations: what each operator agrees to, besides the number of the partition."""
+    agreed = {f"smark-{name.replace('_', '-')}": value for name, value in options.items()}
+    return {100 + p: {"partition-id": p, **agreed} for p in range(n)}
 
 
 def fedavg(**options) -> FedAvg:
@@ -138,7 +145,7 @@ def test_killed_clients_are_left_out_and_come_back():
                 return True
         return False
 
-    grid = LocalGrid(client_app(), configs(5), fails)
+    grid = LocalGrid(client_app(), configs(5, least_share=0.5), fails)
     strategy = federation.Masked(fedavg(), quorum=3)
     result = run(grid, strategy, 6)
     assert seen == {103: 2, 101: 3, 100: 1}
@@ -180,7 +187,7 @@ def test_a_reply_altered_on_the_way_is_left_out():
             reply.content[wire.WORDS] = ArrayRecord({"words": Array(words)})
         return reply
 
-    strategy = federation.Masked(fedavg(), quorum=2)
+    strategy = federation.Masked(fedavg(), quorum=3)
     result = run(LocalGrid(client_app(), configs(4), changes=tamper), strategy, 1)
     assert strategy.results[0].nodes == (100, 101, 103)
     assert_close(result, exact({1: [0, 1, 3]}))
@@ -193,7 +200,7 @@ def test_garbage_counts_as_no_message():
                 reply.content[wire.RECORD][name] = b'{"type": "Popen", "fields": []}'
         return reply
 
-    strategy = federation.Masked(fedavg(), quorum=2)
+    strategy = federation.Masked(fedavg(), quorum=3)
     run(LocalGrid(client_app(), configs(4), changes=garble), strategy, 1)
     assert strategy.results[0].nodes == (101, 102, 103)
     with pytest.raises(ValueError, match="a protocol object"):
@@ -226,7 +233,7 @@ def test_rosters_and_identity_files(tmp_path):
 def test_participants_copies_are_traced_and_the_global_model_is_clean():
     marks = federation.Fingerprints(KEY, num_chips=64, strength=0.05)
     strategy = federation.Masked(fedavg(), fingerprints=marks)
-    grid = LocalGrid(client_app(), configs(6))
+    grid = LocalGrid(client_app(), configs(6, bind_model=False))
     result = run(grid, strategy, 3)
     assert_close(result, exact({r: range(6) for r in (1, 2, 3)}))
 
@@ -249,7 +256,7 @@ def test_participants_copies_are_traced_and_the_global_model_is_clean():
 def test_evaluation_uses_the_participants_copies():
     marks = federation.Fingerprints(KEY, num_chips=64, strength=0.05)
     inner = FedAvg(min_train_nodes=1, min_available_nodes=1, min_evaluate_nodes=1)
-    grid = LocalGrid(client_app(), configs(3))
+    grid = LocalGrid(client_app(), configs(3, bind_model=False))
     run(grid, federation.Masked(inner, fingerprints=marks), 1)
     firsts = [r.content["metrics"]["first"] for r in grid.received if r.has_content() and "metrics" in r.content]
     assert len(set(firsts)) == 3
@@ -268,7 +275,7 @@ def test_different_models_are_noticed():
             other = {name: Array(array.numpy() + (node == 101)) for name, array in arrays.items()}
             return ArrayRecord(other)
 
-    strategy = Liar(fedavg(), quorum=2)
+    strategy = Liar(fedavg(), quorum=3)
     run(LocalGrid(client_app(), configs(4)), strategy, 1)
     assert strategy.results[0].nodes == (100, 102, 103)
 

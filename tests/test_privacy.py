@@ -142,6 +142,55 @@ def test_one_example_moves_the_decoded_mean_by_at_most_the_sensitivity():
     assert moves(summed, 20).max() > bound
 
 
+def cast(params, dtype):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+
+
+def test_a_bfloat16_model_keeps_to_the_sensitivity_and_a_cast_before_the_noise_exceeds_it(monkeypatch):
+    """The mean reaches the noise in float32; the control rounds it to the parameters' type, as an optimiser would."""
+    whole = problem
+    monkeypatch.setattr(f"{__name__}.problem", lambda seed: (cast(whole(seed)[0], jnp.bfloat16), *whole(seed)[1:]))
+    bound = privacy.sensitivity(SAMPLING, CLIP, 21)
+    private = privacy.value_and_clipped_grad(SAMPLING, CLIP)
+    assert 0.9 * bound < moves(private, 15).max() <= bound
+
+    def rounded(loss):
+        def value_and_grad(*batch):
+            value, gradient = private(loss)(*batch)
+            return value, cast(gradient, jnp.bfloat16)
+
+        return value_and_grad
+
+    assert moves(rounded, 15).max() > bound
+
+
+def test_noise_refuses_a_mean_that_was_cast(key):
+    guarantee = privacy.Guarantee(1.0, 1e-5, 1.0, SAMPLING)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        params = {"a": jnp.zeros(8, dtype)}
+        noise = privacy.gaussian_noise(guarantee, CLIP, params, key)
+        with pytest.raises(ValueError, match="gaussian_noise: expected a mean in float32"):
+            noise.update(params, noise.init(params))
+
+
+def test_training_in_bfloat16_adds_the_noise_before_it_rounds(key):
+    """Two updates of one mean, far below bfloat16's resolution of the weights: what the optimiser gets is float32."""
+    params, images, labels = problem(0)
+    seen = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, updates))
+    guarantee = privacy.Guarantee(1.0, 1e-5, 1.0, SAMPLING)
+    noise = privacy.gaussian_noise(guarantee, CLIP, params, key)
+    form = privacy.fixed_point(SAMPLING, CLIP)
+    private = privacy.value_and_clipped_grad(SAMPLING, CLIP)
+    step = parallel.train_step(apply_linear, optax.chain(noise, seen, optax.adam(1e-3)), form, value_and_grad=private)
+    state, _ = step.update(
+        step.init(cast(params, jnp.bfloat16)), images, labels, aggregation.pair_keys(conftest.party_secrets(2))
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+    noisy = np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(state.opt_state[1])])
+    assert noisy.dtype == np.float32
+    assert (noisy != np.asarray(noisy.astype(jnp.bfloat16), np.float32)).any()
+
+
 def test_rounding_lengthens_a_move_within_the_formula_and_beyond_the_clip_alone():
     """At a coarse resolution the term for rounding matters: coupled stochastic rounding in exact float64."""
     form = aggregation.FixedPoint(1.0, 1, bits=8)

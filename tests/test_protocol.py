@@ -38,6 +38,8 @@ class Crowd:
         self.words = updates_of(n)
         roster = [messages.identity_key(identity) for identity in self.identities]
         self.setup = protocol.setup(roster, 9, options.pop("round", 0), session=b"test", quorum=quorum, **options)
+        # Most tests are about what holds at any quorum; tests/test_lying_server.py is about what parties insist on.
+        self.policy = protocol.Policy(least_parties=self.setup.quorum, least_share=0.0, bind_model=False)
         self.server = server.start(self.setup)
         self.parties: dict[int, party.Party] = {}
         self.requests: dict = dict.fromkeys(range(n))
@@ -47,7 +49,7 @@ class Crowd:
         request = self.requests[p] if request is None else request
         match request:
             case None:
-                self.parties[p], message = party.join(self.setup, self.identities[p], self.secrets[p])
+                self.parties[p], message = party.join(self.setup, self.identities[p], self.secrets[p], self.policy)
             case messages.ShareRequest():
                 self.parties[p], message = party.share(self.parties[p], request)
             case messages.MaskRequest():
@@ -322,22 +324,22 @@ def test_different_models_are_noticed_by_the_server_and_by_the_parties():
     for p in (0, 1, 3):
         crowd.receive(crowd.answer(p))
     message = crowd.answer(2)
-    with pytest.raises(aggregation.ProtocolError, match="party 2 to have the model of this round"):
+    with pytest.raises(aggregation.ProtocolError, match="party 2 to have the task of this round"):
         crowd.receive(message)
     # A server that lied to party 2 itself, and goes on: the parties do not accept each other's agreements.
     crowd.server = crowd.server._replace(masked={**crowd.server.masked, 2: message.agreement})
     crowd.server, crowd.requests = server.close(crowd.server)
     for p in range(4):
-        with pytest.raises(aggregation.ProtocolError, match="another model"):
+        with pytest.raises(aggregation.ProtocolError, match="for another task"):
             crowd.answer(p)
 
 
-def test_masks_of_different_models_do_not_cancel():
-    """The control: were the model not bound, the same lie would open a sum."""
+def test_masks_of_different_tasks_do_not_cancel():
+    """The control: were the model left out of the task, the same lie would open a sum."""
     totals = {}
     for bind in (True, False):
         crowd = Crowd(4, quorum=3, bind_model=bind).until("masked")
-        crowd.models[2] = OTHER
+        crowd.models[2] = OTHER if bind else MODEL
         total = np.zeros(9, np.uint32)
         for p in range(4):
             total += crowd.answer(p).words

@@ -76,7 +76,7 @@ def killed(options: argparse.Namespace, console: rich.console.Console) -> dict[s
             report=str(report),
             seed=options.seed,
             clients=options.clients,
-            quorum=options.clients - 2,
+            quorum=max(3, options.clients - 2),
             train_timeout=options.timeout,
         )
         for finished in _follow(report, options.rounds, console, 240.0 * options.rounds):

@@ -27,10 +27,10 @@ def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str,
     marked, grid, strategy = _train(config, options.rounds, marks, console)
     plain, _, _ = _train(config, options.rounds, None, console)
 
-    spec, carrier = federation.participant_carrier(_tree(marked[0]), marks)
     book = codes.Codebook(keys.derive(key, "code"), _REGISTRY, marks.num_chips)
 
     def verdict(leak: dict[str, np.ndarray], base: ArrayRecord) -> tracing.Verdict:
+        spec, carrier = federation.participant_carrier(_tree(base), marks)  # another one for each round's model
         return tracing.trace(extraction.extract(leak, _tree(base), spec, carrier), book, _ALPHA)
 
     serials = {node: strategy.serial(node) for node in grid.get_node_ids()}
@@ -100,7 +100,8 @@ def _train(
         models.append(arrays)
         console.print(f"round {round_} of {rounds}: accuracy {task.accuracy(arrays, config):.4f}")
 
-    grid = LocalGrid(app, {100 + p: {"partition-id": p} for p in range(PARTICIPANTS)})
+    agreed = {"smark-bind-model": marks is None}
+    grid = LocalGrid(app, {100 + p: {"partition-id": p, **agreed} for p in range(PARTICIPANTS)})
     inner = FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
     strategy = federation.Masked(inner, fingerprints=marks)
     strategy.start(grid, task.to_record(task.initial(config)), num_rounds=rounds, timeout=5, evaluate_fn=keep)

@@ -1,4 +1,4 @@
-"""SuperLink and SuperNodes as processes on loopback, with TLS and authenticated nodes."""
+"""SuperLink and SuperNodes as processes on loopback, with TLS, authenticated nodes and signed apps."""
 
 import contextlib
 import datetime
@@ -18,13 +18,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from flwr.cli.build import build_fab_from_disk
 
 from experiments.distributed.launch import free_port
+from experiments.federation import superlink
 from smark_jax.federation import identities
 
 APPS = {
     "masked": Path(__file__).parent / "app",
-    "plain": Path(__file__).parent / "app",
+    "plain": Path(__file__).parent / "plain",
     "secaggplus": Path(__file__).parent / "secaggplus",
 }
 """The Flower app of each aggregation."""
@@ -80,12 +82,22 @@ def start(folder: Path, clients: int, wait_seconds: float = 90.0) -> Iterator[Fe
         path.unlink(missing_ok=True)
         lines.append(f"{identities.create(path).hex()}  # participant {index}\n")
     roster.write_text("".join(lines))
+    environment |= superlink.sign(folder, [build_fab_from_disk(app) for app in APPS.values()])
     with contextlib.ExitStack() as stack:
-        link = ["flower-superlink", "--host", "127.0.0.1", "--port", str(port), "--enable-supernode-auth"]
+        link = [
+            sys.executable,
+            "-m",
+            "experiments.federation.superlink",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--enable-supernode-auth",
+        ]
         link += ["--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key", "--ssl-ca-certfile", "ca.pem"]
         link += ["--disable-runtime-dependency-installation"]
-        superlink = _spawn(stack, link, folder, environment, "superlink")
-        _wait_for_port(port, superlink, folder / "superlink.log", wait_seconds)
+        process = _spawn(stack, link, folder, environment, "superlink")
+        _wait_for_port(port, process, folder / "superlink.log", wait_seconds)
         for index in range(clients):
             _node_key(folder, index)
             _register(folder, index, environment)
@@ -93,7 +105,9 @@ def start(folder: Path, clients: int, wait_seconds: float = 90.0) -> Iterator[Fe
         def launch(index: int) -> subprocess.Popen:
             command = ["flower-supernode", "--superlink", f"127.0.0.1:{port}", "--root-certificates", "ca.pem"]
             command += ["--auth-supernode-private-key", f"node{index}.key", "--port", str(runtime[index])]
+            command += ["--trusted-entities", "trusted.yaml"]
             config = f'partition-id={index} smark-identity="{folder}/{index}.identity" smark-roster="{roster}"'
+            config += " smark-least-share=0.5"  # of five, a sum of three while two come back
             return _spawn(stack, [*command, "--node-config", config], folder, environment, f"node{index}")
 
         nodes = [launch(index) for index in range(clients)]
@@ -106,8 +120,6 @@ def start(folder: Path, clients: int, wait_seconds: float = 90.0) -> Iterator[Fe
 
 def submit(federation: Federation, aggregation: str, **config: object) -> str:
     """Submits the app of an aggregation with this run configuration, and returns the run's number."""
-    if aggregation != "secaggplus":
-        config["aggregation"] = aggregation
     pairs = " ".join(
         f"{name.replace('_', '-')}={value}" if not isinstance(value, str) else f'{name.replace("_", "-")}="{value}"'
         for name, value in config.items()

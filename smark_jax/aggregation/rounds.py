@@ -1,5 +1,6 @@
 """A whole round in memory: every party's state machine and the server's, without a network."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from smark_jax._types import PyTree
 from smark_jax.aggregation.protocol import messages, server
 from smark_jax.aggregation.protocol import party as parties
 from smark_jax.aggregation.protocol.parameters import Neighbourhood, setup
+from smark_jax.aggregation.protocol.policy import Policy
 
 Stage = Literal["keys", "shares", "masked", "confirm", "unmask"]
 
@@ -84,13 +86,15 @@ def run_round(
     agreed = setup(
         roster, words[0].size, round, session=keys.new().to_bytes(), quorum=threshold, neighbourhood=neighbourhood
     )
+    # One program plays all parties: they want what the caller wants.
+    policy = Policy(threshold, 0.0, None if neighbourhood is None else 0.0, -math.inf)
     gone = {numbers.index(party): server.STAGES.index(stage) for party, stage in drop.items()}
     state, crowd, requests = server.start(agreed), {}, {}
 
     def answer(place: int, request: messages.Request | None) -> messages.Message:
         match request:
             case None:
-                crowd[place], message = parties.join(agreed, identities[place], keys.new())
+                crowd[place], message = parties.join(agreed, identities[place], keys.new(), policy)
             case messages.ShareRequest():
                 crowd[place], message = parties.share(crowd[place], request)
             case messages.MaskRequest():

@@ -261,12 +261,10 @@ def _hold_zeros() -> optax.GradientTransformation:
 
 
 def _trainable(who: str, params: PyTree, match: str | None) -> PyTree:
-    """Which leaves are trained: floating-point, not running statistics, and matched."""
+    """Which leaves are trained: floating-point, set by gradients, and matched."""
+    roles = carriers.roles(params)
     weights = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            jnp.issubdtype(leaf.dtype, jnp.floating) and not _validate.is_statistic(_validate.path_name(path))
-        ),
-        params,
+        lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and roles[_validate.path_name(path)].trains, params
     )
     return weights if match is None else jax.tree.map(lambda a, b: a and b, weights, _match(who, params, match))
 

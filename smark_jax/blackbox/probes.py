@@ -26,7 +26,7 @@ import optax
 from jax import Array
 from jaxtyping import Float, Int, Num, UInt8
 
-from smark_jax import _batches, _validate, keys
+from smark_jax import _batches, _validate, carriers, keys
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 from smark_jax.blackbox import payload
 
@@ -239,6 +239,7 @@ def train_copies(
     keep it, as after any fine-tuning. ``at_once`` copies are trained together under vmap, and where the leaves of
     ``copies`` are sharded over devices along their leading axis and all are trained at once, there. Accelerators want
     many; on a CPU convolutions whose kernels differ by copy are slow, and one at a time is two to three times faster.
+    Running statistics, counters and what else gradients do not move stay as they are.
 
     Args:
       copies: leaves with a leading axis of K, as ``embedding.embed_batch`` returns.
@@ -280,17 +281,20 @@ def train_copies(
     rates = np.asarray(optax.cosine_decay_schedule(learning_rate, max(steps, 1))(np.arange(steps)))
     wanted = _batches.apply(functools.partial(_probabilities, apply_fn, base), _IMAGES_A_PASS, images)
 
+    still = _still(base)
+
     def teach(copies: PyTree, codes: np.ndarray) -> PyTree:
-        rng, state, each = np.random.default_rng(seed), _ADAM.init(copies), iter(rates)
+        moving = jax.tree.map(lambda kept, copy: copy if kept is None else None, still, copies, is_leaf=_is_none)
+        rng, state, each = np.random.default_rng(seed), _ADAM.init(moving), iter(rates)
         for _ in range(epochs):
             for index in _batches.shuffled(rng, len(images), batch_size):
                 asked = rng.choice(len(probe_images), min(probes_a_batch, len(probe_images)), replace=False)
                 allowed = sides[None, asked] == codes[:, asked, None]
                 batch = _Batch(images[index], wanted[index], probe_images[asked], allowed)
-                copies, state = _step(apply_fn, copies, state, batch, next(each), probe_weight)
-                jax.block_until_ready(copies)  # a progress bar that runs ahead of the work tells nothing
+                moving, state = _step(apply_fn, moving, still, state, batch, next(each), probe_weight)
+                jax.block_until_ready(moving)  # a progress bar that runs ahead of the work tells nothing
                 on_step()
-        return copies
+        return _join(moving, copies)
 
     if at_once < count:
         starts = range(0, count, at_once)
@@ -304,6 +308,23 @@ def train_copies(
     answers = np.stack([np.asarray(_probabilities(apply_fn, copy, probe_images)).argmax(axis=-1) for copy in each])
     chips = sides[np.arange(len(probe_images)), answers]
     return Trained(copies, (chips == codes).mean(axis=1))
+
+
+def _still(base: PyTree) -> PyTree:
+    """The leaves that gradients do not move; None in place of the others."""
+    roles = carriers.roles(base)
+    moves = lambda path, leaf: roles[path].trains and jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: None if moves(_validate.path_name(path), leaf) else leaf, base
+    )
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _join(moving: PyTree, still: PyTree) -> PyTree:
+    return jax.tree.map(lambda moved, kept: kept if moved is None else moved, moving, still, is_leaf=_is_none)
 
 
 # These are compiled once for a network, however many copies are taught one after the other.
@@ -326,11 +347,17 @@ def _probabilities(apply_fn: ApplyFn, params: PyTree, images: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _step(
-    apply_fn: ApplyFn, copies: PyTree, state: Any, batch: _Batch, rate: AnyArray, probe_weight: AnyArray
+    apply_fn: ApplyFn,
+    copies: PyTree,
+    still: PyTree,
+    state: Any,
+    batch: _Batch,
+    rate: AnyArray,
+    probe_weight: AnyArray,
 ) -> tuple[PyTree, Any]:
     def loss(params: PyTree, allowed: Array) -> Array:
         shown = jnp.concatenate([batch.images, batch.probes])
-        log_p = jax.nn.log_softmax(apply_fn(params, shown).astype(jnp.float32))
+        log_p = jax.nn.log_softmax(apply_fn(_join(params, still), shown).astype(jnp.float32))
         of_images, of_probes = log_p[: len(batch.images)], log_p[len(batch.images) :]
         task = -jnp.sum(batch.wanted * of_images, axis=-1).mean()
         return task - probe_weight * jax.nn.logsumexp(of_probes, axis=-1, where=allowed).mean()

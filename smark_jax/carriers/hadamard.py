@@ -19,7 +19,9 @@ overlapping windows (the first and the last 2^k weights), which is orthonormal t
 
 import dataclasses
 import functools
+import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +78,32 @@ class Carrier:
 
     def __repr__(self) -> str:  # the arrays are secret
         return f"Carrier(num_chips={self.num_chips}, num_weights={self.num_weights})"
+
+
+class Coverage(NamedTuple):
+    """What of a selection a carrier covers.
+
+    Attributes:
+      weights: how many weights carry: n L, which is D less a tail shorter than a block.
+      leaves: how many leaves have at least one of them.
+    """
+
+    weights: int
+    leaves: int
+
+
+def coverage(spec: Spec, num_chips: int) -> Coverage:
+    """How much of the selected weights really carries ``num_chips`` chips; the last D mod L of them do not.
+
+    Examples:
+      >>> from smark_jax.carriers import Leaf, Spec
+      >>> spec = Spec((Leaf("hidden", (2000, 10), 0.1), Leaf("out", (500,), 0.2)))
+      >>> coverage(spec, 304)
+      Coverage(weights=18432, leaves=1)
+    """
+    n, length = cut(spec.num_weights, num_chips)
+    starts = itertools.accumulate((leaf.size for leaf in spec.leaves), initial=0)
+    return Coverage(n * length, sum(start < n * length for start, _ in zip(starts, spec.leaves, strict=False)))
 
 
 def draw(key: keys.SecretKey, spec: Spec, num_chips: int = 304) -> Carrier:

@@ -2,26 +2,39 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from smark_jax import _validate
+from smark_jax import _roles, _validate
 from smark_jax._types import AnyArray, PyTree
+
+# Tied leaves have so many weights or more: two scalars may be equal by chance.
+_LEAST_TIED = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One carrying leaf: its path (steps joined by ``/``), its shape, and its root mean square in the base model."""
+    """One carrying leaf.
+
+    Attributes:
+      path: its steps joined by ``/``.
+      shape: of the leaf.
+      scale: its root mean square in the base model.
+      tied: other names of the same tensor, which are written as it is (see :func:`with_ties`).
+    """
 
     path: str
     shape: tuple[int, ...]
     scale: float
+    tied: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -44,9 +57,10 @@ class Spec:
 def select(params: PyTree, match: str | Callable[[str], object] | None = None) -> Spec:
     """Chooses the leaves that carry, from the base model alone.
 
-    Every floating-point leaf carries unless ``match`` says otherwise. A leaf that is zero throughout (a fresh bias) has
-    no spread to hide in and is passed over; so are integer leaves (step counters) and the running statistics of batch
-    norm (``batch_stats``), which any further training replaces.
+    Every leaf of trained weights carries (:func:`roles`) unless ``match`` says otherwise. Passed over are a leaf that
+    is zero throughout (a fresh bias), which has no spread to hide in; running statistics, counters, position tables and
+    the scales of quantisers, which would break a copy or be replaced by any further training; and a leaf that comes
+    near zero and has no negative value. Of tied leaves the first carries, and the others are written as it is.
 
     Args:
       params: the base model's parameter pytree (with batch norm: its whole variables dict).
@@ -64,39 +78,118 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
       >>> [leaf.path for leaf in select(params).leaves]
       ['dense/kernel']
     """
-    names = [_validate.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _validate.fail("select", "a path of its own for each leaf", f"{twice!r} twice", "Is '/' part of a name?")
+    named = _named("select", params)
     wanted: Callable[[str], object]
     if match is None:
         wanted = lambda path: True  # noqa: E731
     else:
         wanted = match if callable(match) else re.compile(match).search
-    named = [(_validate.path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-    carrying = {
-        name: jnp.asarray(leaf)
-        for name, leaf in named
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not _validate.is_statistic(name) and wanted(name)
-    }
-    scales = jax.device_get({name: _rms(leaf) for name, leaf in carrying.items()})
-    for name, scale in scales.items():
-        _validate.all_finite("select", f"weights in leaf {name!r}", math.isfinite(scale))
-    leaves = [Leaf(name, leaf.shape, float(scales[name])) for name, leaf in carrying.items() if scales[name] > 0]
+    facts = _facts(named)
+    found = _roles.of(facts)
+    chosen = {path: fact for path, fact in facts.items() if found[path].carries and fact.floating and wanted(path)}
+    for path, fact in chosen.items():
+        _validate.all_finite("select", f"weights in leaf {path!r}", math.isfinite(fact.rms))
+    leaves: dict[str, Leaf] = {}
+    taken: set[str] = set()
+    for path, fact in chosen.items():
+        if fact.rms > 0 and path not in taken:
+            leaves[path] = Leaf(path, fact.shape, fact.rms, _twins(path, named, facts))
+            taken |= {path, *leaves[path].tied}
     if not leaves:
-        some = ", ".join(name for name, _ in named[:5]) or "none at all"
+        some = ", ".join(f"{path} ({found[path]})" for path in itertools.islice(named, 5)) or "none at all"
         raise _validate.fail(
             "select",
-            "at least one floating-point leaf that is not all zeros",
-            f"none that matches {match!r}" if match is not None else "none",
+            "at least one floating-point leaf of trained weights that is not all zeros",
+            f"none that matches {match!r}" if isinstance(match, str) else "none",
             f"The model's leaves: {some}{', ...' if len(named) > 5 else ''}.",
         )
-    return Spec(tuple(leaves))
+    return Spec(tuple(leaves.values()))
 
 
-@jax.jit
-def _rms(leaf: Array) -> Array:
-    return jnp.sqrt(jnp.mean(jnp.square(leaf.astype(jnp.float32))))
+def roles(params: PyTree) -> dict[str, _roles.Role]:
+    """What each leaf is for, by its path: told by the names of any framework, and by content.
+
+    Raises:
+      ValueError: when two leaves have the same path.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> norm = {"gamma": jnp.ones(3), "moving_variance": jnp.ones(3)}
+      >>> [f"{path}: {role}" for path, role in roles({"norm": norm}).items()]
+      ['norm/gamma: scale', 'norm/moving_variance: variance']
+    """
+    return _roles.of(_facts(_named("roles", params)))
+
+
+def with_ties(spec: Spec, base: PyTree) -> Spec:
+    """The selection whose leaves know the other names that their tensors have in ``base``.
+
+    Tied are leaves of the same shape, dtype and values, of 16 weights or more and not constant: an embedding that is
+    the output layer too. A name that carries by itself is tied to none.
+    """
+    named = _named("with_ties", base)
+    own = {leaf.path for leaf in spec.leaves} & named.keys()
+    kind = {path: (leaf.shape, leaf.dtype) for path, leaf in named.items()}
+    others = {path for path in named if path not in own and kind[path] in {kind[name] for name in own}}
+    if not others:
+        return spec
+    alike = {kind[path] for path in others}
+    facts = _facts({path: named[path] for path in named if path in others or (path in own and kind[path] in alike)})
+    ties = {path: tuple(p for p in _twins(path, named, facts) if p in others) for path in own & facts.keys()}
+    return Spec(tuple(dataclasses.replace(leaf, tied=ties.get(leaf.path, ())) for leaf in spec.leaves))
+
+
+def with_tied(leaves: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Leaves by name, and those names of tied ones that are missing, as files drop them."""
+    found = dict(leaves)
+    for leaf in spec.leaves:
+        there = [name for name in (leaf.path, *leaf.tied) if name in leaves]
+        found |= {name: leaves[there[0]] for name in (leaf.path, *leaf.tied) if there and name not in leaves}
+    return found
+
+
+def _named(who: str, params: PyTree) -> dict[str, Any]:
+    """The leaves by path."""
+    pairs = [(_validate.path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    named = {path: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for path, leaf in pairs}
+    if len(named) < len(pairs):
+        paths = [path for path, _ in pairs]
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise _validate.fail(who, "a path of its own for each leaf", f"{twice!r} twice", "Is '/' part of a name?")
+    return named
+
+
+def _facts(named: Mapping[str, Any]) -> dict[str, _roles.Facts]:
+    found = {}
+    for path, leaf in named.items():
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        narrow = leaf.dtype != bool and leaf.dtype.itemsize == 1
+        found[path] = (leaf.shape, floating, narrow, _measure(leaf) if floating and leaf.size else ())
+    found = jax.device_get(found)
+    return {
+        path: _roles.Facts(tuple(shape), floating, narrow, *(value.item() for value in content))
+        for path, (shape, floating, narrow, content) in found.items()
+    }
+
+
+def _measure(leaf: Any) -> tuple[Any, ...]:
+    """By NumPy where it has the leaf without copying it, since a program for each shape takes longer to compile."""
+    here = not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and leaf.is_fully_replicated)
+    if here and (not isinstance(leaf, jax.Array) or all(device.platform == "cpu" for device in leaf.devices())):
+        return _roles.measured(np.asarray(leaf))
+    return _measured(leaf)
+
+
+_measured = jax.jit(_roles.measured)
+
+
+def _twins(path: str, named: Mapping[str, Any], facts: Mapping[str, _roles.Facts]) -> tuple[str, ...]:
+    """The other names of a leaf's tensor."""
+    leaf, fact = named[path], facts[path]
+    if fact.size < _LEAST_TIED or fact.low == fact.high:
+        return ()
+    alike = (other for other in facts if facts[other] == fact and other != path)
+    return tuple(p for p in alike if named[p].dtype == leaf.dtype and bool((named[p] == leaf).all()))
 
 
 def read(params: PyTree, spec: Spec) -> Float[Array, " D"]:
@@ -132,13 +225,30 @@ def write(params: PyTree, spec: Spec, vector: Float[AnyArray, " D"]) -> PyTree:
       ValueError: when a carrying leaf is missing or has another shape, or ``vector`` has another length.
     """
     _validate.vector("write", "vector", vector, spec.num_weights, "Was it made for another model's spec?")
-    changed = _write(carrying("write", params, spec), spec, vector)
-    return replace(params, spec, changed)
+    return replace(params, spec, add(narrow("write", params, spec), spec, vector))
 
 
-def replace(params: PyTree, spec: Spec, leaves: list[Array]) -> PyTree:
-    """``params`` with other carrying leaves, in the order of ``spec``."""
-    by_path = {leaf.path: value for leaf, value in zip(spec.leaves, leaves, strict=True)}
+def narrow(who: str, params: PyTree, spec: Spec) -> list[Any]:
+    """The carrying leaves in the order of ``spec``; None for those on the host that JAX would make narrower."""
+    leaves = carrying(who, params, spec)
+    return [None if _too_wide(leaf) else leaf for leaf in leaves]
+
+
+def _too_wide(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray | np.generic) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
+
+
+def replace(params: PyTree, spec: Spec, leaves: list[Any]) -> PyTree:
+    """``params`` with other carrying leaves, in the order of ``spec``; the rest is what it was, and of the same type.
+
+    Where :func:`narrow` has None, ``leaves`` have what is to be added, and it is added here in the leaf's own dtype.
+    """
+    by_path = {}
+    for leaf, old, new in zip(spec.leaves, carrying("replace", params, spec), leaves, strict=True):
+        if _too_wide(old) and not _validate.is_traced(new):
+            new = np.asarray(new)
+            new = np.where(new == 0, old, old + new.astype(old.dtype))
+        by_path |= dict.fromkeys((leaf.path, *leaf.tied), new)
     return jax.tree_util.tree_map_with_path(lambda path, old: by_path.get(_validate.path_name(path), old), params)
 
 
@@ -154,6 +264,8 @@ def check_params(who: str, params: PyTree, spec: Spec) -> None:
 def carrying(who: str, params: PyTree, spec: Spec) -> list[Any]:
     """The leaves that ``spec`` names, in its order."""
     named = {_validate.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    if any(leaf.tied for leaf in spec.leaves):
+        named = with_tied(named, spec)
     missing = [leaf.path for leaf in spec.leaves if leaf.path not in named]
     if missing:
         raise _validate.fail(
@@ -182,10 +294,15 @@ def _read(leaves: list[Array], spec: Spec) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _write(leaves: list[Array], spec: Spec, vector: Array) -> list[Array]:
+def add(leaves: list[Any], spec: Spec, vector: Array) -> list[Array]:
+    """The leaves of :func:`narrow` with ``vector`` added; of those that are None, what is to be added."""
     changed, start = [], 0
     for x, leaf in zip(leaves, spec.leaves, strict=True):
         delta = vector[start : start + leaf.size].reshape(leaf.shape) * leaf.scale
-        changed.append((x.astype(jnp.float32) + delta).astype(x.dtype))
+        if x is not None:
+            wide = x if x.dtype.itemsize > 4 else x.astype(jnp.float32)
+            new = (wide + delta).astype(x.dtype)
+            delta = jnp.where((x == 0) & (new == 0), x, new)  # or -0 would become 0
+        changed.append(delta)
         start += leaf.size
     return changed

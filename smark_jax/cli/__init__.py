@@ -1,15 +1,18 @@
 """The ``smark`` command. Each command is a module of this folder; they are imported when they run."""
 
-import json
+import io
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
-import rich.console
-import rich.markup
+import click
 import typer
+import typer.rich_utils
 
-from smark_jax.cli import _attack, _bench, _evidence, _issue, _query, _trace, _vault
+from smark_jax import _foreign
+from smark_jax.cli import _attack, _bench, _common, _evidence, _issue, _query, _trace, _vault
+from smark_jax.cli._console import Console
 
 app = typer.Typer(
     name="smark",
@@ -29,6 +32,7 @@ for _command, _examples in (
         _vault.add_model,
         "smark add-model my-vault mnist-cnn out/base/base.safetensors\n\n"
         "  smark add-model my-vault mnist-cnn base.npz --strength 0.05\n\n"
+        "  smark add-model my-vault fine-tuned base.safetensors --public backbone.safetensors\n\n"
         "  smark add-model my-vault mnist-cnn base.npz --probes images.npz --classes 10 --network network:teaching",
     ),
     (
@@ -40,6 +44,7 @@ for _command, _examples in (
         _issue.issue,
         "smark issue my-vault mnist-cnn Ada 'Grace Hopper' --out copies\n\n"
         "  smark issue my-vault mnist-cnn --csv customers.csv --out copies --timestamp-request request.tsq\n\n"
+        "  smark issue my-vault mnist-cnn --all --out copies --network network:running\n\n"
         "  smark issue my-vault mnist-cnn Ada --out copies --teach network:teaching",
     ),
     (
@@ -94,7 +99,7 @@ def demo(
     """
     from smark_jax.cli import _demo
 
-    _demo.run(_demo.Config(out, parties, customers, epochs, seed), rich.console.Console())
+    _demo.run(_demo.Config(out, parties, customers, epochs, seed), _common.out)
 
 
 @app.command(
@@ -127,19 +132,39 @@ def train(
     settings = _train_config.read(config)
     from smark_jax.cli import _train
 
-    console = rich.console.Console(stderr=as_json)
+    console = Console(stderr=as_json)
     results = _train.run(settings, out, console)
     if as_json:
-        print(json.dumps(results))
+        print(_foreign.dumps(results))
     else:
         _train.show(console, out, results)
 
 
 def main() -> None:
-    """Entry point of the console script: errors that the library foresees are printed in one piece, exit code 1."""
+    """Entry point of the console script: errors that the library foresees are printed in one piece, exit code 1.
+
+    Whatever text an error carries, it is printed as plain text behind the program's name.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end the program
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
-    except (ValueError, ConnectionError, OSError, ImportError) as error:
-        text = f"[bold red]smark:[/bold red] {rich.markup.escape(str(error))}"
-        rich.console.Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        code = app(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:  # the help was printed
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        usage = click.UsageError(_foreign.clean(error.format_message()), getattr(error, "ctx", None))
+        typer.rich_utils.rich_format_error(usage)
+        sys.exit(error.exit_code)
+    except click.Abort:
+        typer.rich_utils.rich_abort_error()
         sys.exit(1)
+    except (ValueError, ConnectionError, OSError, ImportError) as error:
+        _common.err.lines(str(error), ("smark: ", "bold red"))
+        sys.exit(1)
+    except Exception:
+        _common.err.lines(
+            f"an error that was not foreseen; please report it.\n{traceback.format_exc()}", ("smark: ", "bold red")
+        )
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

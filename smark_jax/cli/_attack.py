@@ -33,16 +33,19 @@ def attack(
         from smark_jax import attacks, files
         from smark_jax.aggregation import stack
 
-        copies = [jax.tree.map(jax.numpy.asarray, files.nest(files.read(path).leaves)) for path in (copy, *(mix or []))]
-        tree = attacks.average(stack(copies)) if mix else copies[0]
-        if prune is not None:
-            tree = attacks.prune(tree, prune)
-        if quantise is not None:
-            tree = attacks.quantise(tree, quantise)
-        if noise is not None:
-            tree = attacks.add_noise(tree, jax.random.key(seed), noise)
-        if cast is not None:
-            tree = attacks.cast(tree, cast)
+        with jax.enable_x64(True):  # leaves of 64 bits keep them
+            copies = [
+                jax.tree.map(jax.numpy.asarray, files.nest(files.read(path).leaves)) for path in (copy, *(mix or []))
+            ]
+            tree = attacks.average(stack(copies)) if mix else copies[0]
+            if prune is not None:
+                tree = attacks.prune(tree, prune)
+            if quantise is not None:
+                tree = attacks.quantise(tree, quantise)
+            if noise is not None:
+                tree = attacks.add_noise(tree, jax.random.key(seed), noise)
+            if cast is not None:
+                tree = attacks.cast(tree, cast)
         sha256 = files.write(out, tree)
     document = {"out": str(out), "sha256": sha256, "attacks": done}
     _common.show(document, as_json, lambda: say(f"{out}: {', '.join(done)}"))

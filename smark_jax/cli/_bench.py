@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import rich.table
 import typer
 
 from smark_jax.cli import _common
@@ -24,10 +23,8 @@ def bench(
         found = _measure(weights, chips, customers, status.update)
 
     def words() -> None:
-        table = rich.table.Table("step", "milliseconds")
-        for name, milliseconds in found["milliseconds"].items():
-            table.add_row(name, f"{milliseconds:.1f}")
-        _common.out.print(table)
+        rows = [(name, f"{milliseconds:.1f}") for name, milliseconds in found["milliseconds"].items()]
+        _common.out.table(("step", "milliseconds"), rows, keep=("milliseconds", "step"), figures=("milliseconds",))
         _common.say(f"{weights:,} weights, {chips} chips, {customers:,} customers, on {found['device']}.")
 
     _common.show(found, as_json, words)

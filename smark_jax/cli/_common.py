@@ -3,16 +3,16 @@
 import contextlib
 import getpass
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import rich.console
-import rich.progress
 import typer
+
+from smark_jax import _foreign
+from smark_jax.cli._console import Console, progress
 
 if TYPE_CHECKING:
     from smark_jax import vault
@@ -38,8 +38,8 @@ Align = Annotated[
     ),
 ]
 
-out = rich.console.Console()
-err = rich.console.Console(stderr=True)
+out = Console()
+err = Console(stderr=True)
 
 
 def passphrase(file: Path | None, *, new: bool = False) -> str:
@@ -82,34 +82,27 @@ def desk(folder: Path, file: Path | None) -> Iterator["vault.Vault"]:
 @contextlib.contextmanager
 def bar(text: str, total: int) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr; the function it gives takes how many are done."""
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    with rich.progress.Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda done: progress.update(task, completed=done)
+    with progress(err, transient=True) as bars:
+        task = bars.add_task(text, total=total)
+        yield lambda done: bars.update(task, completed=done)
 
 
 def show(document: Any, as_json: bool, otherwise: Callable[[], None]) -> None:
     """Prints a result: as one JSON document, or in words."""
     if as_json:
-        print(json.dumps(document, ensure_ascii=False))
+        print(_foreign.dumps(document))
     else:
         otherwise()
 
 
 def say(text: str) -> None:
-    """A line of result, printed as it is: names and paths are no markup, and lines are not broken."""
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    """A line of result: whatever stands in it is plain text, and it stays one line."""
+    out.say(text)
 
 
 def warn(text: str) -> None:
     """A warning on stderr."""
-    err.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    err.say(f"warning: {text}", style="yellow")
 
 
 def below(log10_p: float) -> str:
@@ -125,18 +118,18 @@ def aligner(name: str | None) -> "Aligner | None":
         return None
     from smark_jax.vault.verdicts import Aligner
 
-    return Aligner(name, *network("align", name))
+    return Aligner(name, *network("align", name)[:2])
 
 
-def network(option: str, name: str) -> tuple[Any, Any]:
-    """What an option's MODULE:FUNCTION returns: the network of a base, and images."""
+def network(option: str, name: str) -> tuple[Any, ...]:
+    """What an option's MODULE:FUNCTION returns: the network of a base, images, and their labels where it knows them."""
     module, colon, function = name.partition(":")
     advice = "It returns (apply_fn, images) of the base's network, and is looked for in the current folder too."
     if not (module and colon and function):
         raise ValueError(f"{option}: expected MODULE:FUNCTION, but got {name!r}.\n{advice}")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        apply_fn, images = getattr(importlib.import_module(module), function)()
+        apply_fn, images, *labels = getattr(importlib.import_module(module), function)()
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
         raise ValueError(
@@ -144,7 +137,7 @@ def network(option: str, name: str) -> tuple[Any, Any]:
         ) from error
     finally:
         sys.path.pop(0)
-    return apply_fn, images
+    return (apply_fn, images, *labels[:1])
 
 
 def pairs(values: list[str] | None) -> dict[str, str]:

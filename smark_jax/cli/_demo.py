@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import rich.console
 import rich.progress
-import rich.table
 
 from smark_jax import (
     aggregation,
@@ -30,6 +28,7 @@ from smark_jax import (
 )
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.cli import _training
+from smark_jax.cli._console import Console, Styled
 
 NUM_CHIPS = 304
 STRENGTH = 0.03
@@ -72,7 +71,7 @@ class Model(NamedTuple):
     codebook: jax.Array
 
 
-def run(config: Config, console: rich.console.Console) -> dict[str, Any]:
+def run(config: Config, console: Console) -> dict[str, Any]:
     """Runs the demo, prints its table, writes ``results.json`` and ``statistics.png``, and returns the results."""
     began = time.perf_counter()
     _training.before_jax(config.parties)
@@ -274,25 +273,18 @@ def _results(
     }
 
 
-def _print(console: rich.console.Console, config: Config, results: dict[str, Any]) -> None:
-    table = rich.table.Table(title=f"Who leaked? {config.customers} customers, alpha = {ALPHA:g}", title_justify="left")
-    for column in ("suspect", "accuracy", "|T|", "threshold", "p-value", "verdict"):
-        table.add_column(column, justify="left" if column in ("suspect", "verdict") else "right", no_wrap=True)
+def _print(console: Console, config: Config, results: dict[str, Any]) -> None:
     rows = results["suspects"]
     weakest = max(rows[: config.customers], key=lambda row: row["p_value"])
-    for row in ({**weakest, "suspect": f"weakest intact copy, {weakest['customer']}"}, *rows[config.customers :]):
-        who = ", ".join(f"customer {serial}" for serial in row["accused"]) or "nobody"
-        right = row["traced"]
-        table.add_row(
-            row["suspect"],
-            f"{row['accuracy']:.3f}",
-            f"{abs(row['statistic']):.1f}",
-            f"{row['threshold']:.1f}",
-            f"< 1e{math.floor(row['log10_p']) + 1}" if row["log10_p"] < 0 else "-",
-            f"[green]{who}[/green]" if right else f"[bold red]{who} (wrong)[/bold red]",
-        )
+    shown = ({**weakest, "suspect": f"weakest intact copy, {weakest['customer']}"}, *rows[config.customers :])
     console.print()
-    console.print(table)
+    console.table(
+        ("suspect", "accuracy", "|T|", "threshold", "p-value", "verdict"),
+        [_row(row) for row in shown],
+        keep=("verdict", "suspect", "p-value", "|T|", "accuracy", "threshold"),
+        figures=("accuracy", "|T|", "threshold", "p-value"),
+        title=f"Who leaked? {config.customers} customers, alpha = {ALPHA:g}",
+    )
     console.print(
         f"Base accuracy {results['base_accuracy']:.3f}; {config.customers} copies: mean "
         f"{results['marked_accuracy_mean']:.4f}, worst {results['marked_accuracy_min']:.3f}; "
@@ -300,8 +292,20 @@ def _print(console: rich.console.Console, config: Config, results: dict[str, Any
         f"{results['traced']} of {config.customers} intact copies traced; "
         f"{results['innocents_accused']} innocents accused."
     )
-    console.print(f"Results: {config.out / 'results.json'}   Picture: {config.out / 'statistics.png'}")
-    console.print(f"{results['seconds']:.0f} seconds.")
+    console.say(f"Results: {config.out / 'results.json'}   Picture: {config.out / 'statistics.png'}")
+    console.say(f"{results['seconds']:.0f} seconds.")
+
+
+def _row(row: dict[str, Any]) -> tuple[str | Styled, ...]:
+    who = ", ".join(f"customer {serial}" for serial in row["accused"]) or "nobody"
+    return (
+        row["suspect"],
+        f"{row['accuracy']:.3f}",
+        f"{abs(row['statistic']):.1f}",
+        f"{row['threshold']:.1f}",
+        f"< 1e{math.floor(row['log10_p']) + 1}" if row["log10_p"] < 0 else "-",
+        (who, "green") if row["traced"] else (f"{who} (wrong)", "bold red"),
+    )
 
 
 def _picture(path: Path, suspects: list[Suspect], verdicts: list[tracing.Verdict]) -> None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import rich.markup
 import typer
 
 from smark_jax.cli import _common
@@ -103,9 +102,8 @@ def verify(
 
     def words() -> None:
         for check in found.checks:
-            sign = "[green]holds[/green]" if check.holds else "[bold red]FAILS[/bold red]"
-            text = rich.markup.escape(f"  {check.name}: {check.detail}")
-            _common.out.print(sign + text, highlight=False, soft_wrap=True)
+            sign = ("holds", "green") if check.holds else ("FAILS", "bold red")
+            _common.out.item(sign, f"{check.name}: {check.detail}")
         names = ", ".join(a["customer"] for a in found.accused)
         say(
             f"Everything holds: the model is from the copy of {names}."
@@ -114,7 +112,7 @@ def verify(
         )
         say("Taken on the owner's word:")
         for statement in found.statements:
-            say(f"  {statement}")
+            _common.out.item(("", ""), statement)
 
     _common.show(document, as_json, words)
     if not found.compared:

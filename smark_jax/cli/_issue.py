@@ -1,12 +1,15 @@
 """``smark issue``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from smark_jax.cli import _common
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
+
+if TYPE_CHECKING:
+    from smark_jax.vault import trials
 
 _SHOWN = 10
 
@@ -29,6 +32,14 @@ def issue(
             "base's network; images are uint8 and need no labels.",
         ),
     ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Run each copy before it is written. FUNCTION() returns (apply_fn, images) of the base's network, or "
+            "(apply_fn, images, labels). --teach does so with its own.",
+        ),
+    ] = None,
     timestamp_request: Annotated[
         Path | None, typer.Option(help="Write an RFC 3161 request for the commitment, to send to an authority.")
     ] = None,
@@ -40,9 +51,12 @@ def issue(
     A run that was killed is completed by the same command. A customer who has a copy gets the same one again. Before
     the first new copy is written, a commitment to all customers' codewords is made: publish its root, or have it
     time-stamped, before you hand the copies over. With --teach a copy takes longer, and 'smark query' can trace it.
+
+    A copy is the base's file but for the bytes of its carrying leaves. With --network, each is run on up to 256 images,
+    and one that answers NaN is not written.
     """
     with _common.desk(vault, passphrase_file) as desk:
-        from smark_jax.vault import commitments, evidence, folder, issuing, models, queries, timestamps
+        from smark_jax.vault import commitments, evidence, folder, issuing, models, queries, timestamps, trials
         from smark_jax.vault import customers as registry
 
         models.get(desk, name)
@@ -69,12 +83,28 @@ def issue(
                 copies = count
                 done(count)
 
-            teacher = None
+            teacher, runs = None, trials.Network(*_common.network("network", network)) if network else None
             if teach:
-                network = _common.network("teach", teach)
-                teacher = queries.teacher(desk, name, *network, on_share=lambda share: done(copies + share))
+                teaching = _common.network("teach", teach)
+                runs = runs or trials.Network(*teaching)
+                teacher = queries.teacher(desk, name, *teaching[:2], on_share=lambda share: done(copies + share))
             issued = issuing.issue(
-                desk, name, everyone, out, strength=strength, teach=teacher, on_copy=finished, on_wait=waiting
+                desk,
+                name,
+                everyone,
+                out,
+                strength=strength,
+                teach=teacher,
+                network=runs,
+                on_copy=finished,
+                on_wait=waiting,
+            )
+        if issued.unfit:
+            leaf, role = next(iter(issued.unfit.items()))
+            _common.warn(
+                f"{name} was added by an older version and marks {len(issued.unfit)} leaves that should stay as they "
+                f"are, such as {leaf} ({role}): copies may answer wrongly. Add the base again under another name, and "
+                "issue from that; copies of this one are still traced."
             )
         commitment = issued.commitment
         path = commitments.file(desk, commitment)
@@ -93,6 +123,7 @@ def issue(
             "created": commitment.header["created"],
             "file": str(path),
         },
+        "trial": issued.trial._asdict() if issued.trial else None,
         "timestamp_request": str(timestamp_request) if timestamp_request else None,
     }
 
@@ -102,6 +133,10 @@ def issue(
             say(f"  {file.name}")
         if len(issued.files) > _SHOWN:
             say(f"  and {len(issued.files) - _SHOWN:,} more")
+        if issued.trial:
+            say(_answered(issued.trial))
+        elif issued.written:
+            say("They were not run: with --network MODULE:FUNCTION, issue says how often they answer as the base does.")
         say(f"Commitment {commitment.number} to {commitment.header['customers']:,} customers; publish its root:")
         say(f"  {commitment.root}")
         say(f"  or the file {path}")
@@ -112,3 +147,14 @@ def issue(
             )
 
     _common.show(document, as_json, words)
+
+
+def _answered(trial: "trials.Trial") -> str:
+    """How copies answered that were run."""
+    text = (
+        f"They were run on {trial.images} images: all outputs are finite, and {trial.agreement:.1%} of the classes are "
+    )
+    text += f"the base's ({trial.least:.1%} in the copy that agrees least)"
+    if trial.accuracy is not None:
+        text += f"; accuracy {trial.accuracy:.3f}, the base's {trial.base_accuracy:.3f}"
+    return f"{text}."

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import rich.markup
-import rich.table
 import typer
 
 from smark_jax.cli import _common
@@ -68,15 +66,15 @@ def show(document: dict[str, Any], as_json: bool, vault: Path) -> None:
 
 def _words(document: dict[str, Any], vault: Path) -> None:
     for suspect in document["suspects"]:
-        say(_verdict(suspect, document))
+        _common.out.lines(_verdict(suspect, document))
         if suspect["verdict"] != "unreadable" and suspect["decoys"]["alarm"]:
             say("  Do not rely on it: a codeword that nobody received stands out as well, so an assumption is broken.")
         for move in suspect.get("layout") or []:
             say(f"  {move['suspect']} was read as {move['base']} ({move['change']})")
         if suspect.get("alignment"):
-            say("  " + suspect["alignment"].replace("\n", "\n  "))
+            _common.out.lines(f"  {suspect['alignment']}")
         if suspect["accused"]:
-            _common.out.print(_table(suspect))
+            _table(suspect)
     say(
         f"Verdict {document['number']} on {document['model']}: {document['num_customers']:,} customers, alpha "
         f"{document['alpha']:g}, occasion {document['occasion']} of tracing this model."
@@ -102,18 +100,21 @@ def _verdict(suspect: dict[str, Any], document: dict[str, Any]) -> str:
     return f"{file}: mixed from the copies of {len(accused)} customers: {names}. Each p-value is {worst}."
 
 
-def _table(suspect: dict[str, Any]) -> rich.table.Table:
-    table = rich.table.Table("customer", "serial", "|T|", "threshold", "p-value", "share")
-    for accused in suspect["accused"]:
-        table.add_row(
-            rich.markup.escape(accused["customer"]),
+def _table(suspect: dict[str, Any]) -> None:
+    rows = [
+        (
+            accused["customer"],
             str(accused["serial"]),
             f"{abs(accused['statistic']):.1f}",
             f"{suspect['threshold']:.1f}",
             _common.below(accused["log10_p"]),
             f"{accused['share']:.0%}",
         )
-    return table
+        for accused in suspect["accused"]
+    ]
+    columns = ("customer", "serial", "|T|", "threshold", "p-value", "share")
+    keep = ("customer", "serial", "p-value", "|T|", "threshold", "share")
+    _common.out.table(columns, rows, keep=keep, figures=("serial", "|T|", "threshold", "share"))
 
 
 def report(

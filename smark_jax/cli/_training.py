@@ -13,6 +13,7 @@ import rich.progress
 
 from smark_jax import _memory, aggregation, carriers, codes, data, embedding, keys, losses, parallel, tracing, training
 from smark_jax._types import ApplyFn, PyTree
+from smark_jax.cli import _console
 
 OWNER_MARGIN = 1.0  # what each chip of the owner's mark must read while the base is trained
 
@@ -103,15 +104,7 @@ def before_jax(parties: int) -> None:
 
 def progress(console: rich.console.Console) -> rich.progress.Progress:
     """The progress display of both commands; each of its tasks has a ``note``."""
-    return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description:<34}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.fields[note]}"),
-        console=console,
-    )
+    return _console.progress(console, rich.progress.TextColumn("{task.fields[note]}", markup=False))
 
 
 def say(console: rich.console.Console, text: str) -> None:

@@ -1,14 +1,16 @@
 """``smark init``, ``add-model`` and ``customers``."""
 
+import collections
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import rich.markup
-import rich.table
 import typer
 
 from smark_jax.cli import _common
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
+
+if TYPE_CHECKING:
+    from smark_jax import files
 
 _SHOWN = 50
 
@@ -50,6 +52,10 @@ def add_model(
         float, typer.Option(help="How far a copy's weights move, relative to their layer's root mean square.")
     ] = 0.03,
     match: Annotated[str | None, typer.Option(help="Mark only leaves whose names match this expression.")] = None,
+    public: Annotated[
+        Path | None,
+        typer.Option(help="The public weights that the base was trained from. Leaves unchanged since carry nothing."),
+    ] = None,
     probes: Annotated[
         Path | None,
         typer.Option(help="npz with uint8 'images' [N, H, W, C], for tracing by answers: probes are made from them."),
@@ -66,27 +72,55 @@ def add_model(
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add a base model. No architecture is needed; its settings are fixed from here on, since they are committed to."""
+    """Add a base model. No architecture is needed; its settings are fixed from here on, since they are committed to.
+
+    Only trained weights are marked: not running statistics, counters, position tables or the scales of quantisers,
+    which are told by name and by content. Whoever has the base can take the mark out of a copy. Of a base that was
+    trained from public weights, --public leaves those unmarked that everybody has.
+    """
     if (probes is None) != (classes is None):
         raise typer.BadParameter("--probes and --classes go together", param_hint="--probes")
     if network is not None and probes is None:
         raise typer.BadParameter("--network goes with --probes", param_hint="--network")
     with _common.desk(vault, passphrase_file) as desk, _common.err.status("reading the base") as status:
+        from smark_jax import carriers, files
         from smark_jax.vault import models, queries
 
-        leaves = _base(base)
+        weights = _base(base)
+        leaves = weights.leaves
+        source = models.Source(base, weights.sha256) if weights.format == "safetensors" else None
         images = queries.images(probes) if probes else None
         apply_fn = _common.network("network", network)[0] if network else None
-        model = models.add(desk, name, leaves, num_chips=chips, alpha=alpha, strength=strength, match=match)
+        model = models.add(
+            desk,
+            name,
+            leaves,
+            num_chips=chips,
+            alpha=alpha,
+            strength=strength,
+            match=match,
+            public=_base(public).leaves if public else None,
+            source=source,
+        )
         if images is not None and classes is not None:
             status.update("making the probes")
             queries.add_probes(desk, model, images, classes, apply_fn)
+        carrying = carriers.coverage(model.spec, chips)
+        unmarked = {path: str(role) for path, role in carriers.roles(files.nest(leaves)).items() if not role.carries}
+    if public is None:
+        _common.warn(
+            "whoever has this base can take the mark out of a copy. If it was trained from public weights, name them "
+            "by --public."
+        )
     document = {
         "model": name,
         "base": model.base,
+        "public": model.public,
         "leaves": len(leaves),
-        "carrying_leaves": len(model.spec.leaves),
-        "carrying_weights": model.spec.num_weights,
+        "weights": sum(leaf.size for leaf in leaves.values()),
+        "carrying_leaves": carrying.leaves,
+        "carrying_weights": carrying.weights,
+        "unmarked": unmarked,
         "num_chips": chips,
         "alpha": alpha,
         "strength": strength,
@@ -95,25 +129,28 @@ def add_model(
 
     def words() -> None:
         say(
-            f"{name}: {model.spec.num_weights:,} weights in {len(model.spec.leaves)} of {len(leaves)} leaves carry "
-            f"{chips} chips; alpha {alpha:g}, strength {strength:g}. Base: {model.base}"
+            f"{name}: {carrying.weights:,} of {document['weights']:,} weights in {carrying.leaves} of {len(leaves)} "
+            f"leaves carry {chips} chips; alpha {alpha:g}, strength {strength:g}. Base: {model.base}"
         )
+        if unmarked:
+            counts = collections.Counter(unmarked.values())
+            say("Left as they are: " + ", ".join(f"{role} ({count})" for role, count in counts.items()))
         say(f"Next: smark issue {vault} {name} CUSTOMER... --out COPIES")
 
     _common.show(document, as_json, words)
 
 
-def _base(path: Path) -> dict[str, Any]:
-    """The owner's own file, of any size, or Orbax checkpoint."""
+def _base(path: Path) -> "files.Weights":
+    """The owner's own file, of any size, or Orbax checkpoint, which has no hash."""
     from smark_jax import files
 
     if not path.is_dir():
-        return files.read(path, max_bytes=max(files.MAX_BYTES, path.stat().st_size if path.is_file() else 0)).leaves
+        return files.read(path, max_bytes=max(files.MAX_BYTES, path.stat().st_size if path.is_file() else 0))
+    import jax
     import orbax.checkpoint
 
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(path.absolute())
-    return files.flatten(tree)
+    with jax.enable_x64(True), orbax.checkpoint.StandardCheckpointer() as checkpointer:  # or it would drop digits
+        return files.Weights(files.flatten(checkpointer.restore(path.absolute())), "orbax", "")
 
 
 def customers(
@@ -142,12 +179,12 @@ def customers(
     }
 
     def words() -> None:
-        table = rich.table.Table("serial", "customer", "since", "copies of")
-        for customer in listed[-_SHOWN:]:
-            copies = ", ".join(models.get(customer.serial, [])) or "-"
-            table.add_row(str(customer.serial), rich.markup.escape(customer.name), customer.created, copies)
-        if listed:
-            _common.out.print(table)
+        rows = [
+            (str(c.serial), c.name, c.created, ", ".join(models.get(c.serial, [])) or "-") for c in listed[-_SHOWN:]
+        ]
+        if rows:
+            keep = ("customer", "serial", "copies of", "since")
+            _common.out.table(("serial", "customer", "since", "copies of"), rows, keep=keep)
         more = f", the last {_SHOWN} shown (--json prints all)" if len(listed) > _SHOWN else ""
         say(f"{len(listed):,} customers{more}; {len(new):,} of them new.")
 

@@ -1,13 +1,15 @@
-"""``python -m smark_jax.federation keygen FILE``: an identity for a participant."""
+"""``python -m smark_jax.federation``: an identity for a participant, and which apps its client runs."""
 
 import argparse
 from pathlib import Path
 
-from smark_jax.federation import identities
+from smark_jax.federation import guard, identities
 
-_EXAMPLE = """example:
+_EXAMPLE = r"""example:
   python -m smark_jax.federation keygen clinic-a.identity >> roster.txt
-  flower-supernode --node-config 'smark-identity="clinic-a.identity" smark-roster="roster.txt"' ...
+  python -m smark_jax.federation guard guarded smark.smark-digits.0-1-0.1a2b3c4d.fab
+  PATH="$PWD/guarded:$PATH" flower-supernode \
+    --node-config 'smark-identity="clinic-a.identity" smark-roster="roster.txt"' ...
 """
 
 
@@ -19,7 +21,14 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     keygen = commands.add_parser("keygen", help="write a fresh identity, and print its public line for the roster")
     keygen.add_argument("file", type=Path)
+    pin = commands.add_parser("guard", help="write a flwr-clientapp that runs these apps and no others")
+    pin.add_argument("folder", type=Path, help="to be put in front of PATH where flower-supernode is started")
+    pin.add_argument("bundles", type=Path, nargs="+", help=".fab files, as flwr build writes them")
+    pin.add_argument("--add-mod", action="store_true", help="run them under masked_mod of this installation")
     options = parser.parse_args()
+    if hasattr(options, "bundles"):
+        print(guard.write(options.folder, options.bundles, add_mod=options.add_mod))
+        return
     try:
         print(f"{identities.create(options.file).hex()}  # {options.file.stem}")
     except FileExistsError:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from smark_jax import _validate, keys
-from smark_jax.aggregation.protocol import Setup, messages
+from smark_jax.aggregation.protocol import messages
 
 
 def create(path: Path) -> bytes:
@@ -32,14 +32,16 @@ def read(path: Path) -> keys.SecretKey:
         raise _validate.fail("federation", "a file with 64 hexadecimal digits", f"{path}: {error}", cause) from None
 
 
-def check_roster(path: object, setup: Setup) -> None:
-    """Refuses a round whose roster lists somebody whom the file at ``path`` does not; anything goes without a file."""
-    if path is None:
-        return
-    lines = Path(str(path)).read_text().split("\n")
-    known = {line.split("#")[0].strip().lower() for line in lines} - {""}
-    strangers = [identity.hex() for identity in setup.roster if identity.hex() not in known]
-    if strangers:
-        got = f"{len(strangers)} others, such as {strangers[0][:16]}..."
-        cause = f"Ask the operators, and add the line to {path} if it is one of them."
-        raise _validate.fail("federation", f"only identities of {path}", got, cause)
+def roster(path: Path) -> tuple[bytes, ...]:
+    """The public identities in a file, one to a line in hexadecimal; what follows a ``#`` is a comment.
+
+    Raises:
+      ValueError: when the file cannot be read, or a line is anything else.
+    """
+    try:
+        lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+        found = tuple(bytes.fromhex(line) for line in lines if line)
+    except (ValueError, OSError) as error:
+        cause = "Each line is what 'python -m smark_jax.federation keygen' printed for one participant."
+        raise _validate.fail("federation", "a file of public identities", f"{path}: {error}", cause) from None
+    return found

@@ -4,16 +4,28 @@
 
     app = ClientApp(mods=[federation.masked_mod])
 
-Secrets of a round live in the context of the run on this client, until the round is over. Node configuration (of
-``flower-supernode --node-config``):
+What the client insists on stands in its node configuration (``flower-supernode --node-config``), never in what the
+server sends; numbers and true or false without quotes, texts with. Files:
 
-* ``smark-identity``: file with this client's identity, from ``python -m smark_jax.federation keygen``;
-* ``smark-roster``: file with the public identities of all clients, one to a line, which the operators exchanged.
+* ``smark-identity="clinic-a.identity"``: this client's identity, from ``python -m smark_jax.federation keygen``. Beside
+  it a folder ``clinic-a.identity.answered`` keeps what was answered (:mod:`~smark_jax.federation.ledger`).
+* ``smark-roster="roster.txt"``: the public identities of all clients, one to a line, which the operators exchanged.
 
-Without them the client draws an identity and believes the server's roster. That is enough against a curious server, and
-for simulations; a server that lies could then invent clients.
+Conditions, see :class:`~smark_jax.aggregation.protocol.Policy` and :class:`~smark_jax.federation.task.Limits`:
+
+* ``smark-least-parties=3`` and ``smark-least-share=0.667``: only sums of so many clients, and of more than this share
+  of the round's, may be opened. The default share is two thirds.
+* ``smark-corruption-rate=0.05``: accepts sparse mask graphs that are safe when so many clients are corrupt.
+* ``smark-bind-model=false``: accepts that every client is given a model of its own, as fingerprints need it.
+* ``smark-least-clip=1e-4``, ``smark-most-clip=1e4``, ``smark-weight="num-examples"``: the formats of updates.
+
+Secrets of a round live in the context of the run on this client, until the round is over. Without the two files the
+client draws an identity and believes the server's roster. That is enough against a curious server, and for simulations;
+a server that lies could then invent clients.
 """
 
+import tempfile
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +36,23 @@ from flwr.clientapp.typing import ClientAppCallable
 from smark_jax import _validate, keys
 from smark_jax.aggregation import protocol
 from smark_jax.aggregation.protocol import messages, party
-from smark_jax.federation import identities, wire
+from smark_jax.aggregation.protocol.parameters import refuse
+from smark_jax.federation import consent, identities, ledger, task, wire
+from smark_jax.federation._log import log
 
 _STATE = "smark"
 
 
 def masked_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Lets a training update leave this client only under masks.
+    """Lets a training update leave this client only under masks, and only on the conditions of its operator.
 
     The wrapped train function gets the message as from any strategy and returns its arrays and the number of its
     examples as usual; only their weighted sum over the clients can be opened. Evaluation and queries pass unchanged:
     what they return is seen by the server.
 
     Raises:
-      ValueError: when the server asks for an unmasked update, or breaks the protocol. The client then answers with an
-        error and nothing of its update.
+      ValueError: when the server asks for an unmasked update, breaks the protocol, asks for less than the operator's
+        conditions, or repeats a request. The client then answers with an error and nothing of its update.
     """
     if not message.metadata.message_type.startswith(MessageType.TRAIN):
         return call_next(message, context)
@@ -46,64 +60,91 @@ def masked_mod(message: Message, context: Context, call_next: ClientAppCallable)
     if not asked:
         cause = "Use federation.Masked around the server's strategy, or take masked_mod out of the ClientApp."
         raise _validate.fail("masked_mod", "a request for a masked update", "one for a bare update", cause)
+    conditions = consent.read(context.node_config)
+    identity, answered = _identity(context, conditions)
     answers: dict[str, Any] = {}
     content = RecordDict()
     if "hello" in asked:
-        answers["identity"] = messages.identity_key(_identity(context))
+        answers["identity"] = messages.introduce(identity, asked["hello"], context.node_id)
     if "setup" in asked:
-        answers["keys"] = _join(context, asked["setup"])
+        state, answers["keys"] = party.join(asked["setup"], identity, keys.new(), conditions.policy)
+        _move_on(context, state, answered, "keys")
     for round, request in asked.get("requests", ()):
         state = _load(context, round)
         match request:
             case messages.ShareRequest():
-                state, answers["shares"] = party.share(state, request)
+                stage, (state, answer) = "shares", party.share(state, request)
             case messages.MaskRequest():
-                words, model = _train(message, context, call_next, asked)
-                state, answers["masked"] = party.mask(state, request, words, model)
+                words, digest = _train(message, context, call_next, asked, state, conditions.limits)
+                stage, (state, answer) = "masked", party.mask(state, request, words, digest)
             case messages.ConfirmRequest():
-                state, answers["confirm"] = party.confirm(state, request)
+                stage, (state, answer) = "confirm", party.confirm(state, request)
             case _:
-                state, answers["reveal"] = party.unmask(state, request)
-        _save(context, state)
+                stage, (state, answer) = "reveal", party.unmask(state, request)
+        answers[stage] = answer
+        _move_on(context, state, answered, stage)
     return Message(wire.put(content, **answers), reply_to=message)
 
 
 def _train(
-    message: Message, context: Context, call_next: ClientAppCallable, asked: dict[str, Any]
+    message: Message,
+    context: Context,
+    call_next: ClientAppCallable,
+    asked: dict[str, Any],
+    state: party.Party,
+    limits: task.Limits,
 ) -> tuple[np.ndarray, bytes]:
-    """Words of this client's update, and the hash of the model that it was computed from."""
+    """Words of this client's update, and the digest of all that it was made from."""
     from smark_jax.federation import update  # loads jax, which only training needs
 
-    form = update.Format(*asked["format"])
-    del message.content[wire.RECORD]
-    before = wire.tree(next(iter(message.content.array_records.values())))
-    model = update.digest(before)
-    reply = call_next(message, context)
+    if "format" not in asked:
+        raise refuse("masked_mod", "the format of the update", "none", "Is the server honest?")
+    form, setup = asked["format"], state.setup
+    limits.check(form, setup)
+    party.expect(state, "masked")  # before anything is trained
+    message.content.pop(wire.RECORD, None)
+    kind, run_config = message.metadata.message_type, context.run_config
+    digest = task.digest(message.content, form, message_type=kind, run_config=run_config, values=setup.bind_model)
+    before = wire.tree(message.content.get(form.arrays))
+    if form.num_words(before) != setup.num_words:
+        expected, got = f"a model of {setup.num_words} words, as in the round's setup", f"{form.num_words(before)}"
+        raise refuse("masked_mod", expected, got, "Is the server honest?")
+    try:
+        reply = call_next(message, context)
+    except Exception as error:  # whatever a train function raises may speak of its data
+        log(ERROR, "The train function raised an exception", exc_info=error)
+        raise _failed() from None
     if reply.has_error():
-        raise RuntimeError(f"The train function answered with an error: {reply.error.reason}")
-    after = wire.tree(next(iter(reply.content.array_records.values())))
+        log(ERROR, "The train function answered with an error: %s", reply.error.reason)
+        raise _failed()
+    records = reply.content.array_records
+    after = wire.tree(records.get(form.arrays, next(iter(records.values()), None)))
     metrics = {name: value for record in reply.content.metric_records.values() for name, value in record.items()}
     if form.weight not in metrics:
         cause = "Flower's strategies weight by it: return it in the MetricRecord of the train function."
         raise _validate.fail("masked_mod", f"a metric {form.weight!r}", f"{sorted(metrics)}", cause)
-    return update.encode(before, after, metrics, form), model
+    try:
+        return update.encode(before, after, metrics, form), digest
+    except (TypeError, ValueError, OverflowError) as error:
+        log(ERROR, "This update cannot be encoded: %s", error)
+        raise _failed() from None
 
 
-def _join(context: Context, setup: protocol.Setup) -> messages.Keys:
-    identities.check_roster(context.node_config.get("smark-roster"), setup)
-    state, message = party.join(setup, _identity(context), keys.new())
-    _save(context, state)
-    return message
+def _failed() -> ValueError:
+    cause = "This client's own log says why; the server is not told, since the reason may tell of the data."
+    return _validate.fail("masked_mod", "an update to mask", "an error", cause)
 
 
-def _identity(context: Context) -> keys.SecretKey:
-    path = context.node_config.get("smark-identity")
+def _identity(context: Context, conditions: consent.Consent) -> tuple[keys.SecretKey, Path]:
+    """This client's identity, and the folder of its ledger."""
+    path = conditions.identity
     if path is not None:
-        return identities.read(Path(str(path)))
+        return identities.read(path), path.with_name(f"{path.name}.answered")
     record = _record(context)
     if "identity" not in record:
         record["identity"] = keys.new().to_bytes()
-    return keys.from_bytes(record["identity"])
+        record["answered"] = tempfile.mkdtemp(prefix="smark-answered-")
+    return keys.from_bytes(record["identity"]), Path(record["answered"])
 
 
 def _record(context: Context) -> Any:
@@ -117,11 +158,14 @@ def _load(context: Context, round: int) -> party.Party:
     if f"round {round}" not in record:
         cause = "This client was restarted, or missed the round's beginning; it takes part again from the next round."
         raise _validate.fail("masked_mod", "a request of a round that this client has joined", f"round {round}", cause)
-    return wire.load(record[f"round {round}"])
+    return wire.load(record[f"round {round}"], party.Party)
 
 
-def _save(context: Context, state: party.Party) -> None:
+def _move_on(context: Context, state: party.Party, answered: Path, stage: str) -> None:
+    """Takes note, outside of the context and in it, that a stage is answered, before the answer leaves."""
+    setup: protocol.Setup = state.setup
+    ledger.claim(answered, setup.session, stage, setup.round)
     record = _record(context)
-    for name in [name for name in record if name.startswith("round ") and int(name[6:]) < state.setup.round - 1]:
+    for name in [name for name in record if name.startswith("round ") and int(name[6:]) < setup.round - 1]:
         del record[name]
-    record[f"round {state.setup.round}"] = wire.dump(state)
+    record[f"round {setup.round}"] = wire.dump(state)

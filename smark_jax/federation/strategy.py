@@ -9,36 +9,24 @@ import secrets
 import time
 from collections.abc import Iterable, Mapping
 from logging import ERROR, INFO, WARNING
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from smark_jax import _validate, carriers, codes, embedding, keys
 from smark_jax.aggregation import protocol
 from smark_jax.aggregation.protocol import messages, server
-from smark_jax.federation import update, wire
+from smark_jax.federation import task, update, wire
+from smark_jax.federation._log import log
+from smark_jax.federation.contacts import Contacts
+from smark_jax.federation.participants import Fingerprints, participant_carrier
+from smark_jax.federation.rounds import Round, RoundLog
 
 _POLL_SECONDS = 0.2
 _MOST_FAILURES = 3
-
-
-class Fingerprints(NamedTuple):
-    """A fingerprint of its own in every model that a participant is given.
-
-    Attributes:
-      key: the model's key; carrier and codewords are derived from it as ``keys.derive(key, "carrier")`` and
-        ``keys.derive(key, "code")``.
-      num_chips: m.
-      strength: per-weight strength relative to a layer's spread, as for :func:`smark_jax.embedding.embed`.
-    """
-
-    key: keys.SecretKey
-    num_chips: int = 304
-    strength: float = 0.03
 
 
 class Masked(Strategy):
@@ -58,12 +46,17 @@ class Masked(Strategy):
       most_examples: the most training examples of any client. Generosity costs precision: an update's fixed point is
         finer by the share of these that the client has.
       metrics: names of training metrics to average under the mask; values between -16 and 16. Others are not sent.
-      quorum: the fewest clients whose sum may be opened; by default more than two thirds of the round's.
-      neighbourhood: of a sparse mask graph, for many clients; see :func:`smark_jax.aggregation.neighbourhood`.
+      run_config: the run's configuration, ``context.run_config`` of the ServerApp. Clients get it from Flower,
+        and their masks are bound to it.
+      quorum: the fewest clients whose sum may be opened; by default more than two thirds of the round's. Clients refuse
+        to take part in sums of fewer than their operators agreed to, by default the same.
+      neighbourhood: of a sparse mask graph, for many clients; see :func:`smark_jax.aggregation.neighbourhood`. Clients
+        agree to it by ``smark-corruption-rate``.
       fingerprints: gives every participant's copy of the global model a fingerprint of its own.
       bind_model: whether masks cancel only between clients that were given the same model, so that a server cannot give
         a client a model of its own to single out its update. By default yes, and no with fingerprints, where all models
-        differ by design: the price of tracing participants is to trust the server in this.
+        differ by design: the price of tracing participants is to trust the server in this, and clients agree to it by
+        ``smark-bind-model=false``. All else that clients are told is bound in any case.
       exchange_timeout: seconds to wait for answers that need no training.
 
     Raises:
@@ -77,6 +70,7 @@ class Masked(Strategy):
         clip: float = 2.0,
         most_examples: int = 10_000,
         metrics: Iterable[str] = (),
+        run_config: Mapping[str, Any] | None = None,
         quorum: int | None = None,
         neighbourhood: protocol.Neighbourhood | None = None,
         fingerprints: Fingerprints | None = None,
@@ -92,20 +86,25 @@ class Masked(Strategy):
             )
         self.strategy = strategy
         self.fingerprints = fingerprints
-        self.serials: dict[str, int] = {}
-        """A participant's serial by its public identity in hexadecimal, in the order of first contact."""
         self.results: list[RoundLog] = []
         """What happened in each round."""
         self._format = (clip, most_examples, tuple(metrics))
         self._quorum, self._neighbourhood = quorum, neighbourhood
         self._bind_model = fingerprints is None if bind_model is None else bind_model
         self._timeout = exchange_timeout
+        self._run_config = dict(run_config or {})
         self._session = secrets.token_bytes(32)
-        self._identities: dict[int, bytes] = {}
-        self._now: _Round | None = None
-        self._next: _Round | None = None
+        self._contacts = Contacts(self._session)
+        self._last_round = 0
+        self._now: Round | None = None
+        self._next: Round | None = None
         self._failures = 0
         self._carrier: tuple[carriers.Spec, carriers.Carrier] | None = None
+
+    @property
+    def serials(self) -> dict[str, int]:
+        """A participant's serial by its public identity in hexadecimal, in the order of first contact."""
+        return self._contacts.serials
 
     def serial(self, node: int) -> int:
         """The serial of the participant behind one of Flower's node ids.
@@ -113,7 +112,7 @@ class Masked(Strategy):
         Raises:
           KeyError: when the node has not been greeted, or has dropped out since.
         """
-        return self.serials[self._identities[node].hex()]
+        return self._contacts.serial(node)
 
     def summary(self) -> None:
         """Logs the settings of both strategies."""
@@ -131,11 +130,12 @@ class Masked(Strategy):
         drafts = list(self.strategy.configure_train(server_round, arrays, config, grid))
         nodes = sorted(draft.metadata.dst_node_id for draft in drafts)
         self._greet(nodes)
-        model = wire.tree(arrays)
-        num_words = self._form(1).num_words(model)
+        self._mark(arrays)
+        num_words = self._form(1).num_words(wire.tree(arrays))
         try:
             now = self._prepare(server_round, nodes, num_words)
-            now.state, requests = server.close(now.state, update.digest(model))
+            content = {**dict(drafts[0].content.items()), self.strategy.arrayrecord_key: arrays}
+            now.state, requests = server.close(now.state, self._digest(RecordDict(content), now))
             following = self._begin(server_round + 1, nodes, num_words)
         except protocol.ProtocolError as error:
             self._fail(server_round, error)
@@ -148,8 +148,8 @@ class Masked(Strategy):
             if node in now.nodes and now.nodes.index(node) in requests:
                 content = RecordDict(dict(drafts[0].content.items()))
                 content[self.strategy.arrayrecord_key] = self._copy_for(node, arrays)
-                items["requests"] = ((server_round, requests[now.nodes.index(node)]),)
-                items["format"] = tuple(self._form(len(now.nodes)))
+                items["requests"] = ((now.state.setup.round, requests[now.nodes.index(node)]),)
+                items["format"] = self._form(len(now.nodes))
             out.append(Message(wire.put(content, **items), dst_node_id=node, message_type=MessageType.TRAIN))
         return out
 
@@ -167,9 +167,9 @@ class Masked(Strategy):
             now.state, requests = server.close(now.state)
             shares = self._close_quietly(following)
             while now.state.stage != "done":
-                asked = {now.nodes[p]: [(server_round, request)] for p, request in requests.items()}
+                asked = {now.nodes[p]: [(now.state.setup.round, request)] for p, request in requests.items()}
                 for p, request in shares.items():
-                    asked.setdefault(following.nodes[p], []).append((server_round + 1, request))
+                    asked.setdefault(following.nodes[p], []).append((following.state.setup.round, request))
                 shares = {}
                 contents = {node: wire.put(RecordDict(), requests=tuple(items)) for node, items in asked.items()}
                 for reply in self._exchange(contents):
@@ -182,7 +182,7 @@ class Masked(Strategy):
             return None, None
         self._failures = 0
         for place in set(range(len(now.nodes))) - set(now.state.survivors):
-            self._identities.pop(now.nodes[place], None)
+            self._contacts.forget(now.nodes[place])
         return self._aggregate(server_round, now, mean)
 
     def configure_evaluate(
@@ -193,10 +193,11 @@ class Masked(Strategy):
         if self.fingerprints is None:
             return drafts
         self._greet([draft.metadata.dst_node_id for draft in drafts])
+        self._mark(arrays)
         out = []
         for draft in drafts:
             node = draft.metadata.dst_node_id
-            if node in self._identities:
+            if node in self._contacts.identities:  # who has shown to be whom this copy accuses
                 content = RecordDict(dict(draft.content.items()))
                 content[self.strategy.arrayrecord_key] = self._copy_for(node, arrays)
                 out.append(Message(content, dst_node_id=node, message_type=MessageType.EVALUATE))
@@ -208,43 +209,50 @@ class Masked(Strategy):
 
     def _form(self, num_parties: int) -> update.Format:
         clip, most_examples, metrics = self._format
-        return update.Format(clip, num_parties, most_examples, self.strategy.weighted_by_key, metrics)
+        inner = self.strategy
+        return task.Format(clip, num_parties, most_examples, inner.weighted_by_key, metrics, inner.arrayrecord_key)
+
+    def _digest(self, content: RecordDict, now: Round) -> bytes:
+        """Of everything that the round's participants act on."""
+        form, kind = self._form(len(now.nodes)), MessageType.TRAIN
+        run_config, values = self._run_config, now.state.setup.bind_model
+        return task.digest(content, form, message_type=kind, run_config=run_config, values=values)
 
     def _greet(self, nodes: list[int]) -> None:
-        """Asks clients that are new for their identities."""
-        strangers = {n: wire.put(RecordDict(), hello=True) for n in nodes if n not in self._identities}
-        for reply in self._exchange(strangers):
-            found = self._read(reply).get("identity")
-            if isinstance(found, bytes) and len(found) == 32 and found not in self._identities.values():
-                self._identities[reply.metadata.src_node_id] = found
-                self.serials.setdefault(found.hex(), len(self.serials))
+        """Asks clients that are new who they are, and for the proof."""
+        strangers = self._contacts.challenges(nodes)
+        for reply in self._exchange({n: wire.put(RecordDict(), hello=item) for n, item in strangers.items()}):
+            self._contacts.introduce(reply.metadata.src_node_id, self._read(reply).get("identity"))
 
-    def _begin(self, number: int, nodes: list[int], num_words: int) -> "_Round":
-        nodes = [node for node in nodes if node in self._identities]
+    def _begin(self, server_round: int, nodes: list[int], num_words: int) -> Round:
+        """A round of the protocol: none has the number of another, since clients answer no round twice."""
+        nodes = [node for node in nodes if node in self._contacts.identities]
         if not nodes:
             raise protocol.ProtocolError("Masked: no client answered; are SuperNodes running, with masked_mod?")
-        roster = [self._identities[node] for node in nodes]
+        roster = [self._contacts.identities[node] for node in nodes]
+        self._last_round += 1
         agreed = protocol.setup(
             roster,
             num_words,
-            number,
+            self._last_round,
             session=self._session,
             quorum=self._quorum,
             neighbourhood=self._neighbourhood,
             bind_model=self._bind_model,
         )
-        return _Round(server.start(agreed), nodes)
+        return Round(server.start(agreed), nodes, server_round)
 
-    def _prepare(self, number: int, nodes: list[int], num_words: int) -> "_Round":
+    def _prepare(self, server_round: int, nodes: list[int], num_words: int) -> Round:
         """The round whose keys and shares came along with the last one, or else a fresh one with two exchanges."""
         ready = self._next
         if ready is not None and ready.state.stage == "shares" and ready.state.setup.num_words == num_words:
-            if len(ready.state.shared) >= ready.state.setup.quorum and ready.state.setup.round == number:
+            if len(ready.state.shared) >= ready.state.setup.quorum and ready.server_round == server_round:
                 return ready
-        fresh = self._begin(number, nodes, num_words)
+        fresh = self._begin(server_round, nodes, num_words)
         for reply in self._exchange({n: wire.put(RecordDict(), setup=fresh.state.setup) for n in fresh.nodes}):
             self._take(reply, fresh)
         fresh.state, requests = server.close(fresh.state)
+        number = fresh.state.setup.round
         asked = {fresh.nodes[p]: wire.put(RecordDict(), requests=((number, r),)) for p, r in requests.items()}
         for reply in self._exchange(asked):
             self._take(reply, fresh)
@@ -266,7 +274,7 @@ class Masked(Strategy):
 
     def _read(self, reply: Message) -> dict[str, Any]:
         if reply.has_error():
-            self._identities.pop(reply.metadata.src_node_id, None)  # ask again: it may have been restarted
+            self._contacts.forget(reply.metadata.src_node_id)
             log(WARNING, "Client %s dropped out: %s", reply.metadata.src_node_id, reply.error.reason)
             return {}
         try:
@@ -275,7 +283,7 @@ class Masked(Strategy):
             log(WARNING, "Client %s sent something else: %s", reply.metadata.src_node_id, error)
             return {}
 
-    def _take(self, reply: Message, *rounds: "_Round") -> None:
+    def _take(self, reply: Message, *rounds: Round) -> None:
         """Gives a client's messages to the rounds that wait for them; a bad one counts as no message."""
         for item in self._read(reply).values():
             for one in rounds:
@@ -288,7 +296,7 @@ class Masked(Strategy):
                 except protocol.ProtocolError as error:
                     log(WARNING, "Client %s is left out of round %s: %s", node, one.state.setup.round, error)
 
-    def _close_quietly(self, following: "_Round") -> dict[int, messages.Request]:
+    def _close_quietly(self, following: Round) -> dict[int, messages.Request]:
         """Ends the next round's collection of keys; when it lacks a quorum that round is set up afresh later."""
         try:
             following.state, requests = server.close(following.state)
@@ -297,7 +305,7 @@ class Masked(Strategy):
         return requests
 
     def _aggregate(
-        self, server_round: int, now: "_Round", mean: update.Mean
+        self, server_round: int, now: Round, mean: update.Mean
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         before = wire.tree(self._before)
         after = {name: before[name].astype(np.float32) + change for name, change in mean.change.items()}
@@ -323,52 +331,16 @@ class Masked(Strategy):
         if self._failures >= _MOST_FAILURES:
             raise protocol.ProtocolError(f"Masked: {_MOST_FAILURES} rounds in a row opened nothing. The last: {error}")
 
+    def _mark(self, arrays: ArrayRecord) -> None:
+        """Draws the carrier of the copies of this model: another model has other weights that can carry."""
+        if self.fingerprints is not None:
+            self._carrier = participant_carrier(wire.tree(arrays), self.fingerprints)
+
     def _copy_for(self, node: int, arrays: ArrayRecord) -> ArrayRecord:
         """The model that a node is given: the global one, or its fingerprinted copy."""
-        if self.fingerprints is None:
+        if self.fingerprints is None or self._carrier is None:
             return arrays
         params, marks = wire.tree(arrays), self.fingerprints
-        spec, carrier = self._carrier or participant_carrier(params, marks)
-        self._carrier = spec, carrier
+        spec, carrier = self._carrier
         code = codes.codebook(keys.derive(marks.key, "code"), [self.serial(node)], marks.num_chips)[0]
         return wire.record(embedding.embed(params, spec, carrier, code, marks.strength), arrays)
-
-
-class RoundLog(NamedTuple):
-    """What happened in a round.
-
-    Attributes:
-      round: its number.
-      nodes: Flower's node ids of those whose updates are in the sum.
-      examples: on how many examples they trained.
-      clipped: how many weight changes were clipped.
-      seconds: from the first message to the opened sum.
-      error: why nothing was opened, or empty.
-    """
-
-    round: int
-    nodes: tuple[int, ...]
-    examples: int
-    clipped: int
-    seconds: float
-    error: str
-
-
-class _Round:
-    """A round's server, and which node each party is."""
-
-    def __init__(self, state: server.Server, nodes: list[int]) -> None:
-        self.state, self.nodes = state, nodes
-
-
-def participant_carrier(
-    params: Mapping[str, np.ndarray], fingerprints: Fingerprints
-) -> tuple[carriers.Spec, carriers.Carrier]:
-    """The carrying arrays and the carrier of participants' fingerprints, for :func:`smark_jax.extraction.extract`.
-
-    Args:
-      params: the global model's arrays by name.
-      fingerprints: the strategy's.
-    """
-    spec = carriers.select(dict(params))
-    return spec, carriers.draw(keys.derive(fingerprints.key, "carrier"), spec, fingerprints.num_chips)

@@ -1,6 +1,5 @@
 """What a participant's update is as words, the same on both sides."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,32 +9,10 @@ import numpy as np
 from jaxtyping import UInt32
 
 from smark_jax import _validate, aggregation, keys
-from smark_jax.aggregation.protocol.parameters import pack
+from smark_jax.federation.task import Format
 
 METRIC_RANGE = 16.0
 """Metrics travel in the words of the update: this much of a metric becomes one clip."""
-
-
-class Format(NamedTuple):
-    """How updates are encoded; the strategy sets it and sends it along.
-
-    Attributes:
-      clip: largest absolute change of a weight in one round; beyond it, changes are clipped and counted.
-      num_parties: participants of the round, the most in a sum.
-      most_examples: the most training examples that a participant may report.
-      weight: name of the metric that counts a participant's training examples.
-      metrics: names of the training metrics that are averaged, under the mask as well.
-    """
-
-    clip: float = 2.0
-    num_parties: int = 1
-    most_examples: int = 10_000
-    weight: str = "num-examples"
-    metrics: tuple[str, ...] = ()
-
-    def num_words(self, arrays: Mapping[str, np.ndarray]) -> int:
-        """Words of a message: the weights, the metrics, the number of clipped weights, the number of examples."""
-        return sum(array.size for array in arrays.values()) + len(self.metrics) + 2
 
 
 class Mean(NamedTuple):
@@ -95,13 +72,3 @@ def decode(
     change = {name: part.reshape(like[name].shape) for name, part in zip(like, parts, strict=True)}
     metrics = dict(zip(form.metrics, (scaled * (METRIC_RANGE / form.clip)).tolist(), strict=True))
     return Mean(change, metrics, int(total[-2]), examples)
-
-
-def digest(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """SHA-256 of a model: names, shapes, types and values."""
-    sha = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        sha.update(pack(name, array.dtype.str, str(array.shape), array.size))
-        sha.update(array.data)
-    return sha.digest()

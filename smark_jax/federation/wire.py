@@ -1,7 +1,10 @@
 """Protocol objects as bytes for Flower's records: JSON whose objects name one of our own types, never pickle."""
 
 import base64
+import functools
 import json
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +12,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from smark_jax import _validate, keys
-from smark_jax.aggregation.protocol import messages, parameters, party
+from smark_jax.aggregation.protocol import messages, parameters, party, policy
+from smark_jax.federation import task
 
 RECORD = "smark"
 """Name of the ConfigRecord that carries protocol objects in a Flower message."""
+_NAMES = {np.floating: "floats", np.uint32: "uint32"}
 WORDS = "smark.words"
 """Name of the ArrayRecord that carries masked words."""
 
@@ -21,6 +26,10 @@ _TYPES = {
     for kind in (
         parameters.Setup,
         party.Party,
+        policy.Policy,
+        task.Format,
+        messages.Challenge,
+        messages.Introduction,
         messages.Keys,
         messages.Shares,
         messages.Masked,
@@ -33,23 +42,71 @@ _TYPES = {
     )
 }
 
+_ITEMS: dict[str, Any] = {
+    # to a participant
+    "hello": messages.Challenge,
+    "setup": parameters.Setup,
+    "requests": tuple[tuple[int, messages.Request], ...],
+    "format": task.Format,
+    # from a participant
+    "identity": messages.Introduction,
+    "keys": messages.Keys,
+    "shares": messages.Shares,
+    "masked": messages.Masked,
+    "confirm": messages.Confirm,
+    "reveal": messages.Reveal,
+}
+"""What may be in a message, and its type. A request names its round."""
+
 
 def dump(value: Any) -> bytes:
     """Protocol objects, and tuples, dicts, bytes, texts and numbers of them, as bytes."""
     return json.dumps(_plain(value), separators=(",", ":")).encode()
 
 
-def load(data: bytes) -> Any:
+def load(data: bytes, kind: Any = Any) -> Any:
     """What :func:`dump` wrote.
+
+    Args:
+      data: the bytes, from anybody.
+      kind: the type that it must be of; every protocol object's fields must be of their types in any case.
 
     Raises:
       ValueError: when the bytes are anything else.
     """
     try:
-        return _object(json.loads(data))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        value = _object(json.loads(data))
+        if not _conforms(value, kind):
+            raise TypeError(f"no {getattr(kind, '__name__', kind)}")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         cause = "Do server and clients run the same version of smark_jax?"
         raise _validate.fail("federation", "a protocol object", f"other bytes ({error})", cause) from None
+    return value
+
+
+def _conforms(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, as annotations name it, to the last element; a bool is no int."""
+    if kind is Any:
+        return True
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(_conforms(value, one) for one in inner)
+    if origin is tuple:
+        if inner[-1:] == (Ellipsis,):
+            return type(value) is tuple and all(_conforms(item, inner[0]) for item in value)
+        return type(value) is tuple and len(value) == len(inner) and all(map(_conforms, value, inner))
+    if origin is Mapping:
+        return type(value) is dict and all(_conforms(k, inner[0]) and _conforms(v, inner[1]) for k, v in value.items())
+    if kind is float:
+        return type(value) is float or (type(value) is int and abs(value) < 2**53)
+    return type(value) is kind
+
+
+@functools.cache
+def _fields(name: str) -> tuple[Any, ...]:
+    """The types of a protocol object's fields; None where an array travels beside."""
+    hints = typing.get_type_hints(_TYPES[name])
+    return tuple(type(None) if field == "words" else hints[field] for field in _TYPES[name]._fields)
 
 
 def _plain(value: Any) -> Any:
@@ -74,7 +131,10 @@ def _object(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "type" in value:
-        return _TYPES[value["type"]](*(_object(field) for field in value["fields"]))
+        fields = _object(value["fields"])
+        if not _conforms(fields, tuple[_fields(value["type"])]):
+            raise TypeError(f"fields of {value['type']}")
+        return _TYPES[value["type"]](*fields)
     if "dict" in value:
         return {_object(k): _object(v) for k, v in value["dict"]}
     if "key" in value:
@@ -92,28 +152,42 @@ def put(content: RecordDict, **items: Any) -> RecordDict:
 
 
 def take(content: RecordDict) -> dict[str, Any]:
-    """The protocol objects of a message's content by name; empty when it holds none."""
-    if RECORD not in content.config_records:
+    """The protocol objects of a message's content by name; empty when it holds none.
+
+    Raises:
+      ValueError: when something else stands where they should be.
+    """
+    if RECORD not in content:
         return {}
-    items = {name: load(data) for name, data in content.config_records[RECORD].items() if isinstance(data, bytes)}
+    found = content[RECORD]
+    if not isinstance(found, ConfigRecord) or not set(found) <= set(_ITEMS):
+        got = f"{sorted(found)}"
+        cause = "Do server and clients run the same version of smark_jax?"
+        raise _validate.fail("federation", f"items of {sorted(_ITEMS)}", got, cause)
+    items = {name: load(data if isinstance(data, bytes) else b"", _ITEMS[name]) for name, data in found.items()}
     for name, item in items.items():
         if isinstance(item, messages.Masked):
-            words = content.array_records[WORDS]["words"].numpy()
-            items[name] = item._replace(words=np.asarray(words))
+            words = tree(content[WORDS] if WORDS in content else None, np.uint32).get("words")
+            items[name] = item._replace(words=words if words is not None else np.zeros(0, np.uint32))
     return items
 
 
-def tree(arrays: ArrayRecord) -> dict[str, np.ndarray]:
-    """The arrays by name, in order of name.
+def tree(arrays: object, kind: Any = np.floating) -> dict[str, np.ndarray]:
+    """The arrays of an ArrayRecord by name, in order of name.
 
     Raises:
-      ValueError: when one is not of floats: fixed point has no place for it.
+      ValueError: when it is no such record, or one of its arrays is not of this kind: fixed point has no place for it.
     """
-    found = {name: arrays[name].numpy() for name in sorted(arrays)}
+    if not isinstance(arrays, ArrayRecord):
+        raise _validate.fail("federation", "an ArrayRecord", type(arrays).__name__, "Was a record lost on the way?")
+    try:
+        found = {name: arrays[name].numpy() for name in sorted(arrays)}
+    except (TypeError, ValueError, EOFError, OSError) as error:
+        raise _validate.fail("federation", "arrays of NumPy", f"others ({error})", "Were they damaged?") from None
     for name, array in found.items():
-        if not np.issubdtype(array.dtype, np.floating):
+        if not np.issubdtype(array.dtype, kind):
             cause = "Keep counters and other integers out of the ArrayRecord that is aggregated."
-            raise _validate.fail("federation", "arrays of floats", f"{array.dtype} in {name!r}", cause)
+            raise _validate.fail("federation", f"arrays of {_NAMES[kind]}", f"{array.dtype} in {name!r}", cause)
     return found
 
 

@@ -6,17 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smark_jax._roles import Role, of_name
+
 ALIKE = 0.3  # a copy that is still of use correlates by more than 0.5, what is no copy by about 0
 _MARGIN = 0.2
 _SAMPLE = 1 << 14
-_ROLES = {
-    "kernel": "kernel weight w embedding",
-    "bias": "bias b beta",
-    "scale": "scale gamma",
-    "mean": "mean running_mean moving_mean",
-    "var": "var running_var moving_var moving_variance",
-}
-_ROLE = {name: role for role, names in _ROLES.items() for name in names.split()}
+_TOLD = (Role.KERNEL, Role.BIAS, Role.SCALE, Role.MEAN, Role.VAR)  # what names tell apart in every framework
 _COLLECTIONS = ("params/", "batch_stats/")
 
 
@@ -124,8 +119,11 @@ def layers(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, str]]:
     for name, leaf in leaves.items():
         bare = next((name[len(c) :] for c in _COLLECTIONS if name.startswith(c)), name).replace("/", ".")
         layer, _, last = bare.rpartition(".")
-        role = _ROLE.get(last, last)
-        found.setdefault(layer, {})["scale" if role == "kernel" and leaf.ndim == 1 else role] = name
+        said = of_name(last)
+        role: str = said if said is not None and said in _TOLD else last
+        role = Role.SCALE if role is Role.KERNEL and leaf.ndim == 1 else role
+        roles = found.setdefault(layer, {})
+        roles[last if role in roles else role] = name
     return found
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from smark_jax import _foreign
+
 MAX_BYTES = 384 * 2**20
 """Largest file, and largest sum of its leaves, that is read unless the caller says otherwise: about 100 million float32
 weights. A file and its leaves are in memory together, so that reading takes less than 1 GB."""
@@ -16,7 +18,12 @@ MAX_LEAVES = 100_000
 """Most leaves of a file."""
 
 _MAX_NAME = 1000
+_MAX_JSON_VALUES = 2**21  # some 70 bytes each, where a leaf of a header has ten
+_MAX_JSON_UNICODE = (
+    8 * 2**20
+)  # bytes of JSON that is not ASCII: a single rare character makes text take four bytes each
 _MAX_AXES = 32
+_SHOWN = 120
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -45,8 +52,8 @@ class Unreadable(ValueError):
     """A file that is no weights file, is damaged or exceeds a limit. One line: what is wrong, and what to do."""
 
     def __init__(self, problem: str, advice: str = "Ask for the file again, as safetensors.") -> None:
-        super().__init__(f"{problem}. {advice}")
-        self.problem, self.advice = problem, advice
+        self.problem, self.advice = _foreign.clean(problem), _foreign.clean(advice)
+        super().__init__(f"{self.problem}. {self.advice}")
 
 
 def check_name(name: object) -> str:
@@ -84,7 +91,20 @@ def check_shape(name: str, shape: Any, dtype: np.dtype, num_bytes: int) -> tuple
     return tuple(shape)
 
 
+def json_text(data: bytes) -> str:
+    """JSON as text, once it is known to become no more than about 300 MB of Python objects beside it.
+
+    Every value is followed by a comma or closes something. In text these count as well, and nobody needs two million.
+    """
+    values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
+    if values > _MAX_JSON_VALUES:
+        raise Unreadable(f"its JSON has {values:,} commas and brackets, more than {_MAX_JSON_VALUES:,}")
+    if not data.isascii() and len(data) > _MAX_JSON_UNICODE:
+        raise Unreadable(f"its JSON of more than {_MAX_JSON_UNICODE:,} bytes is not in ASCII")
+    return data.decode()
+
+
 def shown(value: object) -> str:
     """Anything from a file as it may stand in a message: short, on one line, without control characters."""
-    text = repr(value) if isinstance(value, str) else reprlib.repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    text = repr(value[:_SHOWN]) if isinstance(value, str) else reprlib.repr(value)
+    return _foreign.clean(text, _SHOWN)

@@ -1,7 +1,8 @@
 """Flax's msgpack: a tree of maps and arrays whose leaves are arrays in extension type 1 (scalars: 3).
 
 The walk is ours. The msgpack library bounds neither depth nor the number of values, and a hostile file of a few
-megabytes becomes gigabytes of Python lists there; here every leaf is a view of the file until it is copied once.
+megabytes becomes gigabytes of Python lists there; here every leaf is a view of the file until it is copied once, text
+that is no key is passed over, and what Python makes of the rest is counted before it is made.
 
 References:
   https://github.com/msgpack/msgpack/blob/master/spec.md; ``flax.serialization`` for the extension types.
@@ -17,6 +18,11 @@ from smark_jax.files._limits import Unreadable, shown
 
 _MAX_DEPTH = 64
 _MAX_VALUES = 10 * _limits.MAX_LEAVES
+_MAX_TEXT = 4_000  # bytes of a text that is decoded: no key is longer, and other text is no weight
+# What a tree's Python objects may take besides the file and its leaves. A file of 100,000 leaves needs some 140 MiB.
+_MAX_MEMORY = 192 * 2**20
+# Bytes that they take at most: a view of the file, a map or list or an entry of one, a text or a number, a character.
+_VIEW, _NODE, _SMALL, _CHAR = 256, 104, 80, 4
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _CHUNKED = "__msgpack_chunked_array__"
 _ADVICE = "The file is damaged or no Flax checkpoint: ask for it again, as safetensors."
@@ -53,28 +59,39 @@ def read(data: bytes) -> dict[str, np.ndarray]:
 
 
 class _Walk:
-    """One pass over msgpack bytes, with a budget of values and of depth."""
+    """One pass over msgpack bytes, with a budget of depth, of values, and of the memory that they take."""
 
     def __init__(self, data: memoryview, values: int = _MAX_VALUES) -> None:
-        self._data, self.position, self._left = data, 0, values
+        self._data, self.position, self._left, self._memory = data, 0, values, _MAX_MEMORY
 
-    def value(self, depth: int) -> Any:
-        """The value at the position, which moves behind it: extensions as views of the file."""
+    def value(self, depth: int, path: int = 0) -> Any:
+        """The value at the position, which moves behind it: extensions as views of the file.
+
+        Args:
+          depth: of the value in the tree.
+          path: characters of its path, which a leaf's name will take once more.
+        """
         self._left -= 1
         if depth > _MAX_DEPTH or self._left < 0:
             what = f"is nested more than {_MAX_DEPTH} deep" if depth > _MAX_DEPTH else "has too many values"
             raise Unreadable(f"it {what}", _ADVICE)
         marker = self.take(1)[0]
         if marker < 0x80 or marker >= 0xE0:
+            self._take_memory(0, path)
             return marker if marker < 0x80 else marker - 0x100
         if marker <= 0x8F or marker in _MAPS:
             length = self._length(_MAPS[marker]) if marker in _MAPS else marker & 0x0F
-            return self._map(length, depth)
+            return self._map(length, depth, path)
         if marker <= 0x9F or marker in _LISTS:
             length = self._length(_LISTS[marker]) if marker in _LISTS else marker & 0x0F
-            return [self.value(depth + 1) for _ in range(length)]
+            self._take_memory(_NODE)
+            return [self.value(depth + 1, path + 8) for _ in range(length)]
         if marker <= 0xBF or marker in _TEXTS:
             return self._text(self._length(_TEXTS[marker]) if marker in _TEXTS else marker & 0x1F)
+        if marker in (0xC0, 0xC2, 0xC3):
+            self._take_memory(0, path if marker != 0xC0 else 0)
+            return {0xC0: None, 0xC2: False, 0xC3: True}[marker]
+        self._take_memory(_SMALL if marker in _NUMBERS else _VIEW, path)
         if marker in _BLOBS:
             return self.take(self._length(_BLOBS[marker]))
         if marker in _EXTENSIONS or marker in _FIXED_EXTENSIONS:
@@ -83,8 +100,6 @@ class _Walk:
         if marker in _NUMBERS:
             kind = _NUMBERS[marker]
             return struct.unpack(kind, self.take(struct.calcsize(kind)))[0]
-        if marker in (0xC0, 0xC2, 0xC3):
-            return {0xC0: None, 0xC2: False, 0xC3: True}[marker]
         raise Unreadable(f"it has the marker {marker:#x}, which msgpack does not know", _ADVICE)
 
     def take(self, length: int) -> memoryview:
@@ -97,21 +112,32 @@ class _Walk:
     def _length(self, size: int) -> int:
         return int.from_bytes(self.take(size), "big")
 
-    def _text(self, length: int) -> str:
+    def _take_memory(self, size: int, characters: int = 0) -> None:
+        self._memory -= size + _CHAR * characters
+        if self._memory < 0:
+            raise Unreadable("its tree takes far more memory than the file's size", _ADVICE)
+
+    def _text(self, length: int) -> str | None:
+        if length > _MAX_TEXT:
+            self.take(length)
+            return None
+        self._take_memory(_SMALL, length)
         try:
             return bytes(self.take(length)).decode()
         except UnicodeDecodeError:
             raise Unreadable("it holds text that is no UTF-8", _ADVICE) from None
 
-    def _map(self, length: int, depth: int) -> dict[str, Any]:
+    def _map(self, length: int, depth: int, path: int) -> dict[str, Any]:
+        self._take_memory(_NODE)
         found: dict[str, Any] = {}
         for _ in range(length):
+            self._take_memory(_NODE)
             key = self.value(depth + 1)
             name = str(key) if type(key) is int else key
             if not isinstance(name, str) or name in found:
-                wrong = f"the key {shown(key)} twice" if isinstance(name, str) else "a key that is no text"
+                wrong = f"the key {shown(key)} twice" if isinstance(name, str) else "a key that is no short text"
                 raise Unreadable(f"a map in it has {wrong}", _ADVICE)
-            found[name] = self.value(depth + 1)
+            found[name] = self.value(depth + 1, path + len(name) + 1)
         return found
 
 
@@ -134,7 +160,8 @@ def _add(path: str, leaf: np.ndarray, leaves: dict[str, np.ndarray]) -> None:
     _limits.check_name(path)
     if path in leaves:
         raise Unreadable(f"the leaf {shown(path)} occurs twice", _ADVICE)
-    leaves[path] = leaf
+    own = not isinstance(leaf, np.ndarray) or leaf.flags.writeable
+    leaves[path] = leaf if own else leaf.copy()  # what is still a view of the file
     _limits.check_number(len(leaves))
 
 
@@ -155,7 +182,7 @@ def _array(path: str, value: _Extension) -> np.ndarray:
     if not isinstance(content, memoryview):
         raise Unreadable(f"leaf {shown(path)} has no bytes", _ADVICE)
     whole = _limits.check_shape(path, shape, dtype, len(content))
-    return np.frombuffer(content, dtype).reshape(whole).copy()
+    return np.frombuffer(content, dtype).reshape(whole)
 
 
 def _chunks(path: str, value: dict[str, Any]) -> np.ndarray:

@@ -110,6 +110,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
             position += len(piece)
         if position < len(content):
             raise Unreadable(f"leaf {shown(name)} has {position:,} bytes of {len(content):,}", _ADVICE)
-    array = content.view(dtype.newbyteorder(order) if order in ("<", ">") and dtype.kind != "V" else dtype)
-    array = array.reshape(whole, order="F" if fortran == "True" else "C")
-    return np.ascontiguousarray(array).astype(dtype, copy=False).reshape(whole)
+    if order == ">" and dtype.itemsize > 1:  # in place: as a copy it would be in memory once more
+        content.view(f"u{dtype.itemsize}").byteswap(inplace=True)
+    array = content.view(dtype).reshape(whole, order="F" if fortran == "True" else "C")
+    return np.ascontiguousarray(array).reshape(whole)

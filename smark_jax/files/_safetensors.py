@@ -14,7 +14,7 @@ _MAX_HEADER = 8 * 2**20  # JSON grows some twenty-fold when it is parsed
 _ADVICE = "The file is damaged or forged: ask for it again."
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """A leaf in the header, and where its bytes begin and end."""
 
     name: str
@@ -41,17 +41,23 @@ def read(data: bytes) -> dict[str, np.ndarray]:
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
     """The leaves of a file that only we can write to, without room for the whole file besides."""
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        file.seek(0)
-        entries = _check(file.read(min(start, 8 + _MAX_HEADER)), path.stat().st_size)
+    header, entries = head(path)
     return {
-        name: np.fromfile(path, dtype, (end - first) // dtype.itemsize, offset=start + first).reshape(shape)
+        name: np.fromfile(path, dtype, (end - first) // dtype.itemsize, offset=len(header) + first).reshape(shape)
         for name, dtype, first, end, shape in entries
     }
 
 
-def _check(data: bytes, size: int) -> list[_Entry]:
+def head(path: Path) -> tuple[bytes, list[Entry]]:
+    """What precedes the leaves of a file, to the byte, and the leaves that it lists, in the order of their bytes."""
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        header = file.read(min(start, 8 + _MAX_HEADER))
+    return header, _check(header, path.stat().st_size)
+
+
+def _check(data: bytes, size: int) -> list[Entry]:
     """The entries of the header with which ``data`` begins, once they are known to fill a file of ``size`` bytes."""
     length = int.from_bytes(data[:8], "little")
     if length > min(size - 8, _MAX_HEADER):
@@ -59,7 +65,7 @@ def _check(data: bytes, size: int) -> list[_Entry]:
         why = f"of a file of {size:,}" if cut else f"where {_MAX_HEADER:,} are allowed"
         raise Unreadable(f"its header claims {length:,} bytes {why}", _ADVICE)
     try:
-        header = json.loads(data[8 : 8 + length].decode(), object_pairs_hook=_distinct)
+        header = json.loads(_limits.json_text(data[8 : 8 + length]), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         if isinstance(error, Unreadable):
             raise
@@ -81,7 +87,7 @@ def _check(data: bytes, size: int) -> list[_Entry]:
     return entries
 
 
-def _entry(name: str, entry: Any) -> _Entry:
+def _entry(name: str, entry: Any) -> Entry:
     _limits.check_name(name)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise Unreadable(f"leaf {shown(name)} is described by {shown(entry)}", _ADVICE)
@@ -93,7 +99,7 @@ def _entry(name: str, entry: Any) -> _Entry:
     if not good or not 0 <= offsets[0] <= offsets[1] < 2**48:
         raise Unreadable(f"leaf {shown(name)} lies at bytes {shown(offsets)}", _ADVICE)
     shape = _limits.check_shape(name, entry["shape"], dtype, offsets[1] - offsets[0])
-    return _Entry(name, dtype, offsets[0], offsets[1], shape)
+    return Entry(name, dtype, offsets[0], offsets[1], shape)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

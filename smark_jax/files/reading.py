@@ -76,8 +76,9 @@ def _content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else "no such name"
         raise Unreadable(f"it cannot be opened ({reason})", "Check the path and its permissions.") from None
     with os.fdopen(handle, "rb") as file:
-        data = file.read(max_bytes + 1) if os.fstat(handle).st_size <= max_bytes else None
-    if data is None or len(data) > max_bytes:
+        size = os.fstat(handle).st_size
+        data = file.read(size + 1) if size <= max_bytes else None  # room is made for as much as is asked for
+    if data is None or len(data) > size:
         raise Unreadable(f"it is larger than {max_bytes:,} bytes", "Raise max_bytes if you trust it.")
     if not data:
         raise Unreadable("it is empty", "Was it copied to the end?")

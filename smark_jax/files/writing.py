@@ -9,12 +9,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from smark_jax import _disk, _validate
-from smark_jax.files import _limits, trees
+from smark_jax.files import _limits, _safetensors, trees
 
 _KINDS = {dtype: kind for kind, dtype in _limits.DTYPES.items()}
 
 
-def write(path: str | os.PathLike[str], params: Any) -> str:
+def write(path: str | os.PathLike[str], params: Any, *, like: str | os.PathLike[str] | None = None) -> str:
     """Writes a model as safetensors and returns the SHA-256 of the file, in hex.
 
     The file appears whole or not at all: it is written beside its place under a name that begins with a dot and ends
@@ -24,9 +24,11 @@ def write(path: str | os.PathLike[str], params: Any) -> str:
     Args:
       path: where; its folder exists.
       params: a parameter tree, or a dict of leaves by name.
+      like: a safetensors file of a model with the same names, dtypes and shapes, such as the base of a copy. Its
+        metadata and the order of its leaves are taken over: only values differ.
 
     Raises:
-      ValueError: when there are no leaves, or as :func:`flatten`.
+      ValueError: when there are no leaves, or others than in ``like``, or as :func:`flatten`.
       OSError: when the disk is full, or the folder missing or not writable; nothing is left behind then.
 
     Examples:
@@ -39,10 +41,10 @@ def write(path: str | os.PathLike[str], params: Any) -> str:
     """
     leaves = _named("write", params)
     with _disk.whole_file(Path(path)) as file:
-        return _write(file, leaves)
+        return _write(file, leaves, like)
 
 
-def dump(file: BinaryIO, params: Any) -> str:
+def dump(file: BinaryIO, params: Any, *, like: str | os.PathLike[str] | None = None) -> str:
     """Writes the bytes of :func:`write` into an open file, and returns their SHA-256 in hex.
 
     For who writes many files and names them together: flushing to the disk and a name are the caller's.
@@ -50,9 +52,10 @@ def dump(file: BinaryIO, params: Any) -> str:
     Args:
       file: open for writing in binary.
       params: a parameter tree, or a dict of leaves by name.
+      like: as for :func:`write`.
 
     Raises:
-      ValueError: when there are no leaves, or as :func:`flatten`.
+      ValueError: as :func:`write`.
 
     Examples:
       >>> import hashlib, io, numpy as np
@@ -62,7 +65,7 @@ def dump(file: BinaryIO, params: Any) -> str:
       >>> hashlib.sha256(file.getvalue()).hexdigest() == digest
       True
     """
-    return _write(file, _named("dump", params))
+    return _write(file, _named("dump", params), like)
 
 
 def _named(who: str, params: Any) -> dict[str, np.ndarray]:
@@ -72,19 +75,32 @@ def _named(who: str, params: Any) -> dict[str, np.ndarray]:
     return leaves
 
 
-def _write(file: BinaryIO, leaves: dict[str, np.ndarray]) -> str:
-    # Widest first, so that every leaf begins at a multiple of its width.
-    names = sorted(leaves, key=lambda name: (-leaves[name].dtype.itemsize, name))
+def _write(file: BinaryIO, leaves: dict[str, np.ndarray], like: str | os.PathLike[str] | None) -> str:
+    header, names = _laid_out(leaves) if like is None else _as_in(Path(like), leaves)
     digest = hashlib.sha256()
-    for piece in (_header(leaves, names), *(leaves[name] for name in names)):
+    for piece in (header, *(leaves[name] for name in names)):
         content = trees.raw(piece) if isinstance(piece, np.ndarray) else piece
         digest.update(content)
         file.write(content)
     return digest.hexdigest()
 
 
-def _header(leaves: dict[str, np.ndarray], names: list[str]) -> bytes:
+def _as_in(path: Path, leaves: dict[str, np.ndarray]) -> tuple[bytes, list[str]]:
+    """Another file's header, and the leaves' names in the order of their bytes."""
+    header, entries = _safetensors.head(path)
+    theirs = {entry.name: (entry.dtype, entry.shape) for entry in entries}
+    ours = {name: (leaf.dtype.newbyteorder("="), leaf.shape) for name, leaf in leaves.items()}
+    if ours != theirs:
+        name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        got = f"{ours.get(name, 'none')} for {name!r}, where it has {theirs.get(name, 'none')}"
+        raise _validate.fail("write", f"leaves as in {path}", got, "Is it the file of the model's base?")
+    return header, [entry.name for entry in entries]
+
+
+def _laid_out(leaves: dict[str, np.ndarray]) -> tuple[bytes, list[str]]:
     """The length and the JSON that precede the leaves, filled up with spaces to a multiple of eight bytes."""
+    # Widest first, so that every leaf begins at a multiple of its width.
+    names = sorted(leaves, key=lambda name: (-leaves[name].dtype.itemsize, name))
     entries, end = {}, 0
     for name in names:
         leaf = leaves[name]
@@ -93,4 +109,4 @@ def _header(leaves: dict[str, np.ndarray], names: list[str]) -> bytes:
         entries[name] = {"dtype": kind, "shape": list(leaf.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text, names

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from smark_jax import _foreign
 from smark_jax.report import words
 
 MAX_DOTS = 2_000
@@ -157,8 +158,7 @@ def _labels(values: Float[np.ndarray, " k"], names: list[str], low: float, high:
     taken, labels = [-math.inf] * 3, []
     strongest = np.argsort(-np.abs(values))[:_LABELS]
     for place in strongest[np.argsort(values[strongest])].tolist():
-        name = words.clean(names[place])
-        text = name if len(name) <= _NAME else name[: _NAME - 1] + "…"
+        text = _foreign.clean(names[place], _NAME)
         x = frame.x(float(values[place]))
         centre, half = _placed(x, text)
         line = next((k for k in range(3) if taken[k] < centre - half), None)
@@ -177,7 +177,7 @@ def _accused(values: Float[np.ndarray, " k"], names: list[str], labels: list[_La
     )
     diamonds = "".join(
         f'<path d="M{frame.x(value):.1f} {middle - 6:.1f}l6 6l-6 6l-6 -6z" class="accused">'
-        f"<title>{html.escape(words.clean(name))}: T = {words.number(value)}</title></path>"
+        f"<title>{html.escape(_foreign.clean(name))}: T = {words.number(value)}</title></path>"
         for value, name in zip(values.tolist(), names, strict=True)
     )
     texts = "".join(

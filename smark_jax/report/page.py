@@ -10,7 +10,7 @@ import jinja2
 import markupsafe
 import numpy as np
 
-from smark_jax import _validate
+from smark_jax import _foreign, _validate
 from smark_jax.report import chart, words
 
 _ALL_ROWS = 60  # customers up to whose number the table lists all
@@ -44,6 +44,7 @@ class Suspect(NamedTuple):
       rows: of the table of statistics, the largest absolute one first.
       complete: whether the table lists every customer.
       error: what went wrong and what to do about it, line by line.
+      alignment: what was undone before reading, line by line.
       moves: how the file's layers were assigned, those that were moved or renamed.
     """
 
@@ -57,6 +58,7 @@ class Suspect(NamedTuple):
     rows: list[Row]
     complete: bool
     error: list[str]
+    alignment: list[str]
     moves: list[Mapping[str, str]]
 
 
@@ -104,11 +106,12 @@ def _template() -> jinja2.Template:
         loader=jinja2.PackageLoader("smark_jax.report", "."),
         autoescape=True,
         undefined=jinja2.ChainableUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["newline"] = markupsafe.Markup("\n")
     environment.filters |= {
-        "clean": words.clean,
         "one_in": words.one_in,
         "spelt_out": words.spelt_out,
         "at_most": words.at_most,
@@ -120,6 +123,11 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html")
 
 
+def _shown(value: Any) -> Any:
+    """What the template puts into the page, every piece of it: text is cleaned here, so that no place can forget it."""
+    return value if isinstance(value, markupsafe.Markup) or not isinstance(value, str) else _foreign.clean(value)
+
+
 def _names(parts: Sequence[Mapping[str, Any]]) -> list[str]:
     """What to call each suspect: the file's name without its folders where that tells them apart."""
     files = [str(part["file"]) for part in parts]
@@ -127,7 +135,7 @@ def _names(parts: Sequence[Mapping[str, Any]]) -> list[str]:
         file if part.get("read") == "answers" else PurePath(file).name or file
         for part, file in zip(parts, files, strict=True)
     ]
-    return [words.clean(name if short.count(name) == 1 else file) for name, file in zip(short, files, strict=True)]
+    return [name if short.count(name) == 1 else file for name, file in zip(short, files, strict=True)]
 
 
 def _suspect(part: Mapping[str, Any], name: str) -> Suspect:
@@ -151,7 +159,8 @@ def _suspect(part: Mapping[str, Any], name: str) -> Suspect:
         binned=len(values) > chart.MAX_DOTS,
         rows=_rows(values, serials, customers, is_accused) if known else [],
         complete=len(values) <= _ALL_ROWS,
-        error=[words.clean(line) for line in str(part.get("error") or "").splitlines() if line.strip()],
+        error=[line for line in str(part.get("error") or "").split("\n") if line.strip()],
+        alignment=str(part["alignment"]).split("\n") if part.get("alignment") else [],
         moves=moves[:_MOVES],
     )
 
@@ -195,7 +204,7 @@ def _headline(suspects: list[Suspect]) -> str:
             return "The suspect file could not be read"
         if not suspect.accused:
             return "No customer is accused"
-        names = [words.clean(accusation["customer"]) for accusation in suspect.accused]
+        names = [str(accusation["customer"]) for accusation in suspect.accused]
         who = words.listed(names) if len(names) <= 3 else words.count(len(names), "customer")
         return f"The suspect is traced to {who}"
     number = {kind: sum(suspect.verdict == kind for suspect in suspects) for kind in ("traced", "nobody", "unreadable")}

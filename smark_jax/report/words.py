@@ -2,21 +2,13 @@
 
 import datetime
 import math
-import unicodedata
-from typing import Any
+
+from smark_jax import _foreign
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MONTHS = (
     "January February March April May June July August September October November December".split()
 )  # strftime would follow the machine's language
-
-
-def clean(text: Any) -> str:
-    """Text of others as one visible line: control and direction-changing characters, which disguise, are spelt out."""
-    return "".join(
-        char if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else f"\\u{ord(char):04x}"
-        for char in str(text)
-    )
 
 
 def power(exponent: int) -> str:
@@ -62,9 +54,9 @@ def date(created: str) -> str:
     try:
         moment = datetime.datetime.fromisoformat(created)
     except (TypeError, ValueError):
-        return clean(created)
+        return _foreign.clean(created)
     if moment.tzinfo is None:
-        return clean(created)
+        return _foreign.clean(created)
     moment = moment.astimezone(datetime.UTC)
     return f"{moment.day} {_MONTHS[moment.month - 1]} {moment.year}, {moment:%H:%M} UTC"
 

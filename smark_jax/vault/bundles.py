@@ -9,7 +9,8 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from smark_jax import keys
+from smark_jax import _foreign, keys
+from smark_jax.files import _limits
 from smark_jax.vault import _text, crypto
 
 FORMAT, VERSION = "smark evidence", 1
@@ -22,7 +23,7 @@ class Unreadable(ValueError):
 
     def __init__(self, what: str, got: str) -> None:
         advice = "Ask for the file again: it may have been cut short, or be another one."
-        super().__init__(f"evidence: expected {what}, but got {got}. {advice}")
+        super().__init__(_foreign.clean(f"evidence: expected {what}, but got {got}. {advice}"))
 
 
 # What a field holds: a type; one schema for all items of a list; a tuple of schemas for a list of just these; a number
@@ -153,7 +154,7 @@ def read_json(path: Path, schema: _Schema, what: str) -> Any:
     if len(data) > LARGEST:
         raise Unreadable(f"{what} of at most {LARGEST:,} bytes", "a larger file")
     try:
-        document = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        document = json.loads(_limits.json_text(data), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         got = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0][:100]
         raise Unreadable(f"{what} in {str(path)!r}", f"no JSON ({got})") from None

@@ -9,18 +9,19 @@ While a batch is hashed and written, a thread computes the next one.
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import filelock
 import jax
 import numpy as np
 
-from smark_jax import _disk, _validate, codes, embedding, files
+from smark_jax import _disk, _validate, carriers, codes, embedding, files
 from smark_jax._types import PyTree
-from smark_jax.vault import _text, commitments, database, folder, models
+from smark_jax.vault import _text, commitments, database, folder, models, trials
 from smark_jax.vault.customers import Customer
 
 # A copy that has not got its name yet is called ".NAME.issuing".
@@ -29,7 +30,6 @@ _HIDDEN = ".issuing"
 _COPIES_A_BATCH, _BYTES_A_BATCH = 32, 1 << 27
 # Threads that hash and write, all of which lets other threads run, and flush files, for which they wait for the disk.
 _WRITERS = 4
-
 
 Teacher = Callable[[PyTree, np.ndarray], PyTree]
 """Teaches copies (leaves with a leading axis of K) to answer by their codewords, int8 [K, m]."""
@@ -43,12 +43,16 @@ class Issued(NamedTuple):
       new: how many customers got a licence, and so a codeword, for the first time.
       written: how many files were written; the others were there.
       files: each customer's file, in the order of serials.
+      trial: how the copies answered that were written, where a network was given and any were.
+      unfit: leaves that are marked and should not be, by name: an older version chose them.
     """
 
     commitment: commitments.Commitment
     new: int
     written: int
     files: tuple[Path, ...]
+    trial: trials.Trial | None
+    unfit: Mapping[str, carriers.Role]
 
 
 class _Licence(NamedTuple):
@@ -66,10 +70,15 @@ def issue(
     *,
     strength: float | None = None,
     teach: Teacher | None = None,
+    network: trials.Network | None = None,
     on_copy: Callable[[int], None] = lambda count: None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Issued:
     """Issues a model to customers: one safetensors file each, the same again when issued again.
+
+    A copy differs from the file of the base in the bytes of its carrying leaves and in no other. None is written whose
+    marked leaves are not finite, or fall below zero where the base's do not; nor, with ``network``, one that answers
+    NaN.
 
     Where copies are taught, that is so on the same machine and software; elsewhere a copy that is written again differs
     in its last digits, and the vault knows it as well.
@@ -80,18 +89,22 @@ def issue(
       customers: registered ones.
       out: folder for the files, made if absent.
       strength: of copies; the model's own by default.
-      teach: makes copies that can be traced by their answers, see :func:`smark_jax.vault.queries.teacher`.
+      teach: makes copies that can be traced by their answers, see :func:`smark_jax.vault.queries.teacher`. It changes
+        all leaves that gradients move.
+      network: runs each copy before it is written.
       on_copy: called with the number of copies done.
       on_wait: called when another process issues from this vault, and this one waits.
 
     Raises:
-      ValueError: when there are no customers, no such model, or a customer has a copy of another strength.
+      ValueError: when there are no customers, no such model, a customer has a copy of another strength, or a copy
+        would not work.
     """
     _validate.positive("issue", "the number of customers", len(customers))
     model = models.get(vault, name)
     if strength is not None:
         _validate.finite_number("issue", "strength", strength)
-    tree = files.nest(models.base(vault, model))
+    base = models.base(vault, model)
+    trial = trials.Running(network, base) if network else None
     out.mkdir(parents=True, exist_ok=True)
     with _alone(vault, on_wait):
         new = _license(vault, model, customers, strength)
@@ -105,12 +118,14 @@ def issue(
                 on_copy(done)
             else:
                 missing.append(licence)
-        for written in _write(vault, model, tree, missing, teach):
+        for written in _write(vault, model, base, missing, teach, trial):
             done += written
             on_copy(done)
     newest = commitments.latest(vault, name)
     assert newest is not None  # it was made when the first customer was licensed
-    return Issued(newest, new, len(missing), tuple(licence.path for licence in licences))
+    tried = trial.found() if trial else None
+    paths = tuple(licence.path for licence in licences)
+    return Issued(newest, new, len(missing), paths, tried, models.unfit(model, base))
 
 
 @contextlib.contextmanager
@@ -171,14 +186,17 @@ def _licences(vault: folder.Vault, model: models.Model, customers: Sequence[Cust
 
 
 def _write(
-    vault: folder.Vault, model: models.Model, base: PyTree, licences: Sequence[_Licence], teach: Teacher | None
+    vault: folder.Vault,
+    model: models.Model,
+    base: Mapping[str, np.ndarray],
+    licences: Sequence[_Licence],
+    teach: Teacher | None,
+    trial: trials.Running | None,
 ) -> Iterator[int]:
     """Writes copies, a batch at a time; yields how many each batch had."""
     if not licences:
         return
-    carrier = models.carrier(vault, model)
-    key = models.code_key(vault, model.name)
-    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(base))
+    size = sum(leaf.nbytes for leaf in base.values())
     # The same number for all batches, so that a copy's bits never depend on who is issued along with it.
     # A taught copy has cost a minute: it is kept as soon as it is there.
     count = 1 if teach else max(1, min(_COPIES_A_BATCH, _BYTES_A_BATCH // size))
@@ -186,14 +204,7 @@ def _write(
     for strength in sorted({licence.strength for licence in licences}):
         alike = [licence for licence in licences if licence.strength == strength]
         batches += [alike[start : start + count] for start in range(0, len(alike), count)]
-
-    def copies(some: list[_Licence]) -> PyTree:
-        serials = [licence.customer.serial for licence in some]
-        words = np.ones((count, model.num_chips), np.int8)
-        words[: len(some)] = codes.codebook(key, serials, model.num_chips)
-        made = embedding.embed_batch(base, model.spec, carrier, words, some[0].strength)
-        return jax.device_get(teach(made, words) if teach else made)
-
+    copies = _maker(vault, model, base, teach, count)
     with (
         concurrent.futures.ThreadPoolExecutor(1) as maker,
         concurrent.futures.ThreadPoolExecutor(_WRITERS) as writers,
@@ -204,9 +215,13 @@ def _write(
             if number + 1 < len(batches):
                 ahead = maker.submit(copies, batches[number + 1])
             parts = [licence.path.with_name(f".{licence.path.name}{_HIDDEN}") for licence in some]
-            trees = [jax.tree.map(lambda leaf, row=row: leaf[row], batch) for row in range(len(some))]
-            hashed = list(writers.map(_write_hidden, parts, trees))
-            del batch, trees  # or three batches would be in memory
+            made = [dict(base) | {name: leaf[row] for name, leaf in batch.items()} for row in range(len(some))]
+            if trial:
+                for licence, leaves in zip(some, made, strict=True):
+                    trial.add(f"the copy of {licence.customer.name}", leaves)
+            hidden = functools.partial(_write_hidden, like=models.base_file(vault, model))
+            hashed = list(writers.map(hidden, parts, made))
+            del batch, made  # or three batches would be in memory
             rows = [
                 (model.name, licence.customer.serial, sha256, content, _text.now())
                 for licence, (sha256, content) in zip(some, hashed, strict=True)
@@ -220,11 +235,46 @@ def _write(
             yield len(some)
 
 
-def _write_hidden(part: Path, copy: PyTree) -> tuple[str, str]:
+def _maker(
+    vault: folder.Vault, model: models.Model, base: Mapping[str, np.ndarray], teach: Teacher | None, count: int
+) -> Callable[[list[_Licence]], dict[str, np.ndarray]]:
+    """What makes a batch of copies: the leaves in which they differ from the base, with a leading axis of ``count``."""
+    spec = carriers.with_ties(model.spec, base)
+    carrier, key = models.carrier(vault, model), models.code_key(vault, model.name)
+    marked = {name for leaf in spec.leaves for name in (leaf.path, *leaf.tied)}
+    above = {name for name in marked if base[name].min() >= 0}
+    roles = carriers.roles(dict(base)) if teach else {}
+    trained = {name for name, role in roles.items() if role.trains}
+
+    def copies(some: list[_Licence]) -> dict[str, np.ndarray]:
+        serials = [licence.customer.serial for licence in some]
+        words = np.ones((count, model.num_chips), np.int8)
+        words[: len(some)] = codes.codebook(key, serials, model.num_chips)
+        made: dict[str, Any] = embedding.embed_batch(dict(base), spec, carrier, words, some[0].strength)
+        for name in sorted(above):
+            for leaf, licence in zip(np.asarray(made[name]), some, strict=False):
+                _refuse_below(name, float(leaf.min()), licence.customer)
+        if teach:
+            taught = files.flatten(teach(files.nest(made), words))
+            made |= {name: taught[name].astype(base[name].dtype) for name in trained}
+        return jax.device_get({name: made[name] for name in marked | trained})
+
+    return copies
+
+
+def _refuse_below(name: str, lowest: float, customer: Customer) -> None:
+    if lowest < 0:
+        got = f"{lowest:.3g} in the copy of {customer.name}, which is not written"
+        cause = (
+            "Issue it with less --strength, or add the model again under another name, which leaves such leaves alone."
+        )
+        raise _validate.fail("issue", f"values of zero and above in leaf {name!r}, as the base has them", got, cause)
+
+
+def _write_hidden(part: Path, leaves: Mapping[str, np.ndarray], like: Path) -> tuple[str, str]:
     """Writes a copy that has no name yet, flushed to the disk; returns the hashes of file and content."""
-    leaves = files.flatten(copy)
     with _disk.new_file(part) as file:
-        sha256 = files.dump(file, leaves)
+        sha256 = files.dump(file, leaves, like=like)
     return sha256, files.content_hash(leaves)
 
 

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, carriers, files, keys
+from smark_jax import _disk, _validate, carriers, files, keys
 from smark_jax.vault import _text, database, folder
+from smark_jax.vault import public as publicity
 
 DECODER, DECODER_VERSION = "joint", 1
 """How verdicts are reached; committed to, since choosing it after a look at the suspect would void the p-values."""
@@ -26,6 +28,7 @@ class Model(NamedTuple):
       alpha: bound on the probability of accusing anybody innocent on one occasion.
       strength: of copies, unless another one is asked for at issue.
       created: when it was added.
+      public: content hash of the public model whose weights carry nothing, if one was named.
     """
 
     name: str
@@ -35,6 +38,14 @@ class Model(NamedTuple):
     alpha: float
     strength: float
     created: str
+    public: str | None = None
+
+
+class Source(NamedTuple):
+    """The safetensors file that a base was read from, and the SHA-256 that it had then."""
+
+    path: Path
+    sha256: str
 
 
 def add(
@@ -46,8 +57,12 @@ def add(
     alpha: float = 1e-6,
     strength: float = 0.03,
     match: str | None = None,
+    public: Mapping[str, np.ndarray] | None = None,
+    source: Source | None = None,
 ) -> Model:
     """Adds a model: its base is written into the vault, the carrying leaves are chosen, its settings fixed.
+
+    Which leaves can carry is told by :func:`smark_jax.carriers.roles`.
 
     Args:
       vault: an open vault.
@@ -57,6 +72,10 @@ def add(
       alpha: bound on the probability of accusing anybody innocent on one occasion.
       strength: of copies, as :func:`smark_jax.embedding.embed` takes it.
       match: a regular expression; only leaves whose names match it carry.
+      public: the leaves of a public model that the base was trained from. Those of which half the weights or more are
+        still public carry nothing, since everybody could subtract them from a copy.
+      source: where the leaves are from, if that is a safetensors file: it is kept byte for byte, and copies have its
+        metadata and its order. Otherwise the vault lays them out itself.
 
     Raises:
       ValueError: when the name is taken or no file's name, a setting is out of range, or the base cannot carry.
@@ -64,22 +83,61 @@ def add(
     _text.model_name(name)
     _validate.probability("add-model", "alpha", alpha)
     _validate.finite_number("add-model", "strength", strength)
-    tree = files.nest(leaves)
-    spec = carriers.select(tree, match)
+    spec = _choose(leaves, match, public)
     _validate.positive("add-model", "num_chips", num_chips)
     if num_chips > spec.num_weights:
         got = f"{num_chips:,} chips for {spec.num_weights:,} carrying weights"
         raise _validate.fail("add-model", "fewer chips than carrying weights", got, "Take fewer, or let more carry.")
-    model = Model(name, files.content_hash(leaves), spec, num_chips, alpha, strength, _text.now())
+    known = files.content_hash(public) if public is not None else None
+    model = Model(name, files.content_hash(leaves), spec, num_chips, alpha, strength, _text.now(), known)
     _refuse_taken(vault, name)
     path = _base_path(vault, name, model.base)
-    files.write(path, dict(leaves))
-    path.chmod(0o600)
+    _keep(path, leaves, source)
     document = database.canonical(model._replace(spec=spec_document(spec))._asdict())  # pyright: ignore[reportArgumentType]
     with database.transaction(vault.connection):
         _refuse_taken(vault, name)
         folder.record(vault, "model added", {"models": [(name, document)]}, model=name, base=model.base)
     return model
+
+
+def _choose(
+    leaves: Mapping[str, np.ndarray], match: str | None, public: Mapping[str, np.ndarray] | None
+) -> carriers.Spec:
+    """The carrying leaves of a new model."""
+    tree = files.nest(leaves)
+    if public is None:
+        return carriers.select(tree, match)
+    chosen = carriers.select(tree, match)
+    known = {name for name, share in publicity.shares(leaves, public).items() if share >= publicity.MOST}
+    if known >= {leaf.path for leaf in chosen.leaves}:
+        cause = (
+            "Whoever has the public model can subtract it from a copy. Train more of it, or mark none of its copies."
+        )
+        raise _validate.fail("add-model", "leaves that you trained yourself", "public weights alone", cause)
+    fits = re.compile(match or "").search
+    return carriers.select(tree, lambda path: path not in known and fits(path))
+
+
+def _keep(path: Path, leaves: Mapping[str, np.ndarray], source: Source | None) -> None:
+    """Writes the base into the vault: to the byte, where it was a safetensors file."""
+    if source is None:
+        files.write(path, dict(leaves))
+    else:
+        with source.path.open("rb") as file, _disk.whole_file(path) as kept:
+            digest = hashlib.sha256()
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+                kept.write(piece)
+            if digest.hexdigest() != source.sha256:
+                got = "another content than was read"
+                raise _validate.fail("add-model", f"{source.path} as it was", got, "Add it when nobody writes to it.")
+    path.chmod(0o600)
+
+
+def unfit(model: Model, leaves: Mapping[str, np.ndarray]) -> dict[str, carriers.Role]:
+    """Carrying leaves of a model that should carry nothing, by name: older versions marked them."""
+    roles = carriers.roles(dict(leaves))
+    return {leaf.path: roles[leaf.path] for leaf in model.spec.leaves if not roles[leaf.path].carries}
 
 
 def _refuse_taken(vault: folder.Vault, name: str) -> None:
@@ -114,7 +172,7 @@ def base(vault: folder.Vault, model: Model) -> dict[str, np.ndarray]:
     Raises:
       ValueError: when the file in the vault is not the one that was added.
     """
-    path = _base_path(vault, model.name, model.base)
+    path = base_file(vault, model)
     cause = "Restore it from your backup, or copy the base there as safetensors."
     if not path.is_file():
         raise _validate.fail("vault", f"the base of {model.name} in {path}", "no such file", cause)
@@ -122,6 +180,11 @@ def base(vault: folder.Vault, model: Model) -> dict[str, np.ndarray]:
     if files.content_hash(leaves) != model.base:
         raise _validate.fail("vault", f"the base of {model.name} in {path}", "another content", cause)
     return leaves
+
+
+def base_file(vault: folder.Vault, model: Model) -> Path:
+    """The safetensors file of a model's base."""
+    return _base_path(vault, model.name, model.base)
 
 
 def _base_path(vault: folder.Vault, name: str, content: str) -> Path:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, alignment, codes, extraction, files, tracing
+from smark_jax import _validate, alignment, carriers, codes, extraction, files, tracing
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.vault import commitments, database, folder, models, sealing
 from smark_jax.vault._text import now
@@ -67,7 +67,8 @@ def read(
     Raises:
       ValueError: when the suspect cannot be brought into the base's form, or holds NaN or infinite weights.
     """
-    layout = files.match_layout(leaves, base, reading.given)
+    spec = carriers.with_ties(spec, base)
+    layout = files.match_layout(carriers.with_tied(leaves, spec), base, reading.given)
     params: PyTree = files.nest(layout.leaves)
     report = None
     if reading.aligner:

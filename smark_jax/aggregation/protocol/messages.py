@@ -1,7 +1,7 @@
 """What parties and server send each other, and the signatures under it.
 
 Every signature is Ed25519 over the round's context, the message's kind, its sender and the hash of its content, so that
-no message counts in another round, for another model, at another stage, or from somebody else.
+no message counts in another round, for another task, at another stage, or from somebody else.
 """
 
 import hashlib
@@ -15,6 +15,23 @@ from jaxtyping import UInt32
 
 from smark_jax import keys
 from smark_jax.aggregation.protocol.parameters import Setup, pack, refuse
+
+
+class Challenge(NamedTuple):
+    """Server to a client that it does not know yet, before any round. Answer: :class:`Introduction`.
+
+    ``nonce`` is fresh, 32 random bytes; ``session`` names the training run.
+    """
+
+    session: bytes
+    nonce: bytes
+
+
+class Introduction(NamedTuple):
+    """An Ed25519 identity, and the proof that the sender holds its private key, now and at this address."""
+
+    identity: bytes
+    signature: bytes
 
 
 class Keys(NamedTuple):
@@ -38,12 +55,12 @@ class Shares(NamedTuple):
 class Masked(NamedTuple):
     """Stage "masked": the party's words under its masks, and the agreement that holds if nobody drops out now.
 
-    ``model`` is the SHA-256 of the model that the party was given.
+    ``task`` is the SHA-256 of all that the update was made from.
     """
 
     party: int
     words: UInt32[np.ndarray, " num_words"]
-    model: bytes
+    task: bytes
     agreement: bytes
     signature: bytes
 
@@ -108,7 +125,7 @@ def content(message: Message) -> bytes:
         case Shares():
             parts = [part for v in sorted(message.sealed) for part in (v, message.sealed[v])]
         case Masked():
-            parts = [message.words.astype("<u4").tobytes(), message.model, message.agreement]
+            parts = [message.words.astype("<u4").tobytes(), message.task, message.agreement]
         case Reveal():
             both = (message.seeds, message.secrets)
             parts = [len(message.seeds), *(part for shares in both for v in sorted(shares) for part in (v, shares[v]))]
@@ -117,9 +134,9 @@ def content(message: Message) -> bytes:
     return hashlib.sha256(pack(*parts)).digest()
 
 
-def agreement_content(model: bytes, survivors: tuple[int, ...]) -> bytes:
-    """What an agreement signs: that these and no others survived, in a round with this model."""
-    return hashlib.sha256(pack(model, *survivors)).digest()
+def agreement_content(task: bytes, survivors: tuple[int, ...]) -> bytes:
+    """What an agreement signs: that these and no others survived, in a round with this task."""
+    return hashlib.sha256(pack(task, *survivors)).digest()
 
 
 def sign(identity: keys.SecretKey, setup: Setup, kind: str, bound: bytes, party: int, digest: bytes) -> bytes:
@@ -154,8 +171,40 @@ def verify(setup: Setup, kind: str, bound: bytes, party: int, digest: bytes, sig
             kind,
             f"party {party}'s signature on this message in round {setup.round}",
             "another signature",
-            "The message was altered, forged, replayed from another round, or made with other keys or another model.",
+            "It was altered, forged, replayed from another round, or made with other keys or for another task.",
         ) from None
+
+
+def introduce(identity: keys.SecretKey, challenge: Challenge, address: int) -> Introduction:
+    """Answers a challenge.
+
+    Args:
+      identity: the party's Ed25519 private key.
+      challenge: the server's.
+      address: where the party can be reached, such as Flower's node id: the proof is worth nothing elsewhere, so that
+        nobody can pass a challenge on to a party and take the answer for his own.
+    """
+    private = ed25519.Ed25519PrivateKey.from_private_bytes(identity.to_bytes())
+    return Introduction(identity_key(identity), private.sign(_introduction(challenge, address)))
+
+
+def check_introduction(introduction: Introduction, challenge: Challenge, address: int) -> None:
+    """Refuses an identity whose private key the sender has not shown to hold.
+
+    Raises:
+      ProtocolError: when the signature is not one on this challenge and address.
+    """
+    try:
+        public = ed25519.Ed25519PublicKey.from_public_bytes(introduction.identity)
+        public.verify(introduction.signature, _introduction(challenge, address))
+    except (InvalidSignature, ValueError):
+        cause = "Somebody claims an identity whose key he does not hold, or repeats an old answer."
+        got = f"another one, for {introduction.identity.hex()[:16]}..."
+        raise refuse("hello", f"a signature on this challenge from address {address}", got, cause) from None
+
+
+def _introduction(challenge: Challenge, address: int) -> bytes:
+    return pack("smark-jax introduction v1", challenge.session, challenge.nonce, address)
 
 
 def identity_key(identity: keys.SecretKey) -> bytes:

@@ -44,7 +44,8 @@ class Setup(NamedTuple):
       quorum: the fewest parties whose sum may be opened.
       threshold: how many shares of a party's secret recover it.
       degree: how many neighbours a party masks with; at least the number of parties minus one is the full graph.
-      bind_model: whether masks cancel only between parties that were given the same model.
+      bind_model: whether the values of the model belong to the task that masks are bound to. Everything else that a
+        party is told belongs to it in any case.
     """
 
     session: bytes
@@ -60,7 +61,7 @@ class Setup(NamedTuple):
     def context(self) -> bytes:
         """SHA-256 of all parameters."""
         numbers = (self.round, self.num_words, self.quorum, self.threshold, self.degree, int(self.bind_model))
-        return hashlib.sha256(pack("smark-jax round v1", self.session, *numbers, *self.roster)).digest()
+        return hashlib.sha256(pack("smark-jax round v2", self.session, *numbers, *self.roster)).digest()
 
 
 def setup(
@@ -85,7 +86,7 @@ def setup(
         An honest but curious server needs no more than quorum colluding parties to be absent.
       neighbourhood: a sparse graph's parameters from :func:`neighbourhood`; by default the graph is full and the
         threshold is the quorum.
-      bind_model: whether masks cancel only between parties that were given the same model.
+      bind_model: whether masks cancel only between parties that were given the same model, value by value.
 
     Raises:
       ValueError: when the roster is empty or repeats an identity, or the quorum does not lie in 1 to n.
@@ -124,9 +125,14 @@ def neighbours(degree: int, parties: tuple[int, ...], seed: bytes) -> dict[int, 
     n = len(parties)
     if degree >= n - 1:
         return {u: tuple(v for v in parties if v != u) for u in parties}
-    ring = sorted(parties, key=lambda party: hashlib.sha256(pack("ring", seed, party)).digest())
+    ring = ring_of(parties, seed)
     steps = [step for step in range(-(degree // 2), degree // 2 + 1) if step]
     return {ring[i]: tuple(sorted(ring[(i + step) % n] for step in steps)) for i in range(n)}
+
+
+def ring_of(parties: tuple[int, ...], seed: bytes) -> list[int]:
+    """The parties in the order of the ring on which a sparse graph's neighbours are the nearest."""
+    return sorted(parties, key=lambda party: hashlib.sha256(pack("ring", seed, party)).digest())
 
 
 class Neighbourhood(NamedTuple):
@@ -180,13 +186,12 @@ def neighbourhood(
     for k in (*range(2, n - 1, 2), n - 1):
         full = k == n - 1
         h = k + 1
-        log_corrupt = _log_tail(n - 1, min(corrupt, n - 1), k)  # [c]: log P(at least c of the k neighbours are corrupt)
         log_dropped = _log_tail(n - 1, min(dropped, n - 1), k)
         log_others = _log_tail(n - 1, max(dropped - 1, 0), k)  # of somebody who dropped out as well
         if not full and _log_gap(n, corrupt + dropped, k // 2) > -security_bits * math.log(2):
             continue
         for t in range(h // 2 + 1, h + 1):
-            safe = log_corrupt[2 * t - h] + math.log(n) <= -security_bits * math.log(2)
+            safe = log_both_secrets(n, corrupt, k, t) <= -security_bits * math.log(2)
             failure = max(log_dropped[h - t + 1], log_others[max(0, k - t + 1)] if dropped else -math.inf)
             sure = failure + math.log(n) <= -correctness_bits * math.log(2)
             if safe and sure:
@@ -199,6 +204,19 @@ def neighbourhood(
     )
 
 
+def log_both_secrets(num_parties: int, corrupt: int, degree: int, threshold: int) -> float:
+    """Log of the bound n P(2 t <= h + c) on the chance that both secrets of anybody can be collected."""
+    tail = _log_tail(num_parties - 1, min(corrupt, num_parties - 1), degree)
+    return float(tail[max(0, 2 * threshold - degree - 1)]) + math.log(num_parties)
+
+
+def most_corrupt(num_parties: int, corrupt: int, length: int, security_bits: float) -> int:
+    """So many corrupt parties and no more stand among any ``length`` in a row, except with probability 2^-security."""
+    tail = _log_tail(num_parties, min(corrupt, num_parties), length) + math.log(num_parties)
+    return int(np.argmax(tail <= -security_bits * math.log(2))) - 1
+
+
+@functools.lru_cache(maxsize=64)
 def _log_tail(population: int, marked: int, drawn: int) -> np.ndarray:
     """Log P(at least c marked among those drawn), for c = 0 to drawn + 1."""
     from scipy import stats  # half a second, which no round needs

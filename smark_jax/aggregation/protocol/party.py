@@ -22,8 +22,9 @@ from smark_jax import _validate, keys
 from smark_jax.aggregation import exchange
 from smark_jax.aggregation.protocol import messages, sharing
 from smark_jax.aggregation.protocol.parameters import Setup, neighbours, refuse
+from smark_jax.aggregation.protocol.policy import DEFAULT, Policy
 
-NO_MODEL = bytes(32)
+NO_TASK = bytes(32)
 
 
 class Party(NamedTuple):
@@ -39,8 +40,9 @@ class Party(NamedTuple):
       transcript: their hash.
       held: by owner, the shares it holds: of the seed and of the mask secret, 32 bytes each.
       members: who shared.
-      model: hash of the model that it was given.
+      task: hash of all that its update was made from.
       survivors: what it agreed to, when it was asked to confirm.
+      policy: what it insists on.
     """
 
     setup: Setup
@@ -52,8 +54,9 @@ class Party(NamedTuple):
     transcript: bytes = b""
     held: Mapping[int, tuple[bytes, bytes]] = {}
     members: tuple[int, ...] = ()
-    model: bytes = b""
+    task: bytes = b""
     survivors: tuple[int, ...] = ()
+    policy: Policy = Policy()
 
     def __repr__(self) -> str:
         return f"Party({self.party} of {len(self.setup.roster)}, round {self.setup.round}, next: {self.stage!r})"
@@ -68,23 +71,28 @@ class Party(NamedTuple):
         return keys.derive(self.secret, purpose, self.setup.context.hex())
 
 
-def join(setup: Setup, identity: keys.SecretKey, secret: keys.SecretKey) -> tuple[Party, messages.Keys]:
+def join(
+    setup: Setup, identity: keys.SecretKey, secret: keys.SecretKey, policy: Policy = DEFAULT
+) -> tuple[Party, messages.Keys]:
     """Stage "keys": the party draws its keys of this round and advertises the public ones.
 
     Args:
       setup: the round.
       identity: the party's long-term Ed25519 private key.
       secret: fresh from ``keys.new()`` for this round, and never used again.
+      policy: what the party insists on, whatever the setup says.
 
     Raises:
+      ProtocolError: when the setup asks for less than the policy, or makes no sense.
       ValueError: when the roster does not list the identity.
     """
+    policy.check(setup)
     public = messages.identity_key(identity)
     if public not in setup.roster:
         cause = "Register the party's messages.identity_key before the round."
         raise _validate.fail("join", "an identity on the roster", public.hex()[:16] + "...", cause)
     party = setup.roster.index(public)
-    state = Party(setup, party, identity, secret, "shares")
+    state = Party(setup, party, identity, secret, "shares", policy=policy)
     channel, mask = (exchange.public_key(state.key(purpose)) for purpose in ("channel", "mask"))
     unsigned = messages.Keys(party, channel, mask, seed_hash(setup, party, state.key("seed")), b"")
     signature = messages.sign(identity, setup, "keys", b"", party, messages.content(unsigned))
@@ -97,15 +105,19 @@ def share(state: Party, request: messages.ShareRequest) -> tuple[Party, messages
     Raises:
       ProtocolError: when fewer than the quorum advertised, a signature is wrong, or keys repeat.
     """
-    _at(state, "shares")
+    expect(state, "shares")
     setup, advertised = state.setup, dict(request.advertised)
     check_advertised(setup, advertised)
     own = advertised.get(state.party)
     if own is None or own.mask != exchange.public_key(state.key("mask")):
         raise refuse("share", f"party {state.party}'s own keys in the list", "none or others", "Is the server honest?")
     bound = messages.transcript(setup, advertised)
+    state.policy.check_graph(setup, bound, tuple(sorted(advertised)), advertised)
     state = state._replace(advertised=advertised, transcript=bound, stage="masked")
     holders = tuple(sorted((state.party, *state.neighbours)))
+    if len(holders) < setup.threshold:
+        cause = "Too few parties answered in time."
+        raise refuse("share", f"at least {setup.threshold} holders of shares", str(len(holders)), cause)
     pieces = [sharing.split(state.key(purpose), setup.threshold, len(holders)) for purpose in ("seed", "mask")]
     given = dict(zip(holders, zip(*pieces, strict=True), strict=True))
     sealed = {v: _channel(state, state.party, v).encrypt(bytes(12), b"".join(given[v]), None) for v in state.neighbours}
@@ -114,7 +126,7 @@ def share(state: Party, request: messages.ShareRequest) -> tuple[Party, messages
 
 
 def mask(
-    state: Party, request: messages.MaskRequest, words: UInt32[np.ndarray, " num_words"], model: bytes = NO_MODEL
+    state: Party, request: messages.MaskRequest, words: UInt32[np.ndarray, " num_words"], task: bytes = NO_TASK
 ) -> tuple[Party, messages.Masked]:
     """Stage "masked": opens the shares it was sent, and sends its words under the masks of all who shared.
 
@@ -122,13 +134,14 @@ def mask(
       state: the party.
       request: what the server relays.
       words: the party's input, as from :func:`smark_jax.aggregation.encode`, flattened.
-      model: SHA-256 of the model that the update was computed from; counts only where the setup binds it.
+      task: SHA-256 of all that the update was made from: model, configuration, format. Masks of parties with different
+        tasks do not cancel. Where the setup does not bind the model, leave the model's values out of it.
 
     Raises:
       ProtocolError: when fewer than the quorum shared, or a share was altered, missing or meant for somebody else.
       ValueError: when the words are not as many uint32 as the setup says.
     """
-    _at(state, "masked")
+    expect(state, "masked")
     setup = state.setup
     words = np.asarray(words)
     if words.shape != (setup.num_words,) or words.dtype != np.uint32:
@@ -136,13 +149,15 @@ def mask(
         raise _validate.fail("mask", f"words of uint32[{setup.num_words}]", f"{words.dtype}{list(words.shape)}", cause)
     members = tuple(sorted(request.members))
     expected = set(members) & set(state.neighbours)
-    if len(members) < setup.quorum or state.party not in members or not set(members) <= set(state.advertised):
+    inside = state.party in members and set(members) <= set(state.advertised)
+    if len(set(members)) < max(len(members), setup.quorum) or not inside:
         got = f"{len(members)} of {len(state.advertised)} who advertised"
         cause = "Too many parties dropped out, or the server left some out."
         raise refuse("mask", f"at least {setup.quorum} members, this party among them", got, cause)
     if set(request.sealed) != expected:
         cause = "The server withheld or invented shares."
         raise refuse("mask", f"shares of {sorted(expected)}", f"shares of {sorted(request.sealed)}", cause)
+    state.policy.check_graph(setup, state.transcript, tuple(sorted(state.advertised)), members)
     held = dict(state.held)
     for v in sorted(expected):
         try:
@@ -151,13 +166,12 @@ def mask(
             cause = "It was altered on the way, replayed, or sealed for somebody else."
             raise refuse("mask", f"a share that party {v} sealed", "another ciphertext", cause) from None
         held[v] = both[: sharing.SHARE_BYTES], both[sharing.SHARE_BYTES :]
-    model = model if setup.bind_model else NO_MODEL
     total = words + seed_stream(setup, state.party, state.key("seed"))
     for v in sorted(expected):
         peer = state.advertised[v].mask
-        total += pair_stream(setup, state.transcript, model, state.party, v, state.key("mask"), peer)
-    state = state._replace(held=held, members=members, model=model, stage="unmask")
-    unsigned = messages.Masked(state.party, total, model, _agreement(state, members), b"")
+        total += pair_stream(setup, state.transcript, task, state.party, v, state.key("mask"), peer)
+    state = state._replace(held=held, members=members, task=task, stage="unmask")
+    unsigned = messages.Masked(state.party, total, task, _agreement(state, members), b"")
     return state, _signed(state, "masked", unsigned)
 
 
@@ -168,7 +182,7 @@ def confirm(state: Party, request: messages.ConfirmRequest) -> tuple[Party, mess
       ProtocolError: when the survivors are fewer than the quorum, no members, or lack the party itself; or when it
         agreed to others before.
     """
-    _at(state, "unmask")
+    expect(state, "unmask")
     survivors = _survivors(state, "confirm", request.survivors)
     if state.survivors not in ((), survivors):
         raise refuse("confirm", f"the survivors {state.survivors}", str(survivors), "The server changed its mind.")
@@ -180,10 +194,10 @@ def unmask(state: Party, request: messages.UnmaskRequest) -> tuple[Party, messag
     """Stage "unmask": once a quorum agrees on the survivors, reveals one kind of share for each member, never both.
 
     Raises:
-      ProtocolError: when fewer than the quorum agreed on these survivors and on this party's model, or when this party
+      ProtocolError: when fewer than the quorum agreed on these survivors and on this party's task, or when this party
         agreed to others or has answered before.
     """
-    _at(state, "unmask")
+    expect(state, "unmask")
     survivors = _survivors(state, "unmask", request.survivors)
     if state.survivors not in ((), survivors):
         raise refuse("unmask", f"the survivors {state.survivors}", str(survivors), "The server changed its mind.")
@@ -191,7 +205,7 @@ def unmask(state: Party, request: messages.UnmaskRequest) -> tuple[Party, messag
     if len(agreed) < state.setup.quorum:
         cause = "Too many parties dropped out."
         raise refuse("unmask", f"agreements of at least {state.setup.quorum} survivors", str(len(agreed)), cause)
-    digest = messages.agreement_content(state.model, survivors)
+    digest = messages.agreement_content(state.task, survivors)
     for party in sorted(agreed):
         messages.verify(state.setup, "agreement", state.transcript, party, digest, request.agreements[party])
     gone = set(state.members) - set(survivors)
@@ -222,14 +236,14 @@ def seed_stream(setup: Setup, party: int, seed: keys.SecretKey) -> UInt32[np.nda
 
 
 def pair_stream(
-    setup: Setup, bound: bytes, model: bytes, party: int, other: int, own: keys.SecretKey, peer: bytes
+    setup: Setup, bound: bytes, task: bytes, party: int, other: int, own: keys.SecretKey, peer: bytes
 ) -> UInt32[np.ndarray, " num_words"]:
     """What ``party`` adds for its neighbour ``other``: PRG(s_uv), negative where the other's number is smaller.
 
     Args:
       setup: the round.
       bound: the transcript of keys.
-      model: hash of the model; masks of parties with different ones do not cancel.
+      task: hash of the task; masks of parties with different ones do not cancel.
       party: whose sign it is.
       other: the neighbour.
       own: the party's X25519 private mask key.
@@ -237,7 +251,7 @@ def pair_stream(
     """
     shared = _exchange(own, peer)
     pair = f"{min(party, other)}-{max(party, other)}"
-    key = keys.derive(shared, "pair mask", setup.context.hex(), bound.hex(), model.hex(), pair)
+    key = keys.derive(shared, "pair mask", setup.context.hex(), bound.hex(), task.hex(), pair)
     stream = exchange.stream(key, setup.round, setup.num_words)
     return stream if other > party else np.negative(stream)
 
@@ -247,7 +261,8 @@ def seed_hash(setup: Setup, party: int, seed: keys.SecretKey) -> bytes:
     return bytes.fromhex(keys.commitment(keys.derive(seed, "commitment", setup.context.hex(), str(party))))
 
 
-def _at(state: Party, stage: str) -> None:
+def expect(state: Party, stage: str) -> None:
+    """Refuses a request for another stage than the one that the party answers next."""
     if state.stage != stage:
         cause = "Each stage is answered once and in order; was the request repeated?"
         raise refuse(f"party {state.party}", f"a request for stage {state.stage!r}", f"one for {stage!r}", cause)
@@ -259,6 +274,7 @@ def _survivors(state: Party, who: str, survivors: tuple[int, ...]) -> tuple[int,
     if len(set(survivors)) < max(len(survivors), state.setup.quorum) or not inside:
         expected = f"at least {state.setup.quorum} of the members {state.members}, this party among them"
         raise refuse(who, expected, str(survivors), "Too many parties dropped out, or the server left some out.")
+    state.policy.check_graph(state.setup, state.transcript, tuple(sorted(state.advertised)), survivors)
     return survivors
 
 
@@ -270,7 +286,7 @@ def _signed(state: Party, kind: str, message: Any) -> Any:
 
 
 def _agreement(state: Party, survivors: tuple[int, ...]) -> bytes:
-    digest = messages.agreement_content(state.model, survivors)
+    digest = messages.agreement_content(state.task, survivors)
     return messages.sign(state.identity, state.setup, "agreement", state.transcript, state.party, digest)
 
 

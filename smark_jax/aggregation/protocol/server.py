@@ -32,7 +32,7 @@ class Server(NamedTuple):
     Attributes:
       setup: the round.
       stage: whose messages it takes now; "done" when the sum may be opened.
-      model: SHA-256 of the model of the round, once parties are asked for their words.
+      task: SHA-256 of the round's task, once parties are asked for their words.
       advertised: keys by party.
       transcript: their hash.
       shared: shares by party.
@@ -45,7 +45,7 @@ class Server(NamedTuple):
 
     setup: Setup
     stage: str = "keys"
-    model: bytes = parties.NO_MODEL
+    task: bytes = parties.NO_TASK
     advertised: Mapping[int, messages.Keys] = {}
     transcript: bytes = b""
     shared: Mapping[int, messages.Shares] = {}
@@ -107,7 +107,7 @@ def receive(server: Server, message: messages.Message) -> Server:
 
     Raises:
       ProtocolError: when it is of another stage or round, repeated, from nobody who was asked, wrongly signed, or (for
-        words) computed from another model. The server's former state is still good: leave the message out and go on,
+        words) made for another task. The server's former state is still good: leave the message out and go on,
         as if its sender had dropped out.
     """
     kind, party, setup = _KIND[type(message)], message.party, server.setup
@@ -118,7 +118,7 @@ def receive(server: Server, message: messages.Message) -> Server:
         cause = "It was asked for nothing, or has answered already (a replay?)."
         raise refuse("server", f"a message of {server.waiting_for}", f"one of party {party}", cause)
     if isinstance(message, messages.Confirm):
-        digest = messages.agreement_content(server.model, server.survivors)
+        digest = messages.agreement_content(server.task, server.survivors)
         messages.verify(setup, "agreement", server.transcript, party, digest, message.agreement)
         return server._replace(agreements={**server.agreements, party: message.agreement})
     messages.verify(setup, kind, server.transcript, party, messages.content(message), message.signature)
@@ -135,13 +135,13 @@ def receive(server: Server, message: messages.Message) -> Server:
     return server._replace(revealed={**server.revealed, party: message})
 
 
-def close(server: Server, model: bytes = parties.NO_MODEL) -> tuple[Server, dict[int, messages.Request]]:
+def close(server: Server, task: bytes = parties.NO_TASK) -> tuple[Server, dict[int, messages.Request]]:
     """Ends a stage with the messages that came.
 
     Args:
       server: the server.
-      model: SHA-256 of the model that parties are given along with the requests for their words; counts at the end of
-        stage "shares", where the setup binds the model.
+      task: SHA-256 of all that parties are given along with the requests for their words, as for
+        :func:`~smark_jax.aggregation.protocol.party.mask`; counts at the end of stage "shares".
 
     Returns:
       The server at its next stage, and what to ask each party that is still in. After "unmask" nobody is asked.
@@ -162,7 +162,7 @@ def close(server: Server, model: bytes = parties.NO_MODEL) -> tuple[Server, dict
         server = server._replace(stage="shares", transcript=messages.transcript(setup, server.advertised))
         everybody = {u: messages.ShareRequest(server.advertised) for u in server.advertised}
     elif server.stage == "shares":
-        server = server._replace(stage="masked", model=model if setup.bind_model else parties.NO_MODEL)
+        server = server._replace(stage="masked", task=task)
         members = tuple(sorted(server.shared))
         for u in members:
             sealed = {v: server.shared[v].sealed[u] for v in members if u in server.shared[v].sealed}
@@ -209,19 +209,22 @@ def open_sum(server: Server) -> UInt32[np.ndarray, " num_words"]:
         for u in sorted(set(_neighbours(server)[v]) & set(server.survivors)):
             # What v would have added for u is the opposite of what u added for v.
             peer = server.advertised[u].mask
-            total += parties.pair_stream(setup, server.transcript, server.model, v, u, secret, peer)
+            total += parties.pair_stream(setup, server.transcript, server.task, v, u, secret, peer)
     return total
 
 
 def _add(server: Server, message: messages.Masked) -> Server:
     setup, party = server.setup, message.party
-    if message.model != server.model:
-        cause = "Parties that were given different models cannot be added."
-        raise refuse("masked", f"party {party} to have the model of this round", "another one", cause)
+    if message.task != server.task:
+        cause = (
+            "Updates made from different models, configurations or formats cannot be added. (Over Flower: does Masked "
+            "know the run's configuration, run_config=context.run_config?)"
+        )
+        raise refuse("masked", f"party {party} to have the task of this round", "another one", cause)
     if message.words.shape != (setup.num_words,) or message.words.dtype != np.uint32:
         got = f"{message.words.dtype}{list(message.words.shape)}"
         raise refuse("masked", f"uint32[{setup.num_words}] from party {party}", got, "Does it run the same model?")
-    digest = messages.agreement_content(server.model, tuple(sorted(server.shared)))
+    digest = messages.agreement_content(server.task, tuple(sorted(server.shared)))
     messages.verify(setup, "agreement", server.transcript, party, digest, message.agreement)
     total = message.words if server.total is None else server.total + message.words
     return server._replace(masked={**server.masked, party: message.agreement}, total=total)

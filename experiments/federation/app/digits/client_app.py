@@ -5,9 +5,10 @@ from flwr.clientapp import ClientApp
 
 from smark_jax.federation import masked_mod
 
-app = ClientApp()
+app = ClientApp(mods=[masked_mod])
 
 
+@app.train()
 def train(message: Message, context: Context) -> Message:
     """Trains on this participant's digits."""
     from digits import task  # heavy imports only where there is training to do: each message is a process of its own
@@ -18,7 +19,3 @@ def train(message: Message, context: Context) -> Message:
     arrays, examples, loss = task.train(given, index, round_, context.run_config)
     metrics = MetricRecord({"num-examples": examples, "train-loss": loss})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
-
-
-app.train(mods=[masked_mod])(train)
-app.train("plain")(train)  # for comparison only; a real app has no such door

@@ -4,9 +4,9 @@ import json
 import time
 from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from digits import task
 from smark_jax import federation, keys
@@ -14,31 +14,25 @@ from smark_jax import federation, keys
 app = ServerApp()
 
 
-class Plain(FedAvg):
-    """FedAvg that asks for bare updates."""
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
-        drafts = super().configure_train(server_round, arrays, config, grid)
-        return [Message(d.content, dst_node_id=d.metadata.dst_node_id, message_type="train.plain") for d in drafts]
-
-
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Trains, and writes a line for every round."""
+    """Masked training."""
     config = context.run_config
-    clients = int(config["clients"])
-    common = {"fraction_evaluate": 0.0, "min_train_nodes": 1, "min_available_nodes": clients}
-    if config["aggregation"] == "masked":
-        secret = str(config["fingerprints"])
-        marks = federation.Fingerprints(keys.from_bytes(bytes.fromhex(secret))) if secret else None
-        strategy = federation.Masked(
-            FedAvg(**common), metrics=("train-loss",), quorum=int(config["quorum"]) or None, fingerprints=marks
-        )
-    else:
-        strategy = Plain(**common)
-    started = time.time()
+    inner = FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=int(config["clients"]))
+    secret = str(config["fingerprints"])
+    strategy = federation.Masked(
+        inner,
+        metrics=("train-loss",),
+        quorum=int(config["quorum"]) or None,
+        run_config=config,
+        fingerprints=federation.Fingerprints(keys.from_bytes(bytes.fromhex(secret))) if secret else None,
+    )
+    train(grid, context, strategy)
+
+
+def train(grid: Grid, context: Context, strategy: Strategy) -> None:
+    """Trains by a strategy, and writes a line for every round."""
+    config, started = context.run_config, time.time()
     lines: list[dict] = []
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:

@@ -1,0 +1,174 @@
+"""What each leaf of a model is for: a weight, which may carry a mark, or something that has to stay as it is.
+
+One table for every framework's names, and what content tells where a name says nothing (Keras' ``vars/3``).
+In doubt a leaf stays as it is: a mark lost in a small vector costs nothing, a variance below zero the whole copy.
+"""
+
+import enum
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Role(enum.StrEnum):
+    """What a leaf is for; the value is what a person reads."""
+
+    KERNEL = "kernel"
+    BIAS = "bias"
+    SCALE = "scale"
+    MEAN = "running mean"
+    VAR = "variance"
+    COUNTER = "whole numbers"
+    POSITION = "position table"
+    QUANTISER = "scale of a quantiser"
+    BOUNDED = "values from zero up"
+    WEIGHT = "weight"
+
+    @property
+    def carries(self) -> bool:
+        """Whether such a leaf is trained and free to move, so that it may carry a mark."""
+        return self in (Role.KERNEL, Role.BIAS, Role.SCALE, Role.WEIGHT)
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients move it, unlike statistics, counters, tables and the scales of quantisers."""
+        return self.carries or self is Role.BOUNDED
+
+
+# By a leaf's last step, in lower case: PyTorch, Keras and TensorFlow, linen, nnx, Haiku, Sonnet, Paddle, MXNet.
+_NAMES = {
+    Role.KERNEL: "kernel weight w embedding embeddings weight_orig",
+    Role.BIAS: "bias b beta bias_orig",
+    Role.SCALE: "scale gamma",
+    Role.MEAN: "mean running_mean moving_mean mean_ema _mean moving_average",
+    Role.VAR: "var variance running_var moving_var moving_variance var_ema _variance running_std std",
+    Role.COUNTER: "num_batches_tracked count counter step steps global_step local_step iteration iterations "
+    "num_updates weight_u weight_v _u _v token_type_ids observer_enabled fake_quant_enabled",
+    Role.POSITION: "position_ids position_index relative_position_index relative_coords_table inv_freq freqs_cis freqs "
+    "cos_cached sin_cached attn_mask masked_bias",
+    Role.QUANTISER: "zero_point zero_points scales qzeros g_idx weight_scale weight_scale_inv weight_zero_point "
+    "input_scale input_zero_point output_scale output_zero_point activation_scale act_scale k_scale v_scale kv_scale "
+    "min_val max_val kernel_min kernel_max absmax nested_absmax quant_map nested_quant_map scb",
+}
+_BY_NAME = {name: role for role, names in _NAMES.items() for name in names.split()}
+# What holds no weights, whatever its leaves are called: linen's collections, and a step of a path that says so.
+_COLLECTIONS = ("batch_stats", "state", "cache", "buffers")
+# nnx ends a path with what a variable holds, TensorFlow a name with the number of an output.
+_ENDINGS = re.compile(r"(/(raw_)?value)?(:\d+)?$")
+_RAMP = 8  # of so many trained values in a row, rising order has a probability of 1 in 20,160
+_NEAR_ZERO = 0.5
+
+
+class Facts(NamedTuple):
+    """What is looked at of a leaf's content; of a leaf that is not floating-point all is False or zero.
+
+    Attributes:
+      shape: of the leaf.
+      floating: whether it is of a floating-point dtype.
+      narrow: whether it is of numbers of one byte, as quantised weights are.
+      rms: root mean square.
+      low: smallest value.
+      high: largest value.
+      whole: whether all values are whole numbers.
+      ramp: whether they rise or fall throughout, for vectors.
+      waves: whether each row of a matrix has the norm of sines and cosines.
+    """
+
+    shape: tuple[int, ...]
+    floating: bool
+    narrow: bool
+    rms: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    whole: bool = False
+    ramp: bool = False
+    waves: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many values the leaf has."""
+        return math.prod(self.shape)
+
+
+def measured(leaf: Any) -> tuple[Any, ...]:
+    """:class:`Facts` of a floating-point leaf that is not empty, from ``rms`` on. For NumPy, and for JAX under jit."""
+    with np.errstate(all="ignore"):
+        wide = leaf.astype(np.float32) if leaf.dtype.itemsize < 4 else leaf
+        flat, false = wide.reshape(-1), np.zeros((), bool)
+        ramp = waves = false
+        if flat.shape[0] >= _RAMP and max(leaf.shape) == flat.shape[0]:
+            ramp = (flat[1:] > flat[:-1]).all() | (flat[1:] < flat[:-1]).all()
+        if leaf.ndim > 1 and leaf.shape[-1] >= 4:
+            power = (wide * wide).reshape(-1, leaf.shape[-1]).sum(axis=-1)
+            right = abs(power - leaf.shape[-1] / 2) < leaf.shape[-1] / 100
+            waves = (right | (power == 0)).all() & right.any() & (abs(wide).max() < 1.01)
+        return (wide * wide).mean() ** 0.5, wide.min(), wide.max(), (wide == wide.round()).all(), ramp, waves
+
+
+def steps(path: str) -> list[str]:
+    """The steps of a leaf's path in lower case, separated by ``/`` or ``.``, without what says nothing."""
+    return _ENDINGS.sub("", path.lower()).replace(".", "/").split("/")
+
+
+def of_name(path: str) -> Role | None:
+    """What a leaf's name says of it: its last step, or the one before (``mean_ema/average``)."""
+    *before, last = steps(path)
+    if before and before[-1] in ("mean_ema", "var_ema", "moving_mean", "moving_variance"):
+        return _BY_NAME[before[-1]]
+    return _BY_NAME.get(last)
+
+
+def of(facts: Mapping[str, Facts]) -> dict[str, Role]:
+    """The role of each leaf, by its name and its content."""
+    named = {path: _of_leaf(path, fact) for path, fact in facts.items()}
+    layers: dict[str, list[str]] = {}
+    for path in facts:
+        layers.setdefault("/".join(steps(path)[:-1]), []).append(path)
+    found = {path: role or Role.WEIGHT for path, role in named.items()}
+    for paths in layers.values():
+        found |= _quantisers(paths, found, facts) | _statistics(paths, named, facts)
+    for path, fact in facts.items():
+        if found[path].carries and fact.size > 1 and 0 <= fact.low < _NEAR_ZERO * fact.rms:
+            found[path] = Role.BOUNDED
+    return found
+
+
+def _of_leaf(path: str, fact: Facts) -> Role | None:
+    """What a leaf's name and its own content say."""
+    said = of_name(path)
+    if any(step in _COLLECTIONS for step in steps(path)[:1]):
+        return said if said in (Role.VAR, Role.COUNTER) else Role.MEAN
+    if said is not None and not said.carries:
+        return said
+    if not fact.floating:
+        return Role.COUNTER
+    if fact.whole and math.isfinite(fact.rms) and (fact.low < fact.high or (fact.size == 1 and said is None)):
+        return Role.COUNTER
+    if fact.waves or (fact.ramp and said is None):
+        return Role.POSITION
+    return said
+
+
+def _quantisers(paths: list[str], found: Mapping[str, Role], facts: Mapping[str, Facts]) -> dict[str, Role]:
+    """Scales beside a zero point or beside weights of one byte."""
+    names = {steps(path)[-1] for path in paths}
+    narrow = any(facts[path].narrow and len(facts[path].shape) > 1 for path in paths)
+    if not narrow and not any("zero_point" in name for name in names):
+        return {}
+    scales = (path for path in paths if found[path] in (Role.SCALE, Role.WEIGHT) and facts[path].floating)
+    return {path: Role.QUANTISER for path in scales}
+
+
+def _statistics(paths: list[str], named: Mapping[str, Role | None], facts: Mapping[str, Facts]) -> dict[str, Role]:
+    """Vectors without a telling name beside others of their shape, when one of them may be a variance."""
+    found: dict[str, Role] = {}
+    vectors = [path for path in paths if facts[path].floating and 1 < facts[path].size == max(facts[path].shape)]
+    for path in vectors:
+        alike = [other for other in vectors if facts[other].shape == facts[path].shape]
+        unknown = [other for other in alike if named[other] is None]
+        if path in unknown and len(alike) > 1 and any(facts[other].low >= 0 for other in unknown):
+            found[path] = Role.VAR if facts[path].low >= 0 else Role.MEAN
+    return found

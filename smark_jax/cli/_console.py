@@ -1,0 +1,177 @@
+"""The terminal, on which text of others can do nothing: every string is plain text on one line.
+
+Names, paths and fields of strangers' files reach a terminal through many doors: lines, cells, titles, progress. All of
+them are this console's, which cleans what it is given (:func:`smark_jax._foreign.clean`) and, once more, what it is
+about to write. So no caller can forget it. Styles come from :class:`rich.text.Text` alone, never from markup.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import rich.box
+import rich.cells
+import rich.console
+import rich.progress
+import rich.segment
+import rich.status
+import rich.table
+import rich.text
+
+from smark_jax import _foreign
+
+Styled = tuple[str, str]
+"""A text and its style."""
+
+_LEAST = 10  # characters to which a line is folded at least
+_LONGEST_WORD = 24  # that keeps a column of text as wide as itself; a longer one is broken
+
+
+class Console(rich.console.Console):
+    """A terminal, or the file or pipe in its place."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, *, style: Any = "", **options: Any) -> rich.text.Text:
+        """Every string that is printed, a cell's included, as plain text on one line."""
+        plain = rich.text.Text(_foreign.clean(text), style=style)
+        plain.justify, plain.overflow = options.get("justify"), options.get("overflow")
+        return plain
+
+    def render(
+        self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
+    ) -> Iterable[rich.segment.Segment]:
+        """What is about to be written; the moves of the cursor in it are Rich's own."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=_foreign.blanked(segment.text))
+
+    def status(self, status: Any, **options: Any) -> rich.status.Status:
+        """A line that says what is being done."""
+        return _Status(self.plain(status), console=self, **options)
+
+    def plain(self, text: str | Styled) -> rich.text.Text:
+        """A string, or one and its style, as Rich's own text, which it looks for no markup in."""
+        return self.render_str(text) if isinstance(text, str) else self.render_str(text[0], style=text[1])
+
+    @property
+    def room(self) -> int | None:
+        """Columns of the terminal, or as ``COLUMNS`` says; None for a pipe or a file, which have no edge."""
+        said = self._environ.get("COLUMNS", "")
+        return int(said) if said.isdigit() and int(said) else self.width if self.is_terminal else None
+
+    def say(self, text: str, *, style: str = "") -> None:
+        """One line, which nothing but a terminal's edge breaks: paths and hashes can be copied whole."""
+        self.print(text, style=style, soft_wrap=True)
+
+    def lines(self, text: str, start: Styled = ("", "")) -> None:
+        """A message of several lines behind ``start``. All but the first are indented: none can pass for another's."""
+        first, *rest = text.split("\n")
+        self._hang(rich.text.Text.assemble(start, _foreign.clean(first)), 2)
+        for line in rest:
+            self._hang(rich.text.Text(f"  {_foreign.clean(line)}"), 4)
+
+    def item(self, sign: Styled, text: str) -> None:
+        """A sign and what it stands for, one of a list: only signs stand at the left edge."""
+        self._hang(rich.text.Text.assemble(sign, "  ", _foreign.clean(text)), len(sign[0]) + 2)
+
+    def _hang(self, text: rich.text.Text, indent: int) -> None:
+        """One line; on a terminal folded here, since what the terminal folds itself begins at the left edge."""
+        if not self.is_terminal:
+            self.print(text, soft_wrap=True)
+            return
+        for place, part in enumerate(text.wrap(self, max(_LEAST, self.width - indent), overflow="fold")):
+            self.print(rich.text.Text(" " * indent if place else "").append_text(part), soft_wrap=True)
+
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[str | Styled]],
+        *,
+        keep: Sequence[str],
+        figures: Sequence[str] = (),
+        title: str | None = None,
+    ) -> None:
+        """A table whose most important column stands there whole, however narrow the terminal.
+
+        Where there is too little room, columns of text are folded, and then columns are left out, the least important
+        one first; a line below says which.
+
+        Args:
+          columns: their headings, in order.
+          rows: a cell for each of them, a style beside its text where it has one.
+          keep: all headings from the most important one down.
+          figures: headings of columns of figures: to the right, and never folded.
+          title: above the table.
+        """
+        cells = [[self.plain(cell) for cell in row] for row in rows]
+        natural = {name: max(map(_wide, [name, *(row[k].plain for row in cells)])) for k, name in enumerate(columns)}
+        words = {
+            name: max(map(_wide, " ".join([name, *(row[k].plain for row in cells)]).split()))
+            for k, name in enumerate(columns)
+        }
+        firm = {keep[0], *figures}
+        least = {name: width if name in firm else min(words[name], _LONGEST_WORD) for name, width in natural.items()}
+        widths = _widths(natural, least, keep, self.room)
+        table = rich.table.Table(title=title, title_justify="left", width=sum(widths.values()) + _rules(len(widths)))
+        for name in columns:
+            if name in widths:
+                side = "right" if name in figures else "left"
+                table.add_column(name, justify=side, overflow="fold", width=widths[name])
+        for row in cells:
+            table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in widths))
+        self.print(table, crop=False)
+        missing = [name for name in columns if name not in widths]
+        if missing:
+            self.say(f"Not shown, for want of room: {', '.join(missing)}.")
+
+
+def progress(
+    console: rich.console.Console, *columns: rich.progress.ProgressColumn, transient: bool = False
+) -> rich.progress.Progress:
+    """Progress bars, with columns beside the usual ones."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}", markup=False),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        *columns,
+        console=console,
+        transient=transient,
+    )
+
+
+def _wide(text: str) -> int:
+    return rich.cells.cell_len(text)
+
+
+def _rules(columns: int) -> int:
+    """What blanks and rules between so many columns take."""
+    return 3 * columns + 1
+
+
+def _widths(natural: dict[str, int], least: dict[str, int], keep: Sequence[str], room: int | None) -> dict[str, int]:
+    """The width of each column that is shown; the most important one gets room first."""
+    if room is None:
+        return natural
+    shown = list(keep)
+
+    def left(widths: dict[str, int]) -> int:
+        return room - sum(widths[name] for name in shown) - _rules(len(shown))
+
+    while len(shown) > 1 and left(least) < 0:
+        shown.pop()
+    if left(least) < 0:  # even the last one has to be folded
+        return {shown[0]: max(1, room - _rules(1))}
+    spare, widths = left(least), {}
+    for name in shown:
+        widths[name] = min(natural[name], least[name] + spare)
+        spare -= widths[name] - least[name]
+    return widths
+
+
+class _Status(rich.status.Status):
+    """Rich's own would look for markup in what it is told."""
+
+    def update(self, status: Any = None, **options: Any) -> None:
+        super().update(None if status is None else rich.text.Text(_foreign.clean(status)), **options)

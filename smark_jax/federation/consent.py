@@ -1,0 +1,71 @@
+"""What a participant's operator agrees to, read from the node configuration of its SuperNode."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from smark_jax import _validate
+from smark_jax.aggregation.protocol import Policy
+from smark_jax.federation import identities
+from smark_jax.federation.task import Limits
+
+_OPTIONS = {
+    "least-parties": int,
+    "least-share": float,
+    "corruption-rate": float,
+    "bind-model": bool,
+    "least-clip": float,
+    "most-clip": float,
+    "weight": str,
+    "identity": str,
+    "roster": str,
+}
+"""Options and their types, each named ``smark-...`` in the node configuration."""
+
+
+class Consent(NamedTuple):
+    """What rounds and formats a participant takes part in.
+
+    Attributes:
+      policy: of rounds.
+      limits: of formats.
+      identity: file with its identity, or None.
+    """
+
+    policy: Policy
+    limits: Limits
+    identity: Path | None
+
+
+def read(node_config: Mapping[str, Any]) -> Consent:
+    """The consent that a node configuration states; whatever it does not name stays at its default.
+
+    Raises:
+      ValueError: for an unknown option that begins with ``smark-``, or a value of another type or out of range.
+    """
+    given = {name.removeprefix("smark-"): value for name, value in node_config.items() if name.startswith("smark-")}
+    for name, value in given.items():
+        kind = _OPTIONS.get(name)
+        if kind is None:
+            known = ", ".join(f"smark-{option}" for option in _OPTIONS)
+            raise _validate.fail("masked_mod", f"options {known}", f"smark-{name}", "Is the name spelt right?")
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            got = f"{value!r}"
+            cause = "Numbers and true or false stand without quotes in --node-config, texts with."
+            raise _validate.fail("masked_mod", f"smark-{name} to be of type {kind.__name__}", got, cause)
+    identity, roster = given.pop("identity", None), given.pop("roster", None)
+    options = {name.replace("-", "_"): value for name, value in given.items()}
+    policy = Policy()._replace(**{name: value for name, value in options.items() if name in Policy._fields})
+    limits = Limits()._replace(**{name: value for name, value in options.items() if name in Limits._fields})
+    if roster is not None:
+        policy = policy._replace(known=identities.roster(Path(roster)))
+    return Consent(_checked(policy), limits, None if identity is None else Path(identity))
+
+
+def _checked(policy: Policy) -> Policy:
+    rates = {"smark-least-share": policy.least_share, "smark-corruption-rate": policy.corruption_rate or 0.0}
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise _validate.fail("masked_mod", f"{name} of 0 to 1", repr(rate), "It is a share of all parties.")
+    _validate.positive("masked_mod", "smark-least-parties", policy.least_parties)
+    return policy
