@@ -616,7 +616,7 @@ def test_a_bundle_that_is_too_large_is_not_read(case, tmp_path, monkeypatch):
 def test_no_secret_but_the_carrier_s_key_is_in_a_bundle(case):
     master = crypto.unseal(case.folder / "vault" / "master.key", SECRET)
     text = case.bundle.read_text()
-    labels = [("net", name) for name in ("code", "probes", "decoy", "salt")] + [("log",), ("signing",)]
+    labels = [("net", name) for name in ("code", "probes", "decoy", "salt")] + [("log",), ("signing",), ("findings",)]
     secrets = [master, *(keys.derive(master, *some) for some in labels)]
     for secret in secrets:
         assert secret.to_bytes().hex() not in text
