@@ -131,7 +131,7 @@ def of(facts: Mapping[str, Facts]) -> dict[str, Role]:
     for paths in layers.values():
         found |= _quantisers(paths, found, facts) | _statistics(paths, named, facts)
     for path, fact in facts.items():
-        if found[path].carries and fact.size > 1 and 0 <= fact.low < _NEAR_ZERO * fact.rms:
+        if found[path].carries and fact.size > 1 and 0 <= fact.low < _NEAR_ZERO * fact.rms < math.inf:
             found[path] = Role.BOUNDED
     return found
 

@@ -185,7 +185,8 @@ def _spread(chips: Array, carrier: Carrier) -> Array:
     n, length = cut(carrier.num_weights, carrier.num_chips)
     block = lambda args: spread_block(chips * n**-0.5, length, *args)  # noqa: E731
     blocks = jax.lax.map(block, carrier.arrays, batch_size=_blocks_a_pass(n, length))
-    return jnp.pad(blocks.reshape(-1), (0, carrier.num_weights - n * length))
+    # Of all numbers, -0 alone leaves every weight as it is when it is added: 0 turns -0 into 0.
+    return jnp.pad(blocks.reshape(-1), (0, carrier.num_weights - n * length), constant_values=-0.0)
 
 
 @jax.jit

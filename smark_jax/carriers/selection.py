@@ -246,8 +246,7 @@ def replace(params: PyTree, spec: Spec, leaves: list[Any]) -> PyTree:
     by_path = {}
     for leaf, old, new in zip(spec.leaves, carrying("replace", params, spec), leaves, strict=True):
         if _too_wide(old) and not _validate.is_traced(new):
-            new = np.asarray(new)
-            new = np.where(new == 0, old, old + new.astype(old.dtype))
+            new = old + np.asarray(new).astype(old.dtype)
         by_path |= dict.fromkeys((leaf.path, *leaf.tied), new)
     return jax.tree_util.tree_map_with_path(lambda path, old: by_path.get(_validate.path_name(path), old), params)
 
@@ -301,8 +300,7 @@ def add(leaves: list[Any], spec: Spec, vector: Array) -> list[Array]:
         delta = vector[start : start + leaf.size].reshape(leaf.shape) * leaf.scale
         if x is not None:
             wide = x if x.dtype.itemsize > 4 else x.astype(jnp.float32)
-            new = (wide + delta).astype(x.dtype)
-            delta = jnp.where((x == 0) & (new == 0), x, new)  # or -0 would become 0
+            delta = (wide + delta).astype(x.dtype)
         changed.append(delta)
         start += leaf.size
     return changed

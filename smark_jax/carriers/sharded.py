@@ -154,10 +154,9 @@ def _add_to_leaf(
         def one_pass(number: Array, flat: Array) -> Array:
             blocks = touched.first + number * a_pass + jnp.arange(a_pass, dtype=jnp.int32)
             numbers, index = _held(part, start, blocks, n, length)
-            old = flat.at[index].get(mode="fill", fill_value=0)
-            new = old.astype(jnp.float32) + size * spread(*(rows[numbers] for rows in carrier.arrays)) * scale
-            new = new.astype(flat.dtype)
-            return flat.at[index].set(jnp.where((old == 0) & (new == 0), old, new), mode="drop")
+            old = flat.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
+            new = old + size * spread(*(rows[numbers] for rows in carrier.arrays)) * scale
+            return flat.at[index].set(new.astype(flat.dtype), mode="drop")
 
         flat = jax.lax.fori_loop(0, -(-touched.most // a_pass), one_pass, shard.reshape(-1))
         return flat.reshape(shard.shape)
