@@ -59,6 +59,8 @@ def show(document: dict[str, Any], as_json: bool, vault: Path) -> None:
         row = {"file": suspect["file"], "verdict": suspect["verdict"], "accused": accused}
         if suspect["error"]:
             row["error"] = suspect["error"]
+        if suspect.get("notes"):
+            row["notes"] = suspect["notes"]
         rows.append(row)
     short = {key: document[key] for key in ("number", "model", "num_customers", "alpha")}
     _common.show({**short, "suspects": rows}, as_json, lambda: _words(document, vault))
@@ -73,6 +75,8 @@ def _words(document: dict[str, Any], vault: Path) -> None:
             say("  Do not rely on it: a codeword that nobody received stands out as well, so an assumption is broken.")
         for move in suspect.get("layout") or []:
             say(f"  {move['suspect']} was read as {move['base']} ({move['change']})")
+        for note in suspect.get("notes") or []:
+            say(f"  {note}")
         if suspect.get("alignment"):
             say("  " + suspect["alignment"].replace("\n", "\n  "))
         if suspect["accused"]:
@@ -93,12 +97,17 @@ def _verdict(suspect: dict[str, Any], document: dict[str, Any]) -> str:
     if not accused:
         return f"{file}: nobody. No customer's fingerprint stands out at alpha = {document['alpha']:g}."
     worst = _common.below(max(a["log10_p"] for a in accused))
+    by_answers = suspect.get("read") == "answers"
     if len(accused) == 1:
+        whose = f"{accused[0]['customer']} (customer {accused[0]['serial']})"
+        what = f"answers as the copy of {whose} does" if by_answers else f"a copy of {whose}"
         return (
-            f"{file}: a copy of {accused[0]['customer']} (customer {accused[0]['serial']}). The probability that an "
+            f"{file}: {what}. The probability that an "
             f"innocent customer is accused like this is {worst}."
         )
     names = ", ".join(f"{a['customer']} ({a['serial']})" for a in accused)
+    if by_answers:
+        return f"{file}: answers as the copies of {len(accused)} customers do: {names}. Each p-value is {worst}."
     return f"{file}: mixed from the copies of {len(accused)} customers: {names}. Each p-value is {worst}."
 
 
