@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from smark_jax.cli import _common
+from smark_jax.cli import _common, _names
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
 _SHOWN = 10
@@ -18,7 +18,9 @@ def issue(
     customers: Annotated[
         list[str] | None, typer.Argument(help="Names; new ones are registered.", show_default=False)
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Issue to the names in the first column of this file.")] = None,
+    csv: _names.Csv = None,
+    column: _names.Column = None,
+    heading: _names.Heading = None,
     everybody: Annotated[bool, typer.Option("--all", help="Issue to all registered customers.")] = False,
     strength: Annotated[float | None, typer.Option(help="Of these copies; the model's own by default.")] = None,
     teach: Annotated[
@@ -41,12 +43,12 @@ def issue(
     the first new copy is written, a commitment to all customers' codewords is made: publish its root, or have it
     time-stamped, before you hand the copies over. With --teach a copy takes longer, and 'smark query' can trace it.
     """
+    names = [*(customers or []), *_names.read(csv, column, heading)]
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import commitments, evidence, folder, issuing, models, queries, timestamps
         from smark_jax.vault import customers as registry
 
         models.get(desk, name)
-        names = [*(customers or []), *(registry.from_csv(csv) if csv else [])]
         if not names and not everybody:
             raise typer.BadParameter("name customers, or pass --csv or --all", param_hint="CUSTOMER")
         known = registry.registered(desk)
