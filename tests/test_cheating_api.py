@@ -238,7 +238,7 @@ def test_answers_that_somebody_altered_moved_or_made_are_refused(made, desk):
         hostile = [json.dumps(each).encode() for each in (forged, fresher, unsigned, [], 5)]
         for false in (*hostile, other.read_bytes(), b"", b"[" * 100_000, content[:-9], b"\xff"):
             one.write_bytes(false)
-            with pytest.raises(ValueError, match="^query: expected answers"):
+            with pytest.raises(ValueError, match=r"^query: expected answers"):
                 queries.prepare(opened, "net", "a", predict)
         one.write_bytes(content)
         again = queries.prepare(opened, "net", "a", predict)
@@ -284,7 +284,7 @@ def test_a_query_that_lay_for_years_is_not_gone_on_with_silently(made, desk, mon
             patch.setattr(blackbox.answers, "now", lambda: "2020-01-01T00:00:00Z")
             with pytest.raises(ConnectionError):
                 queries.ask(opened, ready, breaks_off, batch_size=16)
-        with pytest.raises(ValueError, match="32 since 2020-01-01T00:00:00Z, [0-9.]+ days ago"):
+        with pytest.raises(ValueError, match=r"32 since 2020-01-01T00:00:00Z, [0-9.]+ days ago"):
             queries.prepare(opened, "net", "a", predict)
         again = queries.prepare(opened, "net", "a", predict, max_age=1e5)
         assert (again.session, again.kept, again.since) == (ready.session, 32, "2020-01-01T00:00:00Z")

@@ -66,7 +66,11 @@ def test_a_column_is_named_by_heading_or_number(tmp_path):
         ("Kunde;Mail\n", {}, "a heading alone"),
         ("\n \n", {}, "at least one name"),
         ('"open', {}, "Is a quote left open"),
-        ('name,x\nAda,\n"Gr\u202eace",x\n,L\n"two\nlines",\nAda,\n', {}, "line 3: .*; line 4: .*; line 6: .*; line 7: 'Ada'"),
+        (
+            'name,x\nAda,\n"Gr\u202eace",x\n,L\n"two\nlines",\nAda,\n',
+            {},
+            "line 3: .*; line 4: .*; line 6: .*; line 7: 'Ada'",
+        ),
     ],
 )
 def test_a_file_that_leaves_doubt_is_refused(tmp_path, content, options, message):
@@ -76,7 +80,10 @@ def test_a_file_that_leaves_doubt_is_refused(tmp_path, content, options, message
 
 def test_other_encodings_are_told_and_not_guessed(tmp_path):
     path = tmp_path / "a.csv"
-    for encoding, message in (("latin-1", r"other bytes in line 3.\nIt may be in Latin-1"), ("utf-16-le", "UTF-16 with")):
+    for encoding, message in (
+        ("latin-1", r"other bytes in line 3.\nIt may be in Latin-1"),
+        ("utf-16-le", "UTF-16 with"),
+    ):
         with pytest.raises(ValueError, match=message):
             listed(path, "Name\nAda\nJürgen\n" if encoding == "latin-1" else "Name\nAda\n", encoding=encoding)
 

@@ -72,7 +72,7 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
     if match is None:
         wanted = lambda path: True  # noqa: E731
     else:
-        wanted = match if callable(match) else re.compile(match).search
+        wanted = match if callable(match) else _expression(match).search
     named = [(_validate.path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
     carrying = {
         name: jnp.asarray(leaf)
@@ -92,6 +92,14 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
             f"The model's leaves: {some}{', ...' if len(named) > 5 else ''}.",
         )
     return Spec(tuple(leaves))
+
+
+def _expression(match: str) -> re.Pattern[str]:
+    try:
+        return re.compile(match)
+    except (re.error, OverflowError, RecursionError) as error:
+        cause = "In one, ( ) [ ] * + ? . have meanings of their own: write \\( for a bracket, or part of a leaf's name."
+        raise _validate.fail("select", "a regular expression", f"{match[:60]!r} ({error})", cause) from None
 
 
 @jax.jit

@@ -9,7 +9,7 @@ import rich.console
 import rich.markup
 import typer
 
-from smark_jax.cli import _attack, _bench, _evidence, _issue, _query, _trace, _vault
+from smark_jax.cli import _attack, _bench, _evidence, _issue, _outputs, _query, _trace, _vault
 
 app = typer.Typer(
     name="smark",
@@ -85,13 +85,19 @@ def demo(
     parties: Annotated[int, typer.Option(min=1, max=64, help="Data holders that train together.")] = 4,
     customers: Annotated[int, typer.Option(min=3, help="Copies to issue, one for each customer.")] = 20,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 15,
-    seed: Annotated[int, typer.Option(min=0, help="Of initialisation, shuffles and the demo's keys.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of initialisation, shuffles and the demo's keys.")
+    ] = 0,
 ) -> None:
     """Train across parties, issue fingerprinted copies, leak four of them, and trace the leaks; about two minutes.
 
     Real digits (MNIST-5k, shipped with a package; nothing is downloaded), real training. Parties are accelerators where
     there are enough of them, and virtual CPU devices otherwise.
     """
+    if (out / "private").exists():
+        raise typer.BadParameter(
+            f"{out} is a folder of smark train, whose results would be replaced", param_hint="--out"
+        )
     from smark_jax.cli import _demo
 
     _demo.run(_demo.Config(out, parties, customers, epochs, seed), rich.console.Console())
@@ -127,6 +133,8 @@ def train(
     settings = _train_config.read(config)
     from smark_jax.cli import _train
 
+    for name in _train.OUTPUTS:
+        _outputs.check("--out", out / name, (config,))
     console = rich.console.Console(stderr=as_json)
     results = _train.run(settings, out, console)
     if as_json:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from smark_jax.cli import _common, _names
+from smark_jax.cli import _common, _names, _outputs
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
 _SHOWN = 10
@@ -43,6 +43,9 @@ def issue(
     the first new copy is written, a commitment to all customers' codewords is made: publish its root, or have it
     time-stamped, before you hand the copies over. With --teach a copy takes longer, and 'smark query' can trace it.
     """
+    _outputs.check("--out", out, vault=vault)
+    if timestamp_request:
+        _outputs.check("--timestamp-request", timestamp_request, (csv, passphrase_file), vault)
     names = [*(customers or []), *_names.read(csv, column, heading)]
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import commitments, evidence, folder, issuing, models, queries, timestamps
@@ -79,6 +82,12 @@ def issue(
                 desk, name, everyone, out, strength=strength, teach=teacher, on_copy=finished, on_wait=waiting
             )
         commitment = issued.commitment
+        model, number = models.get(desk, name), commitment.header["customers"]
+        if model.num_chips < (fewest := models.fewest_chips(model.alpha, number)):
+            _common.warn(
+                f"{name} has {model.num_chips} chips, and to accuse one of {number:,} customers at alpha "
+                f"{model.alpha:g} takes {fewest}: no copy can be traced."
+            )
         path = commitments.file(desk, commitment)
         if timestamp_request:
             folder.write(timestamp_request, timestamps.request(commitment))

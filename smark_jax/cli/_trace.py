@@ -7,8 +7,8 @@ import rich.markup
 import rich.table
 import typer
 
-from smark_jax.cli import _common
-from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, say
+from smark_jax.cli import _common, _outputs
+from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, Verdict, say
 
 
 def trace(
@@ -101,10 +101,7 @@ def _verdict(suspect: dict[str, Any], document: dict[str, Any]) -> str:
     if len(accused) == 1:
         whose = f"{accused[0]['customer']} (customer {accused[0]['serial']})"
         what = f"answers as the copy of {whose} does" if by_answers else f"a copy of {whose}"
-        return (
-            f"{file}: {what}. The probability that an "
-            f"innocent customer is accused like this is {worst}."
-        )
+        return f"{file}: {what}. The probability that an innocent customer is accused like this is {worst}."
     names = ", ".join(f"{a['customer']} ({a['serial']})" for a in accused)
     if by_answers:
         return f"{file}: answers as the copies of {len(accused)} customers do: {names}. Each p-value is {worst}."
@@ -127,12 +124,13 @@ def _table(suspect: dict[str, Any]) -> rich.table.Table:
 
 def report(
     vault: VaultPath,
-    verdict: Annotated[int, typer.Argument(min=1, help="Its number, as trace printed it.", show_default=False)],
+    verdict: Verdict,
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a verdict as one HTML file that a lawyer can read, print and keep; it needs no network."""
+    _outputs.check("--out", out, (passphrase_file,), vault)
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax import report as reports
         from smark_jax.vault import folder, verdicts

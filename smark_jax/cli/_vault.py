@@ -7,6 +7,7 @@ import rich.markup
 import rich.table
 import typer
 
+from smark_jax import _validate
 from smark_jax.cli import _common, _names
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
@@ -111,8 +112,13 @@ def _base(path: Path) -> dict[str, Any]:
         return files.read(path, max_bytes=max(files.MAX_BYTES, path.stat().st_size if path.is_file() else 0)).leaves
     import orbax.checkpoint
 
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(path.absolute())
+    try:
+        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(path.absolute())
+    except Exception as error:  # orbax raises of every kind, and at length
+        got = f"one that orbax cannot read ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
+        cause = "Name the folder that StandardCheckpointer wrote, or convert it to safetensors."
+        raise _validate.fail("add-model", f"an Orbax checkpoint in {path}", got, cause) from error
     return files.flatten(tree)
 
 

@@ -90,7 +90,7 @@ def issue(
     _validate.positive("issue", "the number of customers", len(customers))
     model = models.get(vault, name)
     if strength is not None:
-        _validate.finite_number("issue", "strength", strength)
+        models.check_strength("issue", strength)
     tree = files.nest(models.base(vault, model))
     out.mkdir(parents=True, exist_ok=True)
     with _alone(vault, on_wait):

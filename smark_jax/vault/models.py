@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,10 +64,14 @@ def add(
     """
     _text.model_name(name)
     _validate.probability("add-model", "alpha", alpha)
-    _validate.finite_number("add-model", "strength", strength)
+    check_strength("add-model", strength)
+    _validate.positive("add-model", "num_chips", num_chips)
+    if num_chips < (fewest := fewest_chips(alpha, 2)):
+        expected = f"at least {fewest} chips, since with fewer nobody among even two customers can be accused"
+        cause = f"1 + log2(N / alpha) chips are the fewest for N customers; 304 bear some damage. alpha is {alpha:g}."
+        raise _validate.fail("add-model", expected, str(num_chips), cause)
     tree = files.nest(leaves)
     spec = carriers.select(tree, match)
-    _validate.positive("add-model", "num_chips", num_chips)
     if num_chips > spec.num_weights:
         got = f"{num_chips:,} chips for {spec.num_weights:,} carrying weights"
         raise _validate.fail("add-model", "fewer chips than carrying weights", got, "Take fewer, or let more carry.")
@@ -80,6 +85,27 @@ def add(
         _refuse_taken(vault, name)
         folder.record(vault, "model added", {"models": [(name, document)]}, model=name, base=model.base)
     return model
+
+
+def fewest_chips(alpha: float, num_customers: int) -> int:
+    r"""How many chips it takes to accuse anybody among N customers at all.
+
+    The statistic is largest where all m chips agree, :math:`T = \sqrt m`, which chance does with the two-sided
+    probability :math:`2 \cdot 2^{-m}`; so :math:`m \ge 1 + \log_2(N / \alpha)`.
+    """
+    return math.ceil(1 + math.log2(num_customers) - math.log2(alpha))
+
+
+def check_strength(who: str, strength: float) -> None:
+    """Refuses a strength that is no number above 0 and up to 1.
+
+    Raises:
+      ValueError: saying which strengths are of use.
+    """
+    _validate.finite_number(who, "strength", strength)
+    if strength > 1:
+        cause = "At 1 the mark is as large as the weights; embedding.calibrate tries 0.005 to 0.2, and 0.03 is usual."
+        raise _validate.fail(who, "a strength above 0 and up to 1", f"{strength:g}", cause)
 
 
 def _refuse_taken(vault: folder.Vault, name: str) -> None:

@@ -17,8 +17,8 @@ _OF_NAMES = frozenset(
     "kunde|kunden|kundenname|licensee|name|names|nom|nombre|organisation|organization|客户|顧客|お客様".split("|")
 )
 _OF_OTHERS = frozenset(
-    "#|account|address|adresse|city|contact|country|date|datum|e-mail|email|first name|id|kundennummer|land|last name|mail|"
-    "nachname|no|no.|notes|number|nr|nr.|ort|phone|plz|serial|stadt|strasse|street|surname|telefon|tel|url|user|"
+    "#|account|address|adresse|city|contact|country|date|datum|e-mail|email|first name|id|kundennummer|land|last name|"
+    "mail|nachname|no|no.|notes|number|nr|nr.|ort|phone|plz|serial|stadt|strasse|street|surname|telefon|tel|url|user|"
     "username|vorname|website|zip".split("|")
 )
 _SHOWN = 10
@@ -78,7 +78,9 @@ def _decoded(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         cause = "It may be in Latin-1 or Windows-1252: save it as 'CSV UTF-8'."
-        raise _validate.fail("customers", f"a CSV file in UTF-8 in {path}", f"other bytes in line {line}", cause) from None
+        raise _validate.fail(
+            "customers", f"a CSV file in UTF-8 in {path}", f"other bytes in line {line}", cause
+        ) from None
     if "\0" in text:
         cause = "Save the table as 'CSV UTF-8'."
         raise _validate.fail("customers", f"a CSV file in UTF-8 in {path}", "UTF-16 without a mark, or no text", cause)

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 
 from smark_jax import _validate, blackbox, files, keys
 from smark_jax._types import ApplyFn, PyTree
+from smark_jax.blackbox import answers as records
 from smark_jax.vault import folder, issuing, models, shown, verdicts
 
 MAX_AGE = 7.0
@@ -194,7 +195,7 @@ def prepare(
     session = None if fresh else shown.last(vault, name, num_chips, target)
     if session and not _kept(vault, name, target, session).path.exists():
         session = None  # what it was answered is lost, and its probes were shown
-    answers = blackbox.answers.read(_kept(vault, name, target, session)) if session else []
+    answers = records.read(_kept(vault, name, target, session)) if session else []
     if answers:
         _check_age(answers, max_age)
         _check_unchanged(predict, pictures, num_classes, answers)
@@ -210,7 +211,7 @@ def prepare(
         session = shown.record(vault, name, num_chips, target, more, session, allow_seen=allow_seen)
     assert session is not None
     if not answers:
-        blackbox.answers.write(_kept(vault, name, target, session), [])
+        records.write(_kept(vault, name, target, session), [])
     asked = shown.probes(shown.history(vault, name, num_chips), session)
     return Query(name, target, session, tuple(asked), len(answers), min((a.time for a in answers), default=None))
 
@@ -243,7 +244,7 @@ def ask(
     )
     chips = np.zeros(len(pictures))
     chips[asked] = read
-    times = [answer.time for answer in blackbox.answers.read(kept)]
+    times = [answer.time for answer in records.read(kept)]
     seen = shown.overlap(shown.history(vault, model.name, len(pictures)), query.session)
     details = {"asked": len(asked), "of": len(pictures), "from": min(times), "to": max(times), "seen_before": seen}
     digest = hashlib.sha256(kept.path.read_bytes()).hexdigest()

@@ -55,7 +55,7 @@ def history(vault: folder.Vault, model: str, num_chips: int) -> list[Shown]:
 
 
 def unrecorded_files(vault: folder.Vault, model: str) -> list[str]:
-    """Names of files of answers as versions before wrote them, without authentication: ``MODEL.0123456789abcdef.json``."""
+    """Names of files of answers as versions before wrote them, unauthenticated: ``MODEL.0123456789abcdef.json``."""
     names = (path.name for path in (vault.folder / folder.ANSWERS).glob(f"{model}.*"))
     digits = "0123456789abcdef"
     stems = [(name, name[len(model) + 1 :].partition(".json")[0]) for name in names]
@@ -139,7 +139,9 @@ def _too_few(vault: folder.Vault, model: str, num_chips: int, count: int, left: 
 
 def last(vault: folder.Vault, model: str, num_chips: int, target: str) -> str | None:
     """The session of the last query of a target; None before the first."""
-    return next((s.session for s in reversed(history(vault, model, num_chips)) if s.session and s.target == target), None)
+    return next(
+        (s.session for s in reversed(history(vault, model, num_chips)) if s.session and s.target == target), None
+    )
 
 
 def probes(before: list[Shown], session: str) -> list[int]:

@@ -215,9 +215,7 @@ def _trace(
         blocks = [serials[start : start + _WORDS_A_BLOCK] for start in range(0, len(serials), _WORDS_A_BLOCK)]
         some = [np.asarray(codes.codebook(key, block, model.num_chips))[:, asked] for block in blocks]
         book = np.concatenate(some)
-        return tracing.trace_batch(
-            chips[:, asked], book, alpha, models.DECODER, serials=serials, num_alignments=tried
-        )
+        return tracing.trace_batch(chips[:, asked], book, alpha, models.DECODER, serials=serials, num_alignments=tried)
     if serials == list(range(len(serials))):
         book = codes.Codebook(key, len(serials), model.num_chips)
         return tracing.trace_batch(chips, book, alpha, models.DECODER, num_alignments=tried)
