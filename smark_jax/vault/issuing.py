@@ -104,6 +104,7 @@ def issue(
                 done += 1
                 on_copy(done)
             else:
+                _refuse_base(licence.path, model)
                 missing.append(licence)
         for written in _write(vault, model, tree, missing, teach):
             done += written
@@ -234,6 +235,17 @@ def _sweep(out: Path, names: set[str]) -> None:
         hidden, mark, _ = path.name.partition(_HIDDEN)
         if mark and hidden.startswith(".") and hidden.lstrip(".") in names:  # older versions put a second dot before it
             path.unlink(missing_ok=True)
+
+
+def _refuse_base(path: Path, model: models.Model) -> None:
+    """A damaged copy is written again, but the owner's base is not written over because it has a copy's name."""
+    try:
+        is_base = path.is_file() and files.content_hash(files.read(path).leaves) == model.base
+    except ValueError:
+        return
+    if is_base:
+        cause = "Name another folder by --out, or move the base."
+        raise _validate.fail("issue", f"a copy, or nothing, in {path}", f"the base of {model.name}", cause)
 
 
 def _file_hash(path: Path) -> str:
