@@ -7,6 +7,7 @@ every probe that they were shown. None of them has a key.
 import hashlib
 import io
 import json
+import math
 import shutil
 
 import numpy as np
@@ -286,7 +287,9 @@ def test_a_query_that_lay_for_years_is_not_gone_on_with_silently(made, desk, mon
                 queries.ask(opened, ready, breaks_off, batch_size=16)
         with pytest.raises(ValueError, match=r"32 since 2020-01-01T00:00:00Z, [0-9.]+ days ago"):
             queries.prepare(opened, "net", "a", predict)
-        again = queries.prepare(opened, "net", "a", predict, max_age=1e5)
+        with pytest.raises(ValueError, match="of the last nan days"):
+            queries.prepare(opened, "net", "a", predict, max_age=math.nan)
+        again = queries.prepare(opened, "net", "a", predict, max_age=math.inf)
         assert (again.session, again.kept, again.since) == (ready.session, 32, "2020-01-01T00:00:00Z")
         assert set(queries.prepare(opened, "net", "a", predict, fresh=True).probes).isdisjoint(ready.probes)
 

@@ -169,7 +169,7 @@ def prepare(
     allow_seen: bool = False,
     max_age: float = MAX_AGE,
 ) -> Query:
-    """Decides which probes a suspect is shown, and writes that down; nothing that was shown to anybody is asked again.
+    """Decides which probes a suspect is shown, those that nobody was shown before, and writes that down.
 
     Where the target was asked before, that query goes on: its answers count, if they are young enough and the target,
     asked a few of the same probes again, still answers so.
@@ -298,8 +298,9 @@ def _set_aside(vault: folder.Vault, name: str, target: str, fresh: bool) -> None
 def _check_age(answers: Sequence[blackbox.Answer], max_age: float) -> None:
     oldest = min(answer.time for answer in answers)
     age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(oldest)
-    if age > datetime.timedelta(days=max_age):
-        expected, days = f"answers of the last {max_age:g} days", age.total_seconds() / 86400
+    days = age.total_seconds() / 86400
+    if not days <= max_age:
+        expected = f"answers of the last {max_age:g} days"
         cause = "What answers there may be another model by now: --fresh asks again, --max-age DAYS takes older ones."
         raise _validate.fail("query", expected, f"{len(answers)} since {oldest}, {days:.1f} days ago", cause)
 

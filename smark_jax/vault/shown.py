@@ -47,7 +47,7 @@ def history(vault: folder.Vault, model: str, num_chips: int) -> list[Shown]:
     rows = vault.connection.execute("SELECT number FROM verdicts WHERE model = ? ORDER BY number", (model,)).fetchall()
     for (number,) in rows:
         document = verdicts.get(vault, number)
-        old = [row for row in document["suspects"] if row["read"] == "answers" and "answers" not in row]
+        old = [row for row in document["suspects"] if row.get("read") == "answers" and "answers" not in row]
         found += [Shown("", row["file"], document["created"], everything) for row in old]
     recorded = (e.body for e in log.entries(vault.connection) if e.body["event"] == _EVENT)
     found += [Shown(b["session"], b["target"], b["time"], tuple(b["probes"])) for b in recorded if b["model"] == model]
