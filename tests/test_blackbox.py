@@ -5,7 +5,7 @@ pytest.importorskip("galois")
 
 from section_checks import run_and_resume
 
-from experiments.blackbox import answers, payloads
+from experiments.blackbox import answers, payloads, subsets
 
 
 def test_payloads_are_read_back_and_other_ways_are_worse(tmp_path):
@@ -46,3 +46,9 @@ def test_copies_are_traced_by_labels(tmp_path):
     assert {row["probes"] for row in result["stealth"]} == {"blends", "patterns"}
     assert all(0 <= row["auc"] <= 1 for row in result["stealth"])
     assert result["cost"]["alone_step_seconds"] > 0
+
+
+def test_the_stated_number_of_probes_is_tried(tmp_path):
+    tiny = subsets.Config((0.97,), (20, 1000), 5)
+    result = run_and_resume({subsets: tiny}, tmp_path)["subsets"]["result"]
+    assert result["rows"] == [{"agreement": 0.97, "needed": [50, 60], "traced": 5, "innocents": 0}]

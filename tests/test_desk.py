@@ -443,7 +443,7 @@ class Answers(NamedTuple):
 
     def of(self, png: bytes) -> int:
         with Image.open(io.BytesIO(png)) as picture:
-            return self.by_pixels[hashlib.sha256(np.asarray(picture).tobytes()).digest()]
+            return self.by_pixels.get(hashlib.sha256(np.asarray(picture).tobytes()).digest(), 0)
 
 
 @pytest.fixture(scope="module")
@@ -454,12 +454,12 @@ def asked(tmp_path_factory):
     np.savez(desk.folder / "base.npz", kernel=rng.normal(size=(60, 100)).astype(np.float32))
     np.savez(desk.folder / "images.npz", images=data.load("mnist_5k", "train").images[:50])
     desk.run("init", "vault")
-    desk.run("add-model", "vault", "net", "base.npz", "--probes", "images.npz", "--classes", 10, "--chips", 128)
+    desk.run("add-model", "vault", "net", "base.npz", "--probes", "images.npz", "--classes", 10, "--chips", 240)
     desk.run("issue", "vault", "net", "Ada", "Grace", "Emmy", "--out", "copies")
     with vault.opened(desk.folder / "vault", SECRET) as opened:
         probes, classes = queries.probes(opened, "net")
-        word = np.asarray(codes.codebook(vault_models.code_key(opened, "net"), [1], 128))[0]
-    word = np.where(rng.random(128) < 0.1, -word, word)
+        word = np.asarray(codes.codebook(vault_models.code_key(opened, "net"), [1], 240))[0]
+    word = np.where(rng.random(240) < 0.1, -word, word)
     sides = blackbox.halves(probes, classes)
     labels = [int(np.flatnonzero(half == chip)[0]) for half, chip in zip(sides, word, strict=True)]
     pixels = [hashlib.sha256(probe[..., 0].tobytes()).digest() for probe in probes]
@@ -502,7 +502,8 @@ def test_a_service_is_traced_by_its_answers_and_a_broken_query_goes_on(asked):
         server.shutdown()
         server.server_close()
     assert [a["customer"] for a in found["suspects"][0]["accused"]] == ["Grace"]
-    assert len(asked_for) < 70 + 128 - 32
+    # A grey picture, 64 answers that are kept, 5 that are not; 16 asked again, and what is missing of 72.
+    assert len(asked_for) == 70 + 16 + 72 - 64
     assert set(asked_for) == {"image/png"}
     desk.run("report", "vault", found["number"], "--out", "answers.html")
     desk.run("evidence", "export", "vault", found["number"], "--out", "x.json", code=1)
@@ -537,7 +538,7 @@ def test_a_command_is_traced_by_its_answers_and_does_not_see_the_passphrase(aske
         "assert 'SMARK_PASSPHRASE' not in os.environ\n"
         "for line in sys.stdin:\n"
         "    pixels = np.asarray(Image.open(line.strip()))\n"
-        "    print(table[hashlib.sha256(pixels.tobytes()).hexdigest()])\n"
+        "    print(table.get(hashlib.sha256(pixels.tobytes()).hexdigest(), 0))\n"
     )
     found = desk.json("query", "vault", "net", f"{sys.executable} classify.py")
     assert [a["customer"] for a in found["suspects"][0]["accused"]] == ["Grace"]

@@ -97,20 +97,28 @@ def test_a_broken_query_goes_on_from_the_answers_it_paid_for(probes, tmp_path):
         asked.append(len(images))
         return answers(images)
 
-    path = tmp_path / "answers.json"
+    kept = blackbox.Answers(tmp_path / "answers.json", keys.derive(KEY, "answers"), {"target": "an API"})
     with pytest.raises(ConnectionError):
-        blackbox.query(failing, probes, 10, batch_size=8, answers=path)
-    assert len(json.loads(path.read_text())["labels"]) == 24
+        blackbox.query(failing, probes, 10, batch_size=8, answers=kept)
+    assert len(json.loads(kept.path.read_text())["answers"]) == 24
     later = []
 
     def working(images):
         later.append(len(images))
         return answers(images)
 
-    np.testing.assert_array_equal(blackbox.query(working, probes, 10, batch_size=8, answers=path), word)
+    np.testing.assert_array_equal(blackbox.query(working, probes, 10, batch_size=8, answers=kept), word)
     assert later == [8, 8]
-    with pytest.raises(ValueError, match="answers to these probes"):
-        blackbox.query(working, probes[::-1], 10, answers=path)
+    np.testing.assert_array_equal(blackbox.query(working, probes[::-1], 10, answers=kept), word[::-1])
+    assert later == [8, 8]
+    blackbox.query(working, probes, 10, repeats=2, answers=kept)
+    assert later == [8, 8, 40]
+    others = [(kept._replace(key=KEY), "somebody else wrote"), (kept._replace(about={}), "about")]
+    for other, message in others:
+        with pytest.raises(ValueError, match=message):
+            blackbox.query(working, probes, 10, answers=other)
+    with pytest.raises(ValueError, match="classes of 0 to 2"):
+        blackbox.query(working, probes, 3, answers=kept)
 
 
 @pytest.mark.parametrize(

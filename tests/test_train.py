@@ -1,5 +1,7 @@
 """``smark train``: what it refuses, what it leaves, and that a killed run ends where an uninterrupted one does."""
 
+import contextlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -204,7 +206,7 @@ def test_the_owner_proves_the_mark_as_documented(whole, monkeypatch, capsys):
 
 def exposed(folder: Path) -> list[str]:
     """What others than the owner may read, besides locks, which are empty."""
-    found = [path for path in folder.rglob("*") if path.name != ".lock"]
+    found = [path for path in (folder, *folder.rglob("*")) if path.name != ".lock"]
     return [str(path) for path in found if stat.S_IMODE(path.stat().st_mode) & 0o077]
 
 
@@ -212,6 +214,7 @@ def test_secrets_are_private_and_do_not_stay(whole):
     out, results, shown = whole
     assert stat.S_IMODE((out / "private").stat().st_mode) == 0o700
     assert exposed(out / "private") == []
+    assert not exposed(out / "base.safetensors")
     assert {path.name for path in (out / "private").iterdir()} <= {
         "owner.key",
         "start.safetensors",
@@ -271,15 +274,47 @@ def test_where_rounds_do_not_repeat_the_parties_agree_new_secrets(tmp_path, monk
     out, results, _ = whole
     shutil.copytree(halfway[0], tmp_path, dirs_exist_ok=True)
     drawn = number_keys(monkeypatch, first=300)
-    environment = _checkpoints.environment_of
-    monkeypatch.setattr(_checkpoints, "environment_of", lambda *of: {**environment(*of), "software": "jax 99"})
-    other, shown = run(tmp_path)
-    assert "new secrets (other software)" in shown
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + " --xla_cpu_enable_fast_math=true")
+        version = importlib.metadata.version
+        patch.setattr(importlib.metadata, "version", lambda name: "99" if name == "jax" else version(name))
+        other, shown = run(tmp_path)
+    assert f"jax is 99, was {version('jax')}" in shown
+    assert f"fast_math=true, was {os.environ['XLA_FLAGS']};" in shown
+    assert "stop this run before its next checkpoint" in shown
     assert len(drawn) == 2
     assert other["base_sha256"] != results["base_sha256"]  # only last digits: rounding is drawn from the secrets
     assert other["accuracy"] == pytest.approx(results["accuracy"], abs=0.05)
     first, second = (files.read(folder / "base.safetensors").leaves["Dense_0/kernel"] for folder in (out, tmp_path))
     assert 0 < np.abs(first - second).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *((name, {"version": name}) for name in ("smark-jax", "jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes")),
+        *((name, {"variable": name}) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")),
+        ("jax_default_matmul_precision", {"setting": "jax_default_matmul_precision"}),
+        (None, {"variable": "XLA_DUMP_TO"}),
+        (None, {"variable": "HOME"}),
+    ],
+    ids=str,
+)
+def test_whatever_changes_the_bits_of_a_round_is_part_of_the_environment(monkeypatch, name, change):
+    """Who overlooked one would send other messages under the masks of a round that was sent before."""
+    images = data.Dataset(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, np.int32), 2)
+    before = _checkpoints.environment_of(images, 1)
+    version = importlib.metadata.version
+    if "version" in change:
+        monkeypatch.setattr(importlib.metadata, "version", lambda of: "99" if of == change["version"] else version(of))
+    if "variable" in change:
+        monkeypatch.setenv(change["variable"], "other")
+    with contextlib.ExitStack() as stack:
+        if "setting" in change:
+            stack.enter_context(jax.default_matmul_precision("float32"))
+        after = _checkpoints.environment_of(images, 1)
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert changed == ({name} if name else set())
 
 
 def test_a_finished_run_is_left_alone_and_another_configuration_refused(whole, monkeypatch):
@@ -288,7 +323,9 @@ def test_a_finished_run_is_left_alone_and_another_configuration_refused(whole, m
     monkeypatch.setattr(_checkpoints, "fit", None)
     left = out / "private" / "checkpoints" / "12"  # killed just before it would have removed them
     left.mkdir(parents=True)
+    (out / "base.safetensors").chmod(0o644)  # as versions before left it
     again, shown = run(out)
+    assert not exposed(out / "base.safetensors")
     assert not left.parent.exists()
     assert again == results
     assert "nothing is left to do" in shown

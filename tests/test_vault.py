@@ -1,7 +1,6 @@
 """The vault in one process: what it keeps, what it refuses, and what it notices."""
 
 import contextlib
-import csv
 import hashlib
 import hmac
 import json
@@ -429,28 +428,7 @@ def test_names_of_any_script_and_their_files():
     assert len(_text.file_name(7, "王" * 200).encode()) < 255
 
 
-def test_a_csv_file_is_imported_as_a_whole_or_not_at_all(place, tmp_path):
-    path = tmp_path / "customers.csv"
-    with path.open("w", newline="", encoding="utf-8-sig") as file:
-        csv.writer(file).writerows(
-            [["Name", "city"], ["Ada", "London"], [], ["Lovelace, Countess", ""], ["王小明", ""]]
-        )
-    assert customers.from_csv(path) == ["Ada", "Lovelace, Countess", "王小明"]
-    path.write_text('name\nAda\n\n"Gr\u202eace",x\n,London\n"two\nlines"\nEmmy\nAda\n', encoding="utf-8")
-    with pytest.raises(ValueError) as error:
-        customers.from_csv(path)
-    for part in (
-        "line 4: customer",
-        "line 5: customer",
-        "line 7: customer",
-        "line 9: 'Ada' stands in line 2",
-        "Nothing",
-    ):
-        assert part in str(error.value)
-    for content in (b'"open', b"\xff\xfe\x00", b"\n\n"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="first column"):
-            customers.from_csv(path)
+def test_customers_are_registered_all_or_none(place):
     with vault.opened(place, SECRET) as desk:
         customers.add(desk, ["Ada"])
         with pytest.raises(ValueError, match="registered ones: 'Ada'"):

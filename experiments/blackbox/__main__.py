@@ -1,4 +1,4 @@
-"""Payloads of 304 bits in images, and leaks traced by labels alone.
+"""Payloads of 304 bits in images, leaks traced by labels alone, and how many probes that takes.
 
 Each section writes NAME.json and NAME.png into the output folder, and is skipped where they exist for the same
 configuration and seed, so that an interrupted run goes on where it stopped.
@@ -7,13 +7,14 @@ configuration and seed, so that an interrupted run goes on where it stopped.
 from collections.abc import Sequence
 
 from experiments import sections
-from experiments.blackbox import answers, payloads
+from experiments.blackbox import answers, payloads, subsets
 
-SECTIONS = {"payloads": payloads, "answers": answers}
+SECTIONS = {"payloads": payloads, "answers": answers, "subsets": subsets}
 _EXAMPLES = """sections:
   payloads  304 bits in digits, faces and natural-like images: PSNR, bit errors, accuracy; after noise and JPEG; against
             spread spectrum and a learned encoder
   answers   copies that answer probes each in their own way: traced by labels, attacked, at what cost
+  subsets   how many probes a query takes, by how many of them a suspect answers as its copy was taught
 
 examples:
   python -m experiments.blackbox

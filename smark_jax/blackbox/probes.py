@@ -14,9 +14,7 @@ commitment before sale cannot choose probes after a suspect has answered.
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,9 +29,6 @@ from smark_jax._types import AnyArray, ApplyFn, PyTree
 from smark_jax.blackbox import payload
 
 _IMAGES_A_PASS = 256
-
-Predict = Callable[[np.ndarray], Any]
-"""Images, uint8 [B, H, W, C], to class numbers [B]; or to scores [B, classes], of which the largest counts."""
 
 
 def probes(
@@ -128,76 +123,6 @@ def halves(probe_images: UInt8[AnyArray, "m H W C"], num_classes: int) -> Int[np
         rng = np.random.default_rng(list(hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()))
         row[rng.permutation(num_classes)[: num_classes // 2]] = 1
     return found
-
-
-def query(
-    predict: Predict,
-    probe_images: UInt8[AnyArray, "m H W C"],
-    num_classes: int,
-    *,
-    repeats: int = 1,
-    batch_size: int = 64,
-    answers: Path | None = None,
-    on_answer: Callable[[int], None] = lambda count: None,
-) -> Float[np.ndarray, " m"]:
-    """Asks a suspect about every probe and reads the answers as chips.
-
-    Args:
-      predict: the suspect.
-      probe_images: as :func:`probes` made them, shape [m, H, W, C].
-      num_classes: of the suspect, as of the base.
-      repeats: times that each probe is asked; more than once where answers are not deterministic.
-      batch_size: probes in a call.
-      answers: a file that keeps the answers already paid for; a query that failed half-way goes on from it.
-      on_answer: called with the number of answers after each call: a progress bar.
-
-    Returns:
-      Chips, shape [m]: the mean over repeats of +1 for an answer inside the probe's half and -1 outside.
-
-    Raises:
-      ValueError: when answers are not one class number (or one row of scores) for each image, a class is out of range,
-        or the file holds another query's answers.
-    """
-    for name, value in (("repeats", repeats), ("batch_size", batch_size)):
-        _validate.positive("query", name, value)
-    images = np.asarray(probe_images)
-    sides = halves(images, num_classes)
-    identity = {"probes": hashlib.sha256(images.tobytes()).hexdigest(), "num_classes": num_classes}
-    labels = _kept(answers, identity)
-    wanted = np.tile(np.arange(len(images)), repeats)
-    while len(labels) < len(wanted):
-        index = wanted[len(labels) : len(labels) + batch_size]
-        labels += _labels(predict(images[index]), len(index), num_classes)
-        if answers:
-            answers.with_suffix(".new").write_text(json.dumps({**identity, "labels": labels}))
-            answers.with_suffix(".new").replace(answers)
-        on_answer(len(labels))
-    asked = np.array(labels[: len(wanted)]).reshape(repeats, len(images))
-    return np.take_along_axis(sides, asked.T, axis=1).mean(axis=1, dtype=np.float64)
-
-
-def _kept(answers: Path | None, identity: dict[str, Any]) -> list[int]:
-    if answers is None or not answers.exists():
-        return []
-    document = json.loads(answers.read_text())
-    if {name: document.get(name) for name in identity} != identity:
-        cause = "Name another file for this query, or remove that one."
-        raise _validate.fail("query", f"answers to these probes in {answers}", "those to others", cause)
-    return list(document["labels"])
-
-
-def _labels(found: Any, count: int, num_classes: int) -> list[int]:
-    found = np.asarray(found)
-    if found.shape == (count, num_classes) and np.issubdtype(found.dtype, np.floating):
-        found = found.argmax(axis=1)
-    if found.shape != (count,) or not np.issubdtype(found.dtype, np.integer):
-        expected = f"class numbers of shape ({count},), or scores of shape ({count}, {num_classes})"
-        got = f"shape {found.shape}, dtype {found.dtype}"
-        raise _validate.fail("query: predict", expected, got, "Does predict take a batch of images?")
-    if found.min() < 0 or found.max() >= num_classes:
-        got = f"{found.min()} to {found.max()}"
-        raise _validate.fail("query: predict", f"classes of 0 to {num_classes - 1}", got, "Does it count from 1?")
-    return found.tolist()
 
 
 class Trained(NamedTuple):

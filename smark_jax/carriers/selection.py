@@ -83,7 +83,7 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
     if match is None:
         wanted = lambda path: True  # noqa: E731
     else:
-        wanted = match if callable(match) else re.compile(match).search
+        wanted = match if callable(match) else _expression(match).search
     facts = _facts(named)
     found = _roles.of(facts)
     chosen = {path: fact for path, fact in facts.items() if found[path].carries and fact.floating and wanted(path)}
@@ -190,6 +190,14 @@ def _twins(path: str, named: Mapping[str, Any], facts: Mapping[str, _roles.Facts
         return ()
     alike = (other for other in facts if facts[other] == fact and other != path)
     return tuple(p for p in alike if named[p].dtype == leaf.dtype and bool((named[p] == leaf).all()))
+
+
+def _expression(match: str) -> re.Pattern[str]:
+    try:
+        return re.compile(match)
+    except (re.error, OverflowError, RecursionError) as error:
+        cause = "In one, ( ) [ ] * + ? . have meanings of their own: write \\( for a bracket, or part of a leaf's name."
+        raise _validate.fail("select", "a regular expression", f"{match[:60]!r} ({error})", cause) from None
 
 
 def read(params: PyTree, spec: Spec) -> Float[Array, " D"]:

@@ -11,7 +11,7 @@ import typer
 import typer.rich_utils
 
 from smark_jax import _foreign
-from smark_jax.cli import _attack, _bench, _common, _evidence, _issue, _query, _trace, _vault
+from smark_jax.cli import _attack, _bench, _common, _evidence, _issue, _outputs, _query, _trace, _vault
 from smark_jax.cli._console import Console
 
 app = typer.Typer(
@@ -88,15 +88,21 @@ def demo(
         "out/demo"
     ),
     parties: Annotated[int, typer.Option(min=1, max=64, help="Data holders that train together.")] = 4,
-    customers: Annotated[int, typer.Option(min=3, help="Copies to issue, one for each customer.")] = 20,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 15,
-    seed: Annotated[int, typer.Option(min=0, help="Of initialisation, shuffles and the demo's keys.")] = 0,
+    customers: Annotated[int, typer.Option(min=3, max=1_000_000, help="Copies to issue, one for each customer.")] = 20,
+    epochs: Annotated[int, typer.Option(min=1, max=1_000_000, help="Passes over the training data.")] = 15,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of initialisation, shuffles and the demo's keys.")
+    ] = 0,
 ) -> None:
     """Train across parties, issue fingerprinted copies, leak four of them, and trace the leaks; about two minutes.
 
     Real digits (MNIST-5k, shipped with a package; nothing is downloaded), real training. Parties are accelerators where
     there are enough of them, and virtual CPU devices otherwise.
     """
+    if (out / "private").exists():
+        raise typer.BadParameter(
+            f"{out} is a folder of smark train, whose results would be replaced", param_hint="--out"
+        )
     from smark_jax.cli import _demo
 
     _demo.run(_demo.Config(out, parties, customers, epochs, seed), _common.out)
@@ -132,6 +138,8 @@ def train(
     settings = _train_config.read(config)
     from smark_jax.cli import _train
 
+    for name in _train.OUTPUTS:
+        _outputs.check("--out", out / name, (config,))
     console = Console(stderr=as_json)
     results = _train.run(settings, out, console)
     if as_json:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from smark_jax.cli import _common
+from smark_jax.cli import _common, _outputs
 from smark_jax.cli._common import AsJson, say
 
 
@@ -19,7 +19,7 @@ def attack(
     quantise: Annotated[int | None, typer.Option(help="Round each kernel to so many bits.")] = None,
     noise: Annotated[float | None, typer.Option(help="Add noise, relative to a leaf's root mean square.")] = None,
     cast: Annotated[str | None, typer.Option(help="Round to this type and back, such as bfloat16.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the noise.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Damage a copy as a leaker would, and write it; several attacks apply in the order of the options here."""
@@ -27,10 +27,11 @@ def attack(
     done = [name for name, value in chosen.items() if value]
     if not done:
         raise typer.BadParameter("name at least one attack: " + ", ".join(f"--{name}" for name in chosen))
+    _outputs.check("OUT", out, (copy, *(mix or [])))
     with _common.err.status("reading the copy"):
         import jax
 
-        from smark_jax import attacks, files
+        from smark_jax import _disk, attacks, files
         from smark_jax.aggregation import stack
 
         with jax.enable_x64(True):  # leaves of 64 bits keep them
@@ -46,6 +47,7 @@ def attack(
                 tree = attacks.add_noise(tree, jax.random.key(seed), noise)
             if cast is not None:
                 tree = attacks.cast(tree, cast)
-        sha256 = files.write(out, tree)
+        with _disk.private_files():  # it is still a customer's copy
+            sha256 = files.write(out, tree)
     document = {"out": str(out), "sha256": sha256, "attacks": done}
     _common.show(document, as_json, lambda: say(f"{out}: {', '.join(done)}"))

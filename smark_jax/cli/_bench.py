@@ -13,9 +13,9 @@ _REPEATS = 5
 
 
 def bench(
-    weights: Annotated[int, typer.Option(min=2048, help="Weights of the model.")] = 1_000_000,
-    chips: Annotated[int, typer.Option(min=1, help="Bits of a fingerprint.")] = 304,
-    customers: Annotated[int, typer.Option(min=2, help="Customers to compare with.")] = 100_000,
+    weights: Annotated[int, typer.Option(min=2048, max=2**31 - 1, help="Weights of the model.")] = 1_000_000,
+    chips: Annotated[int, typer.Option(min=1, max=2**20, help="Bits of a fingerprint.")] = 304,
+    customers: Annotated[int, typer.Option(min=2, max=2**31, help="Customers to compare with.")] = 100_000,
     as_json: AsJson = False,
 ) -> None:
     """Time marking, reading and tracing on this machine: medians of five runs, compilation not counted."""

@@ -28,6 +28,22 @@ from smark_jax._types import PyTree
 from smark_jax.cli import _training
 
 _SECONDS_A_LOG_LINE = 20
+_SHOWN = 6
+_SOFTWARE = ("smark-jax", "jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes")
+_VARIABLES = (
+    "XLA_",
+    "LIBTPU_",
+    "TPU_",
+    "TF_",
+    "CUDA_",
+    "CUDNN_",
+    "CUBLAS_",
+    "NVIDIA_",
+    "HIP_",
+    "OMP_",
+    "MKL_",
+    "ONEDNN_",
+)
 
 
 class _Snapshot(NamedTuple):
@@ -137,22 +153,46 @@ def _resumed(
     if before == environment and environment["platform"] == "cpu":
         return shot
     known = before if isinstance(before, dict) else {}
-    changed = [name for name, value in environment.items() if known.get(name) != value]
-    reason = f"other {', '.join(changed)}" if changed else "accelerators do not repeat themselves exactly"
+    changed = [
+        f"{name} is {environment.get(name, 'not set')}, was {known.get(name, 'not recorded')}"
+        for name in sorted(environment.keys() | known.keys())
+        if known.get(name) != environment.get(name)
+    ]
+    reason = "; ".join(changed[:_SHOWN]) + (f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
+    reason = reason or "accelerators do not repeat themselves exactly"
     _training.say(console, f"The parties agree new secrets ({reason}): the model may differ in last digits.")
+    if changed:
+        _training.say(
+            console,
+            "For the same model bit for bit, stop this run before its next checkpoint, restore that, and go on.",
+        )
     return shot._replace(secrets=fresh.secrets)
 
 
-def environment_of(train: data.Dataset, parties: int) -> dict[str, Any]:
-    """What the rounds' exact bits depend on besides the configuration."""
+def environment_of(train: data.Dataset, parties: int) -> dict[str, str]:
+    """What the rounds' exact bits depend on besides the configuration: one text for each name.
+
+    Versions; JAX's settings, whether they come from the environment or from code; variables that XLA and the libraries
+    below it read. Better one too many: a difference costs last digits, one that is overlooked the secrecy of a round.
+    """
     device = parallel.devices(parties)[0]
+    settings = {name: str(value) for name, value in jax.config.values.items() if _matters(name)}
+    variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES) and _matters(name)}
     return {
         "platform": device.platform,
         "device": device.device_kind,
         "processor": _processor(),
-        "software": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("smark-jax", "jax", "jaxlib")),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _SOFTWARE},
+        **settings,
+        **variables,
         "data": hashlib.sha256(train.images.tobytes() + train.labels.tobytes()).hexdigest(),
     }
+
+
+def _matters(name: str) -> bool:
+    """Whether a setting can change what is computed; where compiled programs lie and what is logged cannot."""
+    return not any(word in name.lower() for word in ("cache", "log", "dump", "traceback", "pprint", "address"))
 
 
 def _processor() -> str:

@@ -38,6 +38,10 @@ Align = Annotated[
     ),
 ]
 
+Verdict = Annotated[
+    int, typer.Argument(min=1, max=2**63 - 1, help="Its number, as trace printed it.", show_default=False)
+]
+
 out = Console()
 err = Console(stderr=True)
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from smark_jax.cli import _common
-from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, say
+from smark_jax.cli import _common, _outputs
+from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, Verdict, say
 
 app = typer.Typer(no_args_is_help=True, help="Evidence for an arbiter: export a bundle, verify one, keep time stamps.")
 
@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="Evidence for an arbiter: export a 
 @app.command(epilog="Example:\n\n  smark evidence export my-vault 1 --out evidence.json")
 def export(
     vault: VaultPath,
-    verdict: Annotated[int, typer.Argument(min=1, help="Its number, as trace printed it.", show_default=False)],
+    verdict: Verdict,
     out: Annotated[Path, typer.Option(help="The bundle to write.", show_default=False)],
     suspect: Annotated[
         int | None, typer.Option(min=1, help="Which suspect of the verdict, where several were traced.")
@@ -32,6 +32,7 @@ def export(
 
     The bundle opens the model's carrier key as well: add the model under another name before issuing more copies.
     """
+    _outputs.check("--out", out, (passphrase_file,), vault)
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import evidence, folder
 
@@ -128,7 +129,7 @@ def verify(
 def timestamp(
     vault: VaultPath,
     name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
-    number: Annotated[int, typer.Argument(min=1, help="Of the commitment.", show_default=False)],
+    number: Annotated[int, typer.Argument(min=1, max=2**63 - 1, help="Of the commitment.", show_default=False)],
     response: Annotated[Path, typer.Argument(help="What the authority answered (DER).", show_default=False)],
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smark_jax.cli import _common
+from smark_jax.cli import _common, _names, _outputs
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ def issue(
     customers: Annotated[
         list[str] | None, typer.Argument(help="Names; new ones are registered.", show_default=False)
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Issue to the names in the first column of this file.")] = None,
+    csv: _names.Csv = None,
+    column: _names.Column = None,
+    heading: _names.Heading = None,
     everybody: Annotated[bool, typer.Option("--all", help="Issue to all registered customers.")] = False,
     strength: Annotated[float | None, typer.Option(help="Of these copies; the model's own by default.")] = None,
     teach: Annotated[
@@ -55,12 +57,15 @@ def issue(
     A copy is the base's file but for the bytes of its carrying leaves. With --network, each is run on up to 256 images,
     and one that answers NaN is not written.
     """
+    _outputs.check("--out", out, vault=vault)
+    if timestamp_request:
+        _outputs.check("--timestamp-request", timestamp_request, (csv, passphrase_file), vault)
+    names = [*(customers or []), *_names.read(csv, column, heading)]
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import commitments, evidence, folder, issuing, models, queries, timestamps, trials
         from smark_jax.vault import customers as registry
 
         models.get(desk, name)
-        names = [*(customers or []), *(registry.from_csv(csv) if csv else [])]
         if not names and not everybody:
             raise typer.BadParameter("name customers, or pass --csv or --all", param_hint="CUSTOMER")
         known = registry.registered(desk)
@@ -107,6 +112,12 @@ def issue(
                 "issue from that; copies of this one are still traced."
             )
         commitment = issued.commitment
+        model, number = models.get(desk, name), commitment.header["customers"]
+        if model.num_chips < (fewest := models.fewest_chips(model.alpha, number)):
+            _common.warn(
+                f"{name} has {model.num_chips} chips, and to accuse one of {number:,} customers at alpha "
+                f"{model.alpha:g} takes {fewest}: no copy can be traced."
+            )
         path = commitments.file(desk, commitment)
         if timestamp_request:
             folder.write(timestamp_request, timestamps.request(commitment))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SECONDS = 60
+_BATCH = 16  # probes in a call, after which answers are kept
 _LARGEST_ANSWER = 1 << 20
 _PLACES = ("label", "class", "prediction", "scores")
 
@@ -30,6 +31,25 @@ def query(
     target: Annotated[
         str, typer.Argument(help="http(s)://... or a command.", metavar="URL-or-COMMAND", show_default=False)
     ],
+    num_probes: Annotated[
+        int | None,
+        typer.Option(
+            "--probes",
+            min=1,
+            help="Answers to judge by; more than before asks the same target more. By default what suffices for a "
+            "copy that answers nine of ten as taught.",
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Leave earlier answers of this target aside, and ask other probes.")
+    ] = False,
+    allow_seen: Annotated[
+        bool,
+        typer.Option(
+            "--allow-seen", help="Ask probes that were shown before where too few are left; the verdict says so."
+        ),
+    ] = False,
+    max_age: Annotated[float, typer.Option(min=0, help="Days after which earlier answers no longer count.")] = 7.0,
     repeats: Annotated[int, typer.Option(min=1, help="Times that each probe is asked.")] = 1,
     field: Annotated[
         str | None, typer.Option(help="Send images as this field of a multipart form, not as the body.")
@@ -38,26 +58,44 @@ def query(
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Trace a suspect by its answers alone: every probe is asked, and the labels are read as a fingerprint.
+    """Trace a suspect by its answers alone: probes are asked, and the labels are read as a fingerprint.
 
     A URL gets one POST for each image, a PNG; it answers with JSON: a class number, a list of scores, or an object with
     one of these as "label", "class", "prediction" or "scores". A command gets the paths of PNG files on stdin, one a
-    line, and prints a class number for each, one a line. Answers are kept in the vault, so that a query that failed
-    goes on where it stopped. Copies must have been taught to answer (blackbox.train_copies).
+    line, and prints a class number for each. Copies must have been taught to answer ('smark issue --teach').
+
+    Each query asks probes that nobody was shown before, as long as there are any: whoever has seen a probe may have
+    asked an innocent customer's service about it. Answers are kept in the vault, so that the same command goes on where
+    a query stopped.
     """
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import queries
 
-        asked = len(queries.probes(desk, name)[0]) * repeats
         if target.startswith(("http://", "https://")):
             predict: Any = lambda images: [_post(target, _png(image), field) for image in images]  # noqa: E731
         else:
-            predict = lambda images: _run(shlex.split(target), images)  # noqa: E731
-        with _common.bar("asking", asked) as done:
-            document = queries.query(
-                desk, name, target, predict, repeats=repeats, alpha=alpha, batch_size=16, on_answer=done
+            predict = lambda images: _run(_command(target), images)  # noqa: E731
+        ready = queries.prepare(
+            desk, name, target, predict, num_probes=num_probes, fresh=fresh, allow_seen=allow_seen, max_age=max_age
+        )
+        if ready.kept:
+            _common.warn(f"{ready.kept} answers of {target} are kept, since {ready.since}; --fresh asks again.")
+        with _common.bar("asking", len(ready.probes) * repeats) as done:
+            document = queries.ask(
+                desk, ready, predict, repeats=repeats, alpha=alpha, batch_size=_BATCH, on_answer=done
             )
     _trace.show(document, as_json, vault)
+
+
+def _command(command: str) -> list[str]:
+    """A command line's words, as a shell takes them apart."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"query: expected a command, but got {command!r} ({error}).\nIs a quote left open?") from None
+    if not words:
+        raise ValueError("query: expected an address or a command, but got nothing.\nSay what is asked.")
+    return words
 
 
 def _png(image: "np.ndarray") -> bytes:
@@ -99,7 +137,12 @@ def _run(command: list[str], images: "np.ndarray") -> list[int]:
         for path, image in zip(paths, images, strict=True):
             path.write_bytes(_png(image))
         lines = "".join(f"{path}\n" for path in paths)
-        done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"query: expected a command that runs, but got {error}.\nIs its name right? A URL begins with http."
+            ) from None
     advice = "It gets paths on stdin, one a line, and prints a class number for each. Answers so far are kept."
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2][-200:]

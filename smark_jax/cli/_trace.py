@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from smark_jax.cli import _common
-from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, say
+from smark_jax.cli import _common, _outputs
+from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, Verdict, say
 
 
 def trace(
@@ -57,6 +57,8 @@ def show(document: dict[str, Any], as_json: bool, vault: Path) -> None:
         row = {"file": suspect["file"], "verdict": suspect["verdict"], "accused": accused}
         if suspect["error"]:
             row["error"] = suspect["error"]
+        if suspect.get("notes"):
+            row["notes"] = suspect["notes"]
         rows.append(row)
     short = {key: document[key] for key in ("number", "model", "num_customers", "alpha")}
     _common.show({**short, "suspects": rows}, as_json, lambda: _words(document, vault))
@@ -71,6 +73,8 @@ def _words(document: dict[str, Any], vault: Path) -> None:
             say("  Do not rely on it: a codeword that nobody received stands out as well, so an assumption is broken.")
         for move in suspect.get("layout") or []:
             say(f"  {move['suspect']} was read as {move['base']} ({move['change']})")
+        for note in suspect.get("notes") or []:
+            say(f"  {note}")
         if suspect.get("alignment"):
             _common.out.lines(f"  {suspect['alignment']}")
         if suspect["accused"]:
@@ -91,12 +95,14 @@ def _verdict(suspect: dict[str, Any], document: dict[str, Any]) -> str:
     if not accused:
         return f"{file}: nobody. No customer's fingerprint stands out at alpha = {document['alpha']:g}."
     worst = _common.below(max(a["log10_p"] for a in accused))
+    by_answers = suspect.get("read") == "answers"
     if len(accused) == 1:
-        return (
-            f"{file}: a copy of {accused[0]['customer']} (customer {accused[0]['serial']}). The probability that an "
-            f"innocent customer is accused like this is {worst}."
-        )
+        whose = f"{accused[0]['customer']} (customer {accused[0]['serial']})"
+        what = f"answers as the copy of {whose} does" if by_answers else f"a copy of {whose}"
+        return f"{file}: {what}. The probability that an innocent customer is accused like this is {worst}."
     names = ", ".join(f"{a['customer']} ({a['serial']})" for a in accused)
+    if by_answers:
+        return f"{file}: answers as the copies of {len(accused)} customers do: {names}. Each p-value is {worst}."
     return f"{file}: mixed from the copies of {len(accused)} customers: {names}. Each p-value is {worst}."
 
 
@@ -119,12 +125,13 @@ def _table(suspect: dict[str, Any]) -> None:
 
 def report(
     vault: VaultPath,
-    verdict: Annotated[int, typer.Argument(min=1, help="Its number, as trace printed it.", show_default=False)],
+    verdict: Verdict,
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a verdict as one HTML file that a lawyer can read, print and keep; it needs no network."""
+    _outputs.check("--out", out, (passphrase_file,), vault)
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax import report as reports
         from smark_jax.vault import folder, verdicts

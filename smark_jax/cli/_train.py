@@ -23,6 +23,7 @@ from smark_jax import _disk, _validate, data, files, keys, models, parallel
 from smark_jax._types import PyTree
 from smark_jax.cli import _checkpoints, _train_config, _training
 
+OUTPUTS = ("base.safetensors", "results.json", "training.png")
 _NETWORKS = {"cnn": models.CNN, "resnet18": models.ResNet18}
 
 
@@ -34,6 +35,7 @@ def run(config: _train_config.Config, out: Path, console: rich.console.Console) 
     """
     began = time.perf_counter()
     private = out / "private"
+    _refuse_others_files(private, out)
     out.mkdir(parents=True, exist_ok=True)
     private.mkdir(mode=0o700, exist_ok=True)
     with _alone(private):
@@ -41,6 +43,7 @@ def run(config: _train_config.Config, out: Path, console: rich.console.Console) 
         if (out / "results.json").exists():
             _training.say(console, f"{out} holds this model already; nothing is left to do.")
             shutil.rmtree(private / "checkpoints", ignore_errors=True)
+            (out / "base.safetensors").chmod(0o600)  # versions before left it readable for everybody
             return json.loads((out / "results.json").read_text())
         _training.before_jax(config.parties)
         _training.say(console, f"Loading {config.dataset} ...")
@@ -62,7 +65,8 @@ def run(config: _train_config.Config, out: Path, console: rich.console.Console) 
             private / "checkpoints",
             console,
         )
-        digest = files.write(out / "base.safetensors", params)
+        with _disk.private_files():
+            digest = files.write(out / "base.safetensors", params)
         epochs = np.asarray(round_losses).reshape(config.epochs, -1).mean(axis=1)
         _picture(out / "training.png", round_losses, epochs, console)
         results = {
@@ -111,6 +115,14 @@ def _alone(private: Path) -> Iterator[None]:
         raise _validate.fail(
             "train", f"{private.parent} to itself", "another smark train at work there", cause
         ) from error
+
+
+def _refuse_others_files(private: Path, out: Path) -> None:
+    """A run writes over no file but its own."""
+    there = [name for name in OUTPUTS if (out / name).exists()]
+    if there and not (private / "config.json").exists():
+        cause = "Choose another folder with --out, or move them."
+        raise _validate.fail("train", f"a new folder, or that of a run, in {out}", f"{', '.join(there)} there", cause)
 
 
 def _same_config(config: _train_config.Config, path: Path, out: Path) -> None:

@@ -29,6 +29,7 @@ checkpoint_every = 100   # rounds after which the training could go on if it wer
 """
 
 _NETWORKS = ("cnn", "resnet18")
+_RANGES = {"seed": (0, 2**32 - 1), "parties": (1, 1024), "epochs": (1, 1_000_000)}  # of others: 1 to 2^31 - 1
 
 
 class Config(NamedTuple):
@@ -77,8 +78,9 @@ def _check(path: Path, name: str, value: Any) -> None:
     if fits and name == "network":
         wanted, fits = " or ".join(map(repr, _NETWORKS)), value in _NETWORKS
     elif fits and kind is int:
-        least = 0 if name == "seed" else 1
-        wanted, fits = f"{wanted} of at least {least}", value >= least
+        least, most = _RANGES.get(name, (1, 2**31 - 1))
+        bound = f"at most {most:,}" if value > most else f"at least {least}"
+        wanted, fits = f"{wanted} of {bound}", least <= value <= most
     elif fits and kind is float:
         wanted, fits = f"{wanted} above 0", math.isfinite(value) and value > 0
     if not fits:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smark_jax.cli import _common
+from smark_jax import _validate
+from smark_jax.cli import _common, _names
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
 if TYPE_CHECKING:
@@ -149,25 +150,35 @@ def _base(path: Path) -> "files.Weights":
     import jax
     import orbax.checkpoint
 
-    with jax.enable_x64(True), orbax.checkpoint.StandardCheckpointer() as checkpointer:  # or it would drop digits
-        return files.Weights(files.flatten(checkpointer.restore(path.absolute())), "orbax", "")
+    try:
+        with jax.enable_x64(True), orbax.checkpoint.StandardCheckpointer() as checkpointer:  # or it would drop digits
+            tree = checkpointer.restore(path.absolute())
+    except Exception as error:  # orbax raises of every kind, and at length
+        got = f"one that orbax cannot read ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
+        cause = "Name the folder that StandardCheckpointer wrote, or convert it to safetensors."
+        raise _validate.fail("add-model", f"an Orbax checkpoint in {path}", got, cause) from error
+    return files.Weights(files.flatten(tree), "orbax", "")
 
 
 def customers(
     vault: VaultPath,
-    csv: Annotated[
-        Path | None, typer.Option(help="Register the names in the first column of this file, all or none.")
-    ] = None,
+    csv: _names.Csv = None,
+    column: _names.Column = None,
+    heading: _names.Heading = None,
     add: Annotated[list[str] | None, typer.Option(help="Register a customer; may be repeated.")] = None,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """List customers, or register new ones first. One registry serves all models; names are text of any script."""
+    """List customers, or register new ones first, all or none.
+
+    One registry serves all models; names are text of any script. Where a CSV file leaves doubt which names are meant,
+    it is refused, and nobody is registered.
+    """
+    listed_names = _names.read(csv, column, heading) + (add or [])
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import customers as registry
 
-        names = (registry.from_csv(csv) if csv else []) + (add or [])
-        new = registry.add(desk, names) if names else []
+        new = registry.add(desk, listed_names) if listed_names else []
         listed = registry.registered(desk)
         rows = desk.connection.execute("SELECT serial, model FROM licences ORDER BY model")
         models: dict[int, list[str]] = {}

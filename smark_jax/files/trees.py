@@ -15,6 +15,9 @@ PyTree = Any  # as _types.PyTree, which comes with jax; jax is loaded only where
 def flatten(params: PyTree) -> dict[str, np.ndarray]:
     """The leaves of a parameter tree by name, on the host; a leaf's name is its path, the steps joined by ``/``.
 
+    Keys of random generators (``jax.random.key``), such as the states of Dropout in an nnx model, become their data,
+    uint32: :func:`jax.random.wrap_key_data` makes keys of it again.
+
     Raises:
       ValueError: when two leaves have the same name, or one is no array of real numbers.
 
@@ -28,11 +31,13 @@ def flatten(params: PyTree) -> dict[str, np.ndarray]:
 
     leaves: dict[str, np.ndarray] = {}
     for path, value in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value = jax.random.key_data(value)
         name, leaf = _validate.path_name(path), np.asarray(value)
         if name in leaves:
             raise _validate.fail("flatten", "a name of its own for each leaf", f"{name!r} twice", "Is '/' in a name?")
         if leaf.dtype.name not in _limits.BY_NAME:
-            cause = "Weights are real numbers: leave out what is no weight, and the keys of random generators."
+            cause = "Weights are real numbers: leave out what is no weight."
             raise _validate.fail("flatten", f"real numbers in leaf {name!r}", f"dtype {leaf.dtype}", cause)
         leaves[name] = leaf
     return leaves

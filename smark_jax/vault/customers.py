@@ -1,14 +1,11 @@
 """The registry of customers, one for all models: a name and a serial each, dense from 0."""
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from smark_jax import _validate
 from smark_jax.vault import _text, database, folder
 
-_HEADINGS = ("customer", "customers", "name")
 _SHOWN = 10
 
 
@@ -61,44 +58,6 @@ def resolve(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
 def serials(vault: folder.Vault) -> dict[str, int]:
     """Each customer's serial by name."""
     return dict(vault.connection.execute("SELECT name, serial FROM customers"))
-
-
-def from_csv(path: Path) -> list[str]:
-    """The names in the first column of a CSV file in UTF-8; a first line ``name`` or ``customer`` is a heading.
-
-    Blank lines and further columns are passed over.
-
-    Raises:
-      ValueError: listing bad and repeated rows with their line numbers.
-    """
-    names: dict[str, int] = {}
-    problems = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            for place, row in enumerate(reader):
-                line = reader.line_num
-                if not any(cell.strip() for cell in row) or (place == 0 and row[0].strip().lower() in _HEADINGS):
-                    continue
-                try:
-                    name = _text.customer_name(row[0])
-                except ValueError as error:
-                    problems.append(f"line {line}: {str(error).splitlines()[0]}")
-                    continue
-                if name in names:
-                    problems.append(f"line {line}: {name!r} stands in line {names[name]} already")
-                names.setdefault(name, line)
-    except (csv.Error, UnicodeDecodeError) as error:
-        cause = "Save it as CSV in UTF-8, names in the first column."
-        raise _validate.fail("customers", f"a CSV file in {path}", str(error), cause) from None
-    if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        got = "; ".join(problems[:_SHOWN]) + more
-        raise _validate.fail("customers", f"a name of its own in each row of {path}", got, "Nothing was imported.")
-    if not names:
-        cause = "Names stand in the first column."
-        raise _validate.fail("customers", f"at least one name in {path}", "none", cause)
-    return list(names)
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -102,7 +102,7 @@ def issue(
     _validate.positive("issue", "the number of customers", len(customers))
     model = models.get(vault, name)
     if strength is not None:
-        _validate.finite_number("issue", "strength", strength)
+        models.check_strength("issue", strength)
     base = models.base(vault, model)
     trial = trials.Running(network, base) if network else None
     out.mkdir(parents=True, exist_ok=True)
@@ -117,6 +117,7 @@ def issue(
                 done += 1
                 on_copy(done)
             else:
+                _refuse_base(licence.path, model)
                 missing.append(licence)
         for written in _write(vault, model, base, missing, teach, trial):
             done += written
@@ -284,6 +285,17 @@ def _sweep(out: Path, names: set[str]) -> None:
         hidden, mark, _ = path.name.partition(_HIDDEN)
         if mark and hidden.startswith(".") and hidden.lstrip(".") in names:  # older versions put a second dot before it
             path.unlink(missing_ok=True)
+
+
+def _refuse_base(path: Path, model: models.Model) -> None:
+    """A damaged copy is written again, but the owner's base is not written over because it has a copy's name."""
+    try:
+        is_base = path.is_file() and files.content_hash(files.read(path).leaves) == model.base
+    except ValueError:
+        return
+    if is_base:
+        cause = "Name another folder by --out, or move the base."
+        raise _validate.fail("issue", f"a copy, or nothing, in {path}", f"the base of {model.name}", cause)
 
 
 def _file_hash(path: Path) -> str:

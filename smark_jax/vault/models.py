@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,9 +83,13 @@ def add(
     """
     _text.model_name(name)
     _validate.probability("add-model", "alpha", alpha)
-    _validate.finite_number("add-model", "strength", strength)
-    spec = _choose(leaves, match, public)
+    check_strength("add-model", strength)
     _validate.positive("add-model", "num_chips", num_chips)
+    if num_chips < (fewest := fewest_chips(alpha, 2)):
+        expected = f"at least {fewest} chips, since with fewer nobody among even two customers can be accused"
+        cause = f"1 + log2(N / alpha) chips are the fewest for N customers; 304 bear some damage. alpha is {alpha:g}."
+        raise _validate.fail("add-model", expected, str(num_chips), cause)
+    spec = _choose(leaves, match, public)
     if num_chips > spec.num_weights:
         got = f"{num_chips:,} chips for {spec.num_weights:,} carrying weights"
         raise _validate.fail("add-model", "fewer chips than carrying weights", got, "Take fewer, or let more carry.")
@@ -105,9 +110,9 @@ def _choose(
 ) -> carriers.Spec:
     """The carrying leaves of a new model."""
     tree = files.nest(leaves)
-    if public is None:
-        return carriers.select(tree, match)
     chosen = carriers.select(tree, match)
+    if public is None:
+        return chosen
     known = {name for name, share in publicity.shares(leaves, public).items() if share >= publicity.MOST}
     if known >= {leaf.path for leaf in chosen.leaves}:
         cause = (
@@ -138,6 +143,27 @@ def unfit(model: Model, leaves: Mapping[str, np.ndarray]) -> dict[str, carriers.
     """Carrying leaves of a model that should carry nothing, by name: older versions marked them."""
     roles = carriers.roles(dict(leaves))
     return {leaf.path: roles[leaf.path] for leaf in model.spec.leaves if not roles[leaf.path].carries}
+
+
+def fewest_chips(alpha: float, num_customers: int) -> int:
+    r"""How many chips it takes to accuse anybody among N customers at all.
+
+    The statistic is largest where all m chips agree, :math:`T = \sqrt m`, which chance does with the two-sided
+    probability :math:`2 \cdot 2^{-m}`; so :math:`m \ge 1 + \log_2(N / \alpha)`.
+    """
+    return math.ceil(1 + math.log2(num_customers) - math.log2(alpha))
+
+
+def check_strength(who: str, strength: float) -> None:
+    """Refuses a strength that is no number above 0 and up to 1.
+
+    Raises:
+      ValueError: saying which strengths are of use.
+    """
+    _validate.finite_number(who, "strength", strength)
+    if strength > 1:
+        cause = "At 1 the mark is as large as the weights; embedding.calibrate tries 0.005 to 0.2, and 0.03 is usual."
+        raise _validate.fail(who, "a strength above 0 and up to 1", f"{strength:g}", cause)
 
 
 def _refuse_taken(vault: folder.Vault, name: str) -> None:

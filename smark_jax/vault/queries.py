@@ -1,22 +1,27 @@
 """Tracing a suspect that only answers: the model's probes in the vault, and the answers already paid for."""
 
+import datetime
 import functools
 import hashlib
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from smark_jax import _validate, blackbox, files
+from smark_jax import _validate, blackbox, files, keys
 from smark_jax._types import ApplyFn, PyTree
-from smark_jax.vault import folder, issuing, models, verdicts
+from smark_jax.blackbox import answers as records
+from smark_jax.vault import folder, issuing, models, shown, verdicts
 
+MAX_AGE = 7.0
+"""Days after which answers no longer count."""
 _EPOCHS, _BATCH = 4, 64  # of teaching a copy
+_CHECKED = 16  # answers that are asked again before a query goes on
 
 
 def images(path: Path) -> np.ndarray:
@@ -133,10 +138,87 @@ def teacher(
     return teach
 
 
-def query(
+class Query(NamedTuple):
+    """A query that is ready to ask.
+
+    Attributes:
+      model: its name.
+      target: the address or command.
+      session: in the log, which says what probes it shows.
+      probes: their numbers, ascending.
+      kept: how many answers are there already.
+      since: when the first of them came.
+    """
+
+    model: str
+    target: str
+    session: str
+    probes: tuple[int, ...]
+    kept: int
+    since: str | None
+
+
+def prepare(
     vault: folder.Vault,
     name: str,
     target: str,
+    predict: blackbox.Predict,
+    *,
+    num_probes: int | None = None,
+    fresh: bool = False,
+    allow_seen: bool = False,
+    max_age: float = MAX_AGE,
+) -> Query:
+    """Decides which probes a suspect is shown, those that nobody was shown before, and writes that down.
+
+    Where the target was asked before, that query goes on: its answers count, if they are young enough and the target,
+    asked a few of the same probes again, still answers so.
+
+    Args:
+      vault: an open vault.
+      name: of a model with probes and customers.
+      target: the address or command; names the suspect.
+      predict: the suspect.
+      num_probes: how many answers to judge by; as many as before, or as :func:`smark_jax.vault.shown.needed` says.
+      fresh: leave earlier answers aside, and begin anew with other probes.
+      allow_seen: take probes that were shown before where too few are left; the verdict then says so.
+      max_age: days after which answers no longer count.
+
+    Raises:
+      ValueError: when the model has no probes or no customers, too few probes are left, or earlier answers are too old,
+        are not authentic, or are no longer those of the target.
+    """
+    pictures, num_classes = probes(vault, name)
+    num_chips = len(pictures)
+    customers = verdicts.committed(vault, name).header["customers"]
+    _set_aside(vault, name, target, fresh)
+    session = None if fresh else shown.last(vault, name, num_chips, target)
+    if session and not _kept(vault, name, target, session).path.exists():
+        session = None  # what it was answered is lost, and its probes were shown
+    answers = records.read(_kept(vault, name, target, session)) if session else []
+    if answers:
+        _check_age(answers, max_age)
+        _check_unchanged(predict, pictures, num_classes, answers)
+    else:  # a grey picture first, so that a wrong address costs no probes
+        blackbox.ask(predict, np.full_like(pictures[:1], 128), num_classes)
+    before = shown.probes(shown.history(vault, name, num_chips), session) if session else []
+    if num_probes is not None and not max(1, len(before)) <= num_probes <= num_chips:
+        cause = "--fresh begins anew, and may ask fewer." if before else "Each chip has one probe."
+        raise _validate.fail("query", f"--probes of {max(1, len(before))} to {num_chips}", str(num_probes), cause)
+    wanted = num_probes or len(before) or min(num_chips, shown.needed(customers, models.get(vault, name).alpha))
+    if wanted > len(before):
+        more = wanted - len(before)
+        session = shown.record(vault, name, num_chips, target, more, session, allow_seen=allow_seen)
+    assert session is not None
+    if not answers:
+        records.write(_kept(vault, name, target, session), [])
+    asked = shown.probes(shown.history(vault, name, num_chips), session)
+    return Query(name, target, session, tuple(asked), len(answers), min((a.time for a in answers), default=None))
+
+
+def ask(
+    vault: folder.Vault,
+    query: Query,
     predict: blackbox.Predict,
     *,
     repeats: int = 1,
@@ -144,7 +226,7 @@ def query(
     alpha: float | None = None,
     on_answer: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Asks a suspect about every probe, traces the answers, and keeps the verdict.
+    """Asks a suspect about the probes of a query, traces the answers, and keeps the verdict.
 
     Answers are kept as they come: a query of the same target goes on where one failed.
 
@@ -152,19 +234,92 @@ def query(
       The verdict document.
 
     Raises:
-      ValueError: when the model has no probes or no customers, or the suspect's answers are no classes.
+      ValueError: when the suspect's answers are no classes.
     """
-    pictures, num_classes = probes(vault, name)
-    model = models.get(vault, name)
-    verdicts.committed(vault, name)
-    kept = vault.folder / folder.ANSWERS / f"{name}.{hashlib.sha256(target.encode()).hexdigest()[:16]}.json"
-    chips = blackbox.query(
-        predict, pictures, num_classes, repeats=repeats, batch_size=batch_size, answers=kept, on_answer=on_answer
+    pictures, num_classes = probes(vault, query.model)
+    model = models.get(vault, query.model)
+    kept, asked = _kept(vault, query.model, query.target, query.session), np.array(query.probes)
+    read = blackbox.query(
+        predict, pictures[asked], num_classes, repeats=repeats, batch_size=batch_size, answers=kept, on_answer=on_answer
     )
-    digest = hashlib.sha256(kept.read_bytes()).hexdigest()
-    row = {"file": target, "sha256": digest, "content": None, "format": "answers", "read": "answers"}
-    rows = [{**row, "error": None, "layout": [], "alignment": None}]
-    return verdicts.judge(vault, model, rows, [chips], verdicts.Reading(), alpha=alpha, tried=1)
+    chips = np.zeros(len(pictures))
+    chips[asked] = read
+    times = [answer.time for answer in records.read(kept)]
+    seen = shown.overlap(shown.history(vault, model.name, len(pictures)), query.session)
+    details = {"asked": len(asked), "of": len(pictures), "from": min(times), "to": max(times), "seen_before": seen}
+    digest = hashlib.sha256(kept.path.read_bytes()).hexdigest()
+    row = {"file": query.target, "sha256": digest, "content": None, "format": "answers", "read": "answers"}
+    rows = [{**row, "error": None, "layout": [], "alignment": None, "answers": details, "notes": _notes(details)}]
+    return verdicts.judge(vault, model, rows, [chips], verdicts.Reading(), alpha=alpha, tried=1, asked=asked)
+
+
+def _notes(details: dict[str, Any]) -> list[str]:
+    """What a reader of the verdict must know."""
+    count, seen = f"{details['asked']} of {details['of']} probes", details["seen_before"]
+    notes = [f"{count} were asked from {details['from']} to {details['to']}; none had been shown to anybody before."]
+    if seen:
+        whom = ", ".join(f"{number} to {target}" for target, number in sorted(seen.items()))
+        notes = [
+            f"{count} were asked from {details['from']} to {details['to']}; of these had been shown before: {whom}. "
+            "Whoever saw them may have prepared the answers by asking an innocent customer's service. Do not accuse "
+            "anybody on these answers alone."
+        ]
+    return [
+        *notes,
+        "Answers tell whose copy gave them, not who runs the service: one that passes questions on to a customer's own "
+        "service answers as that customer's copy does.",
+    ]
+
+
+def _kept(vault: folder.Vault, name: str, target: str, session: str) -> blackbox.Answers:
+    file = f"{name}.{_digest(target)}.{session}.json"
+    about = {"model": name, "target": target, "session": session}
+    return blackbox.Answers(vault.folder / folder.ANSWERS / file, keys.derive(vault.master, name, "answers"), about)
+
+
+def _digest(target: str) -> str:
+    return hashlib.sha256(target.encode()).hexdigest()[:16]
+
+
+def _set_aside(vault: folder.Vault, name: str, target: str, fresh: bool) -> None:
+    """Refuses answers that versions before kept without authentication; leaves them aside when asked to begin anew."""
+    path = vault.folder / folder.ANSWERS / f"{name}.{_digest(target)}.json"
+    if not path.exists():
+        return
+    if not fresh:
+        cause = (
+            "It is from an older version of smark, or somebody put it there, so its answers count for nothing: --fresh "
+            "asks again, and leaves the file aside."
+        )
+        raise _validate.fail("query", f"answers of {target} that this vault kept", f"{path}, unauthenticated", cause)
+    path.replace(path.with_name(f"{path.name}.unauthenticated"))
+
+
+def _check_age(answers: Sequence[blackbox.Answer], max_age: float) -> None:
+    oldest = min(answer.time for answer in answers)
+    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(oldest)
+    days = age.total_seconds() / 86400
+    if not days <= max_age:
+        expected = f"answers of the last {max_age:g} days"
+        cause = "What answers there may be another model by now: --fresh asks again, --max-age DAYS takes older ones."
+        raise _validate.fail("query", expected, f"{len(answers)} since {oldest}, {days:.1f} days ago", cause)
+
+
+def _check_unchanged(
+    predict: blackbox.Predict, pictures: np.ndarray, num_classes: int, answers: Sequence[blackbox.Answer]
+) -> None:
+    """Asks a few probes again that the target has answered: another copy differs in half of them."""
+    number = {digest: place for place, digest in enumerate(blackbox.digests(pictures))}
+    label = {number[answer.probe]: answer.label for answer in answers}
+    few = np.random.default_rng().permutation(sorted(label))[:_CHECKED]
+    sides = blackbox.halves(pictures[few], num_classes)
+    now = blackbox.ask(predict, pictures[few], num_classes)
+    each = np.arange(len(few))
+    changed = int((sides[each, now] != sides[each, [label[place] for place in few.tolist()]]).sum())
+    if changed > len(few) / 4:
+        got = f"other answers to {changed} of {len(few)} probes"
+        cause = "Another model seems to answer by now: --fresh asks again, with other probes."
+        raise _validate.fail("query", "the target that answered before", got, cause)
 
 
 def has_probes(vault: folder.Vault, name: str) -> bool:

@@ -19,6 +19,8 @@ from smark_jax._types import ApplyFn, PyTree
 from smark_jax.vault import commitments, database, folder, models, sealing
 from smark_jax.vault._text import now
 
+_WORDS_A_BLOCK = 1 << 16
+
 
 class Aligner(NamedTuple):
     """How suspects are aligned: what the caller named it, the base's pure network, and example images."""
@@ -152,9 +154,14 @@ def judge(
     *,
     alpha: float | None,
     tried: int,
+    asked: np.ndarray | None = None,
     on_suspect: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Verdicts on what was read, and their record. ``rows`` describe the suspects; those not yet judged have chips."""
+    """Verdicts on what was read, and their record.
+
+    ``rows`` describe the suspects; those not yet judged have chips. Where only some chips were ``asked`` for, these are
+    compared with the same part of the codewords.
+    """
     commitment = committed(vault, model.name)
     covered = "SELECT serial FROM licences WHERE model = ? AND number <= ? ORDER BY serial"
     serials = [serial for (serial,) in vault.connection.execute(covered, (model.name, commitment.number))]
@@ -165,7 +172,7 @@ def judge(
     if chips:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the decoys' alarm, which the document states
-            found = list(_trace(vault, model, np.stack(chips), serials, level, tried))
+            found = list(_trace(vault, model, np.stack(chips), serials, level, tried, asked))
     judged = zip(found, chips, strict=True)
     documents, blobs = [], []
     for row in rows:
@@ -202,8 +209,14 @@ def _trace(
     serials: list[int],
     alpha: float,
     tried: int,
+    asked: np.ndarray | None,
 ) -> tuple[tracing.Verdict, ...]:
     key = models.code_key(vault, model.name)
+    if asked is not None:
+        blocks = [serials[start : start + _WORDS_A_BLOCK] for start in range(0, len(serials), _WORDS_A_BLOCK)]
+        some = [np.asarray(codes.codebook(key, block, model.num_chips))[:, asked] for block in blocks]
+        book = np.concatenate(some)
+        return tracing.trace_batch(chips[:, asked], book, alpha, models.DECODER, serials=serials, num_alignments=tried)
     if serials == list(range(len(serials))):
         book = codes.Codebook(key, len(serials), model.num_chips)
         return tracing.trace_batch(chips, book, alpha, models.DECODER, num_alignments=tried)

@@ -1,0 +1,184 @@
+"""Asking a suspect about probes, and keeping what it answers in a file that only who holds a key can have written.
+
+A file of answers accuses somebody. So it is JSON with an HMAC-SHA256 over all the rest: what the answers are about, and
+of each the probe, the class, and the time at which it came.
+"""
+
+import datetime
+import hashlib
+import hmac
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from smark_jax import _disk, _validate, keys
+from smark_jax._types import AnyArray
+from smark_jax.blackbox.probes import halves
+
+_FORMAT, _VERSION = "smark answers", 2  # version 1 was not authenticated
+_LARGEST_FILE = 1 << 26
+
+Predict = Callable[[np.ndarray], Any]
+"""Images, uint8 [B, H, W, C], to class numbers [B]; or to scores [B, classes], of which the largest counts."""
+
+
+class Answer(NamedTuple):
+    """One answer: the SHA-256 of the probe's pixels, the class number, and when it came (UTC, ISO 8601)."""
+
+    probe: str
+    label: int
+    time: str
+
+
+class Answers(NamedTuple):
+    """Where answers are kept.
+
+    Attributes:
+      path: of the file; made with the first answers.
+      key: authenticates it. Take one for this purpose only: ``keys.derive(master, "my-model", "answers")``.
+      about: whom and what the answers are from, of what JSON holds; a file about anything else is refused.
+    """
+
+    path: Path
+    key: keys.SecretKey
+    about: Mapping[str, Any] = {}
+
+
+def read(kept: Answers) -> list[Answer]:
+    """The answers in the file, in the order in which they came; none where there is no file.
+
+    Raises:
+      ValueError: when the file was not written with this key, was changed since, or is about something else.
+    """
+    if not kept.path.exists():
+        return []
+    expected = f"answers that were kept in {kept.path} under this key"
+    cause = "Its answers cannot be trusted, so none of them counts: move it away, and ask again (smark query --fresh)."
+    if kept.path.stat().st_size > _LARGEST_FILE:
+        raise _validate.fail("query", expected, f"a file of more than {_LARGEST_FILE:,} bytes", cause)
+    try:
+        document = json.loads(kept.path.read_bytes())
+        mac = bytes.fromhex(document.pop("mac"))
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError):
+        raise _validate.fail("query", expected, "one without authentication", cause) from None
+    if not hmac.compare_digest(mac, _mac(kept.key, document)):
+        raise _validate.fail("query", expected, "one that somebody else wrote or changed", cause)
+    if document["about"] != dict(kept.about):
+        got = f"some about {document['about']}"
+        raise _validate.fail("query", f"answers about {dict(kept.about)} in {kept.path}", got, "Name another file.")
+    return [Answer(*row) for row in document["answers"]]
+
+
+def write(kept: Answers, answers: Sequence[Answer]) -> None:
+    """Writes all answers, whole or not at all, readable for their owner only."""
+    document = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "about": dict(kept.about),
+        "answers": [list(a) for a in answers],
+    }
+    content = json.dumps({**document, "mac": _mac(kept.key, document).hex()}).encode()
+    with _disk.private_files(), _disk.whole_file(kept.path) as file:
+        file.write(content)
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _mac(key: keys.SecretKey, document: Mapping[str, Any]) -> bytes:
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    return hmac.digest(key.to_bytes(), canonical, "sha256")
+
+
+# Asking
+
+
+def digests(probe_images: UInt8[AnyArray, "m H W C"]) -> list[str]:
+    """What names each probe in a file of answers: the SHA-256 of its pixels, in hex."""
+    return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in np.asarray(probe_images)]
+
+
+def query(
+    predict: Predict,
+    probe_images: UInt8[AnyArray, "m H W C"],
+    num_classes: int,
+    *,
+    repeats: int = 1,
+    batch_size: int = 64,
+    answers: Answers | None = None,
+    on_answer: Callable[[int], None] = lambda count: None,
+) -> Float[np.ndarray, " m"]:
+    """Asks a suspect about every probe and reads the answers as chips.
+
+    Args:
+      predict: the suspect.
+      probe_images: as :func:`smark_jax.blackbox.probes` made them, shape [m, H, W, C]; or some of them.
+      num_classes: of the suspect, as of the base.
+      repeats: times that each probe is asked; more than once where answers are not deterministic.
+      batch_size: probes in a call.
+      answers: where the answers already paid for are kept; a query that failed half-way goes on from them.
+      on_answer: called with the number of answers after each call: a progress bar.
+
+    Returns:
+      Chips, shape [m]: the mean over repeats of +1 for an answer inside the probe's half and -1 outside.
+
+    Raises:
+      ValueError: when answers are not one class number (or one row of scores) for each image, a class is out of range,
+        or as :func:`smark_jax.blackbox.answers.read`.
+    """
+    for name, value in (("repeats", repeats), ("batch_size", batch_size)):
+        _validate.positive("query", name, value)
+    images = np.asarray(probe_images)
+    sides, names = halves(images, num_classes), digests(images)
+    found = read(answers) if answers else []
+    had: dict[str, list[int]] = {name: [] for name in names}
+    for answer in found:
+        had.setdefault(answer.probe, []).append(answer.label)
+    rounds = [[i for i, name in enumerate(names) if len(had[name]) <= turn] for turn in range(repeats)]
+    wanted = [i for some in rounds for i in some]
+    done = len(images) * repeats - len(wanted)
+    for start in range(0, len(wanted), batch_size):
+        some = wanted[start : start + batch_size]
+        labels = ask(predict, images[some], num_classes)
+        found += [Answer(names[i], label, now()) for i, label in zip(some, labels, strict=True)]
+        for i, label in zip(some, labels, strict=True):
+            had[names[i]].append(label)
+        if answers:
+            write(answers, found)
+        on_answer(done + start + len(some))
+    asked = np.array([had[name][:repeats] for name in names])
+    _in_range(asked, num_classes)
+    return np.take_along_axis(sides, asked, axis=1).mean(axis=1, dtype=np.float64)
+
+
+def ask(predict: Predict, images: UInt8[np.ndarray, "B H W C"], num_classes: int) -> list[int]:
+    """One call of a suspect, whose answers are checked.
+
+    Raises:
+      ValueError: when they are not one class number (or one row of scores) for each image, or a class is out of range.
+    """
+    return _labels(predict(images), len(images), num_classes)
+
+
+def _labels(found: Any, count: int, num_classes: int) -> list[int]:
+    found = np.asarray(found)
+    if found.shape == (count, num_classes) and np.issubdtype(found.dtype, np.floating):
+        found = found.argmax(axis=1)
+    if found.shape != (count,) or not np.issubdtype(found.dtype, np.integer):
+        expected = f"class numbers of shape ({count},), or scores of shape ({count}, {num_classes})"
+        got = f"shape {found.shape}, dtype {found.dtype}"
+        raise _validate.fail("query: predict", expected, got, "Does predict take a batch of images?")
+    _in_range(found, num_classes)
+    return found.tolist()
+
+
+def _in_range(labels: np.ndarray, num_classes: int) -> None:
+    if labels.min() < 0 or labels.max() >= num_classes:
+        got = f"{labels.min()} to {labels.max()}"
+        raise _validate.fail("query: predict", f"classes of 0 to {num_classes - 1}", got, "Does it count from 1?")

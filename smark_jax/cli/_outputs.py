@@ -1,0 +1,36 @@
+"""What commands write never takes the place of what they read, nor of anything in a vault."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import typer
+
+
+def check(option: str, out: Path, inputs: Iterable[Path | None] = (), vault: Path | None = None) -> None:
+    """Refuses, before anything is written, a file to write that is one of those to read or lies in the vault's folder.
+
+    Links and other spellings of a path count as the path itself.
+
+    Args:
+      option: the name of the argument or option.
+      out: the file or folder to write.
+      inputs: the files to read.
+      vault: its folder.
+
+    Raises:
+      typer.BadParameter: naming both.
+    """
+    for read in inputs:
+        if read is not None and _same(out, read):
+            raise typer.BadParameter(f"{out} would take the place of {read}, which is read", param_hint=option)
+    if vault is not None and out.resolve().is_relative_to(vault.resolve()):
+        raise typer.BadParameter(f"{out} is in the vault's own folder; name another", param_hint=option)
+
+
+def _same(one: Path, other: Path) -> bool:
+    if one.resolve() == other.resolve():
+        return True
+    try:
+        return one.samefile(other)  # hard links
+    except OSError:
+        return False
