@@ -25,6 +25,7 @@ a server that lies could then invent clients.
 """
 
 import tempfile
+import traceback
 from logging import ERROR
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,11 @@ def _train(
     try:
         reply = call_next(message, context)
     except Exception as error:  # whatever a train function raises may speak of its data
-        log(ERROR, "The train function raised an exception", exc_info=error)
+        for line in (
+            "The train function raised an exception:",
+            *"".join(traceback.format_exception(error)).splitlines(),
+        ):
+            log(ERROR, "%s", line)
         raise _failed() from None
     if reply.has_error():
         log(ERROR, "The train function answered with an error: %s", reply.error.reason)
