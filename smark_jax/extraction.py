@@ -4,9 +4,9 @@ The base is subtracted because its weights are by far the largest noise that a r
 function serves all suspects of a model: the suspect and the base are arguments, the selection is static.
 
 A suspect is read as far as it is there. Carrying leaves that it lacks or has in another shape, and weights that are NaN
-or infinite, are left out: they count neither for nor against anybody. Shifts are bounded (:mod:`carriers.shifts`), so that
-a few huge weights do not drown the others. :func:`coverage` says what was left out. All of it depends on suspect and
-base only.
+or infinite, are left out: they count neither for nor against anybody. Shifts are bounded
+(:mod:`smark_jax.carriers.shifts`), so that a few huge weights do not drown the others. :func:`coverage` says what was
+left out. All of it depends on suspect and base only.
 """
 
 import functools
@@ -45,7 +45,7 @@ class Coverage(NamedTuple):
 
     Attributes:
       weights: carrying weights of the base, those that the carrier does not cover (a tail of the last leaves) aside.
-      read: how many of these the suspect has; where weights of a leaf in the tail's midst are left out, at least so many.
+      read: how many of these the suspect has; or fewer, where single weights of the tail's first leaf are missing.
       left_out: the others, by leaf.
       bounded: weights that were changed beyond all measure, and count as changed by ``bound``.
       bound: in units of their leaf's root mean square.
@@ -86,8 +86,8 @@ def extract(
     the means are piecewise linear over bins of at least 128 weights, v is the mean square of the numerator in the bin
     of s, :math:`\bar v` in the leaf; q is scaled to a mean weight of 1. A weight that was pruned says little, then, and
     one that was kept much; an intact copy reads as it does without, but for a share of bins over weights, below 1 %.
-    Shifts are bounded leaf by leaf. A leaf that moved a thousand times less than the weights typically did, or of which
-    the base tells all (alignment takes one from the base where the suspect's has nothing in common with it), is left out.
+    Shifts are bounded leaf by leaf. A leaf is left out that moved a thousand times less than the weights typically did,
+    or of which the base tells all (alignment takes from the base what has nothing in common with it).
     It depends on suspect and base only, so the bound on accusing the innocent holds as it does without. Choose one way
     before you look: where both are tried, say so to ``trace`` by ``num_alignments``.
 
@@ -108,8 +108,8 @@ def extract(
       Soft chips in units of the leaves' root mean square, shape [m].
 
     Raises:
-      ValueError: when the suspect has no carrying leaf, the base lacks one or holds NaN or infinite weights, the carrier
-        was drawn for another number of weights, or one model's leaves are split over several meshes.
+      ValueError: when the suspect has no carrying leaf, the base lacks one or holds NaN or infinite weights, the
+        carrier was drawn for another number of weights, or one model's leaves are split over several meshes.
     """
     carriers.check_carrier("extract", carrier, spec)
     carriers.check_params("extract: base", base, spec)
@@ -232,7 +232,7 @@ def _dtype(leaf: Any) -> Any:
 def _carried(
     who: str, suspect: PyTree, base: PyTree, spec: carriers.Spec, number: int | None = None, require: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The carrying leaves of suspect and base by path; the base's own, whose shift is zero, where the suspect's are odd.
+    """The carrying leaves of suspect and base by path; where the suspect's are odd, the base's own, of shift zero.
 
     Args:
       who: refuses.

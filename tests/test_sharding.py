@@ -166,8 +166,11 @@ def test_odd_weights_read_the_same_on_a_mesh():
     del odd["both"]
     alone = extraction.extract(odd, base, spec, carrier)
     held = on(mesh_of(AxisType.Auto), base)
-    on_mesh = {name: jax.device_put(leaf, NamedSharding(mesh_of(AxisType.Auto), LEAVES[name][1]))
-               for name, leaf in odd.items() if name in LEAVES and name != "bias"} | {"bias": odd["bias"]}
+    on_mesh = {
+        name: jax.device_put(leaf, NamedSharding(mesh_of(AxisType.Auto), LEAVES[name][1]))
+        for name, leaf in odd.items()
+        if name in LEAVES and name != "bias"
+    } | {"bias": odd["bias"]}
     np.testing.assert_allclose(extraction.extract(on_mesh, held, spec, carrier), alone, atol=1e-5)
     assert float(alone @ word / np.linalg.norm(alone)) > 5  # of sqrt(64) = 8, with 28 % of the weights gone
     assert extraction.coverage(on_mesh, held, spec, carrier) == extraction.coverage(odd, base, spec, carrier)

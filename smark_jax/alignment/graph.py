@@ -50,6 +50,7 @@ class Graph(NamedTuple):
       consumed: paths and axes over which the network sums: a kernel's inputs.
       groups: for each space, how many units in a row are normalised together (group norm); 1 for the others.
       unfollowed: what the pass could not follow; the entries concerned are fixed.
+      beyond: what leaves a network more freedom than channels' order, scale and sign (rotations): it is not undone.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -58,6 +59,13 @@ class Graph(NamedTuple):
     consumed: frozenset[tuple[str, int]]
     groups: tuple[int, ...]
     unfollowed: tuple[str, ...]
+    beyond: tuple[str, ...] = ()
+
+    def without(self, paths: set[str]) -> "Graph":
+        """The graph as it shows in the other leaves."""
+        shapes = {path: shape for path, shape in self.shapes.items() if path not in paths}
+        layout = {place: runs for place, runs in self.layout.items() if place[0] not in paths}
+        return self._replace(shapes=shapes, layout=layout, consumed=frozenset(p for p in self.consumed if p in layout))
 
     def places(self, space: int) -> list[tuple[str, int]]:
         """Paths and axes at which a space's units have entries."""
@@ -218,7 +226,9 @@ def _graph(shapes: dict[str, tuple[int, ...]], axes: dict[tuple[str, int], np.nd
         for component in label[ids[:1]].tolist():
             if component in rank:
                 groups[rank[component][0]] = max(groups[rank[component][0]], len(ids))
-    return Graph(shapes, whole, tuple(sizes), frozenset(walk.consumed), tuple(groups), tuple(walk.unfollowed))
+    return Graph(
+        shapes, whole, tuple(sizes), frozenset(walk.consumed), tuple(groups), tuple(walk.unfollowed), tuple(walk.beyond)
+    )
 
 
 def _segments(entries: list[tuple[int, int]], sizes: Sequence[int]) -> tuple[Segment, ...] | None:

@@ -26,6 +26,7 @@ class Unreadable(ValueError):
 
 # What a field holds: a type; one schema for all items of a list; a tuple of schemas for a list of just these; a number
 # for hexadecimal text of so many bytes (0: of any length). `None` beside a type: the field may be null.
+# A field whose name ends in "?" may be absent.
 _Schema = Any
 _HEADER = {
     "alpha": float,
@@ -69,7 +70,9 @@ BUNDLE: _Schema = {
         "format": str,
         "layout": [{"base": str, "suspect": str, "change": str}],
         "alignment": str | None,
-        "reading": {"align": str | None, "given": dict, "rectify": bool},
+        "reading": {"align": str | None, "given": dict, "rectify": bool, "readout?": int},
+        "left_out?": [{"leaf": str, "weights": int, "reason": str}],
+        "log_maps?": float,
     },
     "num_suspects": int,
     "num_alignments": int,
@@ -140,12 +143,13 @@ def _no_constant(text: str) -> float:
 def _wrong(value: Any, schema: _Schema, name: str) -> str | None:
     """The name of the first field that is not as the schema says; None when all are."""
     if isinstance(schema, dict):
-        if not isinstance(value, dict) or value.keys() != schema.keys():
-            different = schema.keys() ^ value.keys() if isinstance(value, dict) else ()
-            return ".".join(filter(None, (name, *sorted(map(str, different))[:1]))) or "content"
-        return next(
-            filter(None, (_wrong(value[key], schema[key], f"{name}.{key}"[not name :]) for key in schema)), None
-        )
+        if not isinstance(value, dict):
+            return name or "content"
+        fields = {key.removesuffix("?"): kind for key, kind in schema.items()}
+        absent = {key[:-1] for key in schema if key.endswith("?")} - value.keys()
+        if different := (fields.keys() - absent) ^ value.keys():
+            return ".".join(filter(None, (name, min(map(str, different)))))
+        return next(filter(None, (_wrong(value[key], fields[key], f"{name}.{key}"[not name :]) for key in value)), None)
     if isinstance(schema, list | tuple):
         if not isinstance(value, list) or (isinstance(schema, tuple) and len(value) != len(schema)):
             return name

@@ -6,7 +6,7 @@ out first, with the words of a support S of other accused, opened as well. The o
 have looked at b_j. So the arbiter's p-value pays for all supports that could have been chosen:
 
 .. math:: p_j = p(T_j \mid r_S) \cdot N \cdot \binom{N - 1}{|S|} \cdot 2^{|S| + 1} \cdot \text{suspects} \cdot
-          \text{alignments}
+          \text{alignments} \cdot \text{maps}
 
 For an innocent j and every fixed S, b_j is independent of the residual r_S; the sum over N customers, all S of each
 size and all sizes is at most alpha. No step of it trusts the owner's search.
@@ -41,6 +41,7 @@ def test(
     num_customers: int,
     num_suspects: int,
     num_alignments: int,
+    log_maps: float = 0.0,
 ) -> Test:
     """An accused's statistic and p-value as an arbiter computes them.
 
@@ -51,6 +52,7 @@ def test(
       num_customers: N, of the commitment.
       num_suspects: examined together.
       num_alignments: readings tried.
+      log_maps: natural logarithm of the maps of leaves from which the owner chose.
     """
     residual = direction = statistics.direction(chips)
     if support:
@@ -64,7 +66,7 @@ def test(
     others = num_customers - 1
     choices = math.lgamma(others + 1) - math.lgamma(size + 1) - math.lgamma(max(0, others - size) + 1)
     log_p = float(statistics.log_p_value(statistic, residual)) + math.log(num_customers) + choices
-    log_p += (size + 1) * math.log(2) + math.log(num_suspects) + math.log(num_alignments)
+    log_p += (size + 1) * math.log(2) + math.log(num_suspects) + math.log(num_alignments) + log_maps
     return Test(statistic, min(0.0, log_p) / math.log(10))
 
 
@@ -114,7 +116,14 @@ def export(vault: folder.Vault, number: int, place: int | None = None) -> Export
         for size in range(len(others) + 1):
             support = others[:size]
             rest = [words[serial] for serial in support]
-            found = test(chips, words[claim["serial"]], rest, num_customers=header["customers"], **counts)
+            found = test(
+                chips,
+                words[claim["serial"]],
+                rest,
+                num_customers=header["customers"],
+                log_maps=suspect.get("log_maps", 0.0),
+                **counts,
+            )
             if found.log10_p <= math.log10(header["alpha"]):
                 proof = {"serial": claim["serial"], "support": support, "share": claim["share"]}
                 accused.append({**proof, **found._asdict()})
@@ -142,7 +151,8 @@ def export(vault: folder.Vault, number: int, place: int | None = None) -> Export
         "spec": models.spec_document(model.spec),
         "verdict": {name: document[name] for name in ("number", "created", "occasion")},
         "suspect": {name: suspect[name] for name in ("sha256", "content", "format", "layout", "alignment")}
-        | {"file": suspect["file"].rpartition("/")[2], "reading": document["reading"]},
+        | {"file": suspect["file"].rpartition("/")[2], "reading": document["reading"]}
+        | {name: suspect[name] for name in ("left_out", "log_maps") if suspect.get(name)},
         **counts,
         "opened": [
             {"leaf": opened[serial], "index": index[serial], "path": [node.hex() for node in path]}
