@@ -144,18 +144,11 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     names = {
         path: name for path, name in _pair(whole, theirs, everything).items() if _could_be(whole, path, theirs[name])
     }
-    left_out = {path for path in everything if path not in names}
+    names, sizes = _fitting(whole, names, theirs)
+    left_out = everything.keys() - names.keys()
     graph, ours = whole.without(left_out), {path: leaf for path, leaf in everything.items() if path in names}
-    if graph.sizes and not matching.kernels(graph):
-        expected = "leaves of the base's form to recognise channels by"
-        cause = "The suspect is of another architecture, or its kernels are transposed."
-        raise _undecided(expected, f"none among {len(theirs):,} leaves", cause)
     raw = {path: theirs[name] for path, name in names.items()}
     leaves = {path: _tamed(leaf) for path, leaf in raw.items()}
-    try:
-        sizes = graph.widths(leaves)
-    except ValueError as error:
-        raise Undecided(str(error)) from None
     merged = matching.merge_duplicates(graph, leaves, sizes)
     match = matching.match(graph, merged.leaves, ours, sizes, merged.alive)
     aligned, found = _read(graph, leaves, merged, ours, sizes, match)
@@ -181,9 +174,26 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
         if graph.unfollowed or graph.beyond:
             why = ", ".join((*graph.unfollowed, *graph.beyond))
             raise _undecided(expected, got, f"It may be a copy all the same: alignment does not see through {why}.")
+        if 2 * sum(everything[path].size for path in left_out) > sum(leaf.size for leaf in everything.values()):
+            raise _undecided(expected, got, "It lacks most of the base's weights, or has them in other shapes.")
         cause = "No order, scale and sign of channels makes its weights resemble the base's, as those of copies do."
         raise NothingMatched(str(_validate.fail("align", expected, got, cause)), result)
     return result
+
+
+def _fitting(graph: Graph, names: dict[str, str], theirs: Leaves) -> tuple[dict[str, str], tuple[int, ...]]:
+    """The leaves whose shapes fit each other, by path, and the widths of the suspect's spaces."""
+    names = dict(names)
+    while True:
+        rest = graph.without(graph.shapes.keys() - names.keys())
+        if not names or (graph.sizes and not matching.kernels(rest)):
+            expected = "leaves of the base's form to recognise channels by"
+            cause = "The suspect is of another architecture, or its kernels are transposed."
+            raise _undecided(expected, f"none among {len(theirs):,} leaves", cause)
+        try:
+            return names, rest.widths({path: theirs[name] for path, name in names.items()})
+        except graphs.Misfit as misfit:
+            del names[misfit.path]
 
 
 def _undecided(expected: str, got: str, cause: str) -> Undecided:

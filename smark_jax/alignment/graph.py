@@ -24,6 +24,15 @@ FIXED = -1
 """The space of entries that stay where they are."""
 
 
+class Misfit(ValueError):
+    """A leaf's shape fits no widths that the others have; ``path`` is the leaf's."""
+
+    def __init__(self, path: str, expected: str, shape: tuple[int, ...]) -> None:
+        cause = "The suspect is of another architecture, or its kernels are transposed."
+        super().__init__(str(_validate.fail("alignment", expected, f"shape {shape}", cause)))
+        self.path = path
+
+
 class Segment(NamedTuple):
     """A run of entries of an axis.
 
@@ -97,16 +106,18 @@ class Graph(NamedTuple):
     def widths(self, leaves: Mapping[str, np.ndarray]) -> tuple[int, ...]:
         """How many units each space has in a model of the same architecture whose leaves may be wider.
 
+        Leaves of the base's shape are believed first.
+
         Raises:
-          ValueError: when a leaf's shape fits no widths.
+          Misfit: when a leaf's shape fits no widths.
         """
         sizes: dict[int, int] = {}
-        cause = "The suspect is of another architecture, or its kernels are transposed."
         for path, leaf in leaves.items():
             shape = self.shapes[path]
             if leaf.ndim != len(shape):
-                raise _validate.fail("alignment", f"leaf {path!r} of {len(shape)} axes", f"shape {leaf.shape}", cause)
+                raise Misfit(path, f"leaf {path!r} of {len(shape)} axes", leaf.shape)
         pending = [place for place in self.layout if place[0] in leaves]
+        pending.sort(key=lambda place: leaves[place[0]].shape != self.shapes[place[0]])
         while pending:
             solved = []
             for path, axis in pending:
@@ -128,7 +139,7 @@ class Graph(NamedTuple):
                     expected = f"leaf {path!r} with {usual} entries on axis {axis}"
                     if unknown:
                         expected = f"leaf {path!r} with a multiple of {max(unknown.values())} entries on axis {axis}"
-                    raise _validate.fail("alignment", expected, f"shape {leaves[path].shape}", cause)
+                    raise Misfit(path, expected, leaves[path].shape)
             if not solved:  # only sums of widths are known: as in the base
                 space = next(s for s in range(len(self.sizes)) if s not in sizes)
                 sizes[space] = self.sizes[space]

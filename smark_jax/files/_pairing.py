@@ -43,11 +43,15 @@ class Paired(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """The base's layers of equal shapes, the suspect's that could be one of them, and how well they agree, [n, k]."""
+    """The base's layers of equal shapes, the suspect's that could be one of them, and how well they agree, [n, k].
+
+    ``least`` is the agreement from which chance is excluded, shape [n]: small layers agree with some other by accident.
+    """
 
     ours: np.ndarray
     theirs: np.ndarray
     agreement: np.ndarray
+    least: np.ndarray
 
 
 def pair(
@@ -56,8 +60,17 @@ def pair(
     base: Mapping[str, np.ndarray],
     suspect: Mapping[str, np.ndarray],
     channels: set[int],
+    alone: bool,
 ) -> Paired:
-    """Pairs layers that content tells apart from all others, then those without another choice, until none is left.
+    """Pairs layers that content tells apart from all others, until none is left.
+
+    Args:
+      ours: the base's layers.
+      theirs: the suspect's.
+      base: its leaves by name.
+      suspect: its leaves by name.
+      channels: that an image may have had when it was flattened.
+      alone: whether to pair layers without another choice as well, whatever their content.
 
     Raises:
       TooMany: when it would take more than :data:`MAX_COMPARISONS`.
@@ -71,7 +84,7 @@ def pair(
     settled: set[str] = set()
     asked: dict[str, tuple[str, ...]] = {}
     for _ in range(_ROUNDS):
-        found = _told_apart(groups, len(others))
+        found = _told_apart(groups, len(others), alone)
         if not found:
             break
         for row, column, agreement in found:
@@ -124,7 +137,7 @@ def _groups(
         if columns:
             mine = [[base[ours[names[row]][role]] for row in rows] for role, _ in shapes]
             fits = [[_at(listed[theirs[others[c]][role]], shape) for c in columns] for role, shape in shapes]
-            found.append(_Group(np.array(rows), np.array(columns), _agreement(mine, fits)))
+            found.append(_Group(np.array(rows), np.array(columns), *_agreement(mine, fits)))
     return found
 
 
@@ -132,8 +145,10 @@ def _at(options: list[Option], shape: tuple[int, ...]) -> list[np.ndarray]:
     return [option.view for option in options if option.shape == shape]
 
 
-def _agreement(ours: list[list[np.ndarray]], theirs: list[list[list[np.ndarray]]]) -> np.ndarray:
+def _agreement(ours: list[list[np.ndarray]], theirs: list[list[list[np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:
     """Mean correlation of the layers' leaves in their best layouts, weighted by sizes; constant leaves have no say.
+
+    And the least that is no accident: five standard deviations of Fisher's transform of a correlation by chance.
 
     Args:
       ours: for each role the leaves of n layers, all of one shape.
@@ -161,14 +176,15 @@ def _agreement(ours: list[list[np.ndarray]], theirs: list[list[list[np.ndarray]]
         varied = mine.any(axis=1, keepdims=True)
         total += np.where(varied, size * best, 0)
         weights += np.where(varied, size, 0)
-    return total / np.maximum(weights, 1)
+    least = np.maximum(_changes.ALIKE, np.tanh(5 / np.sqrt(np.maximum(weights[:, 0] - 3, 1))) - 1e-5)
+    return total / np.maximum(weights, 1), least
 
 
-def _told_apart(groups: list[_Group], columns: int) -> list[tuple[int, int, float]]:
-    """Pairs that stand out from all others of both layers; if there are none, those without others."""
+def _told_apart(groups: list[_Group], columns: int, lonely: bool) -> list[tuple[int, int, float]]:
+    """Pairs that stand out from all others of both layers; if there are none, perhaps those without others."""
     best, second, count = np.full(columns, -2.0), np.full(columns, -2.0), np.zeros(columns, int)
     tops = []
-    for _, theirs, agreement in groups:
+    for _, theirs, agreement, _ in groups:
         by_row = _top_two(agreement)
         tops.append(by_row)
         first, next_one = _top_two(agreement.T)
@@ -177,15 +193,15 @@ def _told_apart(groups: list[_Group], columns: int) -> list[tuple[int, int, floa
         count[theirs] += len(agreement)
     found: list[tuple[int, int, float]] = []
     alone: list[tuple[int, int, float]] = []
-    for (ours, theirs, agreement), (first, next_one) in zip(groups, tops, strict=True):
+    for (ours, theirs, agreement, least), (first, next_one) in zip(groups, tops, strict=True):
         at = agreement.argmax(axis=1)
         column = theirs[at]
-        out = (first >= _changes.ALIKE) & (first - next_one >= _changes.MARGIN)
+        out = (first >= least) & (first - next_one >= _changes.MARGIN)
         out &= (best[column] == first) & (first - second[column] >= _changes.MARGIN)
         found += zip(ours[out].tolist(), column[out].tolist(), first[out].tolist(), strict=True)
         if len(theirs) == 1 and len(ours) == 1 and count[theirs[0]] == 1:
             alone.append((int(ours[0]), int(theirs[0]), float(first[0])))
-    return found or alone
+    return found or alone * lonely
 
 
 def _top_two(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -198,4 +214,4 @@ def _top_two(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _without(group: _Group, rows: np.ndarray, columns: np.ndarray) -> _Group:
     left, free = ~np.isin(group.ours, rows), ~np.isin(group.theirs, columns)
-    return _Group(group.ours[left], group.theirs[free], group.agreement[left][:, free])
+    return _Group(group.ours[left], group.theirs[free], group.agreement[left][:, free], group.least[left])

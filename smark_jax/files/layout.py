@@ -16,6 +16,7 @@ the layouts of one. Then they pay for this many maps, of which the sum of invers
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -315,14 +316,14 @@ _NOTHING = _pairing.Paired({}, frozenset(), {})
 
 
 def _by_layer(suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], channels: set[int]) -> _pairing.Paired:
-    """Pairs by layers first, then, where no layer fits as a whole, leaf by leaf."""
+    """Pairs by content, layers first, and then leaf by leaf; what is left over, where only one layer or leaf fits."""
     choices: dict[str, Option] = {}
     settled: frozenset[str] = frozenset()
     asked: dict[str, tuple[str, ...]] = {}
-    for group in (_changes.layers, _changes.singles):
+    for alone, group in itertools.product((False, True), (_changes.layers, _changes.singles)):
         used = {option.source for option in choices.values()}
         ours = {name: leaf for name, leaf in base.items() if name not in choices}
         theirs = {name: leaf for name, leaf in suspect.items() if name not in used}
-        found = _pairing.pair(group(ours), group(theirs), ours, theirs, channels)
+        found = _pairing.pair(group(ours), group(theirs), ours, theirs, channels, alone)
         choices, settled, asked = choices | found.choices, settled | found.settled, asked | found.open
     return _pairing.Paired(choices, settled, {name: some for name, some in asked.items() if name not in choices})
