@@ -268,11 +268,17 @@ def _single(leaf: Any) -> Any:
 @functools.partial(jax.jit, static_argnames="spec")
 def _counts(found: Mapping[str, Array], base: Mapping[str, Array], spec: carriers.Spec) -> tuple[Any, ...]:
     """By leaf the weights that are NaN or infinite, the bound, and how many shifts are beyond it."""
-    parts = [(found[leaf.path], base[leaf.path], 1 / leaf.scale) for leaf in spec.leaves]
-    tallies = [shifts.tally(*part) for part in parts]
-    limit = shifts.bound(tallies)
-    beyond = sum(jnp.sum(jnp.abs(shifts.bounded(*part, jnp.inf)) > limit) for part in parts)
-    return [tally.broken for tally in tallies], limit, beyond
+    vector = _shifts(found, base, spec)
+    limit = shifts.bound([shifts.tally(vector)])
+    broken = [jnp.sum(~jnp.isfinite(jnp.asarray(found[leaf.path]).astype(jnp.float32))) for leaf in spec.leaves]
+    return broken, limit, jnp.sum(jnp.abs(vector) > limit)
+
+
+def _shifts(found: Mapping[str, Array], base: Mapping[str, Array], spec: carriers.Spec) -> Float[Array, " D"]:
+    """The shifts of all carrying weights, unbounded."""
+    parts = [shifts.shift(found[leaf.path], base[leaf.path], 1 / leaf.scale).reshape(-1) for leaf in spec.leaves]
+    # The barrier keeps XLA from fusing the products into the concatenation, which it would then make weight by weight.
+    return jnp.concatenate(jax.lax.optimization_barrier(parts))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "rectify"))
@@ -283,31 +289,31 @@ def _extract(
     carrier: carriers.Carrier,
     rectify: bool = False,
 ) -> tuple[Array, Array]:
-    parts = [(suspect[leaf.path], base[leaf.path], 1 / leaf.scale) for leaf in spec.leaves]
     ok = jnp.stack([jnp.isfinite(base[leaf.path]).all() for leaf in spec.leaves]).all()
-    tallies = [shifts.tally(*part) for part in parts]
-    limit = shifts.bound(tallies)
+    vector = _shifts(suspect, base, spec)
+    limit = shifts.bound([shifts.tally(vector)])
     if not rectify:
-        vectors = [shifts.bounded(*part, limit).reshape(-1) for part in parts]
-        # The barrier keeps XLA from fusing the products into the concatenation, which it would then make by weight.
-        return carriers.despread(jnp.concatenate(jax.lax.optimization_barrier(vectors)), carrier), ok
+        return carriers.despread(jnp.clip(vector, -limit, limit), carrier), ok
+    parts = [(suspect[leaf.path], base[leaf.path], 1 / leaf.scale) for leaf in spec.leaves]
     least = _ROUNDING + _STILL * jnp.square(shifts.typical(limit))
-    leaves = [_score(*part, tally, least) for part, tally in zip(parts, tallies, strict=True)]
+    leaves = [_score(*part, least) for part in parts]
     scores, weights = (jnp.concatenate(values) for values in zip(*leaves, strict=True))
     mean = weights.mean()
     return carriers.despread(scores / jnp.where(mean > 0, mean, 1), carrier), ok
 
 
 def _score(
-    found: Array, base: Array, factor: float, tally: shifts.Tally, least: Float[Array, ""]
+    found: Array, base: Array, factor: float, least: Float[Array, ""]
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """How a leaf's weights in the suspect speak for shifts of those in the base, and each weight's factor in that.
 
     Both are zero where the mean square shift, or what the suspect's weights leave of it unpredicted, is not above
-    ``least``: the leaf is the base's own and says nothing. Likewise for weights that are NaN or infinite.
+    ``least``: the leaf is the base's own and says nothing. Likewise for weights that are NaN, infinite or at the bound.
     """
-    shift = shifts.bounded(found, base, factor, shifts.bound([tally])).reshape(-1)
-    there = jnp.isfinite(jnp.asarray(found).astype(jnp.float32)).reshape(-1)
+    shift = shifts.shift(found, base, factor).reshape(-1)
+    limit = shifts.bound([shifts.tally(shift)])
+    there = jnp.isfinite(jnp.asarray(found).astype(jnp.float32)).reshape(-1) & (jnp.abs(shift) < limit)
+    shift = jnp.clip(shift, -limit, limit)
     ours = jnp.asarray(base).astype(jnp.float32).reshape(-1) * factor
     score, weight, power = _score_of_moved(ours + shift, ours, shift)
     speaks = there & (jnp.minimum(jnp.mean(jnp.square(shift)), power) > least)

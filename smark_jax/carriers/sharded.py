@@ -196,7 +196,8 @@ def _despread_leaf(
             index = jnp.where((turns < turn)[:, None], index, found.size)
             x, y = (flat.at[index].get(mode="fill", fill_value=0) for flat in (found, base))
             blocks = (rows[numbers] for rows in carrier.arrays)
-            return chips + jax.vmap(hadamard.despread_block)(shifts.bounded(x, y, factor, limit), *blocks).sum(axis=0)
+            shift = jnp.clip(shifts.shift(x, y, factor), -limit, limit)
+            return chips + jax.vmap(hadamard.despread_block)(shift, *blocks).sum(axis=0)
 
         chips = jax.lax.fori_loop(0, -(-turn // a_pass), one_pass, jnp.zeros(carrier.num_chips))
         broken = jnp.any(~jnp.isfinite(base)).astype(jnp.int32)

@@ -26,25 +26,34 @@ _SHARE = 0.25
 
 
 class Tally(NamedTuple):
-    """Counts over one leaf's weights.
+    """Counts over some weights.
 
     Attributes:
-      broken: weights that are NaN or infinite in the suspect.
       moved: shifts other than zero.
       near: of these, for each possible bound c those within c / 16, shape [10].
     """
 
-    broken: Int32[Array, ""]
     moved: Int32[Array, ""]
     near: Int32[Array, " 10"]
 
 
-def tally(found: AnyArray, base: AnyArray, factor: float | Array) -> Tally:
-    """Counts a leaf's shifts; ``factor`` is one over the leaf's root mean square in the base."""
-    size = jnp.abs(_shift(found, base, factor))
-    near = [jnp.sum((size > 0) & (size <= bound * _INSIDE), dtype=jnp.int32) for bound in _BOUNDS]
-    broken = jnp.sum(~jnp.isfinite(jnp.asarray(found).astype(jnp.float32)), dtype=jnp.int32)
-    return Tally(broken, jnp.sum(size > 0, dtype=jnp.int32), jnp.stack(near))
+def shift(found: AnyArray, base: AnyArray, factor: float | Array) -> Float[Array, "..."]:
+    """The shifts of a leaf's weights, unbounded: zero where the suspect's are NaN or infinite.
+
+    Args:
+      found: the suspect's.
+      base: the base's.
+      factor: one over the leaf's root mean square in the base.
+    """
+    found, base = (jnp.asarray(x).astype(jnp.float32) for x in (found, base))
+    return jnp.where(jnp.isfinite(found), found - base, 0) * factor
+
+
+def tally(values: Float[Array, "..."]) -> Tally:
+    """Counts shifts."""
+    size = jnp.abs(values)
+    near = [jnp.sum((size > 0) & (size <= some * _INSIDE), dtype=jnp.int32) for some in _BOUNDS]
+    return Tally(jnp.sum(size > 0, dtype=jnp.int32), jnp.stack(near))
 
 
 def bound(tallies: Sequence[Tally]) -> Float[Array, ""]:
@@ -60,17 +69,7 @@ def typical(limit: Array) -> Array:
     return limit * _INSIDE
 
 
-def bounded(found: AnyArray, base: AnyArray, factor: float | Array, limit: Array) -> Float[Array, "..."]:
-    """The shifts of a leaf's weights: zero where the suspect's are NaN or infinite, and none beyond ``limit``."""
-    return jnp.clip(_shift(found, base, factor), -limit, limit)
-
-
-def _shift(found: AnyArray, base: AnyArray, factor: float | Array) -> Array:
-    found, base = (jnp.asarray(x).astype(jnp.float32) for x in (found, base))
-    return jnp.where(jnp.isfinite(found), found - base, 0) * factor
-
-
 @functools.partial(jax.jit, static_argnames="factors")
 def bound_of(found: Sequence[Array], base: Sequence[Array], factors: tuple[float, ...]) -> Float[Array, ""]:
     """The bound for these leaves, wherever they lie."""
-    return bound([tally(x, y, factor) for x, y, factor in zip(found, base, factors, strict=True)])
+    return bound([tally(shift(x, y, factor)) for x, y, factor in zip(found, base, factors, strict=True)])
