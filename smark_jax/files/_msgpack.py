@@ -163,10 +163,11 @@ def _chunks(path: str, value: dict[str, Any]) -> np.ndarray | Foreign:
     shape, pieces = value.get("shape"), value.get("chunks")
     if not isinstance(shape, dict) or not isinstance(pieces, dict) or not pieces:
         raise Unreadable(f"leaf {shown(path)} is no array in pieces as Flax writes them", _ADVICE)
-    arrays = [_array(path, piece) for piece in pieces.values() if isinstance(piece, _Extension)]
-    foreign = next((array for array in arrays if isinstance(array, Foreign)), None)
-    if foreign is not None:
-        return foreign
+    read = [_array(path, piece) for piece in pieces.values() if isinstance(piece, _Extension)]
+    foreign = [array for array in read if isinstance(array, Foreign)]
+    if foreign:
+        return foreign[0]
+    arrays = [array for array in read if not isinstance(array, Foreign)]
     if len(arrays) < len(pieces) or len({array.dtype for array in arrays}) > 1 or any(a.ndim != 1 for a in arrays):
         raise Unreadable(f"leaf {shown(path)} has pieces that do not fit together", _ADVICE)
     joined = np.concatenate(arrays)

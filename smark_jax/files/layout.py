@@ -231,7 +231,7 @@ def _log_maps(
         k = np.arange(1, min(len(names), number) + 1)
         subsets = special.gammaln(len(names) + 1) - special.gammaln(k + 1) - special.gammaln(len(names) - k + 1)
         orders = special.gammaln(number + 1) - special.gammaln(number - k + 1)
-        total += float(special.logsumexp(subsets + orders + k * math.log(layouts)))
+        total += float(np.logaddexp.reduce(subsets + orders + k * math.log(layouts)))
     return total + math.log(math.comb(len(ours), touched)) + touched * math.log(2)
 
 
