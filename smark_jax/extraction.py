@@ -2,38 +2,81 @@
 
 The base is subtracted because its weights are by far the largest noise that a read-out could contain. One compiled
 function serves all suspects of a model: the suspect and the base are arguments, the selection is static.
+
+A suspect is read as far as it is there. Carrying leaves that it lacks or has in another shape, and weights that are NaN
+or infinite, are left out: they count neither for nor against anybody. Shifts are bounded
+(:mod:`smark_jax.carriers.shifts`), so that a few huge weights do not drown the others. :func:`coverage` says what was
+left out. All of it depends on suspect and base only.
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from smark_jax import _validate, carriers
 from smark_jax._types import PyTree
+from smark_jax.carriers import shifts
 
 # extract_batch reads this many suspects at a time, so that a long batch does not multiply the working memory.
 _SUSPECTS_A_PASS = 8
 # Rectification: at least so many weights in a bin, at most so many bins in a leaf; leaves of fewer than four stay.
 _BIN, _BINS = 128, 256
 _TINY = 1e-20
-# A leaf's mean square shift that is no mark: as a share of all weights', and as rounding leaves it.
+# A leaf's mean square shift that is no mark: as a share of what is typical of all weights, and as rounding leaves it.
 _STILL, _ROUNDING = 1e-6, 1e-12
+
+
+class LeftOut(NamedTuple):
+    """Weights of a carrying leaf that are not read: the leaf's name in the base, how many, and why."""
+
+    leaf: str
+    weights: int
+    reason: str
+
+
+class Coverage(NamedTuple):
+    """What of a suspect is read.
+
+    Attributes:
+      weights: carrying weights of the base, those that the carrier does not cover (a tail of the last leaves) aside.
+      read: how many of these the suspect has; or fewer, where single weights of the tail's first leaf are missing.
+      left_out: the others, by leaf.
+      bounded: weights that were changed beyond all measure, and count as changed by ``bound``.
+      bound: in units of their leaf's root mean square.
+    """
+
+    weights: int
+    read: int
+    left_out: tuple[LeftOut, ...]
+    bounded: int
+    bound: float
+
+    def __str__(self) -> str:
+        missing = sum(left.weights for left in self.left_out)
+        parts = [f"{left.leaf} ({left.weights:,}: {left.reason})" for left in self.left_out]
+        lines = [f"{missing:,} carrying weights were left out: {', '.join(parts)}"] if parts else []
+        what = f"{self.bounded:,} weights are so far from the base's that they count as {self.bound:g} spreads away"
+        return "; ".join(lines + [what] * bool(self.bounded)) or "all carrying weights were read"
 
 
 def extract(
     suspect: PyTree, base: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, rectify: bool = False
 ) -> Float[Array, " m"]:
-    r"""The suspect's soft chips: ``despread(read(suspect) - read(base))``, shape [m].
+    r"""The suspect's soft chips: ``despread`` of its weights' shifts from the base's, shape [m].
 
     A copy embedded at strength s reads ``s * sqrt(D / m)`` times its codeword; the mean of several copies reads the
     mean of theirs. :func:`smark_jax.tracing.trace` does not depend on the scale. Composes with jit, vmap and grad
-    (there, values cannot be checked and NaN passes through).
+    (there, the base's values cannot be checked).
+
+    Carrying leaves that the suspect lacks, has in another shape or not as floating-point numbers, and weights that are
+    NaN or infinite, read as zero: they are left out (:func:`coverage` counts them). Shifts beyond the bound of
+    :mod:`smark_jax.carriers.shifts` count as that bound; copies, and attacks of which a model survives, stay within.
 
     Pruning, regularisation and coarse quantisation move a weight by far more than a mark does, mostly in a way that
     follows from the weight itself. ``rectify`` reads what a small shift of the base's weight b would have made more
@@ -43,8 +86,8 @@ def extract(
     the means are piecewise linear over bins of at least 128 weights, v is the mean square of the numerator in the bin
     of s, :math:`\bar v` in the leaf; q is scaled to a mean weight of 1. A weight that was pruned says little, then, and
     one that was kept much; an intact copy reads as it does without, but for a share of bins over weights, below 1 %.
-    A leaf that moved a thousand times less than the weights altogether (alignment takes one from the base where the
-    suspect's has nothing in common with it) is left out.
+    Shifts are bounded leaf by leaf. A leaf is left out that moved a thousand times less than the weights typically did,
+    or of which the base tells all (alignment takes from the base what has nothing in common with it).
     It depends on suspect and base only, so the bound on accusing the innocent holds as it does without. Choose one way
     before you look: where both are tried, say so to ``trace`` by ``num_alignments``.
 
@@ -65,18 +108,18 @@ def extract(
       Soft chips in units of the leaves' root mean square, shape [m].
 
     Raises:
-      ValueError: when the suspect or base lacks a carrying leaf or has one of another shape, the carrier was drawn for
-        another number of weights, carrying weights are NaN or infinite, or one model's are split over several meshes.
+      ValueError: when the suspect has no carrying leaf, the base lacks one or holds NaN or infinite weights, the
+        carrier was drawn for another number of weights, or one model's leaves are split over several meshes.
     """
     carriers.check_carrier("extract", carrier, spec)
-    carriers.check_params("extract: suspect", suspect, spec)
     carriers.check_params("extract: base", base, spec)
-    where = None if rectify else carriers.layout("extract", suspect, spec) or carriers.layout("extract", base, spec)
+    found, original = _carried("extract", suspect, base, spec)
+    where = None if rectify else carriers.layout("extract", found, spec) or carriers.layout("extract", original, spec)
     if where is None:
-        chips, ok = _extract(suspect, base, spec, carrier, rectify)
+        chips, ok = _extract(found, original, spec, carrier, rectify)
     else:
-        chips, ok = carriers.despread_difference(suspect, base, spec, where, carrier)
-    _validate.all_finite("extract", "carrying weights in suspect and base", ok)
+        chips, ok = carriers.despread_difference(found, original, spec, where, carrier)
+    _validate.all_finite("extract", "carrying weights in the base", ok)
     return chips
 
 
@@ -98,59 +141,200 @@ def extract_batch(
       ValueError: as :func:`extract`, or when the leaves disagree about M.
     """
     carriers.check_carrier("extract_batch", carrier, spec)
-    _validate.stacked("extract_batch", "suspects", suspects)
-    first = jax.eval_shape(functools.partial(jax.tree.map, lambda leaf: leaf[0]), suspects)
-    carriers.check_params("extract_batch: suspect", first, spec)
+    number = _validate.stacked("extract_batch", "suspects", suspects)
     carriers.check_params("extract_batch: base", base, spec)
-    chips, ok = _extract_batch(suspects, base, spec, carrier)
-    _validate.all_finite("extract_batch", "carrying weights in suspects and base", ok)
+    found, original = _carried("extract_batch", suspects, base, spec, number)
+    chips, ok = _extract_batch(found, original, spec, carrier)
+    _validate.all_finite("extract_batch", "carrying weights in the base", ok)
     return chips
+
+
+def coverage(suspect: PyTree, base: PyTree, spec: carriers.Spec, carrier: carriers.Carrier) -> Coverage:
+    """How much of a suspect :func:`extract` reads, and what it leaves out.
+
+    Args:
+      suspect: the model to read.
+      base: the model that the copies were made from.
+      spec: the carrying leaves, selected on the base.
+      carrier: the model's carrier.
+
+    Raises:
+      ValueError: when the base lacks a carrying leaf, or the carrier was drawn for another number of weights.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from smark_jax import carriers, extraction, keys
+      >>> base = {"bias": jnp.cos(jnp.arange(90.0)), "kernel": jnp.sin(jnp.arange(9000.0))}
+      >>> spec = carriers.select(base)
+      >>> carrier = carriers.draw(keys.from_bytes(bytes(32)), spec, 64)
+      >>> print(extraction.coverage({"kernel": base["kernel"].at[:3].set(jnp.nan)}, base, spec, carrier))
+      93 carrying weights were left out: bias (90: missing), kernel (3: NaN or infinite)
+    """
+    carriers.check_carrier("coverage", carrier, spec)
+    carriers.check_params("coverage: base", base, spec)
+    odd = _odd(suspect, spec)
+    found, original = _carried("coverage", suspect, base, spec, require=False)
+    *counts, limit, beyond = jax.device_get(_counts(found, original, spec))
+    left_out, read, start = [], 0, 0
+    for leaf, broken in zip(spec.leaves, counts[0], strict=True):
+        carries = min(max(0, carrier.num_carrying - start), leaf.size)
+        start += leaf.size
+        if leaf.path in odd:
+            left_out.append(LeftOut(leaf.path, leaf.size, odd[leaf.path]))
+            continue
+        if broken:
+            left_out.append(LeftOut(leaf.path, int(broken), "NaN or infinite"))
+        read += max(0, carries - int(broken))
+    return Coverage(carrier.num_carrying, read, tuple(left_out), int(beyond), float(limit))
+
+
+def least_weights(num_chips: int, threshold: float) -> int:
+    r"""How many of a copy's weights must be left for it to be traced at all.
+
+    Of n out of D weights of an intact copy, spread evenly, a chip reads :math:`(n / D) \delta b_i` and the other chips
+    as noise of variance :math:`(n / D)(1 - n / D) \delta^2 m / D`, so that :math:`T^2` is at most m / (1 + m / n).
+    That reaches :math:`t^2` from :math:`n = m t^2 / (m - t^2)` on.
+
+    Args:
+      num_chips: m.
+      threshold: t, the absolute T from which a customer is accused; infinite, or t^2 of m or more: no number suffices.
+
+    Returns:
+      n, rounded up; 0 where none suffices, since too few chips are to blame then, and not the suspect.
+    """
+    square = threshold**2
+    return math.ceil(num_chips * square / (num_chips - square)) if square < num_chips else 0
+
+
+def _odd(suspect: PyTree, spec: carriers.Spec, number: int | None = None) -> dict[str, str]:
+    """The carrying leaves that the suspect does not have as the base has them, and why."""
+    stacked = () if number is None else (number,)
+    named = _named(suspect)
+    odd = {}
+    for leaf in spec.leaves:
+        if leaf.path not in named:
+            odd[leaf.path] = "missing"
+        elif (shape := np.shape(named[leaf.path])) != (*stacked, *leaf.shape):
+            odd[leaf.path] = f"of shape {shape} where the base's is {leaf.shape}"
+        elif not jnp.issubdtype(dtype := _dtype(named[leaf.path]), jnp.floating):
+            odd[leaf.path] = f"of type {dtype}"
+    return odd
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    return {_validate.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
+def _carried(
+    who: str, suspect: PyTree, base: PyTree, spec: carriers.Spec, number: int | None = None, require: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The carrying leaves of suspect and base by path; where the suspect's are odd, the base's own, of shift zero.
+
+    Args:
+      who: refuses.
+      suspect: or a stack of them.
+      base: whose leaves are known to be complete.
+      spec: the carrying leaves.
+      number: of suspects in the stack.
+      require: whether to refuse a suspect without any leaf to read.
+    """
+    odd, named, whole = _odd(suspect, spec, number), _named(suspect), _named(base)
+    if require and len(odd) == len(spec.leaves):
+        first = {name: leaf[0] if number is not None else leaf for name, leaf in named.items()}
+        carriers.check_params(f"{who}: suspect", first, spec)
+        path, reason = next(iter(odd.items()))
+        cause = "Is it a weights file?"
+        raise _validate.fail(f"{who}: suspect", "floating-point weights", f"leaf {path!r} {reason}", cause)
+
+    def own(path: str) -> Any:
+        return whole[path] if number is None else jnp.broadcast_to(whole[path], (number, *jnp.shape(whole[path])))
+
+    found = {leaf.path: own(leaf.path) if leaf.path in odd else _single(named[leaf.path]) for leaf in spec.leaves}
+    return found, {leaf.path: whole[leaf.path] for leaf in spec.leaves}
+
+
+def _single(leaf: Any) -> Any:
+    """Float64 on the host as float32; JAX would do so with a warning where a weight is beyond float32's range."""
+    if isinstance(leaf, np.ndarray) and leaf.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            return leaf.astype(np.float32)
+    return leaf
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _counts(found: Mapping[str, Array], base: Mapping[str, Array], spec: carriers.Spec) -> tuple[Any, ...]:
+    """By leaf the weights that are NaN or infinite, the bound, and how many shifts are beyond it."""
+    vector = _shifts(found, base, spec)
+    limit = shifts.bound([shifts.tally(vector)])
+    broken = [jnp.sum(~jnp.isfinite(jnp.asarray(found[leaf.path]).astype(jnp.float32))) for leaf in spec.leaves]
+    return broken, limit, jnp.sum(jnp.abs(vector) > limit)
+
+
+def _shifts(found: Mapping[str, Array], base: Mapping[str, Array], spec: carriers.Spec) -> Float[Array, " D"]:
+    """The shifts of all carrying weights, unbounded."""
+    parts = [shifts.shift(found[leaf.path], base[leaf.path], 1 / leaf.scale).reshape(-1) for leaf in spec.leaves]
+    # The barrier keeps XLA from fusing the products into the concatenation, which it would then make weight by weight.
+    return jnp.concatenate(jax.lax.optimization_barrier(parts))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "rectify"))
 def _extract(
-    suspect: PyTree, base: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, rectify: bool = False
+    suspect: Mapping[str, Array],
+    base: Mapping[str, Array],
+    spec: carriers.Spec,
+    carrier: carriers.Carrier,
+    rectify: bool = False,
 ) -> tuple[Array, Array]:
-    found, original = carriers.read(suspect, spec), carriers.read(base, spec)
-    ok = jnp.isfinite(found - original).all()
+    ok = jnp.stack([jnp.isfinite(base[leaf.path]).all() for leaf in spec.leaves]).all()
+    vector = _shifts(suspect, base, spec)
+    limit = shifts.bound([shifts.tally(vector)])
     if not rectify:
-        return carriers.despread(found - original, carrier), ok
-    ends = [0]
-    for leaf in spec.leaves:
-        ends.append(ends[-1] + math.prod(leaf.shape))
-    least = _ROUNDING + _STILL * jnp.mean(jnp.square(found - original))
-    leaves = [_score(found[a:b], original[a:b], least) for a, b in itertools.pairwise(ends)]
-    scores, weights = (jnp.concatenate(parts) for parts in zip(*leaves, strict=True))
+        return carriers.despread(jnp.clip(vector, -limit, limit), carrier), ok
+    parts = [(suspect[leaf.path], base[leaf.path], 1 / leaf.scale) for leaf in spec.leaves]
+    least = _ROUNDING + _STILL * jnp.square(shifts.typical(limit))
+    leaves = [_score(*part, least) for part in parts]
+    scores, weights = (jnp.concatenate(values) for values in zip(*leaves, strict=True))
     mean = weights.mean()
     return carriers.despread(scores / jnp.where(mean > 0, mean, 1), carrier), ok
 
 
 def _score(
-    found: Float[Array, " n"], base: Float[Array, " n"], least: Float[Array, ""]
+    found: Array, base: Array, factor: float, least: Float[Array, ""]
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """How a leaf's weights in the suspect speak for shifts of those in the base, and each weight's factor in that.
 
-    Both are zero where the leaf's mean square shift is not above ``least``: it is the base's own and says nothing.
+    Both are zero where the mean square shift, or what the suspect's weights leave of it unpredicted, is not above
+    ``least``: the leaf is the base's own and says nothing. Likewise for weights that are NaN, infinite or at the bound.
     """
-    moved = jnp.mean(jnp.square(found - base)) > least
-    score, weight = _score_of_moved(found, base)
-    return jnp.where(moved, score, 0), jnp.where(moved, weight, 0)
+    shift = shifts.shift(found, base, factor).reshape(-1)
+    limit = shifts.bound([shifts.tally(shift)])
+    there = jnp.isfinite(jnp.asarray(found).astype(jnp.float32)).reshape(-1) & (jnp.abs(shift) < limit)
+    shift = jnp.clip(shift, -limit, limit)
+    ours = jnp.asarray(base).astype(jnp.float32).reshape(-1) * factor
+    score, weight, power = _score_of_moved(ours + shift, ours, shift)
+    speaks = there & (jnp.minimum(jnp.mean(jnp.square(shift)), power) > least)
+    return jnp.where(speaks, score, 0), jnp.where(speaks, weight, 0)
 
 
 def _score_of_moved(
-    found: Float[Array, " n"], base: Float[Array, " n"]
-) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    found: Float[Array, " n"], base: Float[Array, " n"], shift: Float[Array, " n"]
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, ""]]:
+    """Scores, weights, and the mean square of what is unpredicted."""
     bins = min(_BINS, found.size // _BIN)
     if bins < 4:
-        shift = found - base
-        weight = jnp.full(found.shape, 1 / jnp.maximum(jnp.mean(jnp.square(shift)), _TINY))
-        return shift * weight, weight
+        power = jnp.mean(jnp.square(shift))
+        weight = jnp.full(found.shape, 1 / jnp.maximum(power, _TINY))
+        return shift * weight, weight, power
     by_found = _binned(found, bins)
     shift = -_unpredicted(by_found, base)
     power = by_found.mean(jnp.square(shift))
     factors = 1 / jnp.maximum(power + power.mean() / 10, _TINY)
     weight = jnp.zeros_like(found).at[by_found.order].set(factors[by_found.bin_of])
-    return _unpredicted(_binned(base, bins), shift * weight), weight
+    return _unpredicted(_binned(base, bins), shift * weight), weight, power.mean()
 
 
 class _Bins(NamedTuple):
@@ -186,7 +370,7 @@ def _binned(x: Float[Array, " n"], bins: int) -> _Bins:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _extract_batch(
-    suspects: PyTree, base: PyTree, spec: carriers.Spec, carrier: carriers.Carrier
+    suspects: Mapping[str, Array], base: Mapping[str, Array], spec: carriers.Spec, carrier: carriers.Carrier
 ) -> tuple[Array, Array]:
     chips, ok = jax.lax.map(
         lambda suspect: _extract(suspect, base, spec, carrier), suspects, batch_size=_SUSPECTS_A_PASS

@@ -143,7 +143,7 @@ def test_unrelated_models_are_refused_and_accuse_nobody(network):
     base, images, apply_fn, _, _ = setup(network)
     _, book, read = mark(base)
     stranger = models.init(NETWORKS[network], jax.random.key(99), (8, 8, 3))
-    with pytest.raises(alignment.NothingMatched, match="independently") as refusal:
+    with pytest.raises(alignment.NothingMatched, match="No order, scale and sign") as refusal:
         alignment.align(stranger, base, apply_fn, images)
     chips = read(refusal.value.attempt.params)
     assert accused(chips, book) == []
@@ -161,9 +161,20 @@ def test_malformed_suspects_are_refused():
         return {**base, "Dense_1": {**base["Dense_1"], "kernel": new}}
 
     other = models.init(models.CNN(), jax.random.key(0), (8, 8, 3))
-    missing = {name: module for name, module in base.items() if name != "Dense_1"}
-    for suspect in (with_kernel(kernel.T), with_kernel(kernel.at[0, 0].set(jnp.nan)), other, missing, {}):
-        with pytest.raises(ValueError, match="align"):
+    few = {"Dense_1": base["Dense_1"]}
+    for suspect in (other, few, {}):
+        with pytest.raises(alignment.Undecided, match="align"):
             alignment.align(suspect, base, apply_fn, images)
+    broken = with_kernel(kernel.at[0, 0].set(jnp.nan))
+    with pytest.raises(ValueError, match="align: expected finite weights in the base's leaf"):
+        alignment.align(base, broken, apply_fn, images)
+    # What is there is aligned: a leaf of another shape, or one that is missing, is left out and named.
+    missing = {name: module for name, module in base.items() if name != "Dense_1"}
+    for suspect, left in ((with_kernel(kernel.T), ("Dense_1/kernel",)), (missing, ("Dense_1/bias", "Dense_1/kernel"))):
+        aligned, report = alignment.align(suspect, base, apply_fn, images)
+        assert report.left_out == left
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), aligned, base)
+    aligned, _ = alignment.align(broken, base, apply_fn, images)
+    assert np.argwhere(np.isnan(aligned["Dense_1"]["kernel"])).tolist() == [[0, 0]]
     with pytest.raises(ValueError, match="apply_fn"):
         alignment.align(base, base, apply_fn, images[..., 0])

@@ -427,10 +427,15 @@ def test_a_probable_cause_is_named_when_leaves_are_ambiguous(small):
     small.run("add-model", "vault", "two", "two.npz", "--chips", 64)
     small.run("issue", "vault", "two", "Ada", "--out", "two")
     np.savez(small.folder / "unknown.npz", x=rng.normal(size=(60, 60)), y=rng.normal(size=(60, 60)))
-    found = small.json("trace", "vault", "two", "unknown.npz", code=1)
+    found = small.json("trace", "vault", "two", "unknown.npz")
+    assert found["suspects"][0]["verdict"] == "undecided"
     assert "--map" in found["suspects"][0]["error"]
     mapped = small.json("trace", "vault", "two", "unknown.npz", "--map", "a=x: ", "--map", "b=y: ")
     assert mapped["suspects"][0]["verdict"] == "nobody"
+    printed = small.run("trace", "vault", "two", "unknown.npz", "--map", "a=x: ", "--map", "b=y: ")
+    assert "the map given is one of 32 that content would allow: p-values count them all" in printed
+    printed = small.run("trace", "vault", "two", "absent.npz", code=1)
+    assert "No suspect was read: no verdict was kept" in printed
 
 
 # Answers only

@@ -10,11 +10,12 @@ import section_checks
 
 from experiments import sections
 from experiments.collusion import __main__ as collusion
-from experiments.collusion import capability, codes, null, roc
+from experiments.collusion import capability, codes, null, readings, roc
 
 TINY = {
     capability: capability.Config(((304, 20, 200),), ((304, 20, 1000),), (2,), joint_trials=2, single_trials=5),
     null: null.Config(trials=3, control_trials=8),
+    readings: readings.Config(trials=12, rectify=False),
     codes: codes.Config((3,), ("average",), trials=1, order=7, weights=1 << 12, designed_for=3),
     roc: roc.Config(customers=20_000, num_chips=48),
 }
@@ -31,6 +32,9 @@ def test_collusion_sections_run_and_resume(tmp_path):
     assert not any(row["innocents_mean"] for row in ours)
     controls = {row["decoder"]: row["rate"] for row in documents["null"]["result"]["controls"]}
     assert controls["support minus j"] > 0.3 > controls["leave one out"]
+    desk = {row["suspects"]: row["rate"] for row in documents["readings"]["result"]["rows"]}
+    assert desk.pop("control: the same maps, not counted") > 0.5
+    assert max(desk.values()) < 0.5  # of 12 trials at alpha = 0.1, six would be a miracle
     assert documents["null"]["result"]["one_sided"]["missed_by_one_sided"] == 1
     assert all(row["largest_log10_excess"] < 0.3 for row in documents["roc"]["result"]["rows"])
 

@@ -57,15 +57,34 @@ def test_the_base_itself_reads_zero():
     np.testing.assert_array_equal(extraction.extract(BASE, BASE, SPEC, CARRIER), 0)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("place", [(0, 0), (59, 49)])
-def test_weights_that_are_not_finite_are_refused(bad, place):
-    broken = {**BASE, "kernel": BASE["kernel"].at[place].set(bad)}
-    with pytest.raises(ValueError, match="extract: expected finite carrying weights"):
-        extraction.extract(broken, BASE, SPEC, CARRIER)
-    stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), BASE, broken)
-    with pytest.raises(ValueError, match="extract_batch: expected finite carrying weights"):
-        extraction.extract_batch(stacked, BASE, SPEC, CARRIER)
+def _dense():
+    return reference.carrier_matrix(
+        *(np.asarray(a) for a in (CARRIER.inner_signs, CARRIER.outer_signs, CARRIER.positions)), SPEC.num_weights
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rectify", [False, True])
+def test_weights_that_are_not_finite_are_left_out_and_the_bases_are_refused(bad, rectify):
+    suspect = jax.tree.map(lambda leaf: leaf[0], suspects(1))
+    places = [(0, 0), (59, 49), (7, 3)]
+    broken = {**suspect, "kernel": suspect["kernel"].at[tuple(np.transpose(places))].set(bad)}
+    found = extraction.extract(broken, BASE, SPEC, CARRIER, rectify)
+    assert np.isfinite(found).all()
+    if not rectify:  # the reference: the dense matrix in float64, without these weights' columns
+        shift = {name: np.asarray(suspect[name], np.float64) - np.asarray(BASE[name], np.float64) for name in BASE}
+        shift["kernel"][tuple(np.transpose(places))] = 0
+        vector = np.concatenate([shift[leaf.path].reshape(-1) / leaf.scale for leaf in SPEC.leaves])
+        np.testing.assert_allclose(found, _dense() @ vector, atol=1e-5)
+        stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), suspect, broken)
+        np.testing.assert_allclose(extraction.extract_batch(stacked, BASE, SPEC, CARRIER)[1], found, atol=1e-6)
+        mapped = jax.jit(jax.vmap(lambda s: extraction.extract(s, BASE, SPEC, CARRIER)))(stacked)
+        np.testing.assert_allclose(mapped[1], found, atol=1e-6)
+    read = extraction.coverage(broken, BASE, SPEC, CARRIER)
+    assert read.left_out == (("kernel", 3, "NaN or infinite"),)
+    assert (read.weights, read.read, read.bounded) == (CARRIER.num_carrying, CARRIER.num_carrying - 3, 0)
+    with pytest.raises(ValueError, match="extract: expected finite carrying weights in the base"):
+        extraction.extract(suspect, broken, SPEC, CARRIER, rectify)
 
 
 def test_what_does_not_belong_together_is_refused():

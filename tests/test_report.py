@@ -155,6 +155,32 @@ def test_nobody_accused_and_unreadable_are_told_apart():
     assert "no suspect could be read" in text
 
 
+def test_suspects_that_were_compared_with_nobody_are_told_apart_with_the_reason():
+    for verdict, headline in (
+        ("not a copy", "is not a copy of this base model"),
+        ("undecided", "Nothing can be said of"),
+    ):
+        part = {"file": "x.bin", "verdict": verdict, "error": "align: too unlike.\nIt says why.", "accused": []}
+        text = Page(report.render(document(part))).text
+        assert headline in text
+        assert "Why: align: too unlike. It says why." in text
+        assert "no suspect was compared with the customers" in text
+        assert "could not be read" not in text and "carries the fingerprint" not in text
+    text = Page(report.render(document(part, suspect()))).text
+    assert "2 suspects: 1 traced, 1 undecided" in text
+
+
+def test_what_was_left_out_and_maps_that_were_chosen_are_said():
+    left = {"leaf": "head/kernel", "weights": 1400, "reason": BADGE}
+    counts = {"weights": 22528, "read": 21128, "bounded": 0, "bound": 1.0}
+    page = report.render(document(suspect(left_out=[left], coverage=counts, log_maps=141.0)))
+    text = Page(page).text
+    assert "21,128 of 22,528 weights that carry a fingerprint were read" in text
+    assert f"head/kernel 1,400 {BADGE}" in text and BADGE not in page
+    assert "one of at most 10⁶² that content would have allowed" in text
+    assert "were read." not in Page(report.render(document())).text
+
+
 def test_coalitions_count_the_weakest_of_their_members():
     page = Page(report.render(document(suspect(accused={3: 9.0, 5: -8.0}, num_suspects=4))))
     assert "The suspect is traced to Customer 3 and Customer 5" in page.text

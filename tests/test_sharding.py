@@ -116,7 +116,7 @@ def test_a_device_needs_room_for_its_own_share_only(axes):
     carrier = carriers.Carrier(signs, signs, like(n, 304, dtype=jnp.int32), spec.num_weights)
     leaf, start = like(2**13, 2**13, axes=axes), sharded._Start(like(dtype=jnp.int32), like(dtype=jnp.int32))
     embed = sharded._add_to_leaf.lower(leaf, start, like(), like(304), carrier, like(), axes, mesh)
-    extract = sharded._despread_leaf.lower(leaf, leaf, start, like(), carrier, axes, mesh)
+    extract = sharded._despread_leaf.lower(leaf, leaf, start, like(), like(), carrier, axes, mesh)
     finite = embedding._finite.lower({"w": leaf}, spec)
     for program, room in ((embed, 1.1 * share), (extract, 0.4 * share), (finite, 0.4 * share)):
         program = program.compile()
@@ -152,6 +152,30 @@ def test_places_are_counted_right_in_the_largest_leaves():
     np.testing.assert_array_equal(index, expected)
 
 
+def test_odd_weights_read_the_same_on_a_mesh():
+    """NaN, infinity, a swamped leaf, a missing one and one of another shape, against one device's numbers."""
+    base = base_of(jnp.float32)
+    spec, carrier, word = prepared(base)
+    copy = embedding.embed(base, spec, carrier, word, STRENGTH)
+    odd = {
+        **copy,
+        "columns": copy["columns"].at[3, 5].set(jnp.nan).at[36, 31].set(-jnp.inf),
+        "middle": copy["middle"].at[2].add(1e18),
+        "bias": copy["bias"][:300],
+    }
+    del odd["both"]
+    alone = extraction.extract(odd, base, spec, carrier)
+    held = on(mesh_of(AxisType.Auto), base)
+    on_mesh = {
+        name: jax.device_put(leaf, NamedSharding(mesh_of(AxisType.Auto), LEAVES[name][1]))
+        for name, leaf in odd.items()
+        if name in LEAVES and name != "bias"
+    } | {"bias": odd["bias"]}
+    np.testing.assert_allclose(extraction.extract(on_mesh, held, spec, carrier), alone, atol=1e-5)
+    assert float(alone @ word / np.linalg.norm(alone)) > 5  # of sqrt(64) = 8, with 28 % of the weights gone
+    assert extraction.coverage(on_mesh, held, spec, carrier) == extraction.coverage(odd, base, spec, carrier)
+
+
 def test_a_model_smaller_than_a_block_on_a_mesh():
     base = {"w": jnp.float32(np.random.default_rng(0).normal(size=(24, 25)))}
     spec, carrier, word = prepared(base)
@@ -170,7 +194,7 @@ def test_bad_input_is_refused_on_a_mesh_too(monkeypatch):
     broken = {**held, "rows": held["rows"].at[63, 2, 4].set(jnp.nan)}  # in the tail or not: it is refused
     with pytest.raises(ValueError, match="embed: expected finite weights in params"):
         embedding.embed(broken, spec, carrier, word)
-    with pytest.raises(ValueError, match="extract: expected finite carrying weights"):
+    with pytest.raises(ValueError, match="extract: expected finite carrying weights in the base"):
         extraction.extract(held, broken, spec, carrier)
     with pytest.raises(ValueError, match=r"codewords of -1 and \+1"):
         embedding.embed(held, spec, carrier, word * 2)

@@ -655,7 +655,7 @@ def test_only_those_with_a_copy_are_compared_and_each_is_found(place, tmp_path):
         document = verdicts.trace(desk, "net", suspects)
         found = [[a["serial"] for a in suspect["accused"]] for suspect in document["suspects"]]
         assert found == [[2], [5], [8], [], [], []]
-        assert [suspect["verdict"] for suspect in document["suspects"][3:]] == ["nobody", "unreadable", "unreadable"]
+        assert [suspect["verdict"] for suspect in document["suspects"][3:]] == ["nobody", "undecided", "undecided"]
         assert document["num_customers"] == 3
         assert document["suspects"][0]["num_suspects"] == 4
         assert document["suspects"][0]["serials"] == [2, 5, 8]

@@ -7,13 +7,16 @@ configuration and seed, so that an interrupted run goes on where it stopped.
 from collections.abc import Sequence
 
 from experiments import sections
-from experiments.collusion import capability, codes, null, real, roc, speed
+from experiments.collusion import capability, codes, null, readings, real, roc, speed
 
-SECTIONS = {module.__name__.rpartition(".")[2]: module for module in (capability, real, null, codes, roc, speed)}
+SECTIONS = {
+    module.__name__.rpartition(".")[2]: module for module in (capability, real, null, readings, codes, roc, speed)
+}
 _EXAMPLES = """sections:
   capability  largest coalition traced, by simulation, as in the table of docs/tracing.md
   real        copies of a CNN trained on digits, 1,000,000 customers, eight attacks
   null        how often anybody innocent is accused at alpha = 0.1; two negative controls
+  readings    the same for verdicts at the desk: unrelated models, given maps, alignment, partial reads; a control
   codes       ours, BIBD, Tardos, Nuida and orthogonal codes on the same attacks
   roc         share of innocents with a p-value below x, against x
   speed       seconds and peak memory, each case in a process of its own

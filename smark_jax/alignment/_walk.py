@@ -41,6 +41,7 @@ class Walk:
         self.together: list[np.ndarray] = []
         self.consumed: set[tuple[str, int]] = set()
         self.unfollowed: dict[str, None] = {}
+        self.beyond: dict[str, None] = {}
 
     def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
         first, self.count = self.count, self.count + math.prod(shape)
@@ -87,6 +88,8 @@ class Walk:
             gone = set(params["axes"])
             for role in roles[0]:
                 kept = [i for i, axis in enumerate(role.axes) if axis not in gone]
+                if not kept and role.source is None and not self.still(role):
+                    self.beyond["a normalisation over all channels"] = None
                 if kept and len(kept) < len(role.axes):
                     first = role.ids[tuple(0 if i in kept else slice(None) for i in range(role.ids.ndim))]
                     self.together.append(first.reshape(-1))
@@ -103,9 +106,14 @@ class Walk:
 
     def give_up(self, why: str, roles: Sequence[Role]) -> None:
         """What an operation does with these entries is unknown: they are fixed, and the operation is reported."""
-        if roles:
+        moving = tuple(role for role in roles if not self.still(role))
+        if moving:
             self.unfollowed[why] = None
-            self.freeze(tuple(roles))
+            self.freeze(moving)
+
+    def still(self, role: Role) -> bool:
+        """Whether all its entries are fixed already, as those of images are."""
+        return bool(np.isin(role.ids, np.concatenate([np.zeros(0, int), *self.frozen])).all())
 
     def elementwise(self, operands: Sequence[Roles]) -> Roles:
         found: dict[tuple[int, ...], Role] = {}
@@ -149,6 +157,12 @@ class Walk:
 
     def rule_dot_general(self, roles: list[Roles], shapes: Any, out: Any, params: Any) -> Roles:
         (contract_l, contract_r), (batch_l, batch_r) = params["dimension_numbers"]
+        summed = [
+            [r for r in side if set(r.axes) <= set(axes)]
+            for side, axes in zip(roles, (contract_l, contract_r), strict=True)
+        ]
+        if all(side and all(role.source is None for role in side) for side in summed):
+            self.beyond["attention"] = None
         self.contract(roles[0], contract_l, roles[1], contract_r, "dot_general")
         free = [
             [a for a in range(len(shape)) if a not in (*contracted, *batch)]

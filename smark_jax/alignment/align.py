@@ -17,6 +17,7 @@ from smark_jax.alignment.matching import Leaves
 _ALIKE = 0.2
 """Cosine between a leaf and the base's below which it tells nothing about copies of the base; chance is near 0."""
 _REFITS = 5
+_HUGE = 1e15
 _CLOSE = 0.5
 """Distance of a bias or a statistic from the base's, relative to its norm, above which it tells nothing."""
 
@@ -50,6 +51,7 @@ class Report(NamedTuple):
       from_base: leaves that told nothing and were taken from the base: they read as unchanged.
       renamed: the suspect's name of each leaf that has another one.
       unfollowed: operations that the pass over the network could not follow; channels they touch were left alone.
+      left_out: leaves that the suspect lacks, or has in a shape that no width explains; the base's stand there.
     """
 
     spaces: tuple[SpaceReport, ...]
@@ -59,6 +61,7 @@ class Report(NamedTuple):
     from_base: tuple[str, ...]
     renamed: Mapping[str, str]
     unfollowed: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         units, theirs = sum(s.units for s in self.spaces), sum(s.suspect_units for s in self.spaces)
@@ -69,6 +72,7 @@ class Report(NamedTuple):
         ]
         lines += [f"renamed: {theirs} is {ours}" for ours, theirs in self.renamed.items()]
         lines += [f"taken from the base: {', '.join(self.from_base)}"] if self.from_base else []
+        lines += [f"left out: {', '.join(self.left_out)}"] if self.left_out else []
         lines += [f"not followed: {', '.join(self.unfollowed)}"] if self.unfollowed else []
         return "\n".join(lines)
 
@@ -85,6 +89,10 @@ class Alignment(NamedTuple):
     report: Report
 
 
+class Undecided(ValueError):
+    """Alignment cannot tell whether the suspect is a copy of the base; the text says why."""
+
+
 class NothingMatched(ValueError):
     """The suspect has the base's form, but not its weights. ``attempt`` is the best alignment that was found."""
 
@@ -98,7 +106,8 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
 
     Undone are: permutations of channels, any scaling and sign of a channel's incoming or outgoing weights (so also
     rescaled neurons and folded normalisations), split and duplicated neurons, dummy neurons, renamed leaves. A suspect
-    may be wider than the base.
+    may be wider than the base. Leaves that it lacks or has in a form of its own (a new head) are left out, and weights
+    that are NaN or infinite stay so where they belong.
 
     Args:
       suspect: pytree of arrays.
@@ -112,9 +121,10 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
       have nothing in common with the base's, are taken from the base: they read as unchanged.
 
     Raises:
-      NothingMatched: when the suspect's weights have nothing to do with the base's.
-      ValueError: when the suspect lacks leaves, has leaves of other shapes, or NaN or infinite weights; or when the
-        network does not take the base.
+      NothingMatched: when no order, scale and sign of channels makes the suspect's weights resemble the base's.
+      Undecided: when they do not, but the network has operations that are not followed, or symmetries that are not
+        undone (attention, normalisation over channels); or when no leaf fits by which to recognise channels.
+      ValueError: when the network does not take the base, or the base holds NaN or infinite weights.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -126,15 +136,23 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
       >>> alignment.align(suspect, base, models.apply_fn(net), images).report.spaces[2].moved
       128
     """
-    ours, structure = _named(base, "base"), jax.tree.structure(base)
-    theirs = _named(suspect, "suspect")
-    graph = graphs.trace(apply_fn, base, example_images)
-    names = _pair(graph, theirs, ours)
-    leaves = {path: theirs[name] for path, name in names.items()}
-    sizes = graph.widths(leaves)
+    everything, structure = _named(base), jax.tree.structure(base)
+    for name, leaf in everything.items():
+        _validate.all_finite("align", f"weights in the base's leaf {name!r}", np.isfinite(leaf).all())
+    theirs = _named(suspect)
+    whole = graphs.trace(apply_fn, base, example_images)
+    names = {
+        path: name for path, name in _pair(whole, theirs, everything).items() if _could_be(whole, path, theirs[name])
+    }
+    names, sizes = _fitting(whole, names, theirs)
+    left_out = everything.keys() - names.keys()
+    graph, ours = whole.without(left_out), {path: leaf for path, leaf in everything.items() if path in names}
+    raw = {path: theirs[name] for path, name in names.items()}
+    leaves = {path: _tamed(leaf) for path, leaf in raw.items()}
     merged = matching.merge_duplicates(graph, leaves, sizes)
     match = matching.match(graph, merged.leaves, ours, sizes, merged.alive)
     aligned, found = _read(graph, leaves, merged, ours, sizes, match)
+    aligned = {path: everything[path] for path in left_out} | _broken_again(graph, raw, aligned, sizes, match)
     spaces = tuple(
         SpaceReport(
             tuple(f"{path}[{axis}]" for path, axis in graph.places(space)),
@@ -146,43 +164,87 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
         for space, units in enumerate(match.units)
     )
     renamed = {path: name for path, name in names.items() if path != name}
-    report = Report(spaces=spaces, renamed=renamed, unfollowed=graph.unfollowed, **found)
+    report = Report(
+        spaces=spaces, renamed=renamed, unfollowed=graph.unfollowed, left_out=tuple(sorted(left_out)), **found
+    )
     paths = [_validate.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(base)]
     result = Alignment(jax.tree.unflatten(structure, [aligned[path] for path in paths]), report)
     if report.similarity < _ALIKE:
-        expected = f"a similarity with the base of {_ALIKE} or more"
-        cause = "Nothing matched: the suspect has the base's form, but other weights. It was trained independently."
-        message = str(_validate.fail("align", expected, f"{report.similarity:.3f} at best", cause))
-        raise NothingMatched(message, result)
+        expected, got = f"a similarity with the base of {_ALIKE} or more", f"{report.similarity:.3f} at best"
+        if graph.unfollowed or graph.beyond:
+            why = ", ".join((*graph.unfollowed, *graph.beyond))
+            raise _undecided(expected, got, f"It may be a copy all the same: alignment does not see through {why}.")
+        if 2 * sum(everything[path].size for path in left_out) > sum(leaf.size for leaf in everything.values()):
+            raise _undecided(expected, got, "It lacks most of the base's weights, or has them in other shapes.")
+        cause = "No order, scale and sign of channels makes its weights resemble the base's, as those of copies do."
+        raise NothingMatched(str(_validate.fail("align", expected, got, cause)), result)
     return result
 
 
-def _named(tree: PyTree, who: str) -> Leaves:
-    """Leaves by path, on the host; floats as they are."""
+def _fitting(graph: Graph, names: dict[str, str], theirs: Leaves) -> tuple[dict[str, str], tuple[int, ...]]:
+    """The leaves whose shapes fit each other, by path, and the widths of the suspect's spaces."""
+    names = dict(names)
+    while True:
+        rest = graph.without(graph.shapes.keys() - names.keys())
+        if not names or (graph.sizes and not matching.kernels(rest)):
+            expected = "leaves of the base's form to recognise channels by"
+            cause = "The suspect is of another architecture, or its kernels are transposed."
+            raise _undecided(expected, f"none among {len(theirs):,} leaves", cause)
+        try:
+            return names, rest.widths({path: theirs[name] for path, name in names.items()})
+        except graphs.Misfit as misfit:
+            del names[misfit.path]
+
+
+def _undecided(expected: str, got: str, cause: str) -> Undecided:
+    return Undecided(str(_validate.fail("align", expected, got, cause)))
+
+
+def _tamed(leaf: np.ndarray) -> np.ndarray:
+    """A leaf in which nothing overflows: weights that are NaN or infinite are zero."""
+    if leaf.dtype != np.float32:
+        return leaf
+    return np.clip(np.where(np.isfinite(leaf), leaf, 0), -_HUGE, _HUGE)
+
+
+def _broken_again(graph: Graph, raw: Leaves, aligned: Leaves, sizes: Sequence[int], match: matching.Match) -> Leaves:
+    """The aligned leaves, NaN where the suspect's weight that belongs there is NaN or infinite."""
+    done = dict(enumerate(zip(match.units, match.signs, strict=True)))
+    for path, leaf in raw.items():
+        broken = ~np.isfinite(leaf) if leaf.dtype == np.float32 else np.zeros(leaf.shape, bool)
+        if broken.any():
+            moved = broken.astype(np.float32)
+            for axis in range(leaf.ndim):
+                if graph.spaces(path, axis):
+                    moved = matching.reorder(graph, moved, (path, axis), sizes, done)
+            aligned[path] = np.where(moved > 0, np.nan, aligned[path]).astype(aligned[path].dtype)
+    return aligned
+
+
+def _named(tree: PyTree) -> Leaves:
+    """Leaves of real numbers by path, on the host; floats as float32."""
     found: Leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = _validate.path_name(path)
         array = np.asarray(leaf)
         if not jax.numpy.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
-            raise _validate.fail(
-                "align", f"real arrays in {who}", f"{array.dtype} at {name!r}", "Is it a weights file?"
-            )
-        floats = jax.numpy.issubdtype(array.dtype, np.floating)
-        _validate.all_finite("align", f"weights in {who}'s leaf {name!r}", not floats or np.isfinite(array).all())
-        found[name] = array.astype(np.float32) if floats else array
+            continue
+        with np.errstate(over="ignore"):
+            floats = jax.numpy.issubdtype(array.dtype, np.floating)
+            found[name] = array.astype(np.float32) if floats else array
     if not found:
-        raise _validate.fail("align", f"leaves in {who}", "none", "Is the file empty?")
+        raise _undecided("leaves of real numbers", "none", "Is the file empty?")
     return found
 
 
 def _pair(graph: Graph, theirs: Leaves, ours: Leaves) -> dict[str, str]:
-    """The suspect's name of each of the base's leaves."""
+    """The suspect's name of each of the base's leaves; by their form, where most have other names."""
     missing = [name for name in ours if name not in theirs]
-    if not missing:
-        return {name: name for name in ours}
-    if len(theirs) < len(ours) or len(missing) < len(ours) / 2:
+    if len(missing) < len(ours) / 2:
+        return {name: name for name in ours if name in theirs}
+    if len(theirs) < len(ours):
         cause = "Is it a copy of this model, saved whole?"
-        raise _validate.fail("align", f"a leaf {missing[0]!r} in the suspect", f"{sorted(theirs)[:6]}", cause)
+        raise _undecided(f"a leaf {missing[0]!r} in the suspect", f"{sorted(theirs)[:6]}", cause)
     cost = np.full((len(ours), len(theirs)), np.inf)
     profiles = {name: _profile(leaf) for name, leaf in theirs.items()}
     for i, (path, leaf) in enumerate(ours.items()):
@@ -196,13 +258,11 @@ def _pair(graph: Graph, theirs: Leaves, ours: Leaves) -> dict[str, str]:
         path = list(ours)[int(np.flatnonzero(blocked)[0])]
         shapes = sorted({leaf.shape for leaf in theirs.values()})
         cause = "The suspect is of another architecture, or its kernels are transposed."
-        raise _validate.fail("align", f"a leaf like {path!r}, shape {ours[path].shape}", f"shapes {shapes[:8]}", cause)
+        raise _undecided(f"a leaf like {path!r}, shape {ours[path].shape}", f"shapes {shapes[:8]}", cause)
     rows, columns = optimize.linear_sum_assignment(np.where(np.isinf(cost), 1e6, cost))
     if np.isinf(cost[rows, columns]).any():
         path = list(ours)[int(rows[np.isinf(cost[rows, columns])][0])]
-        raise _validate.fail(
-            "align", f"a leaf of its own for {path!r}", "none that fits", "The suspect is of another architecture."
-        )
+        raise _undecided(f"a leaf of its own for {path!r}", "none that fits", "The suspect is of another architecture.")
     return {list(ours)[i]: list(theirs)[j] for i, j in zip(rows, columns, strict=True)}
 
 

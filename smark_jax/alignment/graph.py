@@ -24,6 +24,15 @@ FIXED = -1
 """The space of entries that stay where they are."""
 
 
+class Misfit(ValueError):
+    """A leaf's shape fits no widths that the others have; ``path`` is the leaf's."""
+
+    def __init__(self, path: str, expected: str, shape: tuple[int, ...]) -> None:
+        cause = "The suspect is of another architecture, or its kernels are transposed."
+        super().__init__(str(_validate.fail("alignment", expected, f"shape {shape}", cause)))
+        self.path = path
+
+
 class Segment(NamedTuple):
     """A run of entries of an axis.
 
@@ -50,6 +59,7 @@ class Graph(NamedTuple):
       consumed: paths and axes over which the network sums: a kernel's inputs.
       groups: for each space, how many units in a row are normalised together (group norm); 1 for the others.
       unfollowed: what the pass could not follow; the entries concerned are fixed.
+      beyond: what leaves a network more freedom than channels' order, scale and sign (rotations): it is not undone.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -58,6 +68,13 @@ class Graph(NamedTuple):
     consumed: frozenset[tuple[str, int]]
     groups: tuple[int, ...]
     unfollowed: tuple[str, ...]
+    beyond: tuple[str, ...] = ()
+
+    def without(self, paths: set[str]) -> "Graph":
+        """The graph as it shows in the other leaves."""
+        shapes = {path: shape for path, shape in self.shapes.items() if path not in paths}
+        layout = {place: runs for place, runs in self.layout.items() if place[0] not in paths}
+        return self._replace(shapes=shapes, layout=layout, consumed=frozenset(p for p in self.consumed if p in layout))
 
     def places(self, space: int) -> list[tuple[str, int]]:
         """Paths and axes at which a space's units have entries."""
@@ -89,16 +106,18 @@ class Graph(NamedTuple):
     def widths(self, leaves: Mapping[str, np.ndarray]) -> tuple[int, ...]:
         """How many units each space has in a model of the same architecture whose leaves may be wider.
 
+        Leaves of the base's shape are believed first.
+
         Raises:
-          ValueError: when a leaf's shape fits no widths.
+          Misfit: when a leaf's shape fits no widths.
         """
         sizes: dict[int, int] = {}
-        cause = "The suspect is of another architecture, or its kernels are transposed."
         for path, leaf in leaves.items():
             shape = self.shapes[path]
             if leaf.ndim != len(shape):
-                raise _validate.fail("alignment", f"leaf {path!r} of {len(shape)} axes", f"shape {leaf.shape}", cause)
+                raise Misfit(path, f"leaf {path!r} of {len(shape)} axes", leaf.shape)
         pending = [place for place in self.layout if place[0] in leaves]
+        pending.sort(key=lambda place: leaves[place[0]].shape != self.shapes[place[0]])
         while pending:
             solved = []
             for path, axis in pending:
@@ -120,7 +139,7 @@ class Graph(NamedTuple):
                     expected = f"leaf {path!r} with {usual} entries on axis {axis}"
                     if unknown:
                         expected = f"leaf {path!r} with a multiple of {max(unknown.values())} entries on axis {axis}"
-                    raise _validate.fail("alignment", expected, f"shape {leaves[path].shape}", cause)
+                    raise Misfit(path, expected, leaves[path].shape)
             if not solved:  # only sums of widths are known: as in the base
                 space = next(s for s in range(len(self.sizes)) if s not in sizes)
                 sizes[space] = self.sizes[space]
@@ -218,7 +237,9 @@ def _graph(shapes: dict[str, tuple[int, ...]], axes: dict[tuple[str, int], np.nd
         for component in label[ids[:1]].tolist():
             if component in rank:
                 groups[rank[component][0]] = max(groups[rank[component][0]], len(ids))
-    return Graph(shapes, whole, tuple(sizes), frozenset(walk.consumed), tuple(groups), tuple(walk.unfollowed))
+    return Graph(
+        shapes, whole, tuple(sizes), frozenset(walk.consumed), tuple(groups), tuple(walk.unfollowed), tuple(walk.beyond)
+    )
 
 
 def _segments(entries: list[tuple[int, int]], sizes: Sequence[int]) -> tuple[Segment, ...] | None:

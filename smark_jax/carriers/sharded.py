@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int32, Num
 
 from smark_jax import _validate
 from smark_jax._types import AnyArray, PyTree
-from smark_jax.carriers import hadamard
+from smark_jax.carriers import hadamard, shifts
 from smark_jax.carriers.selection import Spec, carrying, replace
 
 # Places in a leaf are counted in int32, and a block may stand out on either side.
@@ -92,15 +92,18 @@ def add_spread(
 def despread_difference(
     found: PyTree, base: PyTree, spec: Spec, where: Layout, carrier: hadamard.Carrier
 ) -> tuple[Float[Array, " m"], Bool[Array, ""]]:
-    """``despread(read(found) - read(base))`` of models on a mesh, and whether that difference is finite throughout.
+    """The chips in the bounded shifts (:mod:`smark_jax.carriers.shifts`) of a model on a mesh; is the base finite?
 
     A leaf that lies otherwise than ``where`` says is moved first.
     """
     pair = [_placed(carrying("despread_difference", params, spec), where) for params in (found, base)]
     starts, carrier = _starts(spec, where, carrier), _everywhere(carrier, where)
-    factors = _everywhere([np.float32(1 / leaf.scale) for leaf in spec.leaves], where)
+    limit = shifts.bound_of(*pair, tuple(1 / leaf.scale for leaf in spec.leaves))
+    factors, limit = _everywhere(([np.float32(1 / leaf.scale) for leaf in spec.leaves], limit), where)
     inputs = zip(*pair, starts, factors, where.specs, strict=True)
-    read = [_despread_leaf(x, y, start, factor, carrier, axes, where.mesh) for x, y, start, factor, axes in inputs]
+    read = [
+        _despread_leaf(x, y, start, factor, limit, carrier, axes, where.mesh) for x, y, start, factor, axes in inputs
+    ]
     chips, finite = zip(*read, strict=True)
     return jnp.stack(chips).sum(axis=0), jnp.stack(finite).all()
 
@@ -171,6 +174,7 @@ def _despread_leaf(
     base: Array,
     start: _Start,
     factor: Array,
+    limit: Array,
     carrier: hadamard.Carrier,
     axes: PartitionSpec,
     mesh: Mesh,
@@ -179,7 +183,7 @@ def _despread_leaf(
     n, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
     shape = found.shape
 
-    def on_device(found: Array, base: Array, start: _Start, factor: Array, carrier: hadamard.Carrier):
+    def on_device(found: Array, base: Array, start: _Start, factor: Array, limit: Array, carrier: hadamard.Carrier):
         part = _part(shape, axes, mesh)
         touched = _touched(part, start, length)
         turn = -(-touched.most // part.twins)
@@ -190,17 +194,17 @@ def _despread_leaf(
             turns = number * a_pass + jnp.arange(a_pass, dtype=jnp.int32)
             numbers, index = _held(part, start, touched.first + part.twin * turn + turns, n, length)
             index = jnp.where((turns < turn)[:, None], index, found.size)
-            x, y = (flat.at[index].get(mode="fill", fill_value=0).astype(jnp.float32) for flat in (found, base))
+            x, y = (flat.at[index].get(mode="fill", fill_value=0) for flat in (found, base))
             blocks = (rows[numbers] for rows in carrier.arrays)
-            return chips + jax.vmap(hadamard.despread_block)(x * factor - y * factor, *blocks).sum(axis=0)
+            shift = jnp.clip(shifts.shift(x, y, factor), -limit, limit)
+            return chips + jax.vmap(hadamard.despread_block)(shift, *blocks).sum(axis=0)
 
         chips = jax.lax.fori_loop(0, -(-turn // a_pass), one_pass, jnp.zeros(carrier.num_chips))
-        shift = found.astype(jnp.float32) * factor - base.astype(jnp.float32) * factor
-        broken = jnp.any(~jnp.isfinite(shift)).astype(jnp.int32)
+        broken = jnp.any(~jnp.isfinite(base)).astype(jnp.int32)
         return jax.lax.psum((chips * n**-0.5, broken), mesh.axis_names)
 
-    inputs = (found, base, start, factor, carrier)
-    chips, broken = _on_mesh(on_device, mesh, (axes, axes, *[_ALL] * 3), (_ALL, _ALL))(*inputs)
+    inputs = (found, base, start, factor, limit, carrier)
+    chips, broken = _on_mesh(on_device, mesh, (axes, axes, *[_ALL] * 4), (_ALL, _ALL))(*inputs)
     return chips, broken == 0
 
 

@@ -31,7 +31,9 @@ def trace(
 ) -> None:
     """Trace suspects: whose copies are these, and how sure is that?
 
-    The verdict is kept in the vault under a number. Exit code 0 when every suspect was read, 1 otherwise.
+    A suspect is "traced", or "nobody" stands out, or alignment finds it to be "not a copy" of this base, or it is
+    "undecided" and the reason said. The verdict is kept in the vault under a number. Exit code 0 when every suspect was
+    read, 1 otherwise.
     """
     given = _common.pairs(leaf_map)
     with _common.desk(vault, passphrase_file) as desk:
@@ -48,6 +50,9 @@ def trace(
     show(document, as_json, vault)
 
 
+_MORE = ("error", "notes", "coverage", "left_out", "foreign", "log_maps")
+
+
 def show(document: dict[str, Any], as_json: bool, vault: Path) -> None:
     """Prints a verdict, and ends with exit code 1 when a suspect could not be read."""
     wanted = ("customer", "serial", "statistic", "p_value", "log10_p", "share")
@@ -55,10 +60,11 @@ def show(document: dict[str, Any], as_json: bool, vault: Path) -> None:
     for suspect in document["suspects"]:
         accused = [{key: accusation[key] for key in wanted} for accusation in suspect["accused"]]
         row = {"file": suspect["file"], "verdict": suspect["verdict"], "accused": accused}
-        if suspect["error"]:
-            row["error"] = suspect["error"]
-        if suspect.get("notes"):
-            row["notes"] = suspect["notes"]
+        row |= {
+            key: suspect[key]
+            for key in ("error", "notes", "coverage", "left_out", "foreign", "log_maps")
+            if suspect.get(key)
+        }
         rows.append(row)
     short = {key: document[key] for key in ("number", "model", "num_customers", "alpha")}
     _common.show({**short, "suspects": rows}, as_json, lambda: _words(document, vault))
@@ -69,16 +75,17 @@ def show(document: dict[str, Any], as_json: bool, vault: Path) -> None:
 def _words(document: dict[str, Any], vault: Path) -> None:
     for suspect in document["suspects"]:
         _common.out.lines(_verdict(suspect, document))
-        if suspect["verdict"] != "unreadable" and suspect["decoys"]["alarm"]:
+        if suspect.get("decoys", {}).get("alarm"):
             say("  Do not rely on it: a codeword that nobody received stands out as well, so an assumption is broken.")
-        for move in suspect.get("layout") or []:
-            say(f"  {move['suspect']} was read as {move['base']} ({move['change']})")
-        for note in suspect.get("notes") or []:
-            say(f"  {note}")
+        for line in (*_reading(suspect), *suspect.get("notes", ())):
+            say(f"  {line}")
         if suspect.get("alignment"):
             _common.out.lines(f"  {suspect['alignment']}")
         if suspect["accused"]:
             _table(suspect)
+    if document["number"] is None:
+        say("No suspect was read: no verdict was kept, and this was no occasion.")
+        return
     say(
         f"Verdict {document['number']} on {document['model']}: {document['num_customers']:,} customers, alpha "
         f"{document['alpha']:g}, occasion {document['occasion']} of tracing this model."
@@ -88,10 +95,31 @@ def _words(document: dict[str, Any], vault: Path) -> None:
         say(f"      smark evidence export {vault} {document['number']} --out evidence.json")
 
 
+def _reading(suspect: dict[str, Any]) -> list[str]:
+    """How the suspect was read, where that is more than its leaves as they are."""
+    lines = [f"{move['suspect']} was read as {move['base']} ({move['change']})" for move in suspect.get("layout") or []]
+    if left_out := suspect.get("left_out"):
+        coverage = suspect["coverage"]
+        parts = ", ".join(f"{left['leaf']} ({left['weights']:,}: {left['reason']})" for left in left_out)
+        lines.append(f"{coverage['read']:,} of {coverage['weights']:,} carrying weights were read; left out: {parts}")
+    if foreign := suspect.get("foreign"):
+        lines.append(f"left out, since they are no real numbers: {', '.join(foreign)}")
+    if (bounded := suspect.get("coverage", {}).get("bounded", 0)) > 0:
+        lines.append(f"{bounded:,} weights are too far from the base's to be a copy's, and count as little as others")
+    if log_maps := suspect.get("log_maps"):
+        from smark_jax.vault.verdicts import maps_in_words
+
+        lines.append(maps_in_words(log_maps))
+    return lines
+
+
 def _verdict(suspect: dict[str, Any], document: dict[str, Any]) -> str:
     file, accused = suspect["file"], suspect["accused"]
     if suspect["verdict"] == "unreadable":
         return f"{file}: could not be read. {suspect['error']}"
+    if suspect["verdict"] in ("not a copy", "undecided"):
+        words = {"not a copy": "not a copy of this base", "undecided": "undecided"}[suspect["verdict"]]
+        return f"{file}: {words}. {suspect['error']}"
     if not accused:
         return f"{file}: nobody. No customer's fingerprint stands out at alpha = {document['alpha']:g}."
     worst = _common.below(max(a["log10_p"] for a in accused))

@@ -16,7 +16,7 @@ them refuses them.
 """
 
 from smark_jax.files._limits import MAX_BYTES, MAX_LEAVES, Unreadable
-from smark_jax.files.layout import Ambiguous, Layout, Move, match_layout
+from smark_jax.files.layout import Ambiguous, Layout, Move, Unmatched, match_layout
 from smark_jax.files.reading import Weights, read
 from smark_jax.files.trees import content_hash, flatten, nest
 from smark_jax.files.writing import dump, write
@@ -27,6 +27,7 @@ __all__ = [
     "Ambiguous",
     "Layout",
     "Move",
+    "Unmatched",
     "Unreadable",
     "Weights",
     "content_hash",

@@ -1,15 +1,15 @@
 """The layouts a leaf can have come from, the layers of a file, and how well content agrees."""
 
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from smark_jax._roles import Role, of_name
+from smark_jax.files import _limits
 
 ALIKE = 0.3  # a copy that is still of use correlates by more than 0.5, what is no copy by about 0
-_MARGIN = 0.2
+MARGIN = 0.2
 _SAMPLE = 1 << 14
 _TOLD = (Role.KERNEL, Role.BIAS, Role.SCALE, Role.MEAN, Role.VAR)  # what names tell apart in every framework
 _COLLECTIONS = ("params/", "batch_stats/")
@@ -43,24 +43,14 @@ class Choice(NamedTuple):
     leaf: np.ndarray
 
 
-class Pair(NamedTuple):
-    """A layer of the suspect taken for one of the base: what becomes of its leaves, by the base's names.
-
-    ``agreement`` is the mean correlation of the leaves, weighted by their sizes; constant leaves have no say.
-    """
-
-    choices: dict[str, Choice]
-    agreement: float
-
-
-Pairs = dict[tuple[str, str], Pair]
-"""By the names of the base's layer and the suspect's."""
-
-
-def channels(suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> set[int]:
+def channels(base: Mapping[str, np.ndarray]) -> set[int]:
     """How many channels an image may have had when it was flattened: those that some convolution puts out."""
-    ours = {leaf.shape[-1] for leaf in base.values() if leaf.ndim > 2}
-    return ours | {leaf.shape[0] for leaf in suspect.values() if leaf.ndim > 2}
+    return {size for leaf in base.values() if leaf.ndim > 2 for size in (leaf.shape[-1], leaf.shape[0])}
+
+
+def real(leaf: np.ndarray) -> bool:
+    """Whether a leaf holds real numbers, as weights do."""
+    return leaf.dtype.name in _limits.BY_NAME
 
 
 def options(source: str, leaf: np.ndarray, channels: Iterable[int]) -> list[Option]:
@@ -92,7 +82,7 @@ def best(options: list[Option], leaf: np.ndarray) -> Choice:
     scores = [_correlation(option.view, leaf) for option in options]
     order = sorted(range(len(options)), key=lambda i: -scores[i])
     first, second = scores[order[0]], scores[order[1]] if len(order) > 1 else -np.inf
-    sure = len(options) == 1 or (first >= ALIKE and first - second >= _MARGIN)
+    sure = len(options) == 1 or (first >= ALIKE and first - second >= MARGIN)
     if not sure:
         values = options[0].leaf()
         sure = all(np.array_equal(values, option.leaf(), equal_nan=True) for option in options[1:])
@@ -100,17 +90,39 @@ def best(options: list[Option], leaf: np.ndarray) -> Choice:
 
 
 def _correlation(view: np.ndarray, leaf: np.ndarray) -> float:
-    """Pearson's correlation of at most 16,384 evenly spread entries; 0 where either is constant."""
-    leaf, view = np.atleast_1d(leaf), np.atleast_1d(view)
-    index = np.linspace(0, leaf.size - 1, min(leaf.size, _SAMPLE)).astype(np.int64)
-    ours = leaf[np.unravel_index(index, leaf.shape)].astype(np.float64)
-    theirs = view[np.unravel_index(index, view.shape)].astype(np.float64)
-    good = np.isfinite(ours) & np.isfinite(theirs)
-    if not good.any():
-        return 0.0
-    ours, theirs = ours[good] - ours[good].mean(), theirs[good] - theirs[good].mean()
-    norms = float(np.linalg.norm(ours) * np.linalg.norm(theirs))
-    return float(ours @ theirs) / norms if 0 < norms < np.inf else 0.0
+    """Their correlation, as :func:`directions` has it; 0 where either is constant."""
+    number = min(leaf.size, _SAMPLE)
+    return float(directions([view], number)[0] @ directions([leaf], number)[0])
+
+
+def directions(views: Sequence[np.ndarray], number: int) -> np.ndarray:
+    """For each view ``number`` evenly spread entries, less their mean, to length one: inner products are correlations.
+
+    Entries beyond ten times the median size count as that, so that a few huge weights do not hide the others; those
+    that are NaN or infinite count as none. Constant views have the direction 0. Shape [views, number].
+    """
+    size = views[0].size if views else 0
+    rows = np.zeros((len(views), number))
+    index = np.linspace(0, size - 1, number).astype(np.int64) if size else np.zeros(0, np.int64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for row, view in zip(rows, views, strict=True):
+            view = np.atleast_1d(view)
+            row[:] = view[np.unravel_index(index, view.shape)] if number < size else view.reshape(-1)
+    there = np.isfinite(rows)
+    rows[~there] = 0
+    sizes = np.sort(np.abs(rows), axis=1)
+    zeros = (sizes == 0).sum(axis=1)
+    middle = np.minimum(zeros + (number - zeros) // 2, number - 1) if number else zeros
+    limit = 10 * sizes[np.arange(len(rows)), middle][:, None] if number else sizes
+    rows = np.clip(rows, -limit, limit)
+    rows -= np.where(there, rows, 0).sum(axis=1, keepdims=True) / np.maximum(there.sum(axis=1, keepdims=True), 1)
+    rows[~there] = 0
+    largest = np.abs(rows).max(axis=1, keepdims=True, initial=0)
+    constant = largest <= 1e-12 * limit
+    rows /= np.where(constant, 1, largest)
+    rows[constant[:, 0]] = 0
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return (rows / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
 def layers(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, str]]:
@@ -130,44 +142,3 @@ def layers(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, str]]:
 def singles(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, str]]:
     """Each leaf as a layer of its own, for names that say nothing."""
     return {name: {"": name} for name in leaves}
-
-
-def pairs(
-    ours: Mapping[str, Mapping[str, str]],
-    theirs: Mapping[str, Mapping[str, str]],
-    base: Mapping[str, np.ndarray],
-    suspect: Mapping[str, np.ndarray],
-    channels: set[int],
-) -> Pairs:
-    """For each layer of the base and each of the suspect that has all its roles in shapes that fit: what fits best."""
-    listed = {name: options(name, leaf, channels) for name, leaf in suspect.items()}
-    varied = {name for name, leaf in base.items() if leaf.size and not (leaf == leaf.reshape(-1)[0]).all()}
-    found: Pairs = {}
-    for (layer, roles), (other, places) in itertools.product(ours.items(), theirs.items()):
-        if roles.keys() <= places.keys():
-            fits = {name: fitting(listed[places[role]], base[name]) for role, name in roles.items()}
-            if all(fits.values()):
-                choices = {name: best(some, base[name]) for name, some in fits.items()}
-                sizes = {name: base[name].size for name in choices if name in varied}
-                total = sum(choices[name].correlation * size for name, size in sizes.items())
-                found[layer, other] = Pair(choices, total / sum(sizes.values()) if sizes else 0.0)
-    return found
-
-
-def sure_pairs(left: Pairs) -> Pairs:
-    """The pairs that content tells apart from all others of the same layer; if there are none, those without others."""
-    rivals: dict[tuple[int, str], list[float]] = {}
-    for key, pair in left.items():
-        for side in (0, 1):
-            rivals.setdefault((side, key[side]), []).append(pair.agreement)
-    highest = {where: sorted(values)[-2:] for where, values in rivals.items()}
-
-    def stands_out(key: tuple[str, str], pair: Pair) -> bool:
-        beaten = (highest[side, key[side]] for side in (0, 1))
-        return pair.agreement >= ALIKE and all(
-            top[-1] == pair.agreement and (len(top) == 1 or top[-1] - top[0] >= _MARGIN) for top in beaten
-        )
-
-    found = {key: pair for key, pair in left.items() if stands_out(key, pair)}
-    alone = {key: pair for key, pair in left.items() if all(len(rivals[side, key[side]]) == 1 for side in (0, 1))}
-    return found or alone

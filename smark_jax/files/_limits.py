@@ -3,7 +3,7 @@
 import math
 import reprlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -54,6 +54,13 @@ class Unreadable(ValueError):
     def __init__(self, problem: str, advice: str = "Ask for the file again, as safetensors.") -> None:
         self.problem, self.advice = _foreign.clean(problem), _foreign.clean(advice)
         super().__init__(f"{self.problem}. {self.advice}")
+
+
+class Foreign(NamedTuple):
+    """In a leaf's place: it is no array of real numbers. What it is, and what to do."""
+
+    problem: str
+    advice: str
 
 
 def check_name(name: object) -> str:

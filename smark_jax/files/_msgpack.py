@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax.files import _limits
-from smark_jax.files._limits import Unreadable, shown
+from smark_jax.files._limits import Foreign, Unreadable, shown
 
 _MAX_DEPTH = 64
 _MAX_VALUES = 10 * _limits.MAX_LEAVES
@@ -46,13 +46,13 @@ def looks_like(data: bytes) -> bool:
     return data[:1] != b"" and (0x81 <= data[0] <= 0x8F or 0x91 <= data[0] <= 0x9F or data[0] in {*_LISTS, *_MAPS})
 
 
-def read(data: bytes) -> dict[str, np.ndarray]:
+def read(data: bytes) -> dict[str, np.ndarray | Foreign]:
     """The tree's arrays and numbers by path; text, ``None`` and the like are no weights and are left out."""
     walk = _Walk(memoryview(data))
     tree = walk.value(0)
     if walk.position != len(data):
         raise Unreadable(f"it goes on after its end at byte {walk.position:,}", _ADVICE)
-    leaves: dict[str, np.ndarray] = {}
+    leaves: dict[str, np.ndarray | Foreign] = {}
     _collect(tree, "", leaves)
     _limits.check_number(len(leaves))
     return leaves
@@ -141,7 +141,7 @@ class _Walk:
         return found
 
 
-def _collect(value: Any, path: str, leaves: dict[str, np.ndarray]) -> None:
+def _collect(value: Any, path: str, leaves: dict[str, np.ndarray | Foreign]) -> None:
     """Adds the leaves of a tree to ``leaves`` by path."""
     if isinstance(value, dict | list):
         if isinstance(value, dict) and _CHUNKED in value:
@@ -156,20 +156,20 @@ def _collect(value: Any, path: str, leaves: dict[str, np.ndarray]) -> None:
     return None
 
 
-def _add(path: str, leaf: np.ndarray, leaves: dict[str, np.ndarray]) -> None:
+def _add(path: str, leaf: np.ndarray | Foreign, leaves: dict[str, np.ndarray | Foreign]) -> None:
     _limits.check_name(path)
     if path in leaves:
         raise Unreadable(f"the leaf {shown(path)} occurs twice", _ADVICE)
-    own = not isinstance(leaf, np.ndarray) or leaf.flags.writeable
-    leaves[path] = leaf if own else leaf.copy()  # what is still a view of the file
+    view = isinstance(leaf, np.ndarray) and not leaf.flags.writeable
+    leaves[path] = leaf.copy() if view else leaf  # or it would hold the whole file in memory
     _limits.check_number(len(leaves))
 
 
-def _array(path: str, value: _Extension) -> np.ndarray:
+def _array(path: str, value: _Extension) -> np.ndarray | Foreign:
     """The array of an extension: its shape, the name of its dtype, its bytes in C order."""
     if value.kind not in (_ARRAY, _SCALAR):
         what = "a complex number" if value.kind == _COMPLEX else f"an extension of type {value.kind}"
-        raise Unreadable(f"leaf {shown(path)} is {what}", "Weights are real arrays: leave it out.")
+        return Foreign(f"leaf {shown(path)} is {what}", "Weights are real arrays: leave it out.")
     walk = _Walk(value.data, values=64)
     parts = walk.value(_MAX_DEPTH - 3)
     if not isinstance(parts, list) or len(parts) != 3 or walk.position != len(value.data):
@@ -178,19 +178,23 @@ def _array(path: str, value: _Extension) -> np.ndarray:
     name = bytes(kind).decode(errors="replace") if isinstance(kind, memoryview) else kind
     dtype = _limits.BY_NAME.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise Unreadable(f"leaf {shown(path)} is of dtype {shown(name)}", "Cast it to float32, float16 or bfloat16.")
+        return Foreign(f"leaf {shown(path)} is of dtype {shown(name)}", "Cast it to float32, float16 or bfloat16.")
     if not isinstance(content, memoryview):
         raise Unreadable(f"leaf {shown(path)} has no bytes", _ADVICE)
     whole = _limits.check_shape(path, shape, dtype, len(content))
     return np.frombuffer(content, dtype).reshape(whole)
 
 
-def _chunks(path: str, value: dict[str, Any]) -> np.ndarray:
+def _chunks(path: str, value: dict[str, Any]) -> np.ndarray | Foreign:
     """An array of more than 1 GiB, which Flax cuts into pieces."""
     shape, pieces = value.get("shape"), value.get("chunks")
     if not isinstance(shape, dict) or not isinstance(pieces, dict) or not pieces:
         raise Unreadable(f"leaf {shown(path)} is no array in pieces as Flax writes them", _ADVICE)
-    arrays = [_array(path, piece) for piece in pieces.values() if isinstance(piece, _Extension)]
+    read = [_array(path, piece) for piece in pieces.values() if isinstance(piece, _Extension)]
+    foreign = [array for array in read if isinstance(array, Foreign)]
+    if foreign:
+        return foreign[0]
+    arrays = [array for array in read if not isinstance(array, Foreign)]
     if len(arrays) < len(pieces) or len({array.dtype for array in arrays}) > 1 or any(a.ndim != 1 for a in arrays):
         raise Unreadable(f"leaf {shown(path)} has pieces that do not fit together", _ADVICE)
     joined = np.concatenate(arrays)

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 
 from smark_jax.files import _limits
-from smark_jax.files._limits import Unreadable, shown
+from smark_jax.files._limits import Foreign, Unreadable, shown
 
 _MAX_DIRECTORY = 4 * 2**20  # a zip's directory grows some twenty-fold when it is parsed
 _MAX_HEADER = 4096
@@ -68,7 +68,7 @@ def members(data: bytes, max_bytes: int) -> tuple[zipfile.ZipFile, dict[str, zip
     return archive, {info.filename: info for info in found}
 
 
-def read(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo]) -> dict[str, np.ndarray]:
+def read(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo]) -> dict[str, np.ndarray | Foreign]:
     """The arrays by name."""
     other = next((name for name in infos if not name.endswith(".npy")), None)
     if other is not None:
@@ -82,7 +82,7 @@ def read(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo]) -> dict[st
     return leaves
 
 
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | Foreign:
     """One array; what the file says of its size is compared with what the zip says before room is made."""
     name = info.filename[:-4]
     with archive.open(info) as stream:
@@ -94,13 +94,11 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
         length = int.from_bytes(stream.read(size), "little")
         match = _HEADER.fullmatch(stream.read(length).decode("latin-1")) if length <= _MAX_HEADER else None
         if match is None:
-            raise Unreadable(
-                f"leaf {shown(name)} is no plain array of numbers", "Objects and records are never loaded."
-            )
+            return Foreign(f"leaf {shown(name)} is no plain array of numbers", "Objects and records are never loaded.")
         order, kind, fortran, sizes = match.groups()
         dtype = _KINDS.get(kind)
         if dtype is None:
-            raise Unreadable(f"leaf {shown(name)} is of dtype {shown(kind)}", "Cast it to float32 or float16.")
+            return Foreign(f"leaf {shown(name)} is of dtype {shown(kind)}", "Cast it to float32 or float16.")
         shape = [int(n) for n in sizes.replace(" ", "").split(",") if n]
         whole = _limits.check_shape(name, shape, dtype, info.file_size - 8 - size - length)
         content = np.empty(info.file_size - 8 - size - length, np.uint8)

@@ -8,7 +8,7 @@ import numpy as np
 import safetensors
 
 from smark_jax.files import _limits
-from smark_jax.files._limits import Unreadable, shown
+from smark_jax.files._limits import Foreign, Unreadable, shown
 
 _MAX_HEADER = 8 * 2**20  # JSON grows some twenty-fold when it is parsed
 _ADVICE = "The file is damaged or forged: ask for it again."
@@ -18,7 +18,7 @@ class Entry(NamedTuple):
     """A leaf in the header, and where its bytes begin and end."""
 
     name: str
-    dtype: np.dtype
+    dtype: np.dtype | Foreign
     start: int
     end: int
     shape: tuple[int, ...]
@@ -29,9 +29,18 @@ def looks_like(data: bytes) -> bool:
     return len(data) >= 9 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 2**32
 
 
-def read(data: bytes) -> dict[str, np.ndarray]:
+def read(data: bytes) -> dict[str, np.ndarray | Foreign]:
     """The leaves: the header is checked here, entry by entry, and then read once more by the library."""
-    dtypes = {name: dtype for name, dtype, *_ in _check(data, len(data))}
+    entries = _check(data, len(data))
+    first = 8 + int.from_bytes(data[:8], "little")
+    dtypes = {name: dtype for name, dtype, *_ in entries if not isinstance(dtype, Foreign)}
+    if len(dtypes) < len(entries):  # the library may not know them
+        return {
+            name: dtype
+            if isinstance(dtype, Foreign)
+            else np.frombuffer(data[first + a : first + b], dtype).reshape(shape)
+            for name, dtype, a, b, shape in entries
+        }
     try:
         found = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:  # our checks are the stricter ones; theirs stay as a second opinion
@@ -39,11 +48,13 @@ def read(data: bytes) -> dict[str, np.ndarray]:
     return {name: np.frombuffer(leaf["data"], dtypes[name]).reshape(leaf["shape"]) for name, leaf in found}
 
 
-def read_file(path: Path) -> dict[str, np.ndarray]:
+def read_file(path: Path) -> dict[str, np.ndarray | Foreign]:
     """The leaves of a file that only we can write to, without room for the whole file besides."""
     header, entries = head(path)
     return {
-        name: np.fromfile(path, dtype, (end - first) // dtype.itemsize, offset=len(header) + first).reshape(shape)
+        name: dtype
+        if isinstance(dtype, Foreign)
+        else np.fromfile(path, dtype, (end - first) // dtype.itemsize, offset=len(header) + first).reshape(shape)
         for name, dtype, first, end, shape in entries
     }
 
@@ -93,11 +104,12 @@ def _entry(name: str, entry: Any) -> Entry:
         raise Unreadable(f"leaf {shown(name)} is described by {shown(entry)}", _ADVICE)
     kind, offsets = entry["dtype"], entry["data_offsets"]
     dtype = _limits.DTYPES.get(kind) if isinstance(kind, str) else None
-    if dtype is None:
-        raise Unreadable(f"leaf {shown(name)} is of dtype {shown(kind)}", "Cast it to F32, F16 or BF16.")
     good = isinstance(offsets, list) and len(offsets) == 2 and all(type(byte) is int for byte in offsets)
     if not good or not 0 <= offsets[0] <= offsets[1] < 2**48:
         raise Unreadable(f"leaf {shown(name)} lies at bytes {shown(offsets)}", _ADVICE)
+    if dtype is None:
+        what = Foreign(f"leaf {shown(name)} is of dtype {shown(kind)}", "Cast it to F32, F16 or BF16.")
+        return Entry(name, what, offsets[0], offsets[1], ())
     shape = _limits.check_shape(name, entry["shape"], dtype, offsets[1] - offsets[0])
     return Entry(name, dtype, offsets[0], offsets[1], shape)
 

@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from smark_jax.files import _safetensors
-from smark_jax.files._limits import Unreadable
+from smark_jax.files._limits import Foreign, Unreadable
 
 _SECONDS = 120
 _CHILD = Path(__file__).with_name("_torch_child.py")
@@ -22,7 +23,7 @@ _PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR")
 _CONVERT = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'FILE.safetensors')"
 
 
-def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray]:
+def read(data: bytes, max_bytes: int) -> Mapping[str, np.ndarray | Foreign]:
     """The tensors of a state dict, or of a dict with one in it, by name."""
     if importlib.util.find_spec("torch") is None:
         advice = f"Install smark-jax[torch], or convert it with {_CONVERT}."

@@ -70,8 +70,11 @@ def _plain(torch: Any, loaded: Any, max_bytes: int) -> dict[str, Any]:
     for path, tensor in _tensors(torch, loaded, "", 0):
         max_bytes -= tensor.numel() * tensor.element_size()
         odd = tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex()
-        if max_bytes < 0 or odd or path in found or len(found) == _MAX_TENSORS:
-            raise _Refused(f"tensor {path[:40]!r} is too large, one too many, sparse, quantized, complex or empty")
+        if max_bytes < 0 or path in found or len(found) == _MAX_TENSORS:
+            raise _Refused(f"tensor {path[:40]!r} is too large, one too many or has the name of another")
+        if odd:  # handed over as what is no real number: whoever reads it leaves it out by its name, or refuses
+            found[path] = torch.zeros(1, dtype=torch.complex64)
+            continue
         whole = tensor.detach().contiguous()
         found[path] = whole.clone() if whole.untyped_storage().data_ptr() in memory else whole
         memory.add(whole.untyped_storage().data_ptr())

@@ -1,19 +1,31 @@
-"""A suspect's leaves under the base's names and in the base's layout.
+r"""A suspect's leaves under the base's names and in the base's layout.
 
 Leaves are paired by name where the names agree, and otherwise layer by layer: by the shapes that a layer's leaves can
-take (:mod:`smark_jax.files._changes`), then by content. A true copy of a leaf correlates with the base's leaf, in the
-right layout and in no other; what is left over is paired where only one layer fits. Where neither tells, the question
-is asked (:class:`Ambiguous`), not answered. Suspect and base are looked at, and nothing else: no customer's codeword
-can enter, so that p-values hold as they do without.
+take (:mod:`smark_jax.files._changes`), then by content (:mod:`smark_jax.files._pairing`). A true copy of a leaf
+correlates with the base's leaf, in the right layout and in no other; what is left over is paired where only one layer
+fits. Leaves for which neither tells, and leaves that the suspect lacks, are left out; where content tells nothing at
+all, the question is asked (:class:`Ambiguous`). Suspect and base are looked at, and nothing else: no customer's
+codeword can enter, so that p-values hold as they do without.
+
+A map that somebody gives could be chosen by a look at codewords. So it is taken only where content does not decide,
+and p-values pay for every map that could have been given there. Let the leaves that content leaves open form G sets of
+equal shapes, of which the map names leaves in t; in each of these, let K be the base's leaves, n the suspect's, and o
+the layouts of one. Then they pay for this many maps, of which the sum of inverses over all maps is at most 1:
+
+.. math:: \binom{G}{t} 2^t \prod_{\text{sets}} \sum_{k \ge 1} \binom{K}{k} \frac{n!}{(n - k)!} o^k .
 """
 
+import contextlib
+import itertools
+import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from scipy import special
 
 from smark_jax import _validate
-from smark_jax.files import _changes
+from smark_jax.files import _changes, _pairing
 from smark_jax.files._changes import Option
 
 _WHO = "match_layout"
@@ -45,14 +57,22 @@ class Layout(NamedTuple):
       leaves: the suspect's values under the base's names, with the suspect's dtypes.
       moves: the leaves that had another name or layout; none for a file that was left as it is.
       unused: the suspect's leaves that the base has no place for, such as ``num_batches_tracked``.
+      missing: the base's leaves that the suspect lacks, or has where nothing tells which of several it is.
+      log_maps: natural logarithm of the number of maps that ``given`` was chosen from; 0 where it chose nothing.
     """
 
     leaves: dict[str, np.ndarray]
     moves: tuple[Move, ...]
     unused: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    log_maps: float = 0.0
 
 
-class Ambiguous(ValueError):
+class Unmatched(ValueError):
+    """Nothing of the suspect could be paired with the base, or to compare them would take too long."""
+
+
+class Ambiguous(Unmatched):
     """Shapes and content do not tell how a suspect's leaves are laid out: the person who asks has to say.
 
     Attributes:
@@ -80,18 +100,20 @@ def match_layout(
     layer behind a flattening in the order CHW, the names of layers, of batch norm and of its statistics, and a level
     such as ``params`` or ``state_dict`` around the whole. Values are moved and never changed.
 
-    A suspect with the base's names whose shapes differ and fit in no layout (other width) is returned as it is, for
-    :func:`smark_jax.alignment.align`.
+    Leaves of the base's names whose shapes fit in no layout (another width, another number of classes) are returned as
+    they are, for :func:`smark_jax.alignment.align`. What is no array of real numbers is left out.
 
     Args:
       suspect: leaves by name, as :func:`read` returns them.
       base: the base's leaves by name, as :func:`flatten` returns them.
       given: for some of the base's leaves, the suspect's leaf, and, behind a colon, its change where content does not
-        tell: ``{"Dense_0/kernel": "fc1.weight: transposed"}``.
+        tell: ``{"Dense_0/kernel": "fc1.weight: transposed"}``. Content is not overruled, and p-values have to count
+        the maps that could have been given: ``log_maps``.
 
     Raises:
-      Ambiguous: when several places or layouts fit alike.
-      ValueError: when the base is empty, leaves of it are found nowhere, or ``given`` names what is not there.
+      Ambiguous: when several places or layouts fit alike, and content tells nothing about any leaf.
+      Unmatched: when no leaf fits any of the base's, or too many leaves have equal shapes.
+      ValueError: when the base is empty, or ``given`` names what is not there or contradicts content.
 
     Examples:
       >>> import numpy as np
@@ -104,140 +126,204 @@ def match_layout(
     """
     if not base:
         raise _validate.fail(_WHO, "leaves in the base", "none", "Is it the base's flatten or read?")
-    channels = _changes.channels(suspect, base)
-    chosen = _given(suspect, base, given or {}, channels)
+    everything, suspect = suspect, {name: leaf for name, leaf in suspect.items() if _changes.real(leaf)}
+    channels = _changes.channels(base)
     names = _same_names(suspect, base)
-    if names is not None:
-        rest = {name: other for name, other in names.items() if name not in chosen}
-        chosen |= _by_name(suspect, base, rest, chosen, channels)
-    else:
-        chosen |= _by_layer(suspect, base, chosen, channels)
+    try:
+        found = _by_name(suspect, base, names, channels) if names else _by_layer(suspect, base, channels)
+    except _pairing.TooMany as error:
+        cause = "Give the suspect the base's names, or leave out what is none of its weights."
+        raise Unmatched(str(_validate.fail(_WHO, "layers that can be compared", str(error), cause))) from None
+    chosen, log_maps = _with_given(suspect, base, given or {}, found, channels)
+    asked = {name: some for name, some in found.open.items() if name not in chosen}
+    if asked and not names and not found.settled:
+        raise Ambiguous(asked)
+    if not chosen:
+        name, leaf = next(iter(base.items()))
+        expected = f"a leaf for {name!r} of shape {leaf.shape} (and for {len(base) - 1} more)"
+        others = sorted({str(other.shape) for other in suspect.values()})[:6]
+        got = f"the shapes {', '.join(others)}" if others else "no leaf of real numbers"
+        raise Unmatched(str(_validate.fail(_WHO, expected, got, _NEXT)))
     moves = tuple(
         Move(name, option.source, option.change or "renamed")
         for name, option in sorted(chosen.items())
         if option.change or option.source != name
     )
     taken = {option.source for option in chosen.values()}
-    leaves = {name: chosen[name].leaf() for name in base}
-    return Layout(leaves, moves, tuple(sorted(set(suspect) - taken)))
+    leaves = {name: chosen[name].leaf() for name in base if name in chosen}
+    missing = tuple(sorted(set(base) - set(chosen)))
+    return Layout(leaves, moves, tuple(sorted(set(everything) - taken)), missing, log_maps)
 
 
-def _given(
-    suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], given: Mapping[str, str], channels: set[int]
-) -> dict[str, Option]:
-    """The caller's answers."""
-    chosen: dict[str, Option] = {}
-    for name, answer in given.items():
-        source, colon, change = (answer, "", "") if answer in suspect else answer.partition(": ")
-        if name not in base or source not in suspect:
-            wrong, names = (name, base) if name not in base else (source, suspect)
-            raise _validate.fail(_WHO, f"a leaf {wrong!r} as given says", f"{sorted(names)[:8]}", "Is it misspelt?")
-        options = _changes.options(source, suspect[source], channels)
-        fitting = [o for o in options if o.change == change] if colon else _changes.fitting(options, base[name])
-        if not fitting:
-            could = sorted({option.change or "no change" for option in options})
-            got = f"{change!r}" if colon else f"shape {suspect[source].shape} for {base[name].shape}"
-            raise _validate.fail(_WHO, f"a change of {source!r} among {could}", got, "Name one of these.")
-        chosen[name] = _decided({name: (fitting, base[name])})[name]
-    return chosen
+def _with_given(
+    suspect: Mapping[str, np.ndarray],
+    base: Mapping[str, np.ndarray],
+    given: Mapping[str, str],
+    found: _pairing.Paired,
+    channels: set[int],
+) -> tuple[dict[str, Option], float]:
+    """What was found, with the caller's answers where content leaves them open, and the logarithm of their number."""
+    answers = {name: _answer(suspect, base, name, answer, channels) for name, answer in given.items()}
+    same = lambda a, b: b is not None and (a.source, a.change) == (b.source, b.change)  # noqa: E731
+    free = {name: option for name, option in answers.items() if not same(option, found.choices.get(name))}
+    owners = {found.choices[name].source: name for name in found.settled}
+    for name, option in free.items():
+        settled = name if name in found.settled else owners.get(option.source)
+        if settled:
+            said, told = f"{name}={option.answer}", f"{settled!r} is {found.choices[settled].answer!r}"
+            cause = "A map is taken only where content leaves it open: leave this part of it out."
+            raise _validate.fail(_WHO, f"a map that content does not contradict ({told})", repr(said), cause)
+    sources = [option.source for option in answers.values()]
+    if len(set(sources)) < len(sources):
+        twice = next(source for source in sources if sources.count(source) > 1)
+        raise _validate.fail(_WHO, "a leaf of its own for each of the base's", f"{twice!r} twice", "Is it misspelt?")
+    taken = {option.source for option in free.values()}
+    chosen = {name: option for name, option in found.choices.items() if option.source not in taken} | answers
+    return chosen, _log_maps(suspect, base, set(free), found, channels) if free else 0.0
 
 
-def _same_names(suspect: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str] | None:
-    """For each of the base's leaves the suspect's with the same name, a level around the whole aside."""
+def _answer(
+    suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], name: str, answer: str, channels: set[int]
+) -> Option:
+    """One of the caller's answers."""
+    source, colon, change = (answer, "", "") if answer in suspect else answer.partition(": ")
+    if name not in base or source not in suspect:
+        wrong, names = (name, base) if name not in base else (source, suspect)
+        raise _validate.fail(_WHO, f"a leaf {wrong!r} as given says", f"{sorted(names)[:8]}", "Is it misspelt?")
+    options = _changes.options(source, suspect[source], channels)
+    fitting = _changes.fitting(options, base[name])
+    if colon:
+        fitting = [option for option in fitting if option.change == change]
+    if not fitting:
+        could = sorted({option.change or "no change" for option in options})
+        got = f"{change!r}" if colon else f"shape {suspect[source].shape} for {base[name].shape}"
+        raise _validate.fail(_WHO, f"a change of {source!r} among {could}", got, "Name one of these.")
+    best = _changes.best(fitting, base[name])
+    if not best.sure:
+        raise Ambiguous({name: tuple(option.answer for option in fitting)})
+    return best.option
+
+
+def _log_maps(
+    suspect: Mapping[str, np.ndarray],
+    base: Mapping[str, np.ndarray],
+    free: set[str],
+    found: _pairing.Paired,
+    channels: set[int],
+) -> float:
+    """The natural logarithm of the number of maps that could have been given, as the module's docstring has it."""
+    used = {found.choices[name].source for name in found.settled}
+    theirs: dict[tuple[int, ...], dict[str, int]] = {}
+    for source in suspect.keys() - used:
+        for option in _changes.options(source, suspect[source], channels):
+            counts = theirs.setdefault(option.shape, {})
+            counts[source] = counts.get(source, 0) + 1
+    ours: dict[tuple[int, ...], list[str]] = {}
+    for name in base.keys() - found.settled:
+        if base[name].shape in theirs:
+            ours.setdefault(base[name].shape, []).append(name)
+    total, touched = 0.0, 0
+    for shape, names in ours.items():
+        if free.isdisjoint(names):
+            continue
+        touched += 1
+        number, layouts = len(theirs[shape]), max(theirs[shape].values())
+        k = np.arange(1, min(len(names), number) + 1)
+        subsets = special.gammaln(len(names) + 1) - special.gammaln(k + 1) - special.gammaln(len(names) - k + 1)
+        orders = special.gammaln(number + 1) - special.gammaln(number - k + 1)
+        total += float(np.logaddexp.reduce(subsets + orders + k * math.log(layouts)))
+    return total + math.log(math.comb(len(ours), touched)) + touched * math.log(2)
+
+
+def _same_names(suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """For the base's leaves the suspect's with the same names, a level around the whole aside.
+
+    Of all levels the one with the most names counts; none does with less than half of them.
+    """
     plain = {name.replace(".", "/"): name for name in suspect}
-    first = next(iter(base)).replace(".", "/")
-    around = f"{first.split('/')[0]}/"
-    for cut in ("", around) if all(name.replace(".", "/").startswith(around) for name in base) else ("",):
-        end = first[len(cut) :]
-        levels = {name[: len(name) - len(end)] for name in plain if name.endswith(end)}
-        for level in sorted((level for level in levels if level == "" or level.endswith("/")), key=len):
-            names = {name: level + name.replace(".", "/")[len(cut) :] for name in base}
-            if len(plain) == len(suspect) and all(other in plain for other in names.values()):
-                return {name: plain[other] for name, other in names.items()}
-    return None
+    if len(plain) < len(suspect):
+        return {}
+    wanted = {name.replace(".", "/"): name for name in base}
+    around = f"{next(iter(wanted)).split('/')[0]}/"
+    found: dict[str, str] = {}
+    for cut in ("", around) if all(name.startswith(around) for name in wanted) else ("",):
+        ends = {name[len(cut) :]: full for name, full in wanted.items()}
+        levels: dict[str, int] = {}
+        for name in plain:
+            for level in _levels(name):
+                if name[len(level) :] in ends:
+                    levels[level] = levels.get(level, 0) + 1
+        for level in sorted(levels, key=lambda level: (-levels[level], len(level)))[:1]:
+            here = {full: plain[level + end] for end, full in ends.items() if level + end in plain}
+            found = max(found, here, key=len)
+    return found if 2 * len(found) >= len(base) else {}
+
+
+def _levels(name: str) -> list[str]:
+    """What may stand around the whole: nothing, or up to four steps of a leaf's path."""
+    steps = name.split("/", 4)
+    return ["/".join([*steps[:depth], ""]) for depth in range(len(steps))]
 
 
 def _by_name(
-    suspect: Mapping[str, np.ndarray],
-    base: Mapping[str, np.ndarray],
-    names: Mapping[str, str],
-    chosen: Mapping[str, Option],
-    channels: set[int],
-) -> dict[str, Option]:
-    """Pairs by name: as they are, unless all those of another shape have a layout that fits.
+    suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], names: Mapping[str, str], channels: set[int]
+) -> _pairing.Paired:
+    """Pairs by name, and by content what the names leave over.
 
-    Names can be exchanged on purpose. Where content denies them and tells better, it is followed.
+    Names can be exchanged on purpose: where content denies those of a layer and tells better, it is followed.
     """
-    kept = {name: _changes.options(other, suspect[other], channels)[0] for name, other in names.items()}
-    differ = [name for name in names if suspect[names[name]].shape != base[name].shape]
-    fits = {
-        name: (_changes.fitting(_changes.options(names[name], suspect[names[name]], channels), base[name]), base[name])
-        for name in differ
-    }
-    if not all(options for options, _ in fits.values()):
-        return kept
-    kept |= _decided(fits)
-    kernels = [name for name in names if base[name].ndim > 1]
-
-    def agree(options: Mapping[str, Option]) -> bool:
-        return all(_changes.best([options[name]], base[name]).correlation >= _changes.ALIKE for name in kernels)
-
-    try:
-        found = kept if agree(kept) else _by_layer(suspect, base, chosen, channels)
-    except ValueError:
-        return kept
-    return found if agree(found) else kept
-
-
-def _decided(fits: Mapping[str, tuple[list[Option], np.ndarray]]) -> dict[str, Option]:
-    """The option whose content agrees with the base's, leaf by leaf."""
-    found = {name: _changes.best(options, leaf) for name, (options, leaf) in fits.items()}
-    open_ones = {name: tuple(o.answer for o in fits[name][0]) for name, choice in found.items() if not choice.sure}
-    if open_ones:
-        raise Ambiguous(open_ones)
-    return {name: choice.option for name, choice in found.items()}
-
-
-def _by_layer(
-    suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], chosen: Mapping[str, Option], channels: set[int]
-) -> dict[str, Option]:
-    """Pairs by layers first, then, where no layer fits as a whole, leaf by leaf."""
-    taken = {option.source for option in chosen.values()}
-    ours = {name: leaf for name, leaf in base.items() if name not in chosen}
-    theirs = {name: leaf for name, leaf in suspect.items() if name not in taken}
-    found: dict[str, Option] = {}
-    for group in (_changes.layers, _changes.singles):
-        pairs = _changes.pairs(group(ours), group(theirs), ours, theirs, channels)
-        found |= _assign(pairs)
-        used = {option.source for option in found.values()}
-        ours = {name: leaf for name, leaf in ours.items() if name not in found}
-        theirs = {name: leaf for name, leaf in theirs.items() if name not in used}
-    if ours:
-        name, leaf = next(iter(ours.items()))
-        expected = f"a leaf for {name!r} of shape {leaf.shape}"
-        others = sorted({str(other.shape) for other in theirs.values()})[:6]
-        got = f"the shapes {', '.join(others)}" if others else "no leaf that is left"
-        raise _validate.fail(_WHO, f"{expected} (and for {len(ours) - 1} more)", got, _NEXT)
-    return found
-
-
-def _assign(pairs: _changes.Pairs) -> dict[str, Option]:
-    """Takes pairs that content tells apart, then those without another choice, until nothing is left to take.
-
-    Raises:
-      Ambiguous: when pairs are left and each has another that fits alike, or a leaf of a pair has two layouts.
-    """
-    left, found = dict(pairs), {}
+    choices: dict[str, Option] = {}
+    settled: set[str] = set()
     asked: dict[str, tuple[str, ...]] = {}
-    while left and (sure := _changes.sure_pairs(left)):
-        for pair in sure.values():
-            found |= {name: choice.option for name, choice in pair.choices.items()}
-            asked |= {n: tuple(o.answer for o in c.options) for n, c in pair.choices.items() if not c.sure}
-        ours, theirs = {layer for layer, _ in sure}, {layer for _, layer in sure}
-        left = {key: other for key, other in left.items() if key[0] not in ours and key[1] not in theirs}
-    for pair in left.values():
-        for name, choice in pair.choices.items():
-            asked[name] = (*asked.get(name, ()), choice.option.answer)
-    if asked:
-        raise Ambiguous(asked)
-    return found
+    fits = {
+        name: _changes.fitting(_changes.options(other, suspect[other], channels), base[name])
+        for name, other in names.items()
+    }
+    whole = all(fits.values())
+    for name, other in names.items():
+        as_it_is = suspect[other].shape == base[name].shape
+        options = fits[name][:1] if as_it_is else fits[name]
+        best = _changes.best(options, base[name]) if options else None
+        if best is not None and best.sure and (whole or as_it_is or best.correlation >= _changes.ALIKE):
+            choices[name] = best.option
+            settled |= {name} if best.correlation >= _changes.ALIKE else set()
+        elif best is not None and whole:
+            asked[name] = tuple(option.answer for option in options)
+        else:
+            choices[name] = Option(other, "", suspect[other], suspect[other].shape)
+    denied = {name for name in choices if base[name].ndim > 1 and name not in settled and fits[name]}
+    doubted = {layer: roles for layer, roles in _changes.layers(base).items() if not denied.isdisjoint(roles.values())}
+    doubted_names = {name for roles in doubted.values() for name in roles.values()}
+    lost = set(base) - set(names)
+    kept = {option.source for name, option in choices.items() if name not in doubted_names}
+    kept |= {names[name] for name in asked}
+    free = {name: leaf for name, leaf in suspect.items() if name not in kept}
+    rest = {name: base[name] for name in base if name in doubted_names | lost}
+    better = _NOTHING
+    if rest and free:
+        with contextlib.suppress(_pairing.TooMany):
+            better = _by_layer(free, rest, channels)
+    told = {name: option for name, option in better.choices.items() if name in better.settled}
+    layers = [set(roles.values()) for roles in _changes.layers(rest).values()]
+    moved = {name for layer in layers if not layer.isdisjoint(told) for name in layer & better.choices.keys()}
+    taken = {better.choices[name].source for name in moved}
+    choices = {name: option for name, option in choices.items() if option.source not in taken and name not in moved}
+    choices |= {name: better.choices[name] for name in moved}
+    return _pairing.Paired(choices, frozenset((settled - moved) & choices.keys() | told.keys() & moved), asked)
+
+
+_NOTHING = _pairing.Paired({}, frozenset(), {})
+
+
+def _by_layer(suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], channels: set[int]) -> _pairing.Paired:
+    """Pairs by content, layers first, and then leaf by leaf; what is left over, where only one layer or leaf fits."""
+    choices: dict[str, Option] = {}
+    settled: frozenset[str] = frozenset()
+    asked: dict[str, tuple[str, ...]] = {}
+    for alone, group in itertools.product((False, True), (_changes.layers, _changes.singles)):
+        used = {option.source for option in choices.values()}
+        ours = {name: leaf for name, leaf in base.items() if name not in choices}
+        theirs = {name: leaf for name, leaf in suspect.items() if name not in used}
+        found = _pairing.pair(group(ours), group(theirs), ours, theirs, channels, alone)
+        choices, settled, asked = choices | found.choices, settled | found.settled, asked | found.open
+    return _pairing.Paired(choices, settled, {name: some for name, some in asked.items() if name not in choices})

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -31,19 +32,23 @@ class Weights(NamedTuple):
       leaves: by name, the steps of a leaf's path joined by ``/`` (PyTorch's names are as PyTorch has them).
       format: ``"safetensors"``, ``"msgpack"``, ``"npz"`` or ``"torch"``.
       sha256: of the file, in hex.
+      foreign: names of leaves that are no arrays of real numbers (complex numbers, text) and were left out.
     """
 
     leaves: dict[str, np.ndarray]
     format: str
     sha256: str
+    foreign: tuple[str, ...] = ()
 
 
-def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES) -> Weights:
+def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, strict: bool = True) -> Weights:
     """The weights in a file of any supported format; safe on hostile files.
 
     Args:
       path: of the file. Its name says nothing: the format is told by the content.
       max_bytes: largest file, and largest sum of its leaves, that is read. Twice as much memory may be used.
+      strict: whether to refuse a file with a leaf that is no array of real numbers. A suspect is read without it: one
+        such leaf must not hide the others.
 
     Returns:
       The leaves with the dtypes and the names of the file, its format and its hash.
@@ -55,10 +60,14 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES) ->
     _validate.positive("read", "max_bytes", max_bytes)
     try:
         data = _content(path, max_bytes)
-        kind, leaves = _leaves(data, max_bytes)
+        kind, found = _leaves(data, max_bytes)
+        leaves = {name: leaf for name, leaf in sorted(found.items()) if not isinstance(leaf, _limits.Foreign)}
+        foreign = {name: leaf for name, leaf in sorted(found.items()) if isinstance(leaf, _limits.Foreign)}
+        if foreign and (strict or not leaves):
+            raise Unreadable(*next(iter(foreign.values())))
     except Unreadable as error:
         raise Unreadable(f"cannot read {shown(os.fspath(path))}: {error.problem}", error.advice) from None
-    return Weights(dict(sorted(leaves.items())), kind, hashlib.sha256(data).hexdigest())
+    return Weights(leaves, kind, hashlib.sha256(data).hexdigest(), tuple(foreign))
 
 
 def _content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
@@ -85,7 +94,7 @@ def _content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     return data
 
 
-def _leaves(data: bytes, max_bytes: int) -> tuple[str, dict[str, np.ndarray]]:
+def _leaves(data: bytes, max_bytes: int) -> tuple[str, Mapping[str, np.ndarray | _limits.Foreign]]:
     """The format of a file's content, and its leaves."""
     if _npz.looks_like(data):
         archive, infos = _npz.members(data, max_bytes)

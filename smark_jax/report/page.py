@@ -16,6 +16,13 @@ from smark_jax.report import chart, words
 _ALL_ROWS = 60  # customers up to whose number the table lists all
 _TOP_ROWS = 20  # how many it lists beyond
 _MOVES = 400  # rows of a layout table
+_KINDS = {
+    "traced": "traced",
+    "nobody": "with nobody accused",
+    "not a copy": "not a copy of the base",
+    "undecided": "undecided",
+    "unreadable": "could not be read",
+}
 
 _REQUIRED = ("number", "created", "model", "num_customers", "alpha", "base_sha256", "suspects")
 _REQUIRED_OF_SUSPECT = ("file", "verdict")
@@ -36,7 +43,7 @@ class Suspect(NamedTuple):
     Attributes:
       document: the suspect's part of the verdict document.
       name: the file's name without folders, or the whole address of a service.
-      verdict: ``"traced"``, ``"nobody"`` or ``"unreadable"``.
+      verdict: ``"traced"``, ``"nobody"``, ``"not a copy"``, ``"undecided"`` or ``"unreadable"``.
       accused: the accusations, most significant first.
       weakest: the largest of their log10 p-values; 0 when nobody is accused.
       picture: inline SVG, or nothing where statistics were not kept.
@@ -46,6 +53,8 @@ class Suspect(NamedTuple):
       error: what went wrong and what to do about it, line by line.
       alignment: what was undone before reading, line by line.
       moves: how the file's layers were assigned, those that were moved or renamed.
+      compared: whether it was compared with the customers.
+      left_out: leaves of which weights were not read, the first of them.
     """
 
     document: Mapping[str, Any]
@@ -60,6 +69,8 @@ class Suspect(NamedTuple):
     error: list[str]
     alignment: list[str]
     moves: list[Mapping[str, str]]
+    compared: bool
+    left_out: list[Mapping[str, Any]]
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -119,6 +130,7 @@ def _template() -> jinja2.Template:
         "date": words.date,
         "count": words.count,
         "log10": math.log10,
+        "exp10": lambda value: words.power(math.ceil(value / math.log(10))),
     }
     return environment.get_template("page.html")
 
@@ -139,8 +151,8 @@ def _names(parts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _suspect(part: Mapping[str, Any], name: str) -> Suspect:
-    if part["verdict"] not in ("traced", "nobody", "unreadable"):
-        expected = "a verdict of 'traced', 'nobody' or 'unreadable'"
+    if part["verdict"] not in _KINDS:
+        expected = f"a verdict of {', '.join(map(repr, _KINDS))}"
         raise _validate.fail("report", expected, repr(part["verdict"]), "Was it written by another version?")
     accused = sorted(part.get("accused") or [], key=lambda accusation: accusation["log10_p"])
     values = np.asarray(part["statistics"] if part.get("statistics") is not None else [], np.float64)
@@ -162,6 +174,8 @@ def _suspect(part: Mapping[str, Any], name: str) -> Suspect:
         error=[line for line in str(part.get("error") or "").split("\n") if line.strip()],
         alignment=str(part["alignment"]).split("\n") if part.get("alignment") else [],
         moves=moves[:_MOVES],
+        compared=part["verdict"] in ("traced", "nobody"),
+        left_out=list(part.get("left_out") or [])[:_MOVES],
     )
 
 
@@ -202,11 +216,15 @@ def _headline(suspects: list[Suspect]) -> str:
         (suspect,) = suspects
         if suspect.verdict == "unreadable":
             return "The suspect file could not be read"
+        if suspect.verdict == "not a copy":
+            return "The suspect is not a copy of this base model"
+        if suspect.verdict == "undecided":
+            return "Nothing can be said of the suspect"
         if not suspect.accused:
             return "No customer is accused"
         names = [str(accusation["customer"]) for accusation in suspect.accused]
         who = words.listed(names) if len(names) <= 3 else words.count(len(names), "customer")
         return f"The suspect is traced to {who}"
-    number = {kind: sum(suspect.verdict == kind for suspect in suspects) for kind in ("traced", "nobody", "unreadable")}
-    kinds = (("traced", "traced"), ("nobody", "with nobody accused"), ("unreadable", "could not be read"))
-    return f"{len(suspects)} suspects: " + ", ".join(f"{number[kind]} {text}" for kind, text in kinds if number[kind])
+    number = {kind: sum(suspect.verdict == kind for suspect in suspects) for kind in _KINDS}
+    told = (f"{number[kind]} {text}" for kind, text in _KINDS.items() if number[kind])
+    return f"{len(suspects)} suspects: {', '.join(told)}"

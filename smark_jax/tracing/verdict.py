@@ -70,6 +70,7 @@ class Verdict(NamedTuple):
       num_suspects: suspects examined together, for which every p-value is corrected as well.
       num_alignments: alignments tried for each suspect, likewise.
       decoys: how codewords fared that nobody received.
+      log_maps: natural logarithm of the maps of leaves that the suspect's was chosen from, likewise counted.
     """
 
     accused: tuple[Accusation, ...]
@@ -81,6 +82,7 @@ class Verdict(NamedTuple):
     num_suspects: int
     num_alignments: int
     decoys: Decoys
+    log_maps: float = 0.0
 
     @property
     def assumptions(self) -> str:
@@ -88,11 +90,15 @@ class Verdict(NamedTuple):
         return (
             f"The probability that this accuses any innocent customer is at most {self.alpha:g}, whatever was done to "
             f"the model, counting {self.num_customers:,} customers, {self.num_suspects:,} suspects and "
-            f"{self.num_alignments:,} alignments of each. It assumes that codewords are independent fair signs from a "
-            "secret key and were never chosen among several; that the innocents' codewords stayed secret, and carrier, "
-            "alignment and choice of layers did not depend on them; and that decoder and level were fixed beforehand. "
-            "It does not cover somebody who holds the code key."
+            f"{self.num_alignments:,} alignments of each{self._maps}. It assumes that codewords are independent fair "
+            "signs from a secret key and were never chosen among several; that the innocents' codewords stayed secret, "
+            "and carrier, alignment and choice of layers did not depend on them; and that decoder and level were fixed "
+            "beforehand. It does not cover somebody who holds the code key."
         )
+
+    @property
+    def _maps(self) -> str:
+        return f", and 10^{self.log_maps / math.log(10):.1f} maps of its leaves" if self.log_maps else ""
 
 
 def trace(
@@ -144,7 +150,7 @@ def trace(
     """
     y = _validate.chips("trace", chips)
     case = _case(codebook, alpha, decoder, serials, num_suspects, num_alignments, y.size)
-    return _trace_rows(y[None], case, keep_statistics)[0]
+    return _trace_rows(y[None], case, keep_statistics, np.zeros(1))[0]
 
 
 def trace_batch(
@@ -155,6 +161,7 @@ def trace_batch(
     *,
     serials: Sequence[int] | None = None,
     num_alignments: int = 1,
+    log_maps: Sequence[float] | None = None,
     keep_statistics: bool = True,
 ) -> tuple[Verdict, ...]:
     """:func:`trace` of M suspects together: one pass over the codebook serves many, and all p-values count all M.
@@ -166,6 +173,8 @@ def trace_batch(
       decoder: as for :func:`trace`.
       serials: as for :func:`trace`.
       num_alignments: how many alignments of each suspect were tried.
+      log_maps: for each suspect the natural logarithm of the number of maps of its leaves from which somebody chose
+        (:attr:`smark_jax.files.Layout.log_maps`), which p-values count as well; by default nobody did.
       keep_statistics: whether each verdict holds every customer's statistic, ``4 N M`` bytes in all.
 
     Returns:
@@ -179,9 +188,15 @@ def trace_batch(
         raise _validate.fail("trace_batch", "chips of shape [M, m] with M >= 1", f"shape {np.shape(chips)}", cause)
     y = np.stack([_validate.chips("trace_batch", row) for row in np.asarray(chips)])
     case = _case(codebook, alpha, decoder, serials, len(y), num_alignments, y.shape[1])
+    maps = np.zeros(len(y)) if log_maps is None else np.asarray(log_maps, np.float64)
+    if maps.shape != (len(y),) or not (np.isfinite(maps) & (maps >= 0)).all():
+        got = f"shape {maps.shape}, smallest {maps.min(initial=math.inf):g}"
+        cause = "It is 0 where nobody chose a map."
+        raise _validate.fail("trace_batch", "a logarithm of at least 0 for each suspect", got, cause)
     verdicts = []
     for start in range(0, len(y), _SUSPECTS_A_PASS):
-        verdicts += _trace_rows(y[start : start + _SUSPECTS_A_PASS], case, keep_statistics)
+        rows = slice(start, start + _SUSPECTS_A_PASS)
+        verdicts += _trace_rows(y[rows], case, keep_statistics, maps[rows])
     return tuple(verdicts)
 
 
@@ -247,14 +262,19 @@ class _Test(NamedTuple):
     log_p: float
 
 
-def _trace_rows(y: Float[np.ndarray, "R m"], case: _Case, keep: bool) -> list[Verdict]:
+def _trace_rows(
+    y: Float[np.ndarray, "R m"], case: _Case, keep: bool, log_maps: Float[np.ndarray, " R"]
+) -> list[Verdict]:
     directions = np.stack([statistics.direction(row) for row in y])
-    levels = np.array([statistics.threshold(u, case.log_level - math.log(case.num_customers)) for u in directions])
+    log_levels = case.log_level - math.log(case.num_customers) - log_maps
+    levels = np.array(
+        [statistics.threshold(u, level) for u, level in zip(directions, log_levels.tolist(), strict=True)]
+    )
     floors = levels - 1.0 if case.decoder == "single" else np.zeros(len(y))
     scores = scoring.score(directions, case.book, floors, keep)
     kept = scores.all if scores.all is not None else np.empty((len(y), 0), np.float32)
-    rows = zip(directions, levels.tolist(), scores.best, scores.best_scores, kept, strict=True)
-    return [_verdict(u, level, best, best_scores, row, case) for u, level, best, best_scores, row in rows]
+    rows = zip(directions, levels.tolist(), scores.best, scores.best_scores, kept, log_maps.tolist(), strict=True)
+    return [_verdict(u, level, best, best_scores, row, maps, case) for u, level, best, best_scores, row, maps in rows]
 
 
 def _verdict(
@@ -263,6 +283,7 @@ def _verdict(
     best: np.ndarray,
     best_scores: Float[np.ndarray, " L"],
     kept: Float[np.ndarray, " N"],
+    log_maps: float,
     case: _Case,
 ) -> Verdict:
     tests: list[_Test] = []
@@ -275,12 +296,12 @@ def _verdict(
         decode = _joint if case.decoder == "joint" else _sequential
         tests = decode(chase, selected, best, case)
         rest = chase.residual(selected)
-    accused = [test for test in tests if test.log_p <= case.log_level]
+    accused = [test for test in tests if test.log_p + log_maps <= case.log_level]
     shares = _shares(u, [test.customer for test in accused], case)
     if kept.size:
         kept[[test.customer for test in tests]] = [test.statistic for test in tests]
     return Verdict(
-        accused=tuple(_accusation(test, shares, case) for test in accused),
+        accused=tuple(_accusation(test, shares, log_maps, case) for test in accused),
         alpha=float(case.alpha),
         num_customers=case.num_customers,
         statistics=kept,
@@ -289,6 +310,7 @@ def _verdict(
         num_suspects=case.num_suspects,
         num_alignments=case.num_alignments,
         decoys=_score_decoys(rest, case.decoys),
+        log_maps=log_maps,
     )
 
 
@@ -337,8 +359,8 @@ def _shares(u: Float[np.ndarray, " m"], customers: list[int], case: _Case) -> di
     return dict(zip(customers, np.abs(np.linalg.lstsq(words.T, u, rcond=None)[0]).tolist(), strict=True))
 
 
-def _accusation(test: _Test, shares: dict[int, float], case: _Case) -> Accusation:
-    log_p = min(0.0, test.log_p + math.log(case.num_suspects) + math.log(case.num_alignments))
+def _accusation(test: _Test, shares: dict[int, float], log_maps: float, case: _Case) -> Accusation:
+    log_p = min(0.0, test.log_p + math.log(case.num_suspects) + math.log(case.num_alignments) + log_maps)
     return Accusation(
         serial=int(case.serials[test.customer]) if case.serials is not None else test.customer,
         statistic=test.statistic,

@@ -6,7 +6,7 @@ out first, with the words of a support S of other accused, opened as well. The o
 have looked at b_j. So the arbiter's p-value pays for all supports that could have been chosen:
 
 .. math:: p_j = p(T_j \mid r_S) \cdot N \cdot \binom{N - 1}{|S|} \cdot 2^{|S| + 1} \cdot \text{suspects} \cdot
-          \text{alignments}
+          \text{alignments} \cdot \text{maps}
 
 For an innocent j and every fixed S, b_j is independent of the residual r_S; the sum over N customers, all S of each
 size and all sizes is at most alpha. No step of it trusts the owner's search. N counts all whom the verdict compared,
@@ -42,6 +42,7 @@ def test(
     num_customers: int,
     num_suspects: int,
     num_alignments: int,
+    log_maps: float = 0.0,
 ) -> Test:
     """An accused's statistic and p-value as an arbiter computes them.
 
@@ -52,6 +53,7 @@ def test(
       num_customers: N, those compared and no fewer than were committed to.
       num_suspects: examined together.
       num_alignments: readings tried.
+      log_maps: natural logarithm of the maps of leaves from which the owner chose.
 
     Raises:
       ValueError: when a number is below 1.
@@ -71,7 +73,7 @@ def test(
     others = num_customers - 1
     choices = math.lgamma(others + 1) - math.lgamma(size + 1) - math.lgamma(max(0, others - size) + 1)
     log_p = float(statistics.log_p_value(statistic, residual)) + math.log(num_customers) + choices
-    log_p += (size + 1) * math.log(2) + math.log(num_suspects) + math.log(num_alignments)
+    log_p += (size + 1) * math.log(2) + math.log(num_suspects) + math.log(num_alignments) + log_maps
     return Test(statistic, min(0.0, log_p) / math.log(10))
 
 
@@ -121,7 +123,8 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
     leaves = {leaf["serial"]: leaf for leaf in commitments.open_leaves(vault, model, customers)}
     counts = {name: suspect[name] for name in ("num_suspects", "num_alignments")}
     counts["num_customers"] = document["num_customers"]
-    accused, left_out = _claims(verdicts.chips(vault, number, where), ranked, leaves, model, counts)
+    log_maps = suspect.get("log_maps", 0.0)
+    accused, left_out = _claims(verdicts.chips(vault, number, where), ranked, leaves, model, counts, log_maps)
     shown = sorted({serial for a in accused for serial in (a["serial"], *a["support"])})
     newest = document["commitment"]["number"]
     under = _under(vault, model.name, shown, newest, commitment)
@@ -138,7 +141,8 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
         "spec": models.spec_document(model.spec),
         "verdict": {name: document[name] for name in ("number", "created", "occasion")},
         "suspect": {name: suspect[name] for name in ("sha256", "content", "format", "layout", "alignment")}
-        | {"file": suspect["file"].rpartition("/")[2], "reading": document["reading"]},
+        | {"file": suspect["file"].rpartition("/")[2], "reading": document["reading"]}
+        | {name: suspect[name] for name in ("left_out", "log_maps") if suspect.get(name)},
         **counts,
         "opened": [opened[serial] for serial in shown],
         "accused": accused,
@@ -155,6 +159,7 @@ def _claims(
     leaves: Mapping[int, dict[str, Any]],
     model: models.Model,
     counts: Mapping[str, int],
+    log_maps: float,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The accusations that an arbiter will find significant, and the names of the others."""
     words = {serial: commitments.word(leaf, model.num_chips) for serial, leaf in leaves.items()}
@@ -163,7 +168,8 @@ def _claims(
         others = [serial for serial in words if serial != claim["serial"]]
         for size in range(len(others) + 1):
             support = others[:size]
-            found = test(chips, words[claim["serial"]], [words[serial] for serial in support], **counts)
+            rest = [words[serial] for serial in support]
+            found = test(chips, words[claim["serial"]], rest, log_maps=log_maps, **counts)
             if found.log10_p <= math.log10(model.alpha):
                 proof = {"serial": claim["serial"], "support": support, "share": claim["share"]}
                 accused.append({**proof, **found._asdict()})

@@ -46,6 +46,11 @@ def _ranges(content: dict[str, Any], header: dict[str, Any]) -> Iterator[tuple[s
             yield f"a length of {path[:40]!r}", length, 1, _ANY
             size *= length
         num_weights += size
+    suspect = content["suspect"]
+    yield "log_maps", suspect.get("log_maps", 0), 0, _ANY
+    yield "readout", suspect["reading"].get("readout", 1), 1, _ANY
+    for left in suspect.get("left_out", ()):
+        yield "the weights left out of a leaf", left["weights"], 0, _ANY
     chain = bundles.chain(content)
     yield "the number of commitments", len(chain), 1, _MOST_COMMITMENTS
     for item in chain:

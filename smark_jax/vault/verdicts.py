@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, alignment, carriers, codes, extraction, files, tracing
+from smark_jax import _validate, alignment, carriers, codes, extraction, files, statistics, tracing
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.vault import commitments, database, folder, models, sealing
 from smark_jax.vault._text import now
 
 _WORDS_A_BLOCK = 1 << 16
+COMPARED = ("traced", "nobody")
+"""Verdicts on suspects that were compared with customers; the others are no occasion."""
+# Bundles say by which read-out chips were read: 1, which they did not say, had no bounds.
+_READOUT = 2
 
 
 class Aligner(NamedTuple):
@@ -28,6 +32,10 @@ class Aligner(NamedTuple):
     name: str
     apply_fn: ApplyFn
     images: Any
+
+
+class Undecided(ValueError):
+    """A suspect that was read, and of which nothing can be said; the text says why."""
 
 
 class Reading(NamedTuple):
@@ -46,15 +54,25 @@ class Reading(NamedTuple):
     def document(self) -> dict[str, Any]:
         """The reading as verdicts and evidence state it."""
         name = self.aligner.name if self.aligner else None
-        return {"align": name, "given": dict(self.given), "rectify": self.rectify}
+        return {"align": name, "given": dict(self.given), "rectify": self.rectify, "readout": _READOUT}
 
 
 class Read(NamedTuple):
-    """A suspect's chips, and how its leaves were brought into the base's form."""
+    """A suspect's chips, and how they were read.
+
+    Attributes:
+      chips: float64, shape [m].
+      layout: leaves that had another name or layout.
+      alignment: its report.
+      coverage: how many weights were read, and which were not.
+      log_maps: natural logarithm of the maps that the given one was chosen from; p-values count them.
+    """
 
     chips: np.ndarray
     layout: tuple[files.Move, ...]
     alignment: str | None
+    coverage: extraction.Coverage
+    log_maps: float
 
 
 def read(
@@ -67,7 +85,9 @@ def read(
     """A suspect's chips: layout, alignment where it is asked for, extraction. An arbiter's reading is this one too.
 
     Raises:
-      ValueError: when the suspect cannot be brought into the base's form, or holds NaN or infinite weights.
+      alignment.NothingMatched: when alignment finds that it is no copy of this base.
+      ValueError: when nothing can be said: :class:`files.Unmatched`, :class:`alignment.Undecided`, :class:`Undecided`;
+        or the map given is no map, or contradicts content.
     """
     spec = carriers.with_ties(spec, base)
     layout = files.match_layout(carriers.with_tied(leaves, spec), base, reading.given)
@@ -75,9 +95,17 @@ def read(
     report = None
     if reading.aligner:
         aligned = alignment.align(params, files.nest(base), reading.aligner.apply_fn, reading.aligner.images)
-        params, report = aligned.params, str(aligned.report)
-    chips = extraction.extract(params, files.nest(base), spec, carrier, reading.rectify)
-    return Read(np.asarray(chips, np.float64), layout.moves, report)
+        params, report = _without(aligned.params, aligned.report.left_out), str(aligned.report)
+    original: PyTree = files.nest({leaf.path: base[leaf.path] for leaf in spec.leaves})
+    coverage = extraction.coverage(params, original, spec, carrier)
+    if not coverage.read:
+        raise Undecided(f"trace: none of the base's {coverage.weights:,} carrying weights could be read; {coverage}.")
+    chips = extraction.extract(params, original, spec, carrier, reading.rectify)
+    return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps)
+
+
+def _without(params: PyTree, names: Sequence[str]) -> PyTree:
+    return files.nest({name: leaf for name, leaf in files.flatten(params).items() if name not in names})
 
 
 def trace(
@@ -95,17 +123,21 @@ def trace(
     Args:
       vault: an open vault.
       name: of the model.
-      suspects: files of weights. One that cannot be read does not stop the others.
+      suspects: files of weights. One that cannot be read does not stop the others, and is no suspect: where none can
+        be read, no verdict is kept and no occasion counted.
       reading: how to read them.
       alpha: level; the committed one by default. Evidence is judged at the committed one whatever this is.
       tried: readings of these suspects that were tried on other occasions and this one; p-values count them.
       on_suspect: called with what is done next.
 
     Returns:
-      The verdict document.
+      The verdict document, as :func:`get` has it; its number is None where none was kept. A suspect's ``verdict`` is
+      ``"traced"`` or ``"nobody"`` where it was compared with the customers; otherwise ``"not a copy"`` (alignment found
+      it to be none of this base), ``"undecided"`` (it was read, and nothing can be said of it) or ``"unreadable"``.
 
     Raises:
-      ValueError: when there are no suspects, no such model, or no copy of it was issued.
+      ValueError: when there are no suspects, no such model, no copy of it was issued, or the map given is no map of a
+        suspect's leaves or contradicts their content.
     """
     _validate.positive("trace", "the number of suspects", len(suspects))
     reading = reading or Reading()
@@ -113,24 +145,67 @@ def trace(
     committed(vault, name)
     base, carrier = models.base(vault, model), models.carrier(vault, model)
     rows, chips = [], []
+    needed = _needed(vault, model, model.alpha if alpha is None else alpha)
     for path in suspects:
         on_suspect(f"reading {path.name}")
         row: dict[str, Any] = {"file": str(path), "sha256": None, "content": None, "format": None, "read": "weights"}
         try:
-            weights = files.read(path)
-            row |= {
-                "sha256": weights.sha256,
-                "content": files.content_hash(weights.leaves),
-                "format": weights.format,
-            }
-            found = read(weights.leaves, base, model.spec, carrier, reading)
-        except ValueError as error:
-            rows.append({**row, "verdict": "unreadable", "error": str(error), "accused": []})
+            weights = files.read(path, strict=False)
+        except files.Unreadable as error:
+            rows.append({**row, **_not_compared("unreadable", error)})
             continue
-        chips.append(found.chips)
-        moves = [move._asdict() for move in found.layout]
-        rows.append({**row, "error": None, "layout": moves, "alignment": found.alignment})
+        row |= {"sha256": weights.sha256, "content": files.content_hash(weights.leaves), "format": weights.format}
+        row |= {"foreign": list(weights.foreign)}
+        try:
+            found = read(weights.leaves, base, model.spec, carrier, reading)
+            _enough(found.coverage, needed)
+        except alignment.NothingMatched as error:
+            rows.append({**row, **_not_compared("not a copy", error)})
+        except (files.Unmatched, alignment.Undecided, Undecided) as error:
+            rows.append({**row, **_not_compared("undecided", error)})
+        else:
+            chips.append(found.chips)
+            rows.append({**row, **_described(found)})
     return judge(vault, model, rows, chips, reading, alpha=alpha, tried=tried, on_suspect=on_suspect)
+
+
+def _not_compared(verdict: str, error: Exception) -> dict[str, Any]:
+    return {"verdict": verdict, "error": str(error), "accused": []}
+
+
+def _described(found: Read) -> dict[str, Any]:
+    """How a suspect was read, as verdicts state it."""
+    left_out = [left._asdict() for left in found.coverage.left_out]
+    return {
+        "error": None,
+        "layout": [move._asdict() for move in found.layout],
+        "alignment": found.alignment,
+        "coverage": {name: getattr(found.coverage, name) for name in ("weights", "read", "bounded", "bound")},
+        "left_out": left_out,
+        "log_maps": found.log_maps,
+    }
+
+
+def _needed(vault: folder.Vault, model: models.Model, alpha: float) -> int:
+    """How many carrying weights must be left for anybody to be accused, were the suspect the only one."""
+    _validate.probability("trace", "alpha", alpha)
+    customers = len(_serials(vault, model.name, committed(vault, model.name)))
+    threshold = statistics.threshold(np.ones(model.num_chips), math.log(alpha) - math.log(customers))
+    return extraction.least_weights(model.num_chips, threshold)
+
+
+def _enough(coverage: extraction.Coverage, needed: int) -> None:
+    if coverage.read < needed:
+        raise Undecided(
+            f"trace: expected at least {needed:,} carrying weights (with fewer, an intact copy would accuse nobody), "
+            f"but got {coverage.read:,} of {coverage.weights:,}.\n{str(coverage).capitalize()}."
+        )
+
+
+def maps_in_words(log_maps: float) -> str:
+    """How many maps of leaves a given one was chosen from."""
+    number = f"{round(math.exp(log_maps)):,}" if log_maps < math.log(1e6) else f"10^{log_maps / math.log(10):.1f}"
+    return f"the map given is one of {number} that content would allow: p-values count them all"
 
 
 def committed(vault: folder.Vault, name: str) -> commitments.Commitment:
@@ -163,8 +238,7 @@ def judge(
     compared with the same part of the codewords.
     """
     commitment = committed(vault, model.name)
-    covered = "SELECT serial FROM licences WHERE model = ? AND number <= ? ORDER BY serial"
-    serials = [serial for (serial,) in vault.connection.execute(covered, (model.name, commitment.number))]
+    serials = _serials(vault, model.name, commitment)
     names = dict(vault.connection.execute("SELECT serial, name FROM customers"))
     level = model.alpha if alpha is None else alpha
     on_suspect(f"comparing with {len(serials):,} customers")
@@ -172,7 +246,8 @@ def judge(
     if chips:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the decoys' alarm, which the document states
-            found = list(_trace(vault, model, np.stack(chips), serials, level, tried, asked))
+            log_maps = [row.get("log_maps", 0.0) for row in rows if "verdict" not in row]
+            found = list(_trace(vault, model, np.stack(chips), serials, level, tried, log_maps, asked))
     judged = zip(found, chips, strict=True)
     documents, blobs = [], []
     for row in rows:
@@ -199,7 +274,15 @@ def judge(
         },
         "reading": reading.document(),
     }
+    if all(row["verdict"] == "unreadable" for row in documents):
+        return {"number": None, "created": now(), **head, "occasion": None, "suspects": documents}
     return _record(vault, head, documents, blobs)
+
+
+def _serials(vault: folder.Vault, name: str, commitment: commitments.Commitment) -> list[int]:
+    """The customers whom a commitment covers."""
+    covered = "SELECT serial FROM licences WHERE model = ? AND number <= ? ORDER BY serial"
+    return [serial for (serial,) in vault.connection.execute(covered, (name, commitment.number))]
 
 
 def _trace(
@@ -209,6 +292,7 @@ def _trace(
     serials: list[int],
     alpha: float,
     tried: int,
+    log_maps: Sequence[float],
     asked: np.ndarray | None,
 ) -> tuple[tracing.Verdict, ...]:
     key = models.code_key(vault, model.name)
@@ -216,12 +300,15 @@ def _trace(
         blocks = [serials[start : start + _WORDS_A_BLOCK] for start in range(0, len(serials), _WORDS_A_BLOCK)]
         some = [np.asarray(codes.codebook(key, block, model.num_chips))[:, asked] for block in blocks]
         book = np.concatenate(some)
-        return tracing.trace_batch(chips[:, asked], book, alpha, models.DECODER, serials=serials, num_alignments=tried)
+        counts = {"num_alignments": tried, "log_maps": log_maps}
+        return tracing.trace_batch(chips[:, asked], book, alpha, models.DECODER, serials=serials, **counts)
     if serials == list(range(len(serials))):
         book = codes.Codebook(key, len(serials), model.num_chips)
-        return tracing.trace_batch(chips, book, alpha, models.DECODER, num_alignments=tried)
+        return tracing.trace_batch(chips, book, alpha, models.DECODER, num_alignments=tried, log_maps=log_maps)
     book = codes.codebook(key, serials, model.num_chips)
-    return tracing.trace_batch(chips, book, alpha, models.DECODER, serials=serials, num_alignments=tried)
+    return tracing.trace_batch(
+        chips, book, alpha, models.DECODER, serials=serials, num_alignments=tried, log_maps=log_maps
+    )
 
 
 def _findings(verdict: tracing.Verdict, names: Mapping[int, str]) -> dict[str, Any]:
@@ -243,10 +330,11 @@ def _record(
     with database.transaction(vault.connection):
         (last,) = vault.connection.execute("SELECT max(number) FROM verdicts").fetchone()
         (before,) = vault.connection.execute(
-            "SELECT count(*) FROM verdicts WHERE model = ?", (head["model"],)
+            "SELECT max(json_extract(document, '$.occasion')) FROM verdicts WHERE model = ?", (head["model"],)
         ).fetchone()
         number = (last or 0) + 1
-        document = database.canonical({**head, "occasion": before + 1})
+        compared = any(row["verdict"] in COMPARED for row in suspects)
+        document = database.canonical({**head, "occasion": (before or 0) + compared})
         rows = [
             sealing.row(vault.master, number, place, database.canonical(row), *some)
             for place, (row, some) in enumerate(zip(suspects, blobs, strict=True))
@@ -283,9 +371,9 @@ def get(vault: folder.Vault, number: int) -> dict[str, Any]:
     )
     for place, document, sealed in rows:
         suspect = json.loads(sealing.unseal(vault.master, number, place, "document", document))
-        statistics = sealing.unseal(vault.master, number, place, "statistics", sealed)
-        if statistics:
-            suspect |= {"statistics": np.frombuffer(statistics, "<f4").astype(float).tolist(), **who}
+        values = sealing.unseal(vault.master, number, place, "statistics", sealed)
+        if values:
+            suspect |= {"statistics": np.frombuffer(values, "<f4").astype(float).tolist(), **who}
         suspects.append(suspect)
     return {"number": row[0], "created": row[2], **head, "suspects": suspects}
 
