@@ -65,8 +65,9 @@ def test_only_carrying_weights_differ_between_a_copy_and_its_base(desk, made, tm
         old, new = base.floats(leaf), copy.floats(leaf)
         moved = np.sqrt(np.square(new - old).mean() / np.square(old).mean())
         assert 0.01 < moved < 0.06 and np.isfinite(new).all()
-    found = verdicts.trace(desk, name, [path, tmp_path / "base"])["suspects"]
-    assert [suspect["verdict"] for suspect in found] == ["traced", "nobody"]
+    if name == "quantised":  # others are traced below
+        found = verdicts.trace(desk, name, [path, tmp_path / "base"])["suspects"]
+        assert [suspect["verdict"] for suspect in found] == ["traced", "nobody"]
 
 
 def test_a_base_of_doubles_is_marked_in_double_precision(desk, made, tmp_path):
@@ -131,6 +132,8 @@ def test_embedding_leaves_wide_leaves_of_a_tree_as_they_are(made, key):
         assert (got.tobytes() == leaf.tobytes()) == (name != "dense/kernel")
         assert row.tobytes() == got.tobytes()
     np.testing.assert_array_equal(np.sign(extraction.extract(one, base, spec, carrier)), words[1])
+    jitted = jax.jit(lambda word: embedding.embed(base, spec, carrier, word)["dense"]["kernel"])(words[1])
+    np.testing.assert_allclose(jitted, one["dense"]["kernel"], atol=1e-6)
 
 
 def test_a_tied_copy_stays_tied_and_is_traced_by_either_name(desk, made, tmp_path):

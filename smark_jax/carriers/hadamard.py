@@ -97,9 +97,9 @@ def coverage(spec: Spec, num_chips: int) -> Coverage:
 
     Examples:
       >>> from smark_jax.carriers import Leaf, Spec
-      >>> spec = Spec((Leaf("hidden", (2000, 10), 0.1), Leaf("out", (500,), 0.2)))
+      >>> spec = Spec((Leaf("hidden", (2048, 10), 0.1), Leaf("out", (500,), 0.2)))
       >>> coverage(spec, 304)
-      Coverage(weights=18432, leaves=1)
+      Coverage(weights=20480, leaves=1)
     """
     n, length = cut(spec.num_weights, num_chips)
     starts = itertools.accumulate((leaf.size for leaf in spec.leaves), initial=0)

@@ -253,8 +253,8 @@ def replace(params: PyTree, spec: Spec, leaves: list[Any]) -> PyTree:
     """
     by_path = {}
     for leaf, old, new in zip(spec.leaves, carrying("replace", params, spec), leaves, strict=True):
-        if _too_wide(old) and not _validate.is_traced(new):
-            new = old + np.asarray(new).astype(old.dtype)
+        if _too_wide(old):  # under a jit of the caller's, what JAX makes of it has to do
+            new = old + (new if _validate.is_traced(new) else np.asarray(new).astype(old.dtype))
         by_path |= dict.fromkeys((leaf.path, *leaf.tied), new)
     return jax.tree_util.tree_map_with_path(lambda path, old: by_path.get(_validate.path_name(path), old), params)
 
