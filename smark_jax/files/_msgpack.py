@@ -160,8 +160,9 @@ def _add(path: str, leaf: np.ndarray | Foreign, leaves: dict[str, np.ndarray | F
     _limits.check_name(path)
     if path in leaves:
         raise Unreadable(f"the leaf {shown(path)} occurs twice", _ADVICE)
-    view = isinstance(leaf, np.ndarray) and not leaf.flags.writeable
-    leaves[path] = leaf.copy() if view else leaf  # or it would hold the whole file in memory
+    if isinstance(leaf, np.ndarray) and not leaf.flags.writeable:  # a view, which would hold the whole file in memory
+        leaf = leaf.copy()
+    leaves[path] = leaf
     _limits.check_number(len(leaves))
 
 
