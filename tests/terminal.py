@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from smark_jax import cli
+from smark_jax.vault import crypto
 
 # What Rich itself may write: colours; for spinners and bars also moves of the cursor and its visibility.
 _OWN = re.compile(r"\x1b\[(?:[0-9;]*m|\?25[lh]|1A|2K)|\r(?=\x1b\[2K)")
@@ -43,6 +44,7 @@ def run(*arguments: Any, folder: Path = Path(), terminal: bool = False, **enviro
         patch.delenv("COLUMNS", raising=False)
         for name, value in {"TERM": "xterm", **environment}.items():
             patch.setenv(name, value)
+        patch.setattr(crypto, "_N", 2**10)  # a vault made here is opened quickly from here on
         patch.setattr(sys, "argv", ["smark", *map(str, arguments)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
             cli.main()
