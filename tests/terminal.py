@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from smark_jax import cli
+from smark_jax.cli import _common
+from smark_jax.vault import crypto
 
 # What Rich itself may write: colours; for spinners and bars also moves of the cursor and its visibility.
 _OWN = re.compile(r"\x1b\[(?:[0-9;]*m|\?25[lh]|1A|2K)|\r(?=\x1b\[2K)")
@@ -34,27 +35,36 @@ class _Terminal(io.StringIO):
         return True
 
 
+def _surroundings(patch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    """What a console asks the environment, whatever it was when this process began."""
+    for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
+        patch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm", **environment}.items():
+        patch.setenv(name, value)
+    for console in (_common.out, _common.err):
+        patch.setattr(console, "_width", None)
+        patch.setattr(console, "no_color", "NO_COLOR" in environment)
+
+
 def run(*arguments: Any, folder: Path = Path(), terminal: bool = False, **environment: str) -> Ran:
     """Runs ``smark`` with these arguments; 80 columns where it is a terminal and nothing else is said."""
     out, err = (_Terminal(), _Terminal()) if terminal else (io.StringIO(), io.StringIO())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("SMARK_PASSPHRASE", SECRET)
-        patch.delenv("COLUMNS", raising=False)
-        for name, value in {"TERM": "xterm", **environment}.items():
-            patch.setenv(name, value)
+        _surroundings(patch, environment)
+        patch.setattr(crypto, "_N", 2**10)  # a vault made here is opened quickly from here on
         patch.setattr(sys, "argv", ["smark", *map(str, arguments)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
             cli.main()
     return Ran(int(end.value.code or 0), out.getvalue(), err.getvalue())
 
 
-def shown(write: Callable[[], None], width: int | None = 80, *, tty: bool = True) -> str:
+def shown(write: Callable[[], None], width: int | None = 80, *, tty: bool = True, **environment: str) -> str:
     """What a function writes to a terminal or pipe of that width; None: nobody says how wide it is."""
     out = _Terminal() if tty else io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setenv("TERM", os.environ.get("TERM", "xterm"))
-        patch.delenv("COLUMNS", raising=False)
+        _surroundings(patch, environment)
         if width is not None:
             patch.setenv("COLUMNS", str(width))
         write()

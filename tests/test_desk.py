@@ -1,4 +1,4 @@
-"""The owner's desk through the installed console script, from a new vault to evidence that an arbiter verifies."""
+"""The owner's desk from a new vault to evidence that an arbiter verifies, as commands and as the installed script."""
 
 import base64
 import concurrent.futures
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +31,8 @@ from PIL import Image
 
 from experiments.crash import kills
 from smark_jax import alignment, attacks, blackbox, cli, codes, data, files, keys, models, vault
+from smark_jax.vault import crypto, queries
 from smark_jax.vault import models as vault_models
-from smark_jax.vault import queries
 
 SMARK = Path(sysconfig.get_path("scripts")) / "smark"
 SECRET = "a sentence that nobody guesses"
@@ -73,12 +74,13 @@ class Desk:
 class Here(Desk):
     """Commands run in this process, which saves the seconds that another takes to start."""
 
-    def run(self, *arguments: Any, code: int = 0) -> str:
+    def run(self, *arguments: Any, code: int = 0, environment: Mapping[str, str] | None = None) -> str:
         stdout, stderr = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
-            patch.setenv("SMARK_PASSPHRASE", SECRET)
-            patch.setenv("COLUMNS", "200")
+            for name, value in {"SMARK_PASSPHRASE": SECRET, "COLUMNS": "200", **(environment or {})}.items():
+                patch.setenv(name, value)
+            patch.setattr(crypto, "_N", 2**10)  # a vault made here is opened quickly from here on
             patch.setattr(sys, "argv", ["smark", *map(str, arguments)])
             with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
                 try:
@@ -87,7 +89,9 @@ class Here(Desk):
                 except SystemExit as end:
                     ended = end.code
         self.stderr = stderr.getvalue()
+        self.printed += stdout.getvalue() + self.stderr
         assert ended == code, self.stderr
+        assert "Traceback" not in self.stderr
         return stdout.getvalue()
 
 
@@ -118,7 +122,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, base):
     """The whole way, in the order of docs/desk.md."""
-    desk = Desk(tmp_path_factory.mktemp("desk"))
+    desk = Here(tmp_path_factory.mktemp("desk"))
     files.write(desk.folder / "base.safetensors", base)
     (desk.folder / "customers.csv").write_text("customer,city\nAda,London\nGrace Hopper,New York\n王小明,北京\n")
     (desk.folder / "network.py").write_text(
@@ -140,7 +144,9 @@ def test_the_session_from_a_new_vault_to_verified_evidence(desk):
     desk.run("attack", f"copies/{names[1]}", "leaked.bin", "--prune", 0.5, "--quantise", 5)
     printed = desk.run("trace", "vault", "mnist-cnn", "leaked.bin")
     assert printed.startswith("leaked.bin: a copy of Grace Hopper (customer 1).")
-    found = desk.json("trace", "vault", "mnist-cnn", "leaked.bin", "base.safetensors", "customers.csv", code=1)
+    script = Desk(desk.folder)  # as a user runs it, in a process of its own
+    found = script.json("trace", "vault", "mnist-cnn", "leaked.bin", "base.safetensors", "customers.csv", code=1)
+    desk.printed += script.printed
     assert set(found) == {"number", "model", "num_customers", "alpha", "suspects"}
     assert (found["number"], found["num_customers"], found["alpha"]) == (2, 4, 1e-6)
     verdicts = [(suspect["verdict"], [a["customer"] for a in suspect["accused"]]) for suspect in found["suspects"]]

@@ -10,12 +10,6 @@ from smark_jax.cli import _common, _demo
 WIDTHS = [40, 60, 80, 120, None]  # None: into a pipe, where nobody says how wide it is
 
 
-def written(write, width: int | None, tty: bool, monkeypatch, **environment: str) -> str:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    return terminal.shown(write, width, tty=tty)
-
-
 def result(customers: int = 20, accused: dict[int, list[int]] | None = None) -> dict:
     """What ``smark demo`` stores, as a run of it did; ``accused`` changes whom some suspects are traced to."""
     leaks = ("fine-tuned 3 epochs", 7), ("pruned to 50 %", 11), ("quantised to 4 bits", 13), ("API, labels only", 17)
@@ -47,8 +41,8 @@ def demo_table(tmp_path, **changes):
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
 @pytest.mark.parametrize("tty", [True, False])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_demo_says_which_customer_leaked_at_every_width(width, tty, environment, tmp_path, monkeypatch):
-    text = written(demo_table(tmp_path), width, tty, monkeypatch, **environment)
+def test_the_demo_says_which_customer_leaked_at_every_width(width, tty, environment, tmp_path):
+    text = terminal.shown(demo_table(tmp_path), width, tty=tty, **environment)
     lines = terminal.screen(text, width or 500)
     for customer in (7, 11, 13, 17):
         assert len([line for line in lines if re.search(f" customer {customer} +│$", line)]) == 1, text
@@ -60,23 +54,23 @@ def test_the_demo_says_which_customer_leaked_at_every_width(width, tty, environm
     assert all(len(line) == len(rows[0]) <= (width or (80 if tty else 500)) for line in rows)
 
 
-def test_what_is_left_out_is_said_and_a_wide_table_leaves_out_nothing(tmp_path, monkeypatch):
-    narrow = written(demo_table(tmp_path), 60, True, monkeypatch)
+def test_what_is_left_out_is_said_and_a_wide_table_leaves_out_nothing(tmp_path):
+    narrow = terminal.shown(demo_table(tmp_path), 60, tty=True)
     assert "threshold" not in narrow.split("Not shown")[0]
     assert "Not shown, for want of room: " in narrow
     for width, tty in ((80, True), (None, False)):
-        text = written(demo_table(tmp_path), width, tty, monkeypatch)
+        text = terminal.shown(demo_table(tmp_path), width, tty=tty)
         assert "Not shown" not in text
         for heading in ("suspect", "accuracy", "|T|", "threshold", "p-value", "verdict"):
             assert heading in text
 
 
-def test_a_wrong_verdict_on_several_customers_stands_there_whole(tmp_path, monkeypatch):
-    text = written(demo_table(tmp_path, accused={20: [1, 19]}), 60, True, monkeypatch)
+def test_a_wrong_verdict_on_several_customers_stands_there_whole(tmp_path):
+    text = terminal.shown(demo_table(tmp_path, accused={20: [1, 19]}), 60, tty=True)
     assert "customer 1, customer 19 (wrong)" in text.replace("\x1b[1;31m", "").replace("\x1b[0m", "")
 
 
-def test_the_control_a_plain_table_of_rich_cuts_the_verdict(tmp_path, monkeypatch):
+def test_the_control_a_plain_table_of_rich_cuts_the_verdict(tmp_path):
     """The fault that these tests look for exists."""
     import rich.table
 
@@ -88,7 +82,7 @@ def test_the_control_a_plain_table_of_rich_cuts_the_verdict(tmp_path, monkeypatc
             table.add_row(row["suspect"], "0.975", "17.2", "5.8", "< 1e-66", f"customer {row['customer']} (whole)")
         _common.out.print(table)
 
-    assert "customer 17 (whole)" not in written(cut, 60, True, monkeypatch)
+    assert "customer 17 (whole)" not in terminal.shown(cut, 60, tty=True)
 
 
 def accusations(name: str, number: int = 3) -> dict:
@@ -98,10 +92,10 @@ def accusations(name: str, number: int = 3) -> dict:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["Ada", "Grace Brewster Murray Hopper", "王小明" * 20])
-def test_trace_names_the_accused_whole_at_every_width(width, name, monkeypatch):
+def test_trace_names_the_accused_whole_at_every_width(width, name):
     from smark_jax.cli import _trace
 
-    text = written(lambda: _trace._table(accusations(name)), width, False, monkeypatch)
+    text = terminal.shown(lambda: _trace._table(accusations(name)), width, tty=False)
     cells = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
     assert [name.replace(" ", "") + str(k) for k in range(3)] == _joined(cells, 3)
     assert "…" not in text
@@ -119,12 +113,12 @@ def _joined(cells: list[str], number: int) -> list[str]:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_customer_of_many_models_keeps_the_name(width, tmp_path, monkeypatch):
+def test_a_customer_of_many_models_keeps_the_name(width, tmp_path):
     """The list of models folds, and times are the first to go."""
     columns, keep = ("serial", "customer", "since", "copies of"), ("customer", "serial", "copies of", "since")
     models = ", ".join(f"model-{k}" for k in range(12))
     row = ("7", "Grace Hopper", "2026-11-25T19:05:46Z", models)
-    text = written(lambda: _common.out.table(columns, [row], keep=keep), width, False, monkeypatch)
+    text = terminal.shown(lambda: _common.out.table(columns, [row], keep=keep), width, tty=False)
     assert " Grace Hopper " in text
     assert ("2026-11-25T19:05:46Z" in text) == (width is None or width >= 60)
     assert all(f"model-{k}" in text for k in range(12))
