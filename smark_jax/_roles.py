@@ -60,6 +60,8 @@ _COLLECTIONS = ("batch_stats", "state", "cache", "buffers")
 _ENDINGS = re.compile(r"(/(raw_)?value)?(:\d+)?$")
 _RAMP = 8  # of so many trained values in a row, rising order has a probability of 1 in 20,160
 _NEAR_ZERO = 0.5
+# How far a row of d/2 pairs of sine and cosine is from d/2 once rounded to bfloat16; sines alone are further.
+_WAVES = 0.3
 
 
 class Facts(NamedTuple):
@@ -103,7 +105,7 @@ def measured(leaf: Any) -> tuple[Any, ...]:
             ramp = (flat[1:] > flat[:-1]).all() | (flat[1:] < flat[:-1]).all()
         if leaf.ndim > 1 and leaf.shape[-1] >= 4:
             power = (wide * wide).reshape(-1, leaf.shape[-1]).sum(axis=-1)
-            right = abs(power - leaf.shape[-1] / 2) < leaf.shape[-1] / 100
+            right = abs(power - leaf.shape[-1] / 2) < min(leaf.shape[-1] / 100, _WAVES)
             waves = (right | (power == 0)).all() & right.any() & (abs(wide).max() < 1.01)
         return (wide * wide).mean() ** 0.5, wide.min(), wide.max(), (wide == wide.round()).all(), ramp, waves
 

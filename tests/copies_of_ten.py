@@ -81,6 +81,12 @@ def some(*shape: int, dtype: object = np.float32) -> np.ndarray:
     return _RNG.normal(0, 0.1, shape).astype(dtype)
 
 
+def waves(length: int, turns: np.ndarray) -> np.ndarray:
+    """A table of positions as sines and cosines."""
+    angles = np.arange(length)[:, None] * turns
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
 def variance(*shape: int, dtype: object = np.float32) -> np.ndarray:
     """Of channels of which the first is quiet: a mark of 3 % of the root mean square turns it negative."""
     found = _RNG.gamma(1.0, 1.0, shape).astype(dtype)
@@ -190,7 +196,6 @@ def doubles() -> Model:
 def tied_transformer() -> Model:
     embedding = some(120, 32, dtype=BF16)
     turns = 10_000.0 ** -(np.arange(0, 32, 2) / 32)
-    angles = np.arange(40)[:, None] * turns
     leaves = {
         "transformer.wte.weight": embedding,
         "transformer.h.0.attn.weight": some(96, 32, dtype=BF16),
@@ -198,7 +203,7 @@ def tied_transformer() -> Model:
         "transformer.h.0.ln.weight": (1 + some(32)).astype(BF16),
         "transformer.position_ids": np.arange(40)[None],
         "transformer.rotary.inv_freq": turns.astype(np.float32),
-        "transformer.table": np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32),
+        "transformer.table": waves(40, turns),
         "lm_head.weight": embedding.copy(),
     }
     return Model(leaves, "wte|lm_head|attn.weight|ln.weight", {"format": "pt"})

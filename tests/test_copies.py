@@ -6,6 +6,7 @@ from pathlib import Path
 
 import copies_of_ten as ten
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
@@ -291,6 +292,8 @@ ROLES = {
     "attention.bias": (np.tril(np.ones((5, 5), np.float32)), "whole numbers"),
     "grid": (np.linspace(-1, 1, 20, dtype=np.float32), "position table"),
     "rotary.inv_freq": (ten.some(4), "position table"),
+    "pe": (ten.waves(50, 1000.0 ** -np.linspace(0, 1, 512)).astype(ml_dtypes.bfloat16), "position table"),
+    "sines.kernel": (np.sin(np.arange(4000, dtype=np.float32)).reshape(50, 80), "kernel"),
     "observer.min_val": (ten.some(1), "scale of a quantiser"),
     "gate.bias": (np.abs(ten.some(40)), "values from zero up"),
     "head.kernel": (ten.some(5, 5), "kernel"),

@@ -279,8 +279,8 @@ def aligned(params: Params, world: World) -> Params:
     """The suspect with its neurons in the base's order, as far as they can be recognised."""
     try:
         return alignment.align(params, world.subject.base, world.subject.apply_fn, world.image).params
-    except alignment.NothingMatched as error:
-        return error.attempt.params
+    except (alignment.NothingMatched, alignment.Undecided) as error:
+        return error.attempt.params if error.attempt else params
 
 
 def without_mark(world: World) -> Callable[[int], Params]:

@@ -131,7 +131,9 @@ def _one(
     try:
         attempt = alignment.align(stranger, base, subject.apply_fn, images)
         refused = False
-    except alignment.NothingMatched as error:
+    except (alignment.NothingMatched, alignment.Undecided) as error:
+        if error.attempt is None:
+            raise
         attempt, refused = error.attempt, True
     stranger_verdict, _, others = trace(attempt.params)
     meter.step(f"{name}: an unrelated model")

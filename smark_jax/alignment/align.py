@@ -90,7 +90,14 @@ class Alignment(NamedTuple):
 
 
 class Undecided(ValueError):
-    """Alignment cannot tell whether the suspect is a copy of the base; the text says why."""
+    """Alignment cannot tell whether the suspect is a copy of the base; the text says why.
+
+    ``attempt`` is the best alignment that was found, or None.
+    """
+
+    def __init__(self, message: str, attempt: "Alignment | None" = None) -> None:
+        super().__init__(message)
+        self.attempt = attempt
 
 
 class NothingMatched(ValueError):
@@ -173,9 +180,11 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
         expected, got = f"a similarity with the base of {_ALIKE} or more", f"{report.similarity:.3f} at best"
         if graph.unfollowed or graph.beyond:
             why = ", ".join((*graph.unfollowed, *graph.beyond))
-            raise _undecided(expected, got, f"It may be a copy all the same: alignment does not see through {why}.")
+            raise _undecided(
+                expected, got, f"It may be a copy all the same: alignment does not see through {why}.", result
+            )
         if 2 * sum(everything[path].size for path in left_out) > sum(leaf.size for leaf in everything.values()):
-            raise _undecided(expected, got, "It lacks most of the base's weights, or has them in other shapes.")
+            raise _undecided(expected, got, "It lacks most of the base's weights, or has them in other shapes.", result)
         cause = "No order, scale and sign of channels makes its weights resemble the base's, as those of copies do."
         raise NothingMatched(str(_validate.fail("align", expected, got, cause)), result)
     return result
@@ -196,8 +205,8 @@ def _fitting(graph: Graph, names: dict[str, str], theirs: Leaves) -> tuple[dict[
             del names[misfit.path]
 
 
-def _undecided(expected: str, got: str, cause: str) -> Undecided:
-    return Undecided(str(_validate.fail("align", expected, got, cause)))
+def _undecided(expected: str, got: str, cause: str, attempt: Alignment | None = None) -> Undecided:
+    return Undecided(str(_validate.fail("align", expected, got, cause)), attempt)
 
 
 def _tamed(leaf: np.ndarray) -> np.ndarray:
