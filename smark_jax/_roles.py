@@ -60,8 +60,7 @@ _COLLECTIONS = ("batch_stats", "state", "cache", "buffers")
 _ENDINGS = re.compile(r"(/(raw_)?value)?(:\d+)?$")
 _RAMP = 8  # of so many trained values in a row, rising order has a probability of 1 in 20,160
 _NEAR_ZERO = 0.5
-# How far a row of d/2 pairs of sine and cosine is from d/2 once rounded to bfloat16; sines alone are further.
-_WAVES = 0.3
+_WAVES = 0.02  # how far the squares of a sine and its cosine may be from 1 together: bfloat16 rounds by less
 
 
 class Facts(NamedTuple):
@@ -76,7 +75,7 @@ class Facts(NamedTuple):
       high: largest value.
       whole: whether all values are whole numbers.
       ramp: whether they rise or fall throughout, for vectors.
-      waves: whether each row of a matrix has the norm of sines and cosines.
+      waves: whether a matrix consists of sines and their cosines, half beside half or in turn.
     """
 
     shape: tuple[int, ...]
@@ -103,10 +102,11 @@ def measured(leaf: Any) -> tuple[Any, ...]:
         ramp = waves = false
         if flat.shape[0] >= _RAMP and max(leaf.shape) == flat.shape[0]:
             ramp = (flat[1:] > flat[:-1]).all() | (flat[1:] < flat[:-1]).all()
-        if leaf.ndim > 1 and leaf.shape[-1] >= 4:
-            power = (wide * wide).reshape(-1, leaf.shape[-1]).sum(axis=-1)
-            right = abs(power - leaf.shape[-1] / 2) < min(leaf.shape[-1] / 100, _WAVES)
-            waves = (right | (power == 0)).all() & right.any() & (abs(wide).max() < 1.01)
+        if leaf.ndim > 1 and leaf.shape[-1] >= 4 and leaf.shape[-1] % 2 == 0:
+            power = (wide * wide).reshape(-1, leaf.shape[-1])
+            half = leaf.shape[-1] // 2
+            pairs = (power[:, :half] + power[:, half:], power[:, ::2] + power[:, 1::2])
+            waves = sum((abs(pair - 1) < _WAVES).all() for pair in pairs) > 0
         return (wide * wide).mean() ** 0.5, wide.min(), wide.max(), (wide == wide.round()).all(), ramp, waves
 
 
