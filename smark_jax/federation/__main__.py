@@ -33,6 +33,8 @@ def main() -> None:
         print(f"{identities.create(options.file).hex()}  # {options.file.stem}")
     except FileExistsError:
         parser.error(f"{options.file} exists; an identity is never overwritten")
+    except OSError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

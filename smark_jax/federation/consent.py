@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from smark_jax import _validate
 from smark_jax.aggregation.protocol import Policy
+from smark_jax.aggregation.protocol.parameters import refuse
 from smark_jax.federation import identities
 from smark_jax.federation.task import Limits
 
@@ -19,6 +20,7 @@ _OPTIONS = {
     "weight": str,
     "identity": str,
     "roster": str,
+    "federation": str,
 }
 """Options and their types, each named ``smark-...`` in the node configuration."""
 
@@ -30,11 +32,19 @@ class Consent(NamedTuple):
       policy: of rounds.
       limits: of formats.
       identity: file with its identity, or None.
+      federation: the name with which sessions must begin; empty for any.
     """
 
     policy: Policy
     limits: Limits
     identity: Path | None
+    federation: str = ""
+
+    def check_session(self, session: bytes) -> None:
+        """Refuses runs of another federation, whose challenges and rounds somebody passes on."""
+        if self.federation and not session.startswith(self.federation.encode() + b"/"):
+            cause = "Is a server of another federation passing on what belongs here, or does Masked lack its name?"
+            raise refuse("masked_mod", f"a run of federation {self.federation!r}", "another one", cause)
 
 
 def read(node_config: Mapping[str, Any]) -> Consent:
@@ -54,12 +64,13 @@ def read(node_config: Mapping[str, Any]) -> Consent:
             cause = "Numbers and true or false stand without quotes in --node-config, texts with."
             raise _validate.fail("masked_mod", f"smark-{name} to be of type {kind.__name__}", got, cause)
     identity, roster = given.pop("identity", None), given.pop("roster", None)
+    federation = given.pop("federation", "")
     options = {name.replace("-", "_"): value for name, value in given.items()}
     policy = Policy()._replace(**{name: value for name, value in options.items() if name in Policy._fields})
     limits = Limits()._replace(**{name: value for name, value in options.items() if name in Limits._fields})
     if roster is not None:
         policy = policy._replace(known=identities.roster(Path(roster)))
-    return Consent(_checked(policy), limits, None if identity is None else Path(identity))
+    return Consent(_checked(policy), limits, None if identity is None else Path(identity), federation)
 
 
 def _checked(policy: Policy) -> Policy:

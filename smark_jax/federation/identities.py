@@ -41,6 +41,8 @@ def roster(path: Path) -> tuple[bytes, ...]:
     try:
         lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
         found = tuple(bytes.fromhex(line) for line in lines if line)
+        if any(len(identity) != 32 for identity in found):
+            raise ValueError("a line of other than 64 digits")
     except (ValueError, OSError) as error:
         cause = "Each line is what 'python -m smark_jax.federation keygen' printed for one participant."
         raise _validate.fail("federation", "a file of public identities", f"{path}: {error}", cause) from None

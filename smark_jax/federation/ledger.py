@@ -46,6 +46,6 @@ def claim(folder: Path, session: bytes, stage: str, round: int) -> None:
                 raise refuse("ledger", expected, f"round {round}", cause)
             with _disk.whole_file(path) as file:
                 file.write(json.dumps({**answered, stage: round}).encode())
-    except (OSError, filelock.Timeout, json.JSONDecodeError) as error:
+    except (OSError, filelock.Timeout, json.JSONDecodeError, AttributeError, TypeError) as error:  # the last: no ledger
         cause = "Without it nothing is answered: see to space and permissions of the folder."
         raise refuse("ledger", f"to write {folder}", f"{type(error).__name__}: {error}", cause) from None

@@ -62,6 +62,8 @@ def masked_mod(message: Message, context: Context, call_next: ClientAppCallable)
         cause = "Use federation.Masked around the server's strategy, or take masked_mod out of the ClientApp."
         raise _validate.fail("masked_mod", "a request for a masked update", "one for a bare update", cause)
     conditions = consent.read(context.node_config)
+    for item in (asked[name] for name in ("hello", "setup") if name in asked):
+        conditions.check_session(item.session)
     identity, answered = _identity(context, conditions)
     answers: dict[str, Any] = {}
     content = RecordDict()
@@ -103,6 +105,7 @@ def _train(
     form, setup = asked["format"], state.setup
     limits.check(form, setup)
     party.expect(state, "masked")  # before anything is trained
+    message.metadata.group_id = ""  # the train function sees it, and masks are not bound to it
     message.content.pop(wire.RECORD, None)
     kind, run_config = message.metadata.message_type, context.run_config
     digest = task.digest(message.content, form, message_type=kind, run_config=run_config, values=setup.bind_model)

@@ -58,6 +58,8 @@ class Masked(Strategy):
         differ by design: the price of tracing participants is to trust the server in this, and clients agree to it by
         ``smark-bind-model=false``. All else that clients are told is bound in any case.
       exchange_timeout: seconds to wait for answers that need no training.
+      federation: a name of at most 31 bytes, which clients that take part in several federations ask for by
+        ``smark-federation="..."``.
 
     Raises:
       ValueError: when both fingerprints and bind_model are asked for.
@@ -76,6 +78,7 @@ class Masked(Strategy):
         fingerprints: Fingerprints | None = None,
         bind_model: bool | None = None,
         exchange_timeout: float = 60.0,
+        federation: str = "",
     ) -> None:
         if fingerprints is not None and bind_model:
             raise _validate.fail(
@@ -93,7 +96,7 @@ class Masked(Strategy):
         self._bind_model = fingerprints is None if bind_model is None else bind_model
         self._timeout = exchange_timeout
         self._run_config = dict(run_config or {})
-        self._session = secrets.token_bytes(32)
+        self._session = federation.encode() + b"/" + secrets.token_bytes(32)
         self._contacts = Contacts(self._session)
         self._last_round = 0
         self._now: Round | None = None

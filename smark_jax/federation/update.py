@@ -40,7 +40,7 @@ def encode(
     """A participant's message before masking: its change of the model it was given, relative to that.
 
     Raises:
-      ValueError: when the arrays differ in name or shape, hold NaN, a metric is missing, or examples are too many.
+      ValueError: when the arrays differ in name or shape, or a metric is missing.
     """
     _validate.same_trees("federation", [dict(before), dict(after)])
     missing = [name for name in form.metrics if name not in metrics]
@@ -48,12 +48,17 @@ def encode(
         cause = "Return it in the MetricRecord of the train function, or take it out of the strategy's metrics."
         raise _validate.fail("federation", f"the metrics {form.metrics}", f"none of name {missing}", cause)
     change = {name: np.asarray(after[name], np.float32) - np.asarray(before[name], np.float32) for name in before}
-    clipped = sum(int(np.count_nonzero(np.abs(array) > form.clip)) for array in change.values())
+    # Clipped, not refused: a server that sees who fails asks each participant's data a question with each failure.
+    clipped = sum(int(np.count_nonzero(~(np.abs(array) <= form.clip))) for array in change.values())
+    change = {name: np.nan_to_num(array, posinf=form.clip, neginf=-form.clip) for name, array in change.items()}
     scaled = np.array([metrics[name] for name in form.metrics], np.float32) * (form.clip / METRIC_RANGE)
+    scaled = np.nan_to_num(scaled, posinf=form.clip, neginf=-form.clip)
+    count = min(int(metrics[form.weight]), form.most_examples)
+    clipped += int(metrics[form.weight]) > form.most_examples
     fixed = aggregation.FixedPoint(form.clip, form.num_parties)
     rounding = jax.random.wrap_key_data(jnp.asarray(keys.new().to_words()[:2]), impl="threefry2x32")
     flat = np.concatenate([*(array.reshape(-1) for array in change.values()), scaled])
-    words, examples = aggregation.encode_weighted(flat, int(metrics[form.weight]), form.most_examples, fixed, rounding)
+    words, examples = aggregation.encode_weighted(flat, count, form.most_examples, fixed, rounding)
     return np.concatenate([np.asarray(words), np.array([clipped, examples], np.uint32)])
 
 

@@ -182,7 +182,9 @@ def tree(arrays: object, kind: Any = np.floating) -> dict[str, np.ndarray]:
         raise _validate.fail("federation", "an ArrayRecord", type(arrays).__name__, "Was a record lost on the way?")
     try:
         found = {name: arrays[name].numpy() for name in sorted(arrays)}
-    except (TypeError, ValueError, EOFError, OSError) as error:
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise TypeError("an archive")  # np.load opens those, too
+    except Exception as error:  # NumPy raises anything from BadZipFile to MemoryError for a stranger's bytes
         raise _validate.fail("federation", "arrays of NumPy", f"others ({error})", "Were they damaged?") from None
     for name, array in found.items():
         if not np.issubdtype(array.dtype, kind):

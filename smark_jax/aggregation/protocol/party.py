@@ -229,6 +229,15 @@ def check_advertised(setup: Setup, advertised: Mapping[int, messages.Keys]) -> N
         raise refuse("keys", "keys of its own from each party", "the same key twice", "Somebody copied a key.")
 
 
+def check_keys(item: messages.Keys, others: Mapping[int, messages.Keys]) -> None:
+    """Refuses keys that no party would exchange with: everybody would have to leave the round because of one."""
+    for public in (item.channel, item.mask):
+        _exchange(keys.new(), public)
+    taken = {key for other in others.values() for key in (other.channel, other.mask)}
+    if item.channel == item.mask or taken & {item.channel, item.mask}:
+        raise refuse("keys", f"keys of its own from party {item.party}", "the same key twice", "Somebody copied a key.")
+
+
 def seed_stream(setup: Setup, party: int, seed: keys.SecretKey) -> UInt32[np.ndarray, " num_words"]:
     """PRG(b_u): the words that hide a party until its seed is recovered."""
     key = keys.derive(seed, "self mask", setup.context.hex(), str(party))

@@ -123,6 +123,7 @@ def receive(server: Server, message: messages.Message) -> Server:
         return server._replace(agreements={**server.agreements, party: message.agreement})
     messages.verify(setup, kind, server.transcript, party, messages.content(message), message.signature)
     if isinstance(message, messages.Keys):
+        parties.check_keys(message, server.advertised)
         return server._replace(advertised={**server.advertised, party: message})
     if isinstance(message, messages.Shares):
         _same("shares for", party, set(message.sealed), set(_neighbours(server)[party]))
