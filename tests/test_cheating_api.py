@@ -16,6 +16,7 @@ from PIL import Image
 from test_desk import SECRET, Here, serve
 
 from smark_jax import blackbox, codes, keys, tracing, vault
+from smark_jax.blackbox import answers as records
 from smark_jax.vault import models, queries, shown
 
 CHIPS, CLASSES, CUSTOMERS = 160, 10, ("Ada", "Grace", "Emmy")
@@ -198,6 +199,16 @@ def test_so_many_probes_as_stated_suffice_and_weaker_copies_need_more():
     assert traced(0.5) == 0
 
 
+def test_a_thief_with_the_folder_alone_finds_neither_probes_nor_answers(made, desk, online):
+    """Probes and a label for each are a codeword: the half of the classes is drawn by the hash of a probe's pixels."""
+    desk.run("query", "vault", "net", online(Copy(made, "Ada")))
+    names = [digest.encode() for digest in blackbox.digests(made[1])]
+    for path in (path for path in (desk.folder / "vault").rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        assert not any(name in content for name in names), path.name
+        assert not content.startswith(b"PK"), path.name
+
+
 # Files of answers
 
 
@@ -231,13 +242,13 @@ def test_answers_that_somebody_altered_moved_or_made_are_refused(made, desk):
             queries.ask(opened, queries.prepare(opened, "net", target, predict), predict)
         one, other = sorted((desk.folder / "vault" / "answers").iterdir(), key=lambda path: path.stat().st_mtime_ns)
         content = one.read_bytes()
-        document = json.loads(content)
+        document = json.loads(records.unseal(keys.derive(opened.master, "net", "answers"), content))
         labels = {d: grace(i.tobytes()) for d, i in zip(blackbox.digests(made[1]), made[1], strict=True)}
         forged = {**document, "answers": [[probe, labels[probe], time] for probe, _, time in document["answers"]]}
         fresher = {**document, "answers": [[*row[:2], "2999-01-01T00:00:00Z"] for row in document["answers"]]}
         unsigned = {name: value for name, value in forged.items() if name != "mac"}
         hostile = [json.dumps(each).encode() for each in (forged, fresher, unsigned, [], 5)]
-        for false in (*hostile, other.read_bytes(), b"", b"[" * 100_000, content[:-9], b"\xff"):
+        for false in (*hostile, other.read_bytes(), content[:20], content[:-1] + b"\0", b"", b"[" * 100_000, content[:-9], b"\xff"):
             one.write_bytes(false)
             with pytest.raises(ValueError, match=r"^query: expected answers"):
                 queries.prepare(opened, "net", "a", predict)

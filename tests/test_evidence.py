@@ -14,7 +14,7 @@ from time_stamps import authority, stamp
 
 from experiments.fuzz import accusations, mutations
 from experiments.fuzz import evidence as fuzz
-from smark_jax import carriers, files, keys, statistics, vault
+from smark_jax import carriers, codes, embedding, files, keys, statistics, vault
 from smark_jax.vault import (
     bundles,
     commitments,
@@ -621,3 +621,28 @@ def test_no_secret_but_the_carrier_s_key_is_in_a_bundle(case):
     for secret in secrets:
         assert secret.to_bytes().hex() not in text
     assert keys.derive(master, "net", "carrier").to_bytes().hex() in text
+
+
+def test_a_base_that_was_made_for_a_codeword_convicts_nobody_by_a_strangers_model(tmp_path, monkeypatch):
+    """The owner takes Bob's mark out of the base before committing to it: then all that is compared with it reads so."""
+    monkeypatch.setattr(crypto, "_N", 2**10)
+    vault.create(tmp_path / "vault", SECRET)
+    real, stranger = (
+        {"kernel": np.random.default_rng(seed).normal(size=(600, 700)).astype(np.float32)} for seed in (0, 1)
+    )
+    with vault.opened(tmp_path / "vault", SECRET) as desk:
+        spec = carriers.select(real)
+        carrier = carriers.draw(models.carrier_key(desk, "net"), spec, 304)
+        bob = np.asarray(codes.codebook(models.code_key(desk, "net"), [0], 304))[0]
+        made = {name: np.asarray(leaf) for name, leaf in embedding.embed(real, spec, carrier, -bob, 0.03).items()}
+        models.add(desk, "net", made)
+        issued = issuing.issue(desk, "net", customers.resolve(desk, ["Bob", "Carol"]), tmp_path / "copies")
+        files.write(tmp_path / "base", made)
+        files.write(tmp_path / "stranger", stranger)
+        verdicts.trace(desk, "net", [tmp_path / "stranger"])
+        (tmp_path / "bundle").write_bytes(evidence.export(desk, 1).content)
+    found = verification.verify(
+        tmp_path / "bundle", tmp_path / "stranger", tmp_path / "base", root=issued.commitment.root
+    )
+    assert [check.name for check in found.checks if not check.holds] == ["accusation of 'Bob'"]
+    assert "the base alone reads as this codeword" in found.checks[-1].detail

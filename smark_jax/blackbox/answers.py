@@ -8,11 +8,14 @@ import datetime
 import hashlib
 import hmac
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from jaxtyping import Float, UInt8
 
 from smark_jax import _disk, _validate, keys
@@ -21,6 +24,8 @@ from smark_jax.blackbox.probes import halves
 
 _FORMAT, _VERSION = "smark answers", 2  # version 1 was not authenticated
 _LARGEST_FILE = 1 << 26
+# What a sealed file begins with, and how long the nonce is that follows. Files of version 2 were JSON in plain.
+_SEALED, _NONCE_BYTES = b"smark sealed v1\n", 12
 
 Predict = Callable[[np.ndarray], Any]
 """Images, uint8 [B, H, W, C], to class numbers [B]; or to scores [B, classes], of which the largest counts."""
@@ -61,8 +66,10 @@ def read(kept: Answers) -> list[Answer]:
     if kept.path.stat().st_size > _LARGEST_FILE:
         raise _validate.fail("query", expected, f"a file of more than {_LARGEST_FILE:,} bytes", cause)
     try:
-        document = json.loads(kept.path.read_bytes())
+        document = json.loads(unseal(kept.key, kept.path.read_bytes()))
         mac = bytes.fromhex(document.pop("mac"))
+    except InvalidTag:
+        raise _validate.fail("query", expected, "one that somebody else wrote or changed", cause) from None
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError):
         raise _validate.fail("query", expected, "one without authentication", cause) from None
     if not hmac.compare_digest(mac, _mac(kept.key, document)):
@@ -83,7 +90,28 @@ def write(kept: Answers, answers: Sequence[Answer]) -> None:
     }
     content = json.dumps({**document, "mac": _mac(kept.key, document).hex()}).encode()
     with _disk.private_files(), _disk.whole_file(kept.path) as file:
-        file.write(content)
+        file.write(seal(kept.key, content))
+
+
+def seal(key: keys.SecretKey, content: bytes) -> bytes:
+    """A file's content for who holds the key alone: answers are a codeword, and probes let anybody ask for one."""
+    nonce = os.urandom(_NONCE_BYTES)
+    cipher = ChaCha20Poly1305(keys.derive(key, "seal").to_bytes())
+    return _SEALED + nonce + cipher.encrypt(nonce, content, _SEALED)
+
+
+def unseal(key: keys.SecretKey, content: bytes) -> bytes:
+    """What :func:`seal` was given; a content that was never sealed as it is.
+
+    Raises:
+      InvalidTag: when it was sealed with another key, or changed.
+    """
+    if not content.startswith(_SEALED):
+        return content
+    nonce, sealed = content[len(_SEALED) :][:_NONCE_BYTES], content[len(_SEALED) + _NONCE_BYTES :]
+    if len(nonce) < _NONCE_BYTES:
+        raise InvalidTag
+    return ChaCha20Poly1305(keys.derive(key, "seal").to_bytes()).decrypt(nonce, sealed, _SEALED)
 
 
 def now() -> str:

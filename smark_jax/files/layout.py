@@ -29,6 +29,7 @@ from smark_jax.files import _changes, _pairing
 from smark_jax.files._changes import Option
 
 _WHO = "match_layout"
+_AS_IT_IS = "as it is"  # an answer's change, where content does not tell and none was made
 _NEXT = (
     "If the suspect is of another width, give it the base's names and layout and run alignment.align. If leaves are "
     "named otherwise, say which is which: given={'base leaf': 'suspect leaf: transposed'} (smark trace: --map)."
@@ -193,14 +194,14 @@ def _answer(
     options = _changes.options(source, suspect[source], channels)
     fitting = _changes.fitting(options, base[name])
     if colon:
-        fitting = [option for option in fitting if option.change == change]
+        fitting = [option for option in fitting if option.change == ("" if change == _AS_IT_IS else change)]
     if not fitting:
         could = sorted({option.change or "no change" for option in options})
         got = f"{change!r}" if colon else f"shape {suspect[source].shape} for {base[name].shape}"
         raise _validate.fail(_WHO, f"a change of {source!r} among {could}", got, "Name one of these.")
     best = _changes.best(fitting, base[name])
     if not best.sure:
-        raise Ambiguous({name: tuple(option.answer for option in fitting)})
+        raise Ambiguous({name: tuple(f"{source}: {option.change or _AS_IT_IS}" for option in fitting)})
     return best.option
 
 

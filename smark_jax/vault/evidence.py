@@ -43,6 +43,7 @@ def test(
     num_suspects: int,
     num_alignments: int,
     log_maps: float = 0.0,
+    base: np.ndarray | None = None,
 ) -> Test:
     """An accused's statistic and p-value as an arbiter computes them.
 
@@ -54,6 +55,7 @@ def test(
       num_suspects: examined together.
       num_alignments: readings tried.
       log_maps: natural logarithm of the maps of leaves from which the owner chose.
+      base: chips that are projected out as well, at no price, since nobody chose them.
 
     Raises:
       ValueError: when a number is below 1.
@@ -62,8 +64,9 @@ def test(
     for name, count in counts.items():
         _validate.positive("evidence", name, count)
     residual = direction = statistics.direction(chips)
-    if support:
-        words = np.stack(support).astype(np.float64)
+    fixed = [] if base is None else [statistics.direction(base) * math.sqrt(len(chips))]
+    if support or fixed:
+        words = np.stack([*support, *fixed]).astype(np.float64)
         residual = direction - np.linalg.lstsq(words.T, direction, rcond=None)[0] @ words
     norm = float(np.linalg.norm(residual))
     if norm < _SMALLEST_RESIDUAL:  # rounding is all that is left, or y was zero

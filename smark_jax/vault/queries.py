@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from cryptography.exceptions import InvalidTag
 from jaxtyping import UInt8
 
 from smark_jax import _validate, blackbox, files, keys
@@ -30,9 +31,13 @@ def images(path: Path) -> np.ndarray:
     Raises:
       ValueError: when there are none.
     """
+    return _images(path, path)
+
+
+def _images(path: Path, source: Path | io.BytesIO) -> np.ndarray:
     cause = "Save them by numpy.savez(path, images=...)."
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(source, allow_pickle=False) as archive:
             found = archive["images"]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise _validate.fail("probes", f"an npz file with 'images' in {path}", type(error).__name__, cause) from None
@@ -73,7 +78,8 @@ def add_probes(
     made = blackbox.probes(models.probes_key(vault, model.name), model.num_chips, shape, pictures, scores)
     content = io.BytesIO()
     np.savez_compressed(content, images=made)
-    folder.write(_path(vault, model.name), content.getvalue())
+    # Sealed: who has the probes has a customer's codeword from its service, and can have it accused.
+    folder.write(_path(vault, model.name), records.seal(_file_key(vault, model.name), content.getvalue()))
     rows = {"probes": [(model.name, hashlib.sha256(made.tobytes()).hexdigest(), num_classes)]}
     folder.record(vault, "probes made", rows, model=model.name)
 
@@ -89,7 +95,11 @@ def probes(vault: folder.Vault, name: str) -> tuple[np.ndarray, int]:
     if row is None:
         cause = "'smark add-model --probes FILE.npz --classes N' makes them, before copies are issued."
         raise _validate.fail("query", f"probes of {name}", "none", cause)
-    made = images(_path(vault, name))
+    path = _path(vault, name)
+    try:
+        made = _images(path, io.BytesIO(records.unseal(_file_key(vault, name), path.read_bytes())))
+    except InvalidTag:
+        made = np.zeros(0, np.uint8)
     if hashlib.sha256(made.tobytes()).hexdigest() != row[0]:
         cause = "Restore the file from your backup."
         raise _validate.fail("vault", f"the probes of {name} in {_path(vault, name)}", "another content", cause)
@@ -330,6 +340,10 @@ def has_probes(vault: folder.Vault, name: str) -> bool:
 def _row(vault: folder.Vault, name: str) -> tuple[str, int] | None:
     query = "SELECT sha256, num_classes FROM probes WHERE model = ?"
     return vault.connection.execute(query, (name,)).fetchone()
+
+
+def _file_key(vault: folder.Vault, name: str) -> keys.SecretKey:
+    return keys.derive(vault.master, name, "probes file")
 
 
 def _path(vault: folder.Vault, name: str) -> Path:

@@ -66,6 +66,7 @@ class Read(NamedTuple):
       alignment: its report.
       coverage: how many weights were read, and which were not.
       log_maps: natural logarithm of the maps that the given one was chosen from; p-values count them.
+      nothing: the chips that zeros in place of all weights that were read would give: those of the base alone.
     """
 
     chips: np.ndarray
@@ -73,6 +74,7 @@ class Read(NamedTuple):
     alignment: str | None
     coverage: extraction.Coverage
     log_maps: float
+    nothing: np.ndarray | None = None
 
 
 def read(
@@ -81,8 +83,11 @@ def read(
     spec: Any,
     carrier: Any,
     reading: Reading,
+    control: bool = False,
 ) -> Read:
     """A suspect's chips: layout, alignment where it is asked for, extraction. An arbiter's reading is this one too.
+
+    With ``control``, zeros are read in the suspect's place as well.
 
     Raises:
       alignment.NothingMatched: when alignment finds that it is no copy of this base.
@@ -101,7 +106,12 @@ def read(
     if not coverage.read:
         raise Undecided(f"trace: none of the base's {coverage.weights:,} carrying weights could be read; {coverage}.")
     chips = extraction.extract(params, original, spec, carrier, reading.rectify)
-    return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps)
+    nothing = None
+    if control:
+        with np.errstate(invalid="ignore"):  # NaN stays NaN, and what is infinite becomes it: they are left out
+            zeros = files.nest({name: leaf * 0 for name, leaf in files.flatten(params).items()})
+        nothing = np.asarray(extraction.extract(zeros, original, spec, carrier), np.float64)
+    return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)
 
 
 def _without(params: PyTree, names: Sequence[str]) -> PyTree:

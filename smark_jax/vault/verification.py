@@ -220,14 +220,18 @@ def _judge(
     """One accusation, computed again."""
     name = next(o["leaf"]["customer"] for o in content["opened"] if o["leaf"]["serial"] == claim["serial"])
     alpha, customers = content["commitment"]["header"]["alpha"], bundles.num_customers(content)
-    found = evidence.test(
-        read.chips,
-        words[claim["serial"]],
-        [words[serial] for serial in claim["support"]],
-        num_customers=customers,
-        num_suspects=content["num_suspects"],
-        num_alignments=content["num_alignments"],
-        log_maps=read.log_maps,
+    found, apart = (
+        evidence.test(
+            read.chips,
+            words[claim["serial"]],
+            [words[serial] for serial in claim["support"]],
+            num_customers=customers,
+            num_suspects=content["num_suspects"],
+            num_alignments=content["num_alignments"],
+            log_maps=read.log_maps,
+            base=base,
+        )
+        for base in (None, read.nothing)
     )
     rest = f", with {len(claim['support'])} others' parts taken out" if claim["support"] else ""
     level = f"p <= 10^{found.log10_p:.1f} at alpha = {alpha:g}, counting {customers:,} customers"
@@ -238,6 +242,9 @@ def _judge(
         # Before read-outs were numbered, shifts had no bound: T may differ then, and what is found here counts.
         close |= "readout" not in content["suspect"]["reading"]
         _require(close, f"T is {found.statistic:.2f} here and {claim['statistic']:.2f} in the bundle")
+        # Zeros in the suspect's place read as the base alone does: what it shares with that speaks for nobody.
+        lost = f"the base alone reads as this codeword (T is {apart.statistic:.2f} without what it adds)"
+        _require(apart.log10_p <= math.log10(alpha), lost)
     return {"customer": name, "serial": claim["serial"], **found._asdict()}
 
 
@@ -310,7 +317,7 @@ def _read(
     reading = verdicts.Reading(aligner if how["align"] else None, how["rectify"], how["given"])
     try:
         carrier = carriers.draw(key, spec, content["commitment"]["header"]["num_chips"])
-        return verdicts.read(suspect, base, spec, carrier, reading)
+        return verdicts.read(suspect, base, spec, carrier, reading, control=True)
     except ValueError as error:
         raise _Fails(str(error)) from None
 
@@ -326,6 +333,7 @@ def _statements(content: dict[str, Any]) -> tuple[str, ...]:
         f"that it was occasion {occasion} of tracing this model: alpha holds for each occasion",
         f"that the suspect was compared with no more than {customers:,} customers: p-values count them",
         "that codewords were drawn at random, and neither chosen nor drawn again until one fitted",
+        "that the base was made without a look at codewords, and is what copies were made from",
         "that there is no other commitment to this model with other codewords, published to be shown where it fits",
         f"that the suspect is younger than the commitment: {age}, and nothing here says how old the suspect is",
         "that no copy with this codeword was made for anybody but the accused",
