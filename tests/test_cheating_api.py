@@ -248,7 +248,16 @@ def test_answers_that_somebody_altered_moved_or_made_are_refused(made, desk):
         fresher = {**document, "answers": [[*row[:2], "2999-01-01T00:00:00Z"] for row in document["answers"]]}
         unsigned = {name: value for name, value in forged.items() if name != "mac"}
         hostile = [json.dumps(each).encode() for each in (forged, fresher, unsigned, [], 5)]
-        for false in (*hostile, other.read_bytes(), content[:20], content[:-1] + b"\0", b"", b"[" * 100_000, content[:-9], b"\xff"):
+        for false in (
+            *hostile,
+            other.read_bytes(),
+            content[:20],
+            content[:-1] + b"\0",
+            b"",
+            b"[" * 100_000,
+            content[:-9],
+            b"\xff",
+        ):
             one.write_bytes(false)
             with pytest.raises(ValueError, match=r"^query: expected answers"):
                 queries.prepare(opened, "net", "a", predict)

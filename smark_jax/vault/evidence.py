@@ -126,8 +126,8 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
     leaves = {leaf["serial"]: leaf for leaf in commitments.open_leaves(vault, model, customers)}
     counts = {name: suspect[name] for name in ("num_suspects", "num_alignments")}
     counts["num_customers"] = document["num_customers"]
-    log_maps = suspect.get("log_maps", 0.0)
-    accused, left_out = _claims(verdicts.chips(vault, number, where), ranked, leaves, model, counts, log_maps)
+    price = {**counts, "log_maps": suspect.get("log_maps", 0.0)}
+    accused, left_out = _claims(vault, verdicts.chips(vault, number, where), ranked, leaves, model, price)
     shown = sorted({serial for a in accused for serial in (a["serial"], *a["support"])})
     newest = document["commitment"]["number"]
     under = _under(vault, model.name, shown, newest, commitment)
@@ -157,23 +157,24 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
 
 
 def _claims(
+    vault: folder.Vault,
     chips: np.ndarray,
     ranked: Sequence[dict[str, Any]],
     leaves: Mapping[int, dict[str, Any]],
     model: models.Model,
-    counts: Mapping[str, int],
-    log_maps: float,
+    price: Mapping[str, Any],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The accusations that an arbiter will find significant, and the names of the others."""
     words = {serial: commitments.word(leaf, model.num_chips) for serial, leaf in leaves.items()}
+    alone = verdicts.base_alone(models.base(vault, model), model.spec, models.carrier(vault, model))
     accused, left_out = [], []
     for claim in ranked:
         others = [serial for serial in words if serial != claim["serial"]]
         for size in range(len(others) + 1):
             support = others[:size]
             rest = [words[serial] for serial in support]
-            found = test(chips, words[claim["serial"]], rest, log_maps=log_maps, **counts)
-            if found.log10_p <= math.log10(model.alpha):
+            found, apart = (test(chips, words[claim["serial"]], rest, base=base, **price) for base in (None, alone))
+            if max(found.log10_p, apart.log10_p) <= math.log10(model.alpha):
                 proof = {"serial": claim["serial"], "support": support, "share": claim["share"]}
                 accused.append({**proof, **found._asdict()})
                 break

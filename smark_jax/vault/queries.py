@@ -96,13 +96,17 @@ def probes(vault: folder.Vault, name: str) -> tuple[np.ndarray, int]:
         cause = "'smark add-model --probes FILE.npz --classes N' makes them, before copies are issued."
         raise _validate.fail("query", f"probes of {name}", "none", cause)
     path = _path(vault, name)
+    kept = path.read_bytes()
     try:
-        made = _images(path, io.BytesIO(records.unseal(_file_key(vault, name), path.read_bytes())))
+        content = records.unseal(_file_key(vault, name), kept)
+        made = _images(path, io.BytesIO(content))
     except InvalidTag:
-        made = np.zeros(0, np.uint8)
+        made, content = np.zeros(0, np.uint8), b""
     if hashlib.sha256(made.tobytes()).hexdigest() != row[0]:
         cause = "Restore the file from your backup."
-        raise _validate.fail("vault", f"the probes of {name} in {_path(vault, name)}", "another content", cause)
+        raise _validate.fail("vault", f"the probes of {name} in {path}", "another content", cause)
+    if content is kept:  # an older version wrote them in plain
+        folder.write(path, records.seal(_file_key(vault, name), content))
     return made, row[1]
 
 
@@ -282,7 +286,8 @@ def _notes(details: dict[str, Any]) -> list[str]:
 
 
 def _kept(vault: folder.Vault, name: str, target: str, session: str) -> blackbox.Answers:
-    file = f"{name}.{_digest(target)}.{session}.json"
+    place = keys.derive(vault.master, name, "answers of", target).to_bytes()[:8].hex()  # tells nobody the target
+    file = f"{name}.{place}.{session}.json"
     about = {"model": name, "target": target, "session": session}
     return blackbox.Answers(vault.folder / folder.ANSWERS / file, keys.derive(vault.master, name, "answers"), about)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax import _validate, keys
+from smark_jax.blackbox import answers as records
 from smark_jax.vault import database, folder, log, verdicts
 
 _EVENT = "probes shown"
@@ -50,8 +51,17 @@ def history(vault: folder.Vault, model: str, num_chips: int) -> list[Shown]:
         old = [row for row in document["suspects"] if row.get("read") == "answers" and "answers" not in row]
         found += [Shown("", row["file"], document["created"], everything) for row in old]
     recorded = (e.body for e in log.entries(vault.connection) if e.body["event"] == _EVENT)
-    found += [Shown(b["session"], b["target"], b["time"], tuple(b["probes"])) for b in recorded if b["model"] == model]
-    return found
+    ours = (body for body in recorded if body["model"] == model)
+    return found + [Shown(b["session"], _target(vault, b["target"]), b["time"], tuple(b["probes"])) for b in ours]
+
+
+def _target(vault: folder.Vault, sealed: str) -> str:
+    return records.unseal(_key(vault), bytes.fromhex(sealed)).decode()
+
+
+def _key(vault: folder.Vault) -> keys.SecretKey:
+    """Addresses and commands may hold passwords, and the log lies open: there they are sealed."""
+    return keys.derive(vault.master, "targets")
 
 
 def unrecorded_files(vault: folder.Vault, model: str) -> list[str]:
@@ -117,7 +127,8 @@ def record(
         if len(fresh) < count and not allow_seen:
             raise _too_few(vault, model, num_chips, count, len(fresh))
         chosen = sorted((fresh + [probe for probe in order if probe in seen - own])[:count])
-        folder.record(vault, _EVENT, {}, model=model, target=target, session=session, probes=chosen)
+        sealed = records.seal(_key(vault), target.encode()).hex()
+        folder.record(vault, _EVENT, {}, model=model, target=sealed, session=session, probes=chosen)
     return session
 
 

@@ -106,12 +106,23 @@ def read(
     if not coverage.read:
         raise Undecided(f"trace: none of the base's {coverage.weights:,} carrying weights could be read; {coverage}.")
     chips = extraction.extract(params, original, spec, carrier, reading.rectify)
-    nothing = None
-    if control:
-        with np.errstate(invalid="ignore"):  # NaN stays NaN, and what is infinite becomes it: they are left out
-            zeros = files.nest({name: leaf * 0 for name, leaf in files.flatten(params).items()})
-        nothing = np.asarray(extraction.extract(zeros, original, spec, carrier), np.float64)
+    nothing = base_alone(files.flatten(params), spec, carrier, original) if control else None
     return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)
+
+
+def base_alone(like: Mapping[str, np.ndarray], spec: Any, carrier: Any, original: PyTree | None = None) -> np.ndarray:
+    """The chips that zeros in place of these weights would give, float64, shape [m]: those of the base alone.
+
+    Args:
+      like: leaves; what is NaN or infinite in them is left out here too.
+      spec: the carrying leaves.
+      carrier: the model's carrier.
+      original: the base; ``like`` itself by default.
+    """
+    with np.errstate(invalid="ignore"):  # NaN stays NaN, and what is infinite becomes it
+        zeros = files.nest({name: leaf * 0 for name, leaf in like.items()})
+    original = files.nest({leaf.path: like[leaf.path] for leaf in spec.leaves}) if original is None else original
+    return np.asarray(extraction.extract(zeros, original, spec, carrier), np.float64)
 
 
 def _without(params: PyTree, names: Sequence[str]) -> PyTree:

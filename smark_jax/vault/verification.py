@@ -65,14 +65,15 @@ class _Checks(list[Check]):
     """The checks made so far."""
 
     @contextlib.contextmanager
-    def check(self, name: str, detail: str) -> Iterator[None]:
-        """Adds one, which holds unless the block raises :class:`_Fails`."""
+    def check(self, name: str, detail: str) -> Iterator[list[str]]:
+        """Adds one, which holds unless the block raises :class:`_Fails`; the block may add to the details."""
+        details = [detail]
         try:
-            yield
+            yield details
         except _Fails as error:
             self.append(Check(name, False, str(error)))
         else:
-            self.append(Check(name, True, detail))
+            self.append(Check(name, True, ", ".join(details)))
 
 
 def published_root(source: str) -> str:
@@ -131,8 +132,10 @@ def verify(
         on_step("reading the suspect's chips")
         spec, words, key = found
         read = None
-        with checks.check("read-out", "the suspect read as the owner read it"):
+        with checks.check("read-out", "the suspect read as the owner read it") as detail:
             read = _read(content, theirs.leaves, ours.leaves, spec, key, aligner)
+            detail.append(f"{read.coverage.read:,} of {read.coverage.weights:,} carrying weights")
+            _refuse(_misstated(content, read))
         if read is not None and read.log_maps:
             checks.append(Check("map of leaves", True, verdicts.maps_in_words(read.log_maps)))
         if read is not None:
@@ -320,6 +323,18 @@ def _read(
         return verdicts.read(suspect, base, spec, carrier, reading, control=True)
     except ValueError as error:
         raise _Fails(str(error)) from None
+
+
+def _misstated(content: dict[str, Any], read: verdicts.Read) -> str | None:
+    """What the bundle says of the reading that is not so; None when all is, or an older version wrote it."""
+    suspect = content["suspect"]
+    if "readout" not in suspect["reading"]:
+        return None
+    if suspect["layout"] != [move._asdict() for move in read.layout]:
+        return "the bundle states another layout than is found here"
+    if suspect.get("left_out", []) != [left._asdict() for left in read.coverage.left_out]:
+        return f"the bundle states that other weights were left out than here, where {read.coverage}"
+    return None
 
 
 def _statements(content: dict[str, Any]) -> tuple[str, ...]:
