@@ -34,8 +34,9 @@ def export(
     """
     _outputs.check("--out", out, (passphrase_file,), vault)
     with _common.desk(vault, passphrase_file) as desk:
-        from smark_jax.vault import evidence, folder
+        from smark_jax.vault import evidence, folder, verdicts
 
+        _outputs.check("--out", out, _outputs.suspects(verdicts.get(desk, verdict)))
         exported = evidence.export(desk, verdict, suspect, commitment)
         folder.write(out, exported.content)
 

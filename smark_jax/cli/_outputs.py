@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -25,6 +26,11 @@ def check(option: str, out: Path, inputs: Iterable[Path | None] = (), vault: Pat
             raise typer.BadParameter(f"{out} would take the place of {read}, which is read", param_hint=option)
     if vault is not None and out.resolve().is_relative_to(vault.resolve()):
         raise typer.BadParameter(f"{out} is in the vault's own folder; name another", param_hint=option)
+
+
+def suspects(document: dict[str, Any]) -> list[Path]:
+    """The files that a verdict is about, which nothing written of it may replace."""
+    return [Path(part["file"]) for part in document["suspects"] if part.get("read") != "answers"]
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -164,5 +164,7 @@ def report(
         from smark_jax import report as reports
         from smark_jax.vault import folder, verdicts
 
-        folder.write(out, reports.render(verdicts.get(desk, verdict)).encode())
+        document = verdicts.get(desk, verdict)
+        _outputs.check("--out", out, _outputs.suspects(document))
+        folder.write(out, reports.render(document).encode())
     _common.show({"verdict": verdict, "report": str(out)}, as_json, lambda: say(f"Report: {out}"))

@@ -118,6 +118,7 @@ def issue(
                 on_copy(done)
             else:
                 _refuse_base(licence.path, model)
+                _refuse_other(vault, licence.path, model)
                 missing.append(licence)
         for written in _write(vault, model, base, missing, teach, trial):
             done += written
@@ -296,6 +297,15 @@ def _refuse_base(path: Path, model: models.Model) -> None:
     if is_base:
         cause = "Name another folder by --out, or move the base."
         raise _validate.fail("issue", f"a copy, or nothing, in {path}", f"the base of {model.name}", cause)
+
+
+def _refuse_other(vault: folder.Vault, path: Path, model: models.Model) -> None:
+    """Nor is a copy of another model written over: copies of all models have the same names."""
+    if path.is_file():
+        asked = "SELECT model FROM copies WHERE sha256 = ? AND model <> ?"
+        if row := vault.connection.execute(asked, (_file_hash(path), model.name)).fetchone():
+            cause = "Name a folder for each model by --out."
+            raise _validate.fail("issue", f"a copy of {model.name}, or nothing, in {path}", f"one of {row[0]}", cause)
 
 
 def _file_hash(path: Path) -> str:

@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +59,8 @@ def from_csv(path: Path, column: str | None = None, heading: bool | None = None)
       ValueError: when the delimiter, the column or the first line leaves doubt, and listing bad and repeated names with
         their line numbers.
     """
-    delimiter, rows = _table(path, _decoded(path))
+    # Excel writes its delimiter as a first line of its own: sep=;
+    delimiter, rows = _table(path, re.sub(r'\A"?sep=[,;|\t]"?[\r\n]+', "\n", _decoded(path)))
     if not rows:
         raise _validate.fail("customers", f"at least one name in {path}", "none", "Write one name a line.")
     place, has_heading = _column(path, delimiter, rows, column, heading)
