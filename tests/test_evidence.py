@@ -624,7 +624,7 @@ def test_no_secret_but_the_carrier_s_key_is_in_a_bundle(case):
 
 
 def test_a_base_that_was_made_for_a_codeword_convicts_nobody_by_a_strangers_model(tmp_path, monkeypatch):
-    """The owner takes Bob's mark out of the base before committing to it: then all that is compared with it reads so."""
+    """The owner takes Bob's mark out of the base before committing to it, so that any model reads as his copy."""
     monkeypatch.setattr(crypto, "_N", 2**10)
     vault.create(tmp_path / "vault", SECRET)
     real, stranger = (

@@ -60,11 +60,7 @@ def show(document: dict[str, Any], as_json: bool, vault: Path) -> None:
     for suspect in document["suspects"]:
         accused = [{key: accusation[key] for key in wanted} for accusation in suspect["accused"]]
         row = {"file": suspect["file"], "verdict": suspect["verdict"], "accused": accused}
-        row |= {
-            key: suspect[key]
-            for key in ("error", "notes", "coverage", "left_out", "foreign", "log_maps")
-            if suspect.get(key)
-        }
+        row |= {key: suspect[key] for key in _MORE if suspect.get(key)}
         rows.append(row)
     short = {key: document[key] for key in ("number", "model", "num_customers", "alpha")}
     _common.show({**short, "suspects": rows}, as_json, lambda: _words(document, vault))
