@@ -60,7 +60,7 @@ class Coverage(NamedTuple):
     def __str__(self) -> str:
         missing = sum(left.weights for left in self.left_out)
         parts = [f"{left.leaf} ({left.weights:,}: {left.reason})" for left in self.left_out]
-        lines = [f"{missing:,} carrying weights were left out: {', '.join(parts)}"] if parts else []
+        lines = [f"{missing:,} weights were left out: {', '.join(parts)}"] if parts else []
         what = f"{self.bounded:,} weights are so far from the base's that they count as {self.bound:g} spreads away"
         return "; ".join(lines + [what] * bool(self.bounded)) or "all carrying weights were read"
 
@@ -168,7 +168,7 @@ def coverage(suspect: PyTree, base: PyTree, spec: carriers.Spec, carrier: carrie
       >>> spec = carriers.select(base)
       >>> carrier = carriers.draw(keys.from_bytes(bytes(32)), spec, 64)
       >>> print(extraction.coverage({"kernel": base["kernel"].at[:3].set(jnp.nan)}, base, spec, carrier))
-      93 carrying weights were left out: bias (90: missing), kernel (3: NaN or infinite)
+      93 weights were left out: bias (90: missing), kernel (3: NaN or infinite)
     """
     carriers.check_carrier("coverage", carrier, spec)
     carriers.check_params("coverage: base", base, spec)

@@ -153,6 +153,10 @@ def test_a_tied_copy_stays_tied_and_is_traced_by_either_name(desk, made, tmp_pat
         files.write(tmp_path / "suspect", found)
         verdict = verdicts.trace(desk, "net", [tmp_path / "suspect"])["suspects"][0]
         assert [accused["customer"] for accused in verdict["accused"]] == ["Ada"]
+    files.write(tmp_path / "renamed", {f"a{i}": leaf for i, leaf in enumerate(files.read(path).leaves.values())})
+    verdict = verdicts.trace(desk, "net", [tmp_path / "renamed"])["suspects"][0]
+    assert [accused["customer"] for accused in verdict["accused"]] == ["Ada"]
+    assert not {first, second} & {left["leaf"] for left in verdict["left_out"]}
 
 
 def test_trained_marks_keep_tied_weights_tied(made, key):

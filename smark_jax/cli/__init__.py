@@ -168,7 +168,10 @@ def main() -> None:
         typer.rich_utils.rich_abort_error()
         sys.exit(1)
     except (ValueError, ConnectionError, OSError, ImportError) as error:
-        _common.err.lines(str(error), ("smark: ", "bold red"))
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}. Is the name right, and may you read and write there?"
+        _common.err.lines(text, ("smark: ", "bold red"))
         sys.exit(1)
     except Exception:
         _common.err.lines(

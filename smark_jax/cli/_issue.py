@@ -65,9 +65,15 @@ def issue(
         from smark_jax.vault import commitments, evidence, folder, issuing, models, queries, timestamps, trials
         from smark_jax.vault import customers as registry
 
-        models.get(desk, name)
+        model = models.get(desk, name)
         if not names and not everybody:
             raise typer.BadParameter("name customers, or pass --csv or --all", param_hint="CUSTOMER")
+        # Networks first: one that fails must not leave customers registered.
+        runs = trials.Network(*_common.network("network", network)) if network else None
+        teaching = _common.network("teach", teach) if teach else None
+        runs = runs or (trials.Network(*teaching) if teaching else None)
+        if runs:
+            trials.Running(runs, models.base(desk, model))
         known = registry.registered(desk)
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
         everyone = sorted(set(chosen) | set(known if everybody else []))
@@ -88,10 +94,8 @@ def issue(
                 copies = count
                 done(count)
 
-            teacher, runs = None, trials.Network(*_common.network("network", network)) if network else None
-            if teach:
-                teaching = _common.network("teach", teach)
-                runs = runs or trials.Network(*teaching)
+            teacher = None
+            if teaching:
                 teacher = queries.teacher(desk, name, *teaching[:2], on_share=lambda share: done(copies + share))
             issued = issuing.issue(
                 desk,
@@ -112,7 +116,7 @@ def issue(
                 "issue from that; copies of this one are still traced."
             )
         commitment = issued.commitment
-        model, number = models.get(desk, name), commitment.header["customers"]
+        number = commitment.header["customers"]
         if model.num_chips < (fewest := models.fewest_chips(model.alpha, number)):
             _common.warn(
                 f"{name} has {model.num_chips} chips, and to accuse one of {number:,} customers at alpha "

@@ -92,6 +92,11 @@ def add_model(
         source = models.Source(base, weights.sha256) if weights.format == "safetensors" else None
         images = queries.images(probes) if probes else None
         apply_fn = _common.network("network", network)[0] if network else None
+        models.refuse_taken(desk, name)
+        made = None
+        if images is not None:  # first, so that a model is not added without its probes when these fail
+            status.update("making the probes")
+            made = queries.make_probes(desk, name, chips, images, files.nest(leaves), apply_fn)
         model = models.add(
             desk,
             name,
@@ -103,9 +108,8 @@ def add_model(
             public=_base(public).leaves if public else None,
             source=source,
         )
-        if images is not None and classes is not None:
-            status.update("making the probes")
-            queries.add_probes(desk, model, images, classes, apply_fn)
+        if made is not None and classes is not None:
+            queries.keep_probes(desk, model, made, classes)
         carrying = carriers.coverage(model.spec, chips)
         unmarked = {path: str(role) for path, role in carriers.roles(files.nest(leaves)).items() if not role.carries}
     if public is None:

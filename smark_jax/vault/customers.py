@@ -35,7 +35,7 @@ def add(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
         taken = [name for name in wanted if name in known]
         if taken:
             got = ", ".join(repr(name) for name in taken[:_SHOWN])
-            raise _validate.fail("customers", "new names", f"registered ones: {got}", "Leave them out: nothing to do.")
+            raise _validate.fail("customers", "new names", f"registered ones: {got}", "Leave them out: they stay.")
         return _insert(vault, wanted, len(known))
 
 

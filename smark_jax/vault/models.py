@@ -95,12 +95,12 @@ def add(
         raise _validate.fail("add-model", "fewer chips than carrying weights", got, "Take fewer, or let more carry.")
     known = files.content_hash(public) if public is not None else None
     model = Model(name, files.content_hash(leaves), spec, num_chips, alpha, strength, _text.now(), known)
-    _refuse_taken(vault, name)
+    refuse_taken(vault, name)
     path = _base_path(vault, name, model.base)
     _keep(path, leaves, source)
     document = database.canonical(model._replace(spec=spec_document(spec))._asdict())  # pyright: ignore[reportArgumentType]
     with database.transaction(vault.connection):
-        _refuse_taken(vault, name)
+        refuse_taken(vault, name)
         folder.record(vault, "model added", {"models": [(name, document)]}, model=name, base=model.base)
     return model
 
@@ -166,7 +166,13 @@ def check_strength(who: str, strength: float) -> None:
         raise _validate.fail(who, "a strength above 0 and up to 1", f"{strength:g}", cause)
 
 
-def _refuse_taken(vault: folder.Vault, name: str) -> None:
+def refuse_taken(vault: folder.Vault, name: str) -> None:
+    """Refuses a name that a model has.
+
+    Raises:
+      ValueError: in that case, or when it cannot be a file's name.
+    """
+    _text.model_name(name)
     if name in names(vault):
         cause = "A model's settings never change, since they are committed to: add it under another name."
         raise _validate.fail("add-model", "a new name for a model", f"{name!r}, which is taken", cause)

@@ -22,6 +22,7 @@ _OF_OTHERS = frozenset(
     "mail|nachname|no|no.|notes|number|nr|nr.|ort|phone|plz|serial|stadt|strasse|street|surname|telefon|tel|url|user|"
     "username|vorname|website|zip".split("|")
 )
+_BEGINNINGS = ("client", "company", "customer", "firma", "kunde", "licens")
 _SHOWN = 10
 _WHERE = "--column NAME-or-NUMBER says which"
 
@@ -114,7 +115,7 @@ def _table(path: Path, text: str) -> tuple[str, list[_Row]]:
         usual = len(cut[delimiter][0].cells)
         odd = next(row for row in cut[delimiter] if len(row.cells) != usual)
         got = f"{usual} in line {cut[delimiter][0].line} and {len(odd.cells)} in line {odd.line}"
-        cause = f'Put quotes around names that hold {_DELIMITERS[delimiter]}, as in "Lovelace, Ada".'
+        cause = f'Put quotes around names that hold {_DELIMITERS[delimiter]}, as in "Lovelace{delimiter} Ada".'
         raise _validate.fail("customers", f"the same number of cells in each line of {path}", got, cause)
     return "", next(iter(cut.values()))
 
@@ -146,7 +147,8 @@ def _column(
         return place, heading
     if low[place] in _OF_NAMES:
         return place, True
-    if _OF_NAMES.union(_OF_OTHERS).intersection(low):
+    words = {word for cell in low for word in (cell, *re.split(r"[\W_]+", cell))}
+    if _OF_NAMES.union(_OF_OTHERS).intersection(words) or low[place].startswith(_BEGINNINGS):
         cause = "Say --heading if it is one, or --no-heading if it is a customer."
         raise _validate.fail("customers", f"a customer in the first line of {path}", f"{listed}, like a heading", cause)
     return place, False

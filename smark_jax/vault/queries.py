@@ -1,7 +1,6 @@
 """Tracing a suspect that only answers: the model's probes in the vault, and the answers already paid for."""
 
 import datetime
-import functools
 import hashlib
 import io
 import itertools
@@ -17,7 +16,7 @@ from jaxtyping import UInt8
 from smark_jax import _validate, blackbox, files, keys
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.blackbox import answers as records
-from smark_jax.vault import folder, issuing, models, shown, verdicts
+from smark_jax.vault import folder, issuing, models, shown, trials, verdicts
 
 MAX_AGE = 7.0
 """Days after which answers no longer count."""
@@ -47,38 +46,44 @@ def _images(path: Path, source: Path | io.BytesIO) -> np.ndarray:
     return found
 
 
-def add_probes(
+def make_probes(
     vault: folder.Vault,
-    model: models.Model,
+    name: str,
+    num_chips: int,
     pictures: UInt8[np.ndarray, "N H W C"],
-    num_classes: int,
+    base: PyTree = None,
     apply_fn: ApplyFn | None = None,
-) -> None:
-    """Makes a model's probes, one for each chip, and keeps them.
-
-    Copies have to be taught to answer them (:func:`teacher`).
+) -> UInt8[np.ndarray, "m H W C"]:
+    """Probes for a model, one for each chip. Copies have to be taught to answer them (:func:`teacher`).
 
     Args:
       vault: an open vault.
-      model: of whose customers' copies answers will be asked.
+      name: of the model, which may be added later.
+      num_chips: m.
       pictures: the owner's images.
-      num_classes: of the model.
-      apply_fn: the base's network. Probes are then those on which the base is undecided, which costs copies least
-        accuracy.
+      base: the base's parameters.
+      apply_fn: its network. Probes are then those on which the base is undecided, which costs copies least accuracy.
 
     Raises:
-      ValueError: as :func:`smark_jax.blackbox.probes`.
+      ValueError: as :func:`smark_jax.blackbox.probes`, or when the network does not take the images.
     """
-    _validate.positive("probes", "num_classes", num_classes)
     shape = (pictures.shape[1], pictures.shape[2], pictures.shape[3])
     scores = None
     if apply_fn is not None:
-        run = jax.jit(functools.partial(apply_fn, files.nest(models.base(vault, model))))
-        scores = lambda asked: np.asarray(run(asked))  # noqa: E731
-    made = blackbox.probes(models.probes_key(vault, model.name), model.num_chips, shape, pictures, scores)
+        compiled = jax.jit(apply_fn)
+        scores = lambda asked: trials.run("probes", compiled, base, asked)  # noqa: E731
+    return blackbox.probes(models.probes_key(vault, name), num_chips, shape, pictures, scores)
+
+
+def keep_probes(vault: folder.Vault, model: models.Model, made: UInt8[np.ndarray, "m H W C"], num_classes: int) -> None:
+    """Keeps a model's probes, sealed: who has them has customers' codewords from their services.
+
+    Raises:
+      ValueError: when ``num_classes`` is no positive number.
+    """
+    _validate.positive("probes", "num_classes", num_classes)
     content = io.BytesIO()
     np.savez_compressed(content, images=made)
-    # Sealed: who has the probes has a customer's codeword from its service, and can have it accused.
     folder.write(_path(vault, model.name), records.seal(_file_key(vault, model.name), content.getvalue()))
     rows = {"probes": [(model.name, hashlib.sha256(made.tobytes()).hexdigest(), num_classes)]}
     folder.record(vault, "probes made", rows, model=model.name)

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 
 from smark_jax import _validate, files
-from smark_jax._types import ApplyFn
+from smark_jax._types import ApplyFn, PyTree
 
 # A copy is run on at most so many images.
 _IMAGES = 256
+_OF_BASE = "Nothing is marked yet: does the network belong to this base, and are the images as it takes them?"
+_OF_COPY = "Nothing was written of it. Mark fewer leaves or less: add the model again with --match or --strength."
 
 
 class Network(NamedTuple):
@@ -41,6 +43,20 @@ class Trial(NamedTuple):
     base_accuracy: float | None
 
 
+def run(who: str, apply_fn: ApplyFn, params: PyTree, images: Any) -> np.ndarray:
+    """The logits of an owner's network.
+
+    Raises:
+      ValueError: when the network refuses the parameters or the images.
+    """
+    try:
+        return np.asarray(apply_fn(params, images))
+    except Exception as error:  # whatever the owner's code raises, and JAX within it
+        got = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        cause = f"The images have the shape {np.shape(images)}: does the network belong to this base?"
+        raise _validate.fail(who, "a network that takes the base and the images", got, cause) from error
+
+
 class Running:
     """Runs copies beside the base, and counts how they answer."""
 
@@ -48,14 +64,11 @@ class Running:
         self._run = jax.jit(network.apply_fn)
         self._images = np.asarray(network.images)[:_IMAGES]
         self._labels = None if network.labels is None else np.asarray(network.labels)[:_IMAGES]
-        self._base, self._copies = self._answers("the base", base), list[np.ndarray]()
+        self._base, self._copies = self._answers("the base", base, _OF_BASE), list[np.ndarray]()
 
-    def _answers(self, who: str, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
-        logits = np.asarray(self._run(files.nest(leaves), self._images))
+    def _answers(self, who: str, leaves: Mapping[str, np.ndarray], cause: str) -> np.ndarray:
+        logits = run("issue", self._run, files.nest(leaves), self._images)
         if not np.isfinite(logits).all():
-            cause = (
-                "Nothing was written of it. Mark fewer leaves or less: add the model again with --match or --strength."
-            )
             raise _validate.fail("issue", "finite outputs", f"NaN or infinite ones from {who}", cause)
         return logits.argmax(axis=-1)
 
@@ -65,7 +78,7 @@ class Running:
         Raises:
           ValueError: when it answers NaN or infinite values.
         """
-        self._copies.append(self._answers(who, leaves))
+        self._copies.append(self._answers(who, leaves, _OF_COPY))
 
     def found(self) -> Trial | None:
         """How the copies answered; None when there were none."""

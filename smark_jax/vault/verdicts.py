@@ -95,8 +95,8 @@ def read(
         or the map given is no map, or contradicts content.
     """
     spec = carriers.with_ties(spec, base)
-    layout = files.match_layout(carriers.with_tied(leaves, spec), base, reading.given)
-    params: PyTree = files.nest(layout.leaves)
+    layout = files.match_layout(*_once(leaves, base, spec), reading.given)
+    params: PyTree = files.nest(carriers.with_tied(layout.leaves, spec))
     report = None
     if reading.aligner:
         aligned = alignment.align(params, files.nest(base), reading.aligner.apply_fn, reading.aligner.images)
@@ -108,6 +108,26 @@ def read(
     chips = extraction.extract(params, original, spec, carrier, reading.rectify)
     nothing = base_alone(files.flatten(params), spec, carrier, original) if control else None
     return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)
+
+
+def _once(
+    leaves: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], spec: Any
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Suspect and base for :func:`files.match_layout`, which cannot tell the two places of one tied tensor apart.
+
+    Where the suspect has other names, both have each tied tensor once.
+    """
+    leaves = carriers.with_tied(leaves, spec)
+    tied = {name for leaf in spec.leaves for name in leaf.tied}
+    if tied <= leaves.keys():
+        return leaves, dict(base)
+    sizes = {base[name].size for name in tied}
+    first: dict[tuple[str, bytes], str] = {}
+    for name, leaf in leaves.items():
+        if leaf.size in sizes:
+            first.setdefault((str((leaf.shape, leaf.dtype)), leaf.tobytes()), name)
+    kept = {name: leaf for name, leaf in leaves.items() if leaf.size not in sizes or name in set(first.values())}
+    return kept, {name: leaf for name, leaf in base.items() if name not in tied}
 
 
 def base_alone(like: Mapping[str, np.ndarray], spec: Any, carrier: Any, original: PyTree | None = None) -> np.ndarray:
