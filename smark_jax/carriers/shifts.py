@@ -64,6 +64,22 @@ def bound(tallies: Sequence[Tally]) -> Float[Array, ""]:
     return jnp.exp2(jnp.sum(near < _SHARE * moved).astype(jnp.float32))
 
 
+def bound_alone(values: Float[Array, "..."]) -> Float[Array, ""]:
+    """:func:`bound` of these shifts: it counts for one bound after the other, and mostly the first will do."""
+    size = jnp.abs(jax.lax.stop_gradient(values))
+    moved = jnp.sum(size > 0, dtype=jnp.int32).astype(jnp.float32)
+
+    def too_few(step: Array) -> Array:
+        near = jnp.sum((size > 0) & (size <= jnp.exp2(step.astype(jnp.float32)) * _INSIDE), dtype=jnp.int32)
+        return near.astype(jnp.float32) < _SHARE * moved
+
+    last = len(_BOUNDS)
+    step = jax.lax.while_loop(
+        lambda step: (step < last) & too_few(step), lambda step: step + 1, jnp.zeros((), jnp.int32)
+    )
+    return jnp.exp2(step.astype(jnp.float32))
+
+
 def typical(limit: Array) -> Array:
     """The shift that a quarter of the weights do not exceed, as the bound tells it: within a factor of two above."""
     return limit * _INSIDE

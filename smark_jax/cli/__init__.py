@@ -169,7 +169,7 @@ def main() -> None:
         sys.exit(1)
     except (ValueError, ConnectionError, OSError, ImportError) as error:
         text = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
             text = f"{error.filename}: {error.strerror}. Is the name right, and may you read and write there?"
         _common.err.lines(text, ("smark: ", "bold red"))
         sys.exit(1)
