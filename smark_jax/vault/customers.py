@@ -35,7 +35,8 @@ def add(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
         taken = [name for name in wanted if name in known]
         if taken:
             got = ", ".join(repr(name) for name in taken[:_SHOWN])
-            raise _validate.fail("customers", "new names", f"registered ones: {got}", "Leave them out: they stay.")
+            cause = "There is nothing to do for them: leave them out."
+            raise _validate.fail("customers", "new names", f"registered ones: {got}", cause)
         return _insert(vault, wanted, len(known))
 
 
