@@ -4,9 +4,8 @@ import io
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 import typer.rich_utils
 
@@ -148,6 +147,11 @@ def train(
         _train.show(console, out, results)
 
 
+# click's, or those of the copy of it that newer versions of typer hold; either way typer's own are made of them.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+_ClickException: Any = typer.BadParameter.__mro__[2]
+
+
 def main() -> None:
     """Entry point of the console script: errors that the library foresees are printed in one piece, exit code 1.
 
@@ -158,13 +162,12 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:  # the help was printed
+    except _ClickException as error:
+        if type(error).__name__ != "NoArgsIsHelpError":  # then the help was printed
+            usage = _UsageError(_foreign.clean(error.format_message()), getattr(error, "ctx", None))
+            typer.rich_utils.rich_format_error(usage)
         sys.exit(error.exit_code)
-    except click.ClickException as error:
-        usage = click.UsageError(_foreign.clean(error.format_message()), getattr(error, "ctx", None))
-        typer.rich_utils.rich_format_error(usage)
-        sys.exit(error.exit_code)
-    except click.Abort:
+    except typer.Abort:
         typer.rich_utils.rich_abort_error()
         sys.exit(1)
     except (ValueError, ConnectionError, OSError, ImportError) as error:
