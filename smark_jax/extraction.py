@@ -269,7 +269,7 @@ def _single(leaf: Any) -> Any:
 def _counts(found: Mapping[str, Array], base: Mapping[str, Array], spec: carriers.Spec) -> tuple[Any, ...]:
     """By leaf the weights that are NaN or infinite, the bound, and how many shifts are beyond it."""
     vector = _shifts(found, base, spec)
-    limit = shifts.bound_alone(vector)
+    limit = shifts.bound([vector])
     broken = [jnp.sum(~jnp.isfinite(jnp.asarray(found[leaf.path]).astype(jnp.float32))) for leaf in spec.leaves]
     return broken, limit, jnp.sum(jnp.abs(vector) > limit)
 
@@ -291,7 +291,7 @@ def _extract(
 ) -> tuple[Array, Array]:
     ok = jnp.stack([jnp.isfinite(base[leaf.path]).all() for leaf in spec.leaves]).all()
     vector = _shifts(suspect, base, spec)
-    limit = shifts.bound_alone(vector)
+    limit = shifts.bound([vector])
     if not rectify:
         return carriers.despread(jnp.clip(vector, -limit, limit), carrier), ok
     parts = [(suspect[leaf.path], base[leaf.path], 1 / leaf.scale) for leaf in spec.leaves]
@@ -311,7 +311,7 @@ def _score(
     ``least``: the leaf is the base's own and says nothing. Likewise for weights that are NaN, infinite or at the bound.
     """
     shift = shifts.shift(found, base, factor).reshape(-1)
-    limit = shifts.bound_alone(shift)
+    limit = shifts.bound([shift])
     there = jnp.isfinite(jnp.asarray(found).astype(jnp.float32)).reshape(-1) & (jnp.abs(shift) < limit)
     shift = jnp.clip(shift, -limit, limit)
     ours = jnp.asarray(base).astype(jnp.float32).reshape(-1) * factor

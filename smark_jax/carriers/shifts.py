@@ -11,30 +11,17 @@ References:
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from smark_jax._types import AnyArray
 
-_BOUNDS = tuple(2.0**k for k in range(10))  # and 1,024, where none of these will do
+_STEPS = 10  # doublings of c, which begins at 1
 _INSIDE = 1 / 16
 _SHARE = 0.25
-
-
-class Tally(NamedTuple):
-    """Counts over some weights.
-
-    Attributes:
-      moved: shifts other than zero.
-      near: of these, for each possible bound c those within c / 16, shape [10].
-    """
-
-    moved: Int32[Array, ""]
-    near: Int32[Array, " 10"]
 
 
 def shift(found: AnyArray, base: AnyArray, factor: float | Array) -> Float[Array, "..."]:
@@ -49,35 +36,22 @@ def shift(found: AnyArray, base: AnyArray, factor: float | Array) -> Float[Array
     return jnp.where(jnp.isfinite(found), found - base, 0) * factor
 
 
-def tally(values: Float[Array, "..."]) -> Tally:
-    """Counts shifts."""
-    size = jnp.abs(values)
-    near = [jnp.sum((size > 0) & (size <= some * _INSIDE), dtype=jnp.int32) for some in _BOUNDS]
-    return Tally(jnp.sum(size > 0, dtype=jnp.int32), jnp.stack(near))
+def bound(parts: Sequence[Float[Array, "..."]]) -> Float[Array, ""]:
+    """The bound c for shifts that are read together. Counts for one c after the other; mostly the first will do."""
+    sizes = [jnp.abs(jax.lax.stop_gradient(part)) for part in parts]
 
+    def count(inside: Callable[[Array], Array]) -> Array:
+        counts = [jnp.sum((size > 0) & inside(size), dtype=jnp.int32) for size in sizes]
+        return functools.reduce(jnp.add, [one.astype(jnp.float32) for one in counts])
 
-def bound(tallies: Sequence[Tally]) -> Float[Array, ""]:
-    """The bound c for leaves that are read together."""
-    total = functools.partial(functools.reduce, jnp.add)
-    moved = total([one.moved.astype(jnp.float32) for one in tallies])
-    near = total([one.near.astype(jnp.float32) for one in tallies])
-    return jnp.exp2(jnp.sum(near < _SHARE * moved).astype(jnp.float32))
-
-
-def bound_alone(values: Float[Array, "..."]) -> Float[Array, ""]:
-    """:func:`bound` of these shifts: it counts for one bound after the other, and mostly the first will do."""
-    size = jnp.abs(jax.lax.stop_gradient(values))
-    moved = jnp.sum(size > 0, dtype=jnp.int32).astype(jnp.float32)
+    moved = count(lambda size: size > 0)
 
     def too_few(step: Array) -> Array:
-        near = jnp.sum((size > 0) & (size <= jnp.exp2(step.astype(jnp.float32)) * _INSIDE), dtype=jnp.int32)
-        return near.astype(jnp.float32) < _SHARE * moved
+        near = _INSIDE * jnp.exp2(step.astype(jnp.float32))
+        return (step < _STEPS) & (count(lambda size: size <= near) < _SHARE * moved)
 
-    last = len(_BOUNDS)
-    step = jax.lax.while_loop(
-        lambda step: (step < last) & too_few(step), lambda step: step + 1, jnp.zeros((), jnp.int32)
-    )
-    return jnp.exp2(step.astype(jnp.float32))
+    steps = jax.lax.while_loop(too_few, lambda step: step + 1, jnp.zeros((), jnp.int32))
+    return jnp.exp2(steps.astype(jnp.float32))
 
 
 def typical(limit: Array) -> Array:
@@ -88,4 +62,4 @@ def typical(limit: Array) -> Array:
 @functools.partial(jax.jit, static_argnames="factors")
 def bound_of(found: Sequence[Array], base: Sequence[Array], factors: tuple[float, ...]) -> Float[Array, ""]:
     """The bound for these leaves, wherever they lie."""
-    return bound([tally(shift(x, y, factor)) for x, y, factor in zip(found, base, factors, strict=True)])
+    return bound([shift(x, y, factor) for x, y, factor in zip(found, base, factors, strict=True)])
