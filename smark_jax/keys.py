@@ -9,7 +9,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from jaxtyping import UInt32
 
@@ -18,9 +20,10 @@ from smark_jax import _validate
 if TYPE_CHECKING:
     from smark_jax.chacha import keystream
 
-__all__ = ["KEY_BYTES", "SecretKey", "commitment", "derive", "from_bytes", "keystream", "new"]
+__all__ = ["KEY_BYTES", "SecretKey", "commitment", "derive", "from_bytes", "keystream", "new", "seal", "unseal"]
 
 KEY_BYTES = 32
+_NONCE_BYTES = 12
 
 
 class SecretKey:
@@ -102,3 +105,27 @@ def __getattr__(name: str) -> Any:
 
         return chacha.keystream
     raise AttributeError(f"module 'smark_jax.keys' has no attribute {name!r}")
+
+
+def seal(key: SecretKey, content: bytes, about: bytes) -> bytes:
+    """A content that the key alone reads and makes: a random nonce, and ChaCha20-Poly1305 (RFC 8439).
+
+    Args:
+      key: of this purpose only.
+      content: what to seal.
+      about: what it is, which is authenticated with it and not held.
+    """
+    nonce = os.urandom(_NONCE_BYTES)
+    return nonce + ChaCha20Poly1305(key.to_bytes()).encrypt(nonce, content, about)
+
+
+def unseal(key: SecretKey, sealed: bytes, about: bytes) -> bytes:
+    """The content that :func:`seal` was given.
+
+    Raises:
+      cryptography.exceptions.InvalidTag: when it was sealed with another key or about something else, or changed.
+    """
+    nonce, content = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
+    if len(nonce) < _NONCE_BYTES:
+        raise InvalidTag
+    return ChaCha20Poly1305(key.to_bytes()).decrypt(nonce, content, about)

@@ -246,8 +246,8 @@ def test_answers_that_somebody_altered_moved_or_made_are_refused(made, desk):
         labels = {d: grace(i.tobytes()) for d, i in zip(blackbox.digests(made[1]), made[1], strict=True)}
         forged = {**document, "answers": [[probe, labels[probe], time] for probe, _, time in document["answers"]]}
         fresher = {**document, "answers": [[*row[:2], "2999-01-01T00:00:00Z"] for row in document["answers"]]}
-        unsigned = {name: value for name, value in forged.items() if name != "mac"}
-        hostile = [json.dumps(each).encode() for each in (forged, fresher, unsigned, [], 5)]
+        hostile = [json.dumps(each).encode() for each in (forged, fresher, [], 5)]
+        hostile += [records.seal(keys.new(), each) for each in hostile]
         for false in (
             *hostile,
             other.read_bytes(),

@@ -1,21 +1,18 @@
 """Asking a suspect about probes, and keeping what it answers in a file that only who holds a key can have written.
 
-A file of answers accuses somebody. So it is JSON with an HMAC-SHA256 over all the rest: what the answers are about, and
-of each the probe, the class, and the time at which it came.
+A file of answers accuses somebody. So it is sealed (:func:`smark_jax.keys.seal`), and holds what the answers are
+about, and of each the probe, the class, and the time at which it came.
 """
 
 import datetime
 import hashlib
-import hmac
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from jaxtyping import Float, UInt8
 
 from smark_jax import _disk, _validate, keys
@@ -24,8 +21,8 @@ from smark_jax.blackbox.probes import halves
 
 _FORMAT, _VERSION = "smark answers", 2  # version 1 was not authenticated
 _LARGEST_FILE = 1 << 26
-# What a sealed file begins with, and how long the nonce is that follows. Files of version 2 were JSON in plain.
-_SEALED, _NONCE_BYTES = b"smark sealed v1\n", 12
+SEALED = b"smark sealed v1\n"
+"""What a sealed file begins with."""
 
 Predict = Callable[[np.ndarray], Any]
 """Images, uint8 [B, H, W, C], to class numbers [B]; or to scores [B, classes], of which the largest counts."""
@@ -44,7 +41,7 @@ class Answers(NamedTuple):
 
     Attributes:
       path: of the file; made with the first answers.
-      key: authenticates it. Take one for this purpose only: ``keys.derive(master, "my-model", "answers")``.
+      key: seals it. Take one for this purpose only: ``keys.derive(master, "my-model", "answers")``.
       about: whom and what the answers are from, of what JSON holds; a file about anything else is refused.
     """
 
@@ -65,15 +62,13 @@ def read(kept: Answers) -> list[Answer]:
     cause = "Its answers cannot be trusted, so none of them counts: move it away, and ask again (smark query --fresh)."
     if kept.path.stat().st_size > _LARGEST_FILE:
         raise _validate.fail("query", expected, f"a file of more than {_LARGEST_FILE:,} bytes", cause)
+    content = kept.path.read_bytes()
+    if not content.startswith(SEALED):
+        raise _validate.fail("query", expected, "one without authentication", cause)
     try:
-        document = json.loads(unseal(kept.key, kept.path.read_bytes()))
-        mac = bytes.fromhex(document.pop("mac"))
+        document = json.loads(unseal(kept.key, content))
     except InvalidTag:
         raise _validate.fail("query", expected, "one that somebody else wrote or changed", cause) from None
-    except (KeyError, TypeError, AttributeError, RecursionError, ValueError):
-        raise _validate.fail("query", expected, "one without authentication", cause) from None
-    if not hmac.compare_digest(mac, _mac(kept.key, document)):
-        raise _validate.fail("query", expected, "one that somebody else wrote or changed", cause)
     if document["about"] != dict(kept.about):
         got = f"some about {document['about']}"
         raise _validate.fail("query", f"answers about {dict(kept.about)} in {kept.path}", got, "Name another file.")
@@ -88,40 +83,28 @@ def write(kept: Answers, answers: Sequence[Answer]) -> None:
         "about": dict(kept.about),
         "answers": [list(a) for a in answers],
     }
-    content = json.dumps({**document, "mac": _mac(kept.key, document).hex()}).encode()
+    content = json.dumps(document).encode()
     with _disk.private_files(), _disk.whole_file(kept.path) as file:
         file.write(seal(kept.key, content))
 
 
 def seal(key: keys.SecretKey, content: bytes) -> bytes:
     """A file's content for who holds the key alone: answers are a codeword, and probes let anybody ask for one."""
-    nonce = os.urandom(_NONCE_BYTES)
-    cipher = ChaCha20Poly1305(keys.derive(key, "seal").to_bytes())
-    return _SEALED + nonce + cipher.encrypt(nonce, content, _SEALED)
+    return SEALED + keys.seal(keys.derive(key, "seal"), content, SEALED)
 
 
-def unseal(key: keys.SecretKey, content: bytes) -> bytes:
-    """What :func:`seal` was given; a content that was never sealed as it is.
+def unseal(key: keys.SecretKey, sealed: bytes) -> bytes:
+    """What :func:`seal` was given.
 
     Raises:
       InvalidTag: when it was sealed with another key, or changed.
     """
-    if not content.startswith(_SEALED):
-        return content
-    nonce, sealed = content[len(_SEALED) :][:_NONCE_BYTES], content[len(_SEALED) + _NONCE_BYTES :]
-    if len(nonce) < _NONCE_BYTES:
-        raise InvalidTag
-    return ChaCha20Poly1305(keys.derive(key, "seal").to_bytes()).decrypt(nonce, sealed, _SEALED)
+    return keys.unseal(keys.derive(key, "seal"), sealed.removeprefix(SEALED), SEALED)
 
 
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _mac(key: keys.SecretKey, document: Mapping[str, Any]) -> bytes:
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-    return hmac.digest(key.to_bytes(), canonical, "sha256")
 
 
 # Asking

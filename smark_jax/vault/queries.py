@@ -101,16 +101,17 @@ def probes(vault: folder.Vault, name: str) -> tuple[np.ndarray, int]:
         cause = "'smark add-model --probes FILE.npz --classes N' makes them, before copies are issued."
         raise _validate.fail("query", f"probes of {name}", "none", cause)
     path = _path(vault, name)
-    kept = path.read_bytes()
+    content = path.read_bytes()
+    plain = not content.startswith(records.SEALED)  # as an older version wrote them
     try:
-        content = records.unseal(_file_key(vault, name), kept)
+        content = content if plain else records.unseal(_file_key(vault, name), content)
         made = _images(path, io.BytesIO(content))
     except InvalidTag:
-        made, content = np.zeros(0, np.uint8), b""
+        made = np.zeros(0, np.uint8)
     if hashlib.sha256(made.tobytes()).hexdigest() != row[0]:
         cause = "Restore the file from your backup."
         raise _validate.fail("vault", f"the probes of {name} in {path}", "another content", cause)
-    if content is kept:  # an older version wrote them in plain
+    if plain:
         folder.write(path, records.seal(_file_key(vault, name), content))
     return made, row[1]
 

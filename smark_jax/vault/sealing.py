@@ -8,16 +8,13 @@ Older versions kept them in plain. The first opening moves those rows, after the
 file, so that their bytes are gone from it. Backups made before still hold them.
 """
 
-import os
 import sqlite3
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from smark_jax import _validate, keys
 from smark_jax.vault import _text, database, log
 
-_NONCE_BYTES = 12
 # sqlite's field for the kind of file. Set once no byte in the file is older than this module.
 _SEALED = 0x736D6B32
 _COLUMNS = ("document", "statistics", "chips")
@@ -28,11 +25,8 @@ def row(
 ) -> database.Row:
     """A row of the table ``findings``."""
     plain = zip(_COLUMNS, (document.encode(), statistics, chips), strict=True)
-    cipher = _cipher(master)
-    sealed = []
-    for column, content in plain:
-        nonce = os.urandom(_NONCE_BYTES)
-        sealed.append(nonce + cipher.encrypt(nonce, content, _about(verdict, place, column)))
+    key = keys.derive(master, "findings")
+    sealed = (keys.seal(key, content, _about(verdict, place, column)) for column, content in plain)
     return (verdict, place, *sealed)
 
 
@@ -42,17 +36,12 @@ def unseal(master: keys.SecretKey, verdict: int, place: int, column: str, sealed
     Raises:
       ValueError: when it was sealed with another key, or as something else.
     """
-    nonce, content = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
     try:
-        return _cipher(master).decrypt(nonce, content, _about(verdict, place, column))
-    except (InvalidTag, ValueError):
+        return keys.unseal(keys.derive(master, "findings"), sealed, _about(verdict, place, column))
+    except InvalidTag:
         got = f"other bytes ({column} of suspect {place + 1} of verdict {verdict})"
         cause = "Restore the vault's folder from your backup."
         raise _validate.fail("vault", "a finding that this vault sealed", got, cause) from None
-
-
-def _cipher(master: keys.SecretKey) -> ChaCha20Poly1305:
-    return ChaCha20Poly1305(keys.derive(master, "findings").to_bytes())
 
 
 def _about(verdict: int, place: int, column: str) -> bytes:

@@ -19,7 +19,7 @@ from smark_jax._types import ApplyFn, PyTree
 from smark_jax.vault import commitments, database, folder, models, sealing
 from smark_jax.vault._text import now
 
-_WORDS_A_BLOCK = 1 << 16
+_WORDS_PER_BLOCK = 1 << 16
 COMPARED = ("traced", "nobody")
 """Verdicts on suspects that were compared with customers; the others are no occasion."""
 # Bundles say by which read-out chips were read: 1, which they did not say, had no bounds.
@@ -126,7 +126,8 @@ def _once(
     for name, leaf in leaves.items():
         if leaf.size in sizes:
             first.setdefault((str((leaf.shape, leaf.dtype)), leaf.tobytes()), name)
-    kept = {name: leaf for name, leaf in leaves.items() if leaf.size not in sizes or name in set(first.values())}
+    once = set(first.values())
+    kept = {name: leaf for name, leaf in leaves.items() if leaf.size not in sizes or name in once}
     return kept, {name: leaf for name, leaf in base.items() if name not in tied}
 
 
@@ -337,19 +338,14 @@ def _trace(
     asked: np.ndarray | None,
 ) -> tuple[tracing.Verdict, ...]:
     key = models.code_key(vault, model.name)
-    if asked is not None:
-        blocks = [serials[start : start + _WORDS_A_BLOCK] for start in range(0, len(serials), _WORDS_A_BLOCK)]
-        some = [np.asarray(codes.codebook(key, block, model.num_chips))[:, asked] for block in blocks]
-        book = np.concatenate(some)
-        counts = {"num_alignments": tried, "log_maps": log_maps}
-        return tracing.trace_batch(chips[:, asked], book, alpha, models.DECODER, serials=serials, **counts)
-    if serials == list(range(len(serials))):
+    counts = {"num_alignments": tried, "log_maps": log_maps}
+    if asked is None and serials == list(range(len(serials))):
         book = codes.Codebook(key, len(serials), model.num_chips)
-        return tracing.trace_batch(chips, book, alpha, models.DECODER, num_alignments=tried, log_maps=log_maps)
-    book = codes.codebook(key, serials, model.num_chips)
-    return tracing.trace_batch(
-        chips, book, alpha, models.DECODER, serials=serials, num_alignments=tried, log_maps=log_maps
-    )
+        return tracing.trace_batch(chips, book, alpha, models.DECODER, **counts)
+    columns = slice(None) if asked is None else asked
+    blocks = (serials[start : start + _WORDS_PER_BLOCK] for start in range(0, len(serials), _WORDS_PER_BLOCK))
+    words = np.concatenate([np.asarray(codes.codebook(key, some, model.num_chips))[:, columns] for some in blocks])
+    return tracing.trace_batch(chips[:, columns], words, alpha, models.DECODER, serials=serials, **counts)
 
 
 def _findings(verdict: tracing.Verdict, names: Mapping[int, str]) -> dict[str, Any]:
