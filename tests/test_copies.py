@@ -230,9 +230,9 @@ def as_before(leaves):
 
 def test_copies_that_would_answer_nan_get_no_name_and_others_say_what_they_cost(desk, tmp_path, monkeypatch):
     leaves, images = classifier(), np.random.default_rng(0).normal(size=(64, 400)).astype(np.float32)
-    network = trials.Network(batch_norm, images, np.zeros(64, int))
+    running = trials.Running(trials.Network(batch_norm, images, np.zeros(64, int)), leaves)
     models.add(desk, "new", leaves, num_chips=CHIPS)
-    trial = issued(desk, "new", tmp_path / "new", network=network).trial
+    trial = issued(desk, "new", tmp_path / "new", trial=running).trial
     assert (trial.copies, trial.images) == (1, 64) and 0.9 < trial.least == trial.agreement <= 1
     assert abs(trial.accuracy - trial.base_accuracy) < 0.1
     with monkeypatch.context() as patch:  # a vault of before
@@ -245,8 +245,9 @@ def test_copies_that_would_answer_nan_get_no_name_and_others_say_what_they_cost(
     assert list((tmp_path / "old").glob("[!.]*")) == []
     # A network that answers NaN for whatever reason: here the base's own weights alone answer well.
     broken = lambda params, x: batch_norm(params, x) / (params["fc.weight"][0, 0] == leaves["fc.weight"][0, 0])  # noqa: E731
+    running = trials.Running(trials.Network(broken, images), leaves)
     with pytest.raises(ValueError, match="finite outputs, but got NaN or infinite ones from the copy of c0"):
-        issuing.issue(desk, "new", everybody, tmp_path / "nan", network=trials.Network(broken, images))
+        issuing.issue(desk, "new", everybody, tmp_path / "nan", trial=running)
     assert list((tmp_path / "nan").glob("[!.]*")) == []
 
 

@@ -72,8 +72,7 @@ def issue(
         runs = trials.Network(*_common.network("network", network)) if network else None
         teaching = _common.network("teach", teach) if teach else None
         runs = runs or (trials.Network(*teaching) if teaching else None)
-        if runs:
-            trials.Running(runs, models.base(desk, model))
+        trial = trials.Running(runs, models.base(desk, model)) if runs else None
         known = registry.registered(desk)
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
         everyone = sorted(set(chosen) | set(known if everybody else []))
@@ -104,7 +103,7 @@ def issue(
                 out,
                 strength=strength,
                 teach=teacher,
-                network=runs,
+                trial=trial,
                 on_copy=finished,
                 on_wait=waiting,
             )

@@ -70,14 +70,14 @@ def issue(
     *,
     strength: float | None = None,
     teach: Teacher | None = None,
-    network: trials.Network | None = None,
+    trial: trials.Running | None = None,
     on_copy: Callable[[int], None] = lambda count: None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Issued:
     """Issues a model to customers: one safetensors file each, the same again when issued again.
 
     A copy differs from the file of the base in the bytes of its carrying leaves and in no other. None is written whose
-    marked leaves are not finite, or fall below zero where the base's do not; nor, with ``network``, one that answers
+    marked leaves are not finite, or fall below zero where the base's do not; nor, with ``trial``, one that answers
     NaN.
 
     Where copies are taught, that is so on the same machine and software; elsewhere a copy that is written again differs
@@ -91,7 +91,7 @@ def issue(
       strength: of copies; the model's own by default.
       teach: makes copies that can be traced by their answers, see :func:`smark_jax.vault.queries.teacher`. It changes
         all leaves that gradients move.
-      network: runs each copy before it is written.
+      trial: runs each copy before it is written.
       on_copy: called with the number of copies done.
       on_wait: called when another process issues from this vault, and this one waits.
 
@@ -104,7 +104,6 @@ def issue(
     if strength is not None:
         models.check_strength("issue", strength)
     base = models.base(vault, model)
-    trial = trials.Running(network, base) if network else None
     out.mkdir(parents=True, exist_ok=True)
     with _alone(vault, on_wait):
         new = _license(vault, model, customers, strength)
