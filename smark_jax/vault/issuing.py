@@ -206,6 +206,7 @@ def _write(
         alike = [licence for licence in licences if licence.strength == strength]
         batches += [alike[start : start + count] for start in range(0, len(alike), count)]
     copies = _maker(vault, model, base, teach, count)
+    hidden = functools.partial(_write_hidden, like=models.base_file(vault, model))
     with (
         concurrent.futures.ThreadPoolExecutor(1) as maker,
         concurrent.futures.ThreadPoolExecutor(_WRITERS) as writers,
@@ -220,7 +221,6 @@ def _write(
             if trial:
                 for licence, leaves in zip(some, made, strict=True):
                     trial.add(f"the copy of {licence.customer.name}", leaves)
-            hidden = functools.partial(_write_hidden, like=models.base_file(vault, model))
             hashed = list(writers.map(hidden, parts, made))
             del batch, made  # or three batches would be in memory
             rows = [
