@@ -299,7 +299,7 @@ def test_words_are_the_same_however_many_passes_draw_them(monkeypatch):
 
     whole = comparators.tardos(KEY, 50, 70, 4)
     verdict = whole.trace(whole.words[:2].mean(axis=0))
-    monkeypatch.setattr(biased, "_BYTES_A_PASS", 4 * 70 * 7)
+    monkeypatch.setattr(biased, "_BYTES_PER_PASS", 4 * 70 * 7)
     parts = comparators.tardos(KEY, 50, 70, 4)
     np.testing.assert_array_equal(whole.words, parts.words)
     np.testing.assert_allclose(parts.trace(whole.words[:2].mean(axis=0)).statistics, verdict.statistics)

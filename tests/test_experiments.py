@@ -25,7 +25,7 @@ def test_collusion_sections_run_and_resume(tmp_path):
     documents = section_checks.run_and_resume(TINY, tmp_path)
     changed = dataclasses.replace(TINY[roc], customers=10_000)
     again = sections.run_section(roc, changed, 0, tmp_path, section_checks.CONSOLE)
-    assert again["result"]["innocents_a_curve"] == 10_000
+    assert again["result"]["innocents_per_curve"] == 10_000
 
     ours = [row for row in documents["codes"]["result"]["rows"] if row["code"] == "ours, joint"]
     assert [row["caught_mean"] for row in ours] == [3]

@@ -171,7 +171,7 @@ def _codes(result: dict[str, Any]) -> str:
 
 def _roc(result: dict[str, Any]) -> str:
     excess = max(row["largest_log10_excess"] for row in result["rows"])
-    return f"share of p-values below x: at most {10**excess:.2f} x, {result['innocents_a_curve']:,} innocents a curve"
+    return f"share of p-values below x: at most {10**excess:.2f} x, {result['innocents_per_curve']:,} innocents a curve"
 
 
 def _speed(result: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from experiments.common.comparators.interface import Comparator, Decision
 from smark_jax import _validate, chacha, keys, statistics
 from smark_jax._types import AnyArray
 
-_BYTES_A_PASS = 1 << 24
+_BYTES_PER_PASS = 1 << 24
 
 
 def tardos(key: keys.SecretKey, num_customers: int, num_chips: int, colluders: int) -> Comparator:
@@ -174,7 +174,7 @@ def _comparator(key: keys.SecretKey, name: str, biases: np.ndarray, num_customer
 
 def _draw(key: keys.SecretKey, cuts: np.ndarray, num_customers: int) -> np.ndarray:
     """Words of -1 and +1, shape [N, m], the same for a serial whatever N is."""
-    rows = min(num_customers, max(1, _BYTES_A_PASS // (4 * cuts.size)))
+    rows = min(num_customers, max(1, _BYTES_PER_PASS // (4 * cuts.size)))
     words = np.empty((num_customers, cuts.size), np.int8)
     for first in range(0, num_customers, rows):
         serials = jnp.arange(rows, dtype=jnp.uint32) + jnp.uint32(first)
@@ -185,10 +185,10 @@ def _draw(key: keys.SecretKey, cuts: np.ndarray, num_customers: int) -> np.ndarr
 @jax.jit
 def _biased_words(key: Array, cuts: Array, serials: Array) -> Array:
     count, num_chips = serials.shape[0], cuts.shape[0]
-    blocks_a_word = -(-num_chips // chacha.BLOCK_WORDS)
+    blocks_per_word = -(-num_chips // chacha.BLOCK_WORDS)
     zeros = jnp.zeros_like(serials)
-    nonces = jnp.repeat(jnp.stack([zeros, serials, zeros]), blocks_a_word, axis=1)
-    counters = jnp.tile(jnp.arange(blocks_a_word, dtype=jnp.uint32), count)
+    nonces = jnp.repeat(jnp.stack([zeros, serials, zeros]), blocks_per_word, axis=1)
+    counters = jnp.tile(jnp.arange(blocks_per_word, dtype=jnp.uint32), count)
     stream = chacha.blocks(key, counters, nonces).reshape(count, -1)[:, :num_chips]
     return 2 * (stream < cuts[None, :]).astype(jnp.int8) - 1
 
@@ -196,7 +196,7 @@ def _biased_words(key: Array, cuts: Array, serials: Array) -> Array:
 def _score(words: np.ndarray, biases: np.ndarray, y: np.ndarray, log_level: float) -> Decision:
     centred = centre(statistics.direction(y), biases)
     half = statistics.direction(centred) / (2 * np.sqrt(biases * (1 - biases)))  # x - p = (word - (2p - 1)) / 2
-    rows = max(1, _BYTES_A_PASS // (8 * biases.size))
+    rows = max(1, _BYTES_PER_PASS // (8 * biases.size))
     scores = np.concatenate(
         [words[first : first + rows].astype(np.float64) @ half for first in range(0, len(words), rows)]
     )
