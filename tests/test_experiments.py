@@ -8,9 +8,9 @@ pytest.importorskip("matplotlib")
 
 import section_checks
 
-from experiments import sections
 from experiments.collusion import __main__ as collusion
 from experiments.collusion import capability, codes, null, readings, roc
+from experiments.common import sections
 
 TINY = {
     capability: capability.Config(((304, 20, 200),), ((304, 20, 1000),), (2,), joint_trials=2, single_trials=5),

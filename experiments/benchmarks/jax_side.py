@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from experiments import sections
 from experiments.benchmarks import shapes
+from experiments.common import sections
 from smark_jax import (
     _memory,
     aggregation,

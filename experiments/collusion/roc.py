@@ -7,8 +7,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
 from experiments.collusion import common
+from experiments.common import sections
 from smark_jax import codes, keys, statistics, tracing
 
 _POINTS = 200

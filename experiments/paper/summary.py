@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import rich.console
 
-from experiments import sections
+from experiments.common import sections
 from experiments.paper import report
 
 _ROOT = Path(__file__).parent.parent

@@ -25,7 +25,7 @@ from smark_jax import keys
 
 Result = dict[str, Any]
 _SECONDS_PER_LOG_LINE = 20
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 
 
 def secret(seed: int, *names: str) -> keys.SecretKey:
