@@ -3,7 +3,7 @@
 What is moved is written out here, and the logits are compared: the test does not rest on the graph that it tests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ class Case(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
     images: tuple[int, ...]
     apply: Callable[[Params, jax.Array], jax.Array]
-    places: dict[str, tuple[int, bool | None, np.ndarray]]
+    places: Mapping[str, tuple[int, bool | None, np.ndarray]]
     scaled: bool = True
 
 
