@@ -136,7 +136,7 @@ def test_a_new_format_is_one_entry(tmp_path, monkeypatch):
         return {name: np.array(values, np.float32)}
 
     def write(file, leaves, like):
-        text = " ".join([*leaves, *map(str, *leaves.values())]).encode()
+        text = " ".join(["w", *map(str, leaves["w"])]).encode()
         file.write(text)
         return hashlib.sha256(text).hexdigest()
 
@@ -148,7 +148,9 @@ def test_a_new_format_is_one_entry(tmp_path, monkeypatch):
     assert found.format == "line"
     np.testing.assert_array_equal(found.leaves["w"], [1, 2, 3])
     with path.open("wb") as file:
-        assert formats.writer("line")(file, found.leaves, None) == files.read(path).sha256
+        digest = formats.writer("line")(file, {"w": found.leaves["w"] + 1}, None)
+    assert files.read(path).sha256 == digest
+    np.testing.assert_array_equal(files.read(path).leaves["w"], [2, 3, 4])
 
 
 def test_each_format_is_asked_in_an_order_in_which_no_other_takes_its_files():

@@ -3,7 +3,6 @@
 import datetime
 import hashlib
 import io
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,10 +137,8 @@ def teacher(
     made, num_classes = probes(vault, name)
     base = files.nest(models.base(vault, models.get(vault, name)))
     batch_size = min(_BATCH, len(pictures))
-    steps = _EPOCHS * (len(pictures) // batch_size)
 
     def teach(copies: PyTree, words: np.ndarray) -> PyTree:
-        count = itertools.count(1)
         return blackbox.train_copies(
             copies,
             base,
@@ -152,7 +149,7 @@ def teacher(
             num_classes,
             epochs=_EPOCHS,
             batch_size=batch_size,
-            on_step=lambda: on_share(next(count) / (steps * len(words))),
+            on_progress=lambda done, total, loss: on_share(done / total),
         ).params
 
     return teach
