@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from smark_jax import _validate, carriers
+from smark_jax import _trees, _validate, carriers
 from smark_jax._types import PyTree
 from smark_jax.carriers import shifts
 
 # extract_batch reads this many suspects at a time, so that a long batch does not multiply the working memory.
-_SUSPECTS_A_PASS = 8
+_SUSPECTS_PER_PASS = 8
 # Rectification: at least so many weights in a bin, at most so many bins in a leaf; leaves of fewer than four stay.
 _BIN, _BINS = 128, 256
 _TINY = 1e-20
@@ -209,7 +209,7 @@ def least_weights(num_chips: int, threshold: float) -> int:
 def _odd(suspect: PyTree, spec: carriers.Spec, number: int | None = None) -> dict[str, str]:
     """The carrying leaves that the suspect does not have as the base has them, and why."""
     stacked = () if number is None else (number,)
-    named = _named(suspect)
+    named = _trees.named("extract", suspect)
     odd = {}
     for leaf in spec.leaves:
         if leaf.path not in named:
@@ -219,10 +219,6 @@ def _odd(suspect: PyTree, spec: carriers.Spec, number: int | None = None) -> dic
         elif not jnp.issubdtype(dtype := _dtype(named[leaf.path]), jnp.floating):
             odd[leaf.path] = f"of type {dtype}"
     return odd
-
-
-def _named(tree: PyTree) -> dict[str, Any]:
-    return {_validate.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _dtype(leaf: Any) -> Any:
@@ -242,7 +238,7 @@ def _carried(
       number: of suspects in the stack.
       require: whether to refuse a suspect without any leaf to read.
     """
-    odd, named, whole = _odd(suspect, spec, number), _named(suspect), _named(base)
+    odd, named, whole = _odd(suspect, spec, number), _trees.named("extract", suspect), _trees.named("extract", base)
     if require and len(odd) == len(spec.leaves):
         first = {name: leaf[0] if number is not None else leaf for name, leaf in named.items()}
         carriers.check_params(f"{who}: suspect", first, spec)
@@ -373,6 +369,6 @@ def _extract_batch(
     suspects: Mapping[str, Array], base: Mapping[str, Array], spec: carriers.Spec, carrier: carriers.Carrier
 ) -> tuple[Array, Array]:
     chips, ok = jax.lax.map(
-        lambda suspect: _extract(suspect, base, spec, carrier), suspects, batch_size=_SUSPECTS_A_PASS
+        lambda suspect: _extract(suspect, base, spec, carrier), suspects, batch_size=_SUSPECTS_PER_PASS
     )
     return chips, ok.all()

@@ -15,19 +15,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import jax
 import numpy as np
 
-from smark_jax import _disk, _validate, carriers, codes, embedding, files
+from smark_jax import _io, _validate, carriers, codes, embedding, files
 from smark_jax._types import PyTree
-from smark_jax.vault import _text, commitments, database, folder, models, trials
+from smark_jax.vault import _text, commitments, folder, models, store, trials
 from smark_jax.vault.customers import Customer
 
 # A copy that has not got its name yet is called ".NAME.issuing".
 _HIDDEN = ".issuing"
 # A batch of copies: at most so many, and about so many bytes. Two are in memory together.
-_COPIES_A_BATCH, _BYTES_A_BATCH = 32, 1 << 27
+_COPIES_PER_BATCH, _BYTES_PER_BATCH = 32, 1 << 27
 # Threads that hash and write, all of which lets other threads run, and flush files, for which they wait for the disk.
 _WRITERS = 4
 
@@ -132,16 +131,14 @@ def issue(
 @contextlib.contextmanager
 def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
     """Only one process issues at a time; the system frees the lock of one that dies."""
-    lock = filelock.FileLock(vault.folder / "issue.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        on_wait()
-        lock.acquire()
-    try:
+    path = vault.folder / "issue.lock"
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(_io.locked(path))
+        except TimeoutError:
+            on_wait()
+            held.enter_context(_io.locked(path, seconds=-1))
         yield
-    finally:
-        lock.release()
 
 
 def _license(vault: folder.Vault, model: models.Model, customers: Sequence[Customer], strength: float | None) -> int:
@@ -160,8 +157,8 @@ def _license(vault: folder.Vault, model: models.Model, customers: Sequence[Custo
         (model.name, customer.serial, model.strength if strength is None else strength, leaf)
         for customer, leaf in zip(new, hashed, strict=True)
     ]
-    with database.transaction(vault.connection):
-        tree = dict(vault.connection.execute("SELECT serial, leaf FROM licences WHERE model = ?", (model.name,)))
+    with store.transaction(vault.connection):
+        tree = {licence.serial: licence.leaf for licence in store.licences(vault.connection, model.name)}
         tree |= {serial: leaf for _, serial, _, leaf in rows}
         commitment = commitments.build(vault, model, [tree[serial] for serial in sorted(tree)])
         added = {"commitments": [commitment], "licences": [(*row, commitment.number) for row in rows]}
@@ -171,14 +168,13 @@ def _license(vault: folder.Vault, model: models.Model, customers: Sequence[Custo
 
 def strengths(vault: folder.Vault, model: str) -> dict[int, float]:
     """By serial, the strength of the copy of each customer who has one, in the order of serials."""
-    rows = vault.connection.execute("SELECT serial, strength FROM licences WHERE model = ? ORDER BY serial", (model,))
-    return dict(rows)
+    return {licence.serial: licence.strength for licence in store.licences(vault.connection, model)}
 
 
 def _licences(vault: folder.Vault, model: models.Model, customers: Sequence[Customer], out: Path) -> list[_Licence]:
     held = strengths(vault, model.name)
     known: dict[int, set[str]] = {}
-    for serial, sha256 in vault.connection.execute("SELECT serial, sha256 FROM copies WHERE model = ?", (model.name,)):
+    for serial, sha256 in store.copies(vault.connection, model.name):
         known.setdefault(serial, set()).add(sha256)
     return [
         _Licence(c, held[c.serial], frozenset(known.get(c.serial, ())), out / _text.file_name(c.serial, c.name))
@@ -200,7 +196,7 @@ def _write(
     size = sum(leaf.nbytes for leaf in base.values())
     # The same number for all batches, so that a copy's bits never depend on who is issued along with it.
     # A taught copy has cost a minute: it is kept as soon as it is there.
-    count = 1 if teach else max(1, min(_COPIES_A_BATCH, _BYTES_A_BATCH // size))
+    count = 1 if teach else max(1, min(_COPIES_PER_BATCH, _BYTES_PER_BATCH // size))
     batches: list[list[_Licence]] = []
     for strength in sorted({licence.strength for licence in licences}):
         alike = [licence for licence in licences if licence.strength == strength]
@@ -232,7 +228,7 @@ def _write(
                 folder.record(vault, "copies made", {"copies": rows}, model=model.name)
             for part, licence in zip(parts, some, strict=True):
                 part.replace(licence.path)
-            _disk.flush_folder(some[0].path.parent)
+            _io.flush_folder(some[0].path.parent)
             yield len(some)
 
 
@@ -274,7 +270,7 @@ def _refuse_below(name: str, lowest: float, customer: Customer) -> None:
 
 def _write_hidden(part: Path, leaves: Mapping[str, np.ndarray], like: Path) -> tuple[str, str]:
     """Writes a copy that has no name yet, flushed to the disk; returns the hashes of file and content."""
-    with _disk.new_file(part) as file:
+    with _io.new_file(part) as file:
         sha256 = files.dump(file, leaves, like=like)
     return sha256, files.content_hash(leaves)
 
@@ -301,10 +297,9 @@ def _refuse_base(path: Path, model: models.Model) -> None:
 def _refuse_other(vault: folder.Vault, path: Path, model: models.Model) -> None:
     """Nor is a copy of another model written over: copies of all models have the same names."""
     if path.is_file():
-        asked = "SELECT model FROM copies WHERE sha256 = ? AND model <> ?"
-        if row := vault.connection.execute(asked, (_file_hash(path), model.name)).fetchone():
+        if other := store.model_of_copy(vault.connection, _file_hash(path), but=model.name):
             cause = "Name a folder for each model by --out."
-            raise _validate.fail("issue", f"a copy of {model.name}, or nothing, in {path}", f"one of {row[0]}", cause)
+            raise _validate.fail("issue", f"a copy of {model.name}, or nothing, in {path}", f"one of {other}", cause)
 
 
 def _file_hash(path: Path) -> str:
