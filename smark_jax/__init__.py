@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from smark_jax import comparators as comparators
     from smark_jax import data as data
     from smark_jax import embedding as embedding
+    from smark_jax import errors as errors
     from smark_jax import extraction as extraction
     from smark_jax import federation as federation
     from smark_jax import files as files
@@ -45,6 +46,7 @@ __all__ = [
     "comparators",
     "data",
     "embedding",
+    "errors",
     "extraction",
     "federation",
     "files",

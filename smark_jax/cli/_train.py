@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import rich.console
 
-from smark_jax import _disk, _validate, data, files, keys, models, parallel
+from smark_jax import _disk, _validate, data, errors, files, keys, models, parallel
 from smark_jax._types import PyTree
 from smark_jax.cli import _checkpoints, _train_config, _training
 
@@ -31,7 +31,7 @@ def run(config: _train_config.Config, out: Path, console: rich.console.Console) 
     """Trains, or goes on, and returns the results; writes ``base.safetensors``, ``results.json``, ``training.png``.
 
     Raises:
-      ValueError: when ``out`` holds a run of another configuration, or another process is at work there.
+      SmarkError: when ``out`` holds a run of another configuration, or another process is at work there.
     """
     began = time.perf_counter()
     private = out / "private"
@@ -113,7 +113,7 @@ def _alone(private: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         cause = "Wait for it, or choose another folder with --out."
         raise _validate.fail(
-            "train", f"{private.parent} to itself", "another smark train at work there", cause
+            "train", f"{private.parent} to itself", "another smark train at work there", cause, kind=errors.InUse
         ) from error
 
 

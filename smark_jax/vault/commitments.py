@@ -134,7 +134,7 @@ def get(vault: folder.Vault, model: str, number: int) -> Commitment:
     """A model's commitment of this number.
 
     Raises:
-      ValueError: when there is none.
+      SmarkError: when there is none.
     """
     row = vault.connection.execute(
         "SELECT model, number, root, document FROM commitments WHERE model = ? AND number = ?", (model, number)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smark_jax import _validate
+from smark_jax import _validate, errors
 from smark_jax.vault import _text
 
 Row = Sequence[Any]
@@ -98,7 +98,7 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     """Opens the database, brings an older one up to date, and refuses a newer one, a damaged one or another schema.
 
     Raises:
-      ValueError: in those cases, and when there is none.
+      SmarkError: in those cases, and when there is none.
     """
     mode = "rwc" if create else "rw"
     with errors_explained(path):
@@ -124,16 +124,17 @@ def errors_explained(path: Path) -> Iterator[None]:
     """Raises sqlite's errors as ours: a disk that is full or read-only is no tampering.
 
     Raises:
-      ValueError: naming the file, what is wrong with it and what to do.
+      SmarkError: naming the file, what is wrong with it and what to do.
     """
     try:
         yield
     except sqlite3.DatabaseError as error:
         advice = _ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)  # the higher bits tell variants apart
         if advice is None:
-            raise _tampered(str(error)) from None
+            raise _tampered(str(error)) from error
         expected = f"to read and write the database {path} and files beside it"
-        raise _validate.fail("vault", expected, f"sqlite's refusal: {error}", advice) from None
+        kind = errors.InUse if advice == _IN_USE else errors.SmarkError
+        raise _validate.fail("vault", expected, f"sqlite's refusal: {error}", advice, kind=kind) from error
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
@@ -238,7 +239,7 @@ def verify(connection: sqlite3.Connection, said: Mapping[int, Mapping[str, Any]]
       said: by the number of an entry, the summary of its rows; without those that later entries replaced.
 
     Raises:
-      ValueError: naming the table, and the entry with which its rows disagree.
+      SmarkError: naming the table, and the entry with which its rows disagree.
     """
     # Queries may read names and numbers from an index alone.
     (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
@@ -257,9 +258,15 @@ def verify(connection: sqlite3.Connection, said: Mapping[int, Mapping[str, Any]]
                 raise _tampered(f"table {table} has {rows} rows of log entry {entry}, and the log says {should} others")
 
 
-def _tampered(what: str) -> ValueError:
+def _tampered(what: str) -> errors.Tampered:
     cause = "Somebody or something changed it outside smark: restore the vault's folder from your backup."
-    return _validate.fail("vault", "the database as smark wrote it", f"a tampered or damaged database ({what})", cause)
+    return _validate.fail(
+        "vault",
+        "the database as smark wrote it",
+        f"a tampered or damaged database ({what})",
+        cause,
+        kind=errors.Tampered,
+    )
 
 
 def canonical(value: Any) -> str:

@@ -19,7 +19,7 @@ import filelock
 import jax
 import numpy as np
 
-from smark_jax import _disk, _validate, carriers, codes, embedding, files
+from smark_jax import _disk, _validate, carriers, codes, embedding, errors, files
 from smark_jax._types import PyTree
 from smark_jax.vault import _text, commitments, database, folder, models, trials
 from smark_jax.vault.customers import Customer
@@ -96,7 +96,7 @@ def issue(
       on_wait: called when another process issues from this vault, and this one waits.
 
     Raises:
-      ValueError: when there are no customers, no such model, a customer has a copy of another strength, or a copy
+      SmarkError: when there are no customers, no such model, a customer has a copy of another strength, or a copy
         would not work.
     """
     _validate.positive("issue", "the number of customers", len(customers))
@@ -291,7 +291,7 @@ def _refuse_base(path: Path, model: models.Model) -> None:
     """A damaged copy is written again, but the owner's base is not written over because it has a copy's name."""
     try:
         is_base = path.is_file() and files.content_hash(files.read(path).leaves) == model.base
-    except ValueError:
+    except errors.Unreadable:
         return
     if is_base:
         cause = "Name another folder by --out, or move the base."

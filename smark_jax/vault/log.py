@@ -17,7 +17,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smark_jax import _validate, keys
+from smark_jax import _validate, errors, keys
 from smark_jax.vault import _text, database
 
 _START = bytes(32)
@@ -50,7 +50,7 @@ def append(
       The entry's number.
 
     Raises:
-      ValueError: when the log's last entry is not authentic.
+      SmarkError: when the log's last entry is not authentic.
     """
     last = connection.execute("SELECT number, previous, body, mac FROM log ORDER BY number DESC LIMIT 1").fetchone()
     if last is not None and not hmac.compare_digest(_mac(key, *last[:3]), last[3]):
@@ -68,7 +68,7 @@ def verify(connection: sqlite3.Connection, key: keys.SecretKey) -> None:
     """Checks every entry of the log, and that the tables hold what it says.
 
     Raises:
-      ValueError: saying what differs, and what to do.
+      SmarkError: saying what differs, and what to do.
     """
     said, previous, count = {}, _START, 0
     for number, before, body, mac in connection.execute("SELECT number, previous, body, mac FROM log ORDER BY number"):
@@ -98,6 +98,8 @@ def _mac(key: keys.SecretKey, number: int, previous: bytes, body: str) -> bytes:
     return hmac.digest(key.to_bytes(), number.to_bytes(8, "big") + previous + body.encode(), "sha256")
 
 
-def _tampered(what: str) -> ValueError:
+def _tampered(what: str) -> errors.Tampered:
     cause = "Somebody or something changed it outside smark: restore the vault's folder from your backup."
-    return _validate.fail("vault", "the log as smark wrote it", f"a tampered or damaged log ({what})", cause)
+    return _validate.fail(
+        "vault", "the log as smark wrote it", f"a tampered or damaged log ({what})", cause, kind=errors.Tampered
+    )

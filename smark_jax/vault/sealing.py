@@ -34,7 +34,7 @@ def unseal(master: keys.SecretKey, verdict: int, place: int, column: str, sealed
     """What a column of ``findings`` holds.
 
     Raises:
-      ValueError: when it was sealed with another key, or as something else.
+      SmarkError: when it was sealed with another key, or as something else.
     """
     try:
         return keys.unseal(keys.derive(master, "findings"), sealed, _about(verdict, place, column))
@@ -59,7 +59,7 @@ def seal_plain_rows(connection: sqlite3.Connection, master: keys.SecretKey, log_
     A process that dies on the way leaves rows either plain or sealed, and the next opening goes on.
 
     Raises:
-      ValueError: when the rows are not those that the log vouches for.
+      SmarkError: when the rows are not those that the log vouches for.
     """
     plain = "SELECT verdict, place, document, statistics, chips FROM suspects ORDER BY verdict, place"
     (kind,) = connection.execute("PRAGMA application_id").fetchone()
