@@ -45,9 +45,9 @@ def partition(
     return np.asarray(images)[order], np.asarray(labels)[order]
 
 
-def num_batches(examples_a_party: int, batch_size: int, epochs: int) -> int:
+def num_batches(examples_per_party: int, batch_size: int, epochs: int) -> int:
     """How many batches :func:`batches` yields: the total of a progress bar."""
-    return examples_a_party // batch_size * epochs
+    return examples_per_party // batch_size * epochs
 
 
 def batches(

@@ -27,7 +27,7 @@ from smark_jax import _disk, aggregation, data, keys, parallel, training
 from smark_jax._types import PyTree
 from smark_jax.cli import _training
 
-_SECONDS_A_LOG_LINE = 20
+_SECONDS_PER_LOG_LINE = 20
 _SHOWN = 6
 _SOFTWARE = ("smark-jax", "jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes")
 _VARIABLES = (
@@ -119,7 +119,7 @@ class _Meter:
         self.losses[done - 1] = loss
         self._progress.update(self._task, completed=done, note=f"loss {loss:.3f}")
         console = self._progress.console
-        if not console.is_terminal and time.monotonic() - self._printed > _SECONDS_A_LOG_LINE:
+        if not console.is_terminal and time.monotonic() - self._printed > _SECONDS_PER_LOG_LINE:
             self._printed = time.monotonic()
             console.print(f"Round {done:,} of {len(self.losses):,}: loss {loss:.3f}")
 
