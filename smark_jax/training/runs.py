@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _io, _validate, data, files, keys, parallel
+from smark_jax import _io, _validate, data, errors, files, keys, parallel
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.training import checkpoints, recipe
 
