@@ -36,7 +36,9 @@ def fail(
 def missing(who: str, package: str, extra: str) -> errors.MissingExtra:
     """The error for a package that is not installed; the caller raises it from the ``ImportError``."""
     install = f"Install it: pip install 'smark-jax[{extra}]'"
-    return fail(who, f"the package {package}", "an installation without it", install, kind=errors.MissingExtra)
+    error = fail(who, f"the package {package}", "an installation without it", install, kind=errors.MissingExtra)
+    error.extra, error.name = extra, package
+    return error
 
 
 def is_traced(*values: Any) -> bool:
