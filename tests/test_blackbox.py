@@ -1,14 +1,13 @@
 import pytest
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("galois")
 
 import numpy as np
 from scipy import stats
 from section_checks import run_and_resume
 
 from experiments.blackbox import answers, images, payloads, subsets
-from experiments.robustness import networks
+from experiments.common import networks
 from smark_jax import blackbox
 
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from smark_jax import _io, _validate
+from smark_jax import _io, _validate, errors
 
 _EMBEDDED = "mnist_5k"
 _INSTEAD = f"use the embedded set data.load({_EMBEDDED!r}, ...)"
@@ -69,7 +69,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) 
       The whole split, decoded, as NumPy arrays.
 
     Raises:
-      ValueError: for an unknown name or split, or a data set that is not 8-bit images of one size with one label.
+      SmarkError: for an unknown name or split, or a data set that is not 8-bit images of one size with one label.
       ConnectionError: when the set is not on this machine and cannot be downloaded.
       ImportError: when a package that the preparation needs is missing.
       OSError: when ``data_dir`` cannot be written to, or its files cannot be read.
@@ -140,9 +140,8 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     except ImportError as error:
         raise _missing(name, error) from error
     except (ValueError, AssertionError) as error:  # An unknown configuration or version.
-        raise ValueError(
-            f"data.load: {name!r} is neither {_EMBEDDED!r} nor a set that TFDS can open ({_first_line(error)})"
-        ) from error
+        expected = f"{_EMBEDDED!r}, or a set, configuration and version that TFDS can open"
+        raise _validate.fail("data.load", expected, repr(name), f"TFDS says: {_first_line(error)}") from error
     except Exception as error:
         where = data_dir or "TFDS's default folder"
         raise OSError(f"data.load: TFDS cannot open {name!r} in {where}: {_first_line(error)}") from error
@@ -294,19 +293,26 @@ def _explained(name: str, builder: Any, error: Exception) -> Exception:
             f"data.load: cannot write {name!r} to {builder.data_dir} ({_first_line(error)}); pass data_dir, or set "
             "TFDS_DATA_DIR, to a folder that you can write to."
         )
-    return RuntimeError(f"data.load: TFDS could not prepare {name!r} ({_first_line(error)}); {_INSTEAD}.")
+    got, cause = f"an error of TFDS ({_first_line(error)})", f"{_INSTEAD[0].upper()}{_INSTEAD[1:]}."
+    desk = f"Name the embedded set, {_EMBEDDED}."
+    return _validate.fail("data.load", f"{name!r} to be prepared", got, cause, desk=desk)
 
 
-def _missing(name: str, error: ImportError) -> ImportError:
+def _missing(name: str, error: ImportError) -> errors.MissingExtra:
     """Which package to install; TFDS says without naming it when it is TensorFlow."""
     package = (error.name or "tensorflow").partition(".")[0]
     if name == _EMBEDDED:
-        return ImportError(f'data.load: {name!r} needs {package}: pip install "smark-jax[demo]".', name=package)
-    return ImportError(
-        f"data.load: {name!r} is not on this machine, and to prepare it TFDS needs {package} (pip install "
-        f"{package.replace('_', '-')}); or {_INSTEAD}.",
-        name=package,
-    )
+        needs, instead, extra = f'needs {package}: pip install "smark-jax[demo]".', "", "demo"
+    else:
+        needs = (
+            f"is not on this machine, and to prepare it TFDS needs {package} (pip install {package.replace('_', '-')})"
+        )
+        instead, extra = f"; or {_INSTEAD}.", "tfds"
+    at_desk = f"; or name the embedded set, {_EMBEDDED}." if instead else ""
+    text = f"{name!r} {needs}"
+    missing = errors.MissingExtra(f"data.load: {text}{instead}", extra, desk=f"the data set {text}{at_desk}")
+    missing.name = package
+    return missing
 
 
 # --- Reading ---
@@ -318,9 +324,13 @@ def _read(name: str, split: str, builder: Any) -> Dataset:
     try:
         source = builder.as_data_source(split)
     except NotImplementedError as error:
-        raise ValueError(
-            f"data.load: {name!r} lies in {builder.data_dir} as {builder.info.file_format.value}, which only "
-            "TensorFlow reads; pass another data_dir to have it prepared as array_record."
+        form = builder.info.file_format.value
+        raise _validate.fail(
+            "data.load",
+            f"{name!r} in a form that is read without TensorFlow",
+            f"{form} in {builder.data_dir}, which only TensorFlow reads",
+            "Pass another data_dir to have it prepared as array_record.",
+            desk="Name another folder by the variable TFDS_DATA_DIR: it is prepared there as array_record.",
         ) from error
     except Exception as error:
         raise _DamagedError(name, builder.data_dir, error) from error

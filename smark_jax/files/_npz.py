@@ -5,8 +5,9 @@ import zipfile
 
 import numpy as np
 
+from smark_jax.errors import Unreadable
 from smark_jax.files import _limits, _zip
-from smark_jax.files._limits import Foreign, Unreadable, shown
+from smark_jax.files._limits import Foreign, shown
 
 _MAX_HEADER = 4096
 _CHUNK = 2**20

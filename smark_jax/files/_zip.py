@@ -5,8 +5,9 @@ import struct
 import zipfile
 import zlib
 
+from smark_jax.errors import Unreadable
 from smark_jax.files import _limits
-from smark_jax.files._limits import Unreadable, shown
+from smark_jax.files._limits import shown
 
 ADVICE = "The file is damaged or forged: ask for it again, as safetensors."
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError, RuntimeError, ValueError)
@@ -64,5 +65,5 @@ def bounded(data: bytes, max_bytes: int) -> zipfile.ZipFile:
     archive = opened(data)
     total = sum(info.file_size for info in archive.infolist())
     if total > max_bytes:
-        raise Unreadable(f"it unpacks to {total:,} bytes, more than {max_bytes:,}", "Raise max_bytes if you trust it.")
+        raise _limits.too_large(f"it unpacks to {total:,} bytes, more than {max_bytes:,}")
     return archive

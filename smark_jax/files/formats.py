@@ -9,8 +9,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from smark_jax.errors import Unreadable
 from smark_jax.files import _msgpack, _npz, _safetensors, _torch
-from smark_jax.files._limits import Foreign, Unreadable
+from smark_jax.files._limits import Foreign
 
 Leaves = Mapping[str, np.ndarray | Foreign]
 Writer = Callable[[BinaryIO, Mapping[str, np.ndarray], Path | None], str]

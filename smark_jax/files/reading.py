@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax import _validate
+from smark_jax.errors import Unreadable
 from smark_jax.files import _limits, formats
-from smark_jax.files._limits import Unreadable, shown
+from smark_jax.files._limits import shown
 
-_FOLDER = "Orbax checkpoints are not read from others: restore your own with Orbax, and save with files.write."
+_FOLDER = "Orbax checkpoints are not read from others: restore your own with Orbax, and save it as safetensors."
 
 
 class Weights(NamedTuple):
@@ -44,7 +45,7 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, st
 
     Raises:
       Unreadable: when there is no file, or none that can be read safely.
-      ValueError: when ``max_bytes`` is no count.
+      SmarkError: when ``max_bytes`` is no count.
     """
     _validate.positive("read", "max_bytes", max_bytes)
     try:
@@ -56,7 +57,8 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, st
         if foreign and (strict or not leaves):
             raise Unreadable(*next(iter(foreign.values())))
     except Unreadable as error:
-        raise Unreadable(f"cannot read {shown(os.fspath(path))}: {error.problem}", error.advice) from None
+        where = f"cannot read {shown(os.fspath(path))}: "
+        raise Unreadable(f"{where}{error}", desk=f"{where}{error.desk}") from None
     return Weights(leaves, format.name, hashlib.sha256(data).hexdigest(), tuple(foreign))
 
 
@@ -78,7 +80,7 @@ def _content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         size = os.fstat(handle).st_size
         data = file.read(size + 1) if size <= max_bytes else None  # room is made for as much as is asked for
     if data is None or len(data) > size:
-        raise Unreadable(f"it is larger than {max_bytes:,} bytes", "Raise max_bytes if you trust it.")
+        raise _limits.too_large(f"it is larger than {max_bytes:,} bytes")
     if not data:
         raise Unreadable("it is empty", "Was it copied to the end?")
     return data
