@@ -280,12 +280,16 @@ def judge(
     names = {customer.serial: customer.name for customer in store.customers(vault.connection)}
     level = model.alpha if alpha is None else alpha
     on_suspect(f"comparing with {len(serials):,} customers")
+
+    def on_progress(done: int, total: int) -> None:
+        on_suspect(f"comparing with customers: {done:,} of {total:,}")
+
     found: list[tracing.Verdict] = []
     if chips:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the decoys' alarm, which the document states
             log_maps = [row.get("log_maps", 0.0) for row in rows if "verdict" not in row]
-            found = list(_trace(vault, model, np.stack(chips), serials, level, tried, log_maps, asked))
+            found = list(_trace(vault, model, np.stack(chips), serials, level, tried, log_maps, asked, on_progress))
     judged = zip(found, chips, strict=True)
     documents, blobs = [], []
     for row in rows:
@@ -331,9 +335,10 @@ def _trace(
     tried: int,
     log_maps: Sequence[float],
     asked: np.ndarray | None,
+    on_progress: Callable[[int, int], None],
 ) -> tuple[tracing.Verdict, ...]:
     key = models.code_key(vault, model.name)
-    counts = {"num_alignments": tried, "log_maps": log_maps}
+    counts: Any = {"num_alignments": tried, "log_maps": log_maps, "on_progress": on_progress}
     if asked is None and serials == list(range(len(serials))):
         book = codes.Codebook(key, len(serials), model.num_chips)
         return tracing.trace_batch(chips, book, alpha, models.DECODER, **counts)
