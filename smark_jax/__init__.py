@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from smark_jax import blackbox as blackbox
     from smark_jax import carriers as carriers
     from smark_jax import codes as codes
-    from smark_jax import comparators as comparators
     from smark_jax import data as data
     from smark_jax import embedding as embedding
     from smark_jax import extraction as extraction
@@ -42,7 +41,6 @@ __all__ = [
     "blackbox",
     "carriers",
     "codes",
-    "comparators",
     "data",
     "embedding",
     "extraction",

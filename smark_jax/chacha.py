@@ -20,7 +20,7 @@ BLOCK_WORDS = 16
 _CONSTANTS = np.frombuffer(b"expand 32-byte k", "<u4")
 # The state of this many blocks (16 words each, 128 KiB, and as much again while a round is made) stays in a core's own
 # cache for all 20 rounds; with fewer, the calls of many small kernels begin to show.
-BLOCKS_A_PASS = 2048
+BLOCKS_PER_PASS = 2048
 
 
 def keystream(
@@ -76,11 +76,11 @@ def blocks(
     n = counters.shape[0]
     rows = jnp.concatenate([counters[None], nonces])  # [4, n]
     one_pass = lambda some: jnp.stack(word_by_word(key, some), axis=-1)  # noqa: E731
-    if n <= BLOCKS_A_PASS:
+    if n <= BLOCKS_PER_PASS:
         return one_pass(rows)
-    passes = -(-n // BLOCKS_A_PASS)
-    rows = jnp.pad(rows, ((0, 0), (0, passes * BLOCKS_A_PASS - n)))
-    rows = rows.reshape(4, passes, BLOCKS_A_PASS).swapaxes(0, 1)
+    passes = -(-n // BLOCKS_PER_PASS)
+    rows = jnp.pad(rows, ((0, 0), (0, passes * BLOCKS_PER_PASS - n)))
+    rows = rows.reshape(4, passes, BLOCKS_PER_PASS).swapaxes(0, 1)
     return jax.lax.map(one_pass, rows).reshape(-1, BLOCK_WORDS)[:n]
 
 

@@ -97,16 +97,18 @@ def packed_words(
 
     Bit i of word w is chip 32 w + i. The customers come last: whoever scores them takes one word of many at a time.
     """
-    blocks_a_word = -(-num_chips // (32 * chacha.BLOCK_WORDS))
-    counters = jnp.arange(blocks_a_word, dtype=jnp.uint32)[:, None]
+    blocks_per_word = -(-num_chips // (32 * chacha.BLOCK_WORDS))
+    counters = jnp.arange(blocks_per_word, dtype=jnp.uint32)[:, None]
 
     def pack(numbers: tuple[Array, Array]) -> Array:
-        rows = jnp.stack([jnp.broadcast_to(row, (blocks_a_word, step)) for row in (counters, jnp.uint32(0), *numbers)])
+        rows = jnp.stack(
+            [jnp.broadcast_to(row, (blocks_per_word, step)) for row in (counters, jnp.uint32(0), *numbers)]
+        )
         words = jnp.stack(chacha.word_by_word(key, rows), axis=1)  # [blocks a word, 16, K]
         return words.reshape(-1, step)[: -(-num_chips // 32)]
 
     count = low.shape[0]
-    step = min(count, max(1, chacha.BLOCKS_A_PASS // blocks_a_word))
+    step = min(count, max(1, chacha.BLOCKS_PER_PASS // blocks_per_word))
     if step == count:
         return pack((low, high))
     padded = [jnp.pad(part, (0, -count % step)).reshape(-1, step) for part in (low, high)]

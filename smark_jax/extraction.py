@@ -24,7 +24,7 @@ from smark_jax._types import PyTree
 from smark_jax.carriers import shifts
 
 # extract_batch reads this many suspects at a time, so that a long batch does not multiply the working memory.
-_SUSPECTS_A_PASS = 8
+_SUSPECTS_PER_PASS = 8
 # Rectification: at least so many weights in a bin, at most so many bins in a leaf; leaves of fewer than four stay.
 _BIN, _BINS = 128, 256
 _TINY = 1e-20
@@ -373,6 +373,6 @@ def _extract_batch(
     suspects: Mapping[str, Array], base: Mapping[str, Array], spec: carriers.Spec, carrier: carriers.Carrier
 ) -> tuple[Array, Array]:
     chips, ok = jax.lax.map(
-        lambda suspect: _extract(suspect, base, spec, carrier), suspects, batch_size=_SUSPECTS_A_PASS
+        lambda suspect: _extract(suspect, base, spec, carrier), suspects, batch_size=_SUSPECTS_PER_PASS
     )
     return chips, ok.all()

@@ -8,7 +8,7 @@ from typing import Any
 
 import rich.console
 
-from experiments import sections
+from experiments.common import sections
 
 CONSOLE = rich.console.Console(quiet=True)
 

@@ -6,7 +6,8 @@ import pytest
 import reference
 from scipy import stats
 
-from smark_jax import comparators, keys
+from experiments.common import comparators
+from smark_jax import keys
 
 KEY = keys.from_bytes(bytes(range(32)))
 PLANES = [("projective", 2), ("projective", 3), ("projective", 5), ("projective", 7), ("affine", 3), ("affine", 5)]
@@ -294,11 +295,11 @@ def test_the_key_alone_decides():
 
 
 def test_words_are_the_same_however_many_passes_draw_them(monkeypatch):
-    from smark_jax.comparators import biased
+    from experiments.common.comparators import biased
 
     whole = comparators.tardos(KEY, 50, 70, 4)
     verdict = whole.trace(whole.words[:2].mean(axis=0))
-    monkeypatch.setattr(biased, "_BYTES_A_PASS", 4 * 70 * 7)
+    monkeypatch.setattr(biased, "_BYTES_PER_PASS", 4 * 70 * 7)
     parts = comparators.tardos(KEY, 50, 70, 4)
     np.testing.assert_array_equal(whole.words, parts.words)
     np.testing.assert_allclose(parts.trace(whole.words[:2].mean(axis=0)).statistics, verdict.statistics)

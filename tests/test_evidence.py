@@ -563,7 +563,7 @@ def test_time_stamps_travel_with_the_evidence(case, tmp_path):
     authority(tmp_path)
     with opened(case, tmp_path) as desk:
         commitment = commitments.get(desk, "net", 1)
-        time = timestamps.store(desk, commitment, stamp(tmp_path, timestamps.request(commitment)))
+        time = timestamps.add(desk, commitment, stamp(tmp_path, timestamps.request(commitment)))
         (tmp_path / "bundle").write_bytes(evidence.export(desk, 1).content)
     report = case.verify(bundle=tmp_path / "bundle")
     assert report.holds
@@ -577,7 +577,7 @@ def test_a_time_stamp_of_the_sale_travels_with_evidence_after_later_issues(case,
     authority(tmp_path)
     with exported(later, tmp_path, 2) as desk:
         commitment = commitments.get(desk, "net", 1)
-        time = timestamps.store(desk, commitment, stamp(tmp_path, timestamps.request(commitment)))
+        time = timestamps.add(desk, commitment, stamp(tmp_path, timestamps.request(commitment)))
     report = case.verify(bundle=tmp_path / "bundle")
     assert report.holds
     assert [check.detail.split(";")[0] for check in report.checks if check.name == "time stamp"] == [time]

@@ -8,9 +8,9 @@ pytest.importorskip("matplotlib")
 
 import section_checks
 
-from experiments import sections
 from experiments.collusion import __main__ as collusion
 from experiments.collusion import capability, codes, null, readings, roc
+from experiments.common import sections
 
 TINY = {
     capability: capability.Config(((304, 20, 200),), ((304, 20, 1000),), (2,), joint_trials=2, single_trials=5),
@@ -25,7 +25,7 @@ def test_collusion_sections_run_and_resume(tmp_path):
     documents = section_checks.run_and_resume(TINY, tmp_path)
     changed = dataclasses.replace(TINY[roc], customers=10_000)
     again = sections.run_section(roc, changed, 0, tmp_path, section_checks.CONSOLE)
-    assert again["result"]["innocents_a_curve"] == 10_000
+    assert again["result"]["innocents_per_curve"] == 10_000
 
     ours = [row for row in documents["codes"]["result"]["rows"] if row["code"] == "ours, joint"]
     assert [row["caught_mean"] for row in ours] == [3]

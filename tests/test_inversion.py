@@ -139,7 +139,7 @@ def test_inversion_sections_run_and_resume(tmp_path, monkeypatch):
         pytest.importorskip(package)
     import section_checks
 
-    from experiments import sections
+    from experiments.common import sections
     from experiments.inversion import single, sums
 
     tiny = {

@@ -62,7 +62,7 @@ def test_keystream_equals_cryptography(key, nonce, start_block, num_words):
 
 
 def test_long_keystream_over_several_passes_equals_cryptography():
-    num_words = 16 * (2 * chacha.BLOCKS_A_PASS + 3) + 5
+    num_words = 16 * (2 * chacha.BLOCKS_PER_PASS + 3) + 5
     got = keys.keystream(words(bytes(range(32))), words(bytes(12)), num_words)
     np.testing.assert_array_equal(got, library_stream(bytes(range(32)), bytes(12), 0, num_words))
 

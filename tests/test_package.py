@@ -13,9 +13,14 @@ import pytest
 
 import smark_jax
 from experiments.benchmarks import race
+from experiments.common import comparators
 
 ROOT = Path(__file__).parent.parent
-MODULES = [name for _, name, _ in pkgutil.walk_packages(smark_jax.__path__, "smark_jax.")]
+MODULES = [
+    name
+    for package in (smark_jax, comparators)
+    for _, name, _ in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+]
 
 
 def run(code: str, *arguments: str) -> str:

@@ -16,9 +16,8 @@ from scipy import stats
 from section_checks import CONSOLE, run_and_resume
 
 import experiments.paper.__main__ as paper
-from experiments import sections
+from experiments.common import networks, sections
 from experiments.paper import common, comparators, fidelity, parties, report, schemes, splits, summary, uniqueness
-from experiments.robustness import networks
 from smark_jax import attacks, data, keys, models, privacy, training
 
 

@@ -11,7 +11,7 @@ import pytest
 from scipy import optimize
 
 from smark_jax import codes, vault
-from smark_jax.vault import database, evidence, models, sealing, verdicts, verification
+from smark_jax.vault import evidence, models, sealing, store, verdicts, verification
 
 SECRET = "correct horse battery staple"
 CHIPS, NAMES = 64, ["Ada", "Grace", "Emmy", "王小明"]
@@ -123,11 +123,8 @@ def test_an_old_vault_opens_traces_exports_and_verifies(old):
     with vault.opened(old / "vault", SECRET) as desk:
         # Byte for byte what was there: so the entries that wrote it in plain vouch for what was sealed.
         for verdict, place, _, document, statistics, chips, _ in rows:
-            found = desk.connection.execute(
-                "SELECT document, statistics, chips FROM findings WHERE (verdict, place) = (?, ?)", (verdict, place)
-            ).fetchone()
-            columns = zip(("document", "statistics", "chips"), found, strict=True)
-            unsealed = [sealing.unseal(desk.master, verdict, place, *column) for column in columns]
+            finding = store.finding(desk.connection, verdict, place)
+            unsealed = [sealing.unseal(desk.master, finding, column) for column in ("document", "statistics", "chips")]
             assert unsealed == [document.encode(), statistics, chips]
         assert [len(verdicts.get(desk, number)["suspects"]) for number in (1, 2, 3, 4)] == [1, 2, 48, 1]
         document = verdicts.trace(desk, "net", [old / "mixed.safetensors"])
@@ -168,7 +165,7 @@ def test_a_plain_row_that_comes_back_after_sealing_is_noticed(old):
 def test_sealing_that_is_killed_or_kept_from_the_file_goes_on_at_the_next_opening(old, monkeypatch):
     place = old / "vault"
     with monkeypatch.context() as patch:
-        patch.setattr(database, "rebuild", lambda connection: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(store, "rebuild", lambda connection: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt), vault.opened(place, SECRET):
             pass
     sealed = "PRAGMA application_id"
@@ -176,25 +173,25 @@ def test_sealing_that_is_killed_or_kept_from_the_file_goes_on_at_the_next_openin
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM log").fetchone()
         # The checkpoint waits for readers as long as for writers.
-        monkeypatch.setattr(database, "_SECONDS_TO_WAIT", 0.2)
+        monkeypatch.setattr(store.schema, "_SECONDS_TO_WAIT", 0.2)
         with vault.opened(place, SECRET) as desk:
             assert desk.connection.execute(sealed).fetchone() == (0,)
         reader.execute("COMMIT")
     with vault.opened(place, SECRET) as desk:
-        assert desk.connection.execute(sealed).fetchone() == (sealing._SEALED,)
+        assert desk.connection.execute(sealed).fetchone() == (store.SEALED,)
         assert words_found(stolen(place), codewords(desk)) == set()
 
 
 def test_a_sealed_finding_opens_in_its_place_and_under_its_key_only(key):
-    _, _, document, statistics, chips = sealing.row(key, 1, 0, json.dumps({}), b"statistics", b"chips")
-    assert sealing.unseal(key, 1, 0, "statistics", statistics) == b"statistics"
-    assert sealing.row(key, 1, 0, json.dumps({}), b"statistics", b"chips")[3] != statistics
-    for verdict, place, column, content in (
-        (2, 0, "chips", chips),
-        (1, 1, "chips", chips),
-        (1, 0, "chips", statistics),
-        (1, 0, "document", document[:-1]),
-        (1, 0, "chips", b""),
+    finding = sealing.row(key, 1, 0, json.dumps({}), b"statistics", b"chips")
+    assert sealing.unseal(key, finding, "statistics") == b"statistics"
+    assert sealing.row(key, 1, 0, json.dumps({}), b"statistics", b"chips").statistics != finding.statistics
+    for column, changed in (
+        ("chips", {"verdict": 2}),
+        ("chips", {"place": 1}),
+        ("chips", {"chips": finding.statistics}),
+        ("document", {"document": finding.document[:-1]}),
+        ("chips", {"chips": b""}),
     ):
         with pytest.raises(ValueError, match="a finding that this vault sealed"):
-            sealing.unseal(key, verdict, place, column, content)
+            sealing.unseal(key, finding._replace(**changed), column)

@@ -176,7 +176,7 @@ def test_a_shortlist_gives_what_the_whole_codebook_gives(monkeypatch):
     book = codes.Codebook(KEY, 20_000, M)
     whole = tracing.trace(y, book)
     monkeypatch.setattr(tracing.scoring, "_SHORTLIST_CHIPS", 500 * M)
-    monkeypatch.setattr(tracing.scoring, "_ROWS_A_CALL", 3000)
+    monkeypatch.setattr(tracing.scoring, "_ROWS_PER_CALL", 3000)
     short = tracing.trace(y, book)
     assert {a.serial for a in short.accused} == guilty
     assert [(a.serial, round(a.statistic, 4)) for a in short.accused] == [

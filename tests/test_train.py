@@ -21,12 +21,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-import rich.console
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
 from smark_jax import data, files, keys, models
-from smark_jax.cli import _checkpoints, _train, _train_config
+from smark_jax.cli import _train, _train_config
+from smark_jax.cli._console import Console
+from smark_jax.training import checkpoints
 
 TINY = _train_config.Config(
     network="small",
@@ -73,7 +74,8 @@ def number_keys(monkeypatch: pytest.MonkeyPatch, first: int = 1) -> list[keys.Se
 
 
 def run(out: Path, config: _train_config.Config = TINY) -> tuple[dict, str]:
-    console = rich.console.Console(file=io.StringIO(), width=300)
+    console = Console()
+    console.file, console.width = io.StringIO(), 300
     return _train.run(config, out, console), console.file.getvalue()
 
 
@@ -89,16 +91,20 @@ def whole(tmp_path_factory):
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, out: Path, at: int) -> list[int]:
     """Runs until round ``at`` is done, then stops as Ctrl-C does; the numbers of the rounds that were computed."""
-    rounds, count = [], _checkpoints._Meter.__call__
+    rounds, fit = [], checkpoints.fit
 
-    def counted(self, state, info):
-        count(self, state, info)
-        rounds.append(int(state.round))
-        if rounds[-1] == at:
-            raise KeyboardInterrupt
+    def counted(*arguments, on_progress, **options):
+        def count(done, total, loss):
+            on_progress(done, total, loss)
+            if not np.isnan(loss):
+                rounds.append(done)
+            if rounds[-1:] == [at]:
+                raise KeyboardInterrupt
+
+        return fit(*arguments, on_progress=count, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_checkpoints._Meter, "__call__", counted)
+        patch.setattr(checkpoints, "fit", counted)
         if at <= ROUNDS:
             with pytest.raises(KeyboardInterrupt):
                 run(out)
@@ -303,7 +309,7 @@ def test_where_rounds_do_not_repeat_the_parties_agree_new_secrets(tmp_path, monk
 def test_whatever_changes_the_bits_of_a_round_is_part_of_the_environment(monkeypatch, name, change):
     """Who overlooked one would send other messages under the masks of a round that was sent before."""
     images = data.Dataset(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, np.int32), 2)
-    before = _checkpoints.environment_of(images, 1)
+    before = checkpoints.environment_of(images, 1)
     version = importlib.metadata.version
     if "version" in change:
         monkeypatch.setattr(importlib.metadata, "version", lambda of: "99" if of == change["version"] else version(of))
@@ -312,7 +318,7 @@ def test_whatever_changes_the_bits_of_a_round_is_part_of_the_environment(monkeyp
     with contextlib.ExitStack() as stack:
         if "setting" in change:
             stack.enter_context(jax.default_matmul_precision("float32"))
-        after = _checkpoints.environment_of(images, 1)
+        after = checkpoints.environment_of(images, 1)
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert changed == ({name} if name else set())
 
@@ -320,7 +326,7 @@ def test_whatever_changes_the_bits_of_a_round_is_part_of_the_environment(monkeyp
 def test_a_finished_run_is_left_alone_and_another_configuration_refused(whole, monkeypatch):
     out, results, _ = whole
     before = (out / "base.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(_checkpoints, "fit", None)
+    monkeypatch.setattr(checkpoints, "fit", None)
     left = out / "private" / "checkpoints" / "12"  # killed just before it would have removed them
     left.mkdir(parents=True)
     (out / "base.safetensors").chmod(0o644)  # as versions before left it
@@ -359,7 +365,7 @@ def test_a_damaged_key_is_not_shown(tmp_path):
 
 
 def test_batches_too_large_are_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(_checkpoints, "fit", None)
+    monkeypatch.setattr(checkpoints, "fit", None)
     with pytest.raises(ValueError, match="batch size of at most 100"):
         run(tmp_path, TINY._replace(batch=101))
 

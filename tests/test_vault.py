@@ -24,11 +24,11 @@ from smark_jax.vault import (
     commitments,
     crypto,
     customers,
-    database,
     folder,
     issuing,
     merkle,
     models,
+    store,
     timestamps,
     verdicts,
 )
@@ -254,7 +254,7 @@ def test_damage_inside_the_file_is_noticed(full, tmp_path):
 
 def test_rows_are_never_changed_nor_removed(full, tmp_path):
     with vault.opened(copy_of(full, tmp_path), SECRET) as desk:
-        for table in ("log", *database.TABLES):
+        for table in ("log", *store.TABLES):
             for statement in (f"DELETE FROM {table}", f"UPDATE {table} SET rowid = rowid"):
                 if desk.connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,):
                     continue
@@ -277,11 +277,11 @@ def test_a_rolled_back_database_is_told_by_a_newer_commitment(full, tmp_path):
 
 def test_a_newer_database_is_refused_and_an_empty_one_brought_up_to_date(place, tmp_path):
     with contextlib.closing(sqlite3.connect(place / "vault.sqlite")) as connection:
-        connection.execute(f"PRAGMA user_version = {len(database.MIGRATIONS) + 1}")
+        connection.execute(f"PRAGMA user_version = {len(store.MIGRATIONS) + 1}")
     with pytest.raises(ValueError, match="Upgrade smark-jax"), vault.opened(place, SECRET):
         pass
-    with contextlib.closing(database.connect(tmp_path / "new.sqlite", create=True)) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (len(database.MIGRATIONS),)
+    with contextlib.closing(store.connect(tmp_path / "new.sqlite", create=True)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (len(store.MIGRATIONS),)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
         assert connection.execute("PRAGMA foreign_keys").fetchone() == (1,)
@@ -321,7 +321,7 @@ def test_every_connection_is_closed_also_where_the_database_is_refused(full, tmp
 def test_all_or_nothing(place):
     with vault.opened(place, SECRET) as desk:
         before = desk.connection.execute("SELECT count(*) FROM log").fetchone()
-        with pytest.raises(ZeroDivisionError), database.transaction(desk.connection):
+        with pytest.raises(ZeroDivisionError), store.transaction(desk.connection):
             folder.record(desk, "customers added", {"customers": [(0, "Ada", "now")]})
             raise ZeroDivisionError
         assert desk.connection.execute("SELECT count(*) FROM log").fetchone() == before
@@ -369,7 +369,7 @@ def test_a_full_disk_is_not_reported_as_tampering(place):
 
 
 def test_a_locked_database_is_not_reported_as_tampering(place, monkeypatch):
-    monkeypatch.setattr(database, "_SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr(store.schema, "_SECONDS_TO_WAIT", 0.1)
     with contextlib.closing(sqlite3.connect(place / "vault.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with refused(place, "other smark .* has ended"), vault.opened(place, SECRET) as desk:
@@ -607,17 +607,17 @@ def test_a_time_stamp_of_an_authority_is_kept_and_one_about_something_else_refus
     with vault.opened(copy_of(full, tmp_path), SECRET) as desk:
         commitment = commitments.get(desk, "net", 2)
         answer = time_stamps.stamp(tmp_path, timestamps.request(commitment))
-        time = timestamps.store(desk, commitment, answer)
+        time = timestamps.add(desk, commitment, answer)
         assert timestamps.stored(desk, commitment) == [(time, answer)]
         (tmp_path / "published").write_bytes(commitment.published)
         arguments = ["-in", "answer.tsr", "-CAfile", "tsa.pem", "-data", "published"]
         done = subprocess.run(["openssl", "ts", "-verify", *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert "Verification: OK" in done.stdout, done.stderr
         with pytest.raises(ValueError, match="about another text"):
-            timestamps.store(desk, commitments.get(desk, "net", 1), answer)
+            timestamps.add(desk, commitments.get(desk, "net", 1), answer)
         for bad in (b"", answer[:100], b"nonsense"):
             with pytest.raises(ValueError, match="granted RFC 3161 response"):
-                timestamps.store(desk, commitment, bad)
+                timestamps.add(desk, commitment, bad)
 
 
 # Verdicts
@@ -673,7 +673,7 @@ def test_a_time_stamp_with_two_certificates_in_any_order_is_taken_as_it_came(ful
     with vault.opened(copy_of(full, tmp_path), SECRET) as desk:
         commitment = commitments.get(desk, "net", 2)
         answer = time_stamps.stamp(tmp_path, timestamps.request(commitment))
-        time = timestamps.store(desk, commitment, answer)
+        time = timestamps.add(desk, commitment, answer)
         assert timestamps.stored(desk, commitment) == [(time, answer)]
         # What the stamp is about is read from the answer, sorted or not.
         with pytest.raises(ValueError, match="about another text"):

@@ -8,8 +8,8 @@ interrupted goes on where it stopped.
 
 from collections.abc import Sequence
 
-from experiments import sections
 from experiments.benchmarks import compare, scaling
+from experiments.common import sections
 
 SECTIONS = {"compare": compare, "scaling": scaling}
 _EXAMPLES = """sections:

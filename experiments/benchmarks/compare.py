@@ -10,9 +10,9 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
 from experiments.benchmarks import floor_side, race, tables
 from experiments.benchmarks.race import Entry, Timing, find
+from experiments.common import sections
 from smark_jax import files, models
 
 CNN_WEIGHTS = 421_642
@@ -186,7 +186,7 @@ def _copies(config: Config, setting: race.Setting, seed: int, tell: Callable[[st
 
 def trained(path: str, epochs: int, seed: int, tell: Callable[[str], None]) -> int:
     """Trains the CNN on MNIST-5k and saves weights and digits for the workers; returns the size of a copy's file."""
-    from experiments.robustness import networks
+    from experiments.common import networks
 
     tell(f"train the CNN for {epochs} epochs")
     subject = networks.train(models.CNN(), seed, epochs)

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from experiments import sections
 from experiments.benchmarks import shapes
+from experiments.common import sections
 from smark_jax import (
     _memory,
     aggregation,
@@ -34,7 +34,7 @@ from smark_jax._types import PyTree
 
 Arms = Mapping[str, Callable[[], dict[str, Any] | None]]
 
-_COPIES_A_BATCH = 32
+_COPIES_PER_BATCH = 32
 _PASSPHRASE = "benchmark"
 
 
@@ -171,8 +171,8 @@ def copies(num_copies: int, num_weights: int, num_chips: int, seed: int) -> Arms
     words = np.asarray(codes.codebook(_secret(seed, "code"), range(num_copies), num_chips))
 
     def embed() -> None:
-        for start in range(0, num_copies, _COPIES_A_BATCH):
-            _wait(embedding.embed_batch(base, spec, carrier, words[start : start + _COPIES_A_BATCH]))
+        for start in range(0, num_copies, _COPIES_PER_BATCH):
+            _wait(embedding.embed_batch(base, spec, carrier, words[start : start + _COPIES_PER_BATCH]))
 
     return {"embed": embed}
 
@@ -194,8 +194,8 @@ def disk(num_copies: int, model: str, folder: str, scored: int, seed: int) -> Ar
             out = Path(name)
             began = time.perf_counter()
             words = np.asarray(codes.codebook(_secret(seed, "code"), range(num_copies)))
-            for start in range(0, num_copies, _COPIES_A_BATCH):
-                some = words[start : start + _COPIES_A_BATCH]
+            for start in range(0, num_copies, _COPIES_PER_BATCH):
+                some = words[start : start + _COPIES_PER_BATCH]
                 made = jax.device_get(embedding.embed_batch(base, spec, carrier, some))
                 for row in range(len(some)):
                     copy = jax.tree.map(lambda leaf, row=row: leaf[row], made)

@@ -10,9 +10,9 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
 from experiments.benchmarks import compare, floor_side, race, tables
 from experiments.benchmarks.race import Entry, Timing
+from experiments.common import sections
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
 from experiments.benchmarks.race import Timing
+from experiments.common import sections
 
 
 def show_machine(console: rich.console.Console, result: sections.Result) -> None:

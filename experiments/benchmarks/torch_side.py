@@ -15,7 +15,7 @@ from torch import Tensor
 from experiments.benchmarks.torch_system import (
     CNN,
     DEVICE,
-    ROWS_A_BLOCK,
+    ROWS_PER_BLOCK,
     STRENGTH,
     Stream,
     accuracy,
@@ -38,7 +38,7 @@ from smark_jax import _memory
 
 Arms = Mapping[str, Callable[[], dict[str, Any] | None]]
 
-_COPIES_A_BATCH = 32
+_COPIES_PER_BATCH = 32
 # Fine-tuning: the factor on Uchida's loss and Adam's rate, for a layer and for all weights. Of factors 0.1, 1 and 10
 # and rates 0.001 and 0.003 these took the least time among those that left the accuracy about where it was.
 _LAYER, _ALL, _BATCH = (10.0, 1e-3), (1.0, 3e-3), 64
@@ -131,10 +131,10 @@ def copies(num_copies: int, num_weights: int, num_chips: int, seed: int) -> Arms
     matrix = projection(num_chips, num_weights, seed + 1)
     words = signs(num_copies, num_chips, seed + 2)
     scale = float(STRENGTH * base.square().mean().sqrt() * math.sqrt(num_weights / num_chips))
-    made = torch.empty(min(num_copies, _COPIES_A_BATCH), num_weights, device=DEVICE)
+    made = torch.empty(min(num_copies, _COPIES_PER_BATCH), num_weights, device=DEVICE)
 
     def embed() -> None:
-        for some in words.split(_COPIES_A_BATCH):
+        for some in words.split(_COPIES_PER_BATCH):
             torch.addmm(base, some, matrix, alpha=scale, out=made[: len(some)])
 
     return {"embed": _done(embed)}
@@ -199,7 +199,7 @@ def verdict(num_customers: int, num_chips: int, seed: int) -> Arms:
     Codewords in blocks and a product with each; all of them at once (``held``); in blocks, by ``tables``; and the same
     with a ``cipher``, whose codewords are as secret as smark_jax's.
     """
-    guilty = min(num_customers, ROWS_A_BLOCK) // 3
+    guilty = min(num_customers, ROWS_PER_BLOCK) // 3
 
     def arm(score: Callable[..., Tensor], rows: int, stream: Stream = generator_stream) -> Callable[[], dict[str, Any]]:
         @functools.cache  # made by the first lap, so that an arm which does not run takes no memory
@@ -214,9 +214,9 @@ def verdict(num_customers: int, num_chips: int, seed: int) -> Arms:
         return run
 
     return {
-        "blocks": arm(statistics, ROWS_A_BLOCK),
-        "tables": arm(statistics_by_tables, ROWS_A_BLOCK),
-        "cipher": arm(functools.partial(statistics_by_tables, stream=cipher_stream), ROWS_A_BLOCK, cipher_stream),
+        "blocks": arm(statistics, ROWS_PER_BLOCK),
+        "tables": arm(statistics_by_tables, ROWS_PER_BLOCK),
+        "cipher": arm(functools.partial(statistics_by_tables, stream=cipher_stream), ROWS_PER_BLOCK, cipher_stream),
         "held": arm(statistics, num_customers),
     }
 

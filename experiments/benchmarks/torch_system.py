@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STRENGTH = 0.03
-ROWS_A_BLOCK = 16_384  # codewords that are made at a time
+ROWS_PER_BLOCK = 16_384  # codewords that are made at a time
 Stream = Callable[[int, int, int], Tensor]
 # The eight signs of each byte: looking them up unpacks bits several times as fast as shifting them.
 _BYTE_SIGNS = 1 - 2 * ((torch.arange(256, device=DEVICE)[:, None] >> torch.arange(8, device=DEVICE)) & 1).float()
@@ -75,7 +75,7 @@ def extracted(suspect: Tensor, base: Tensor, matrix: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def statistics(chips: Tensor, num_customers: int, seed: int, rows: int = ROWS_A_BLOCK) -> Tensor:
+def statistics(chips: Tensor, num_customers: int, seed: int, rows: int = ROWS_PER_BLOCK) -> Tensor:
     """T of every customer, codewords made ``rows`` at a time, shape [N]."""
     direction = chips / chips.norm()
     found = torch.empty(num_customers, device=DEVICE)
@@ -90,7 +90,7 @@ def statistics_by_tables(
     chips: Tensor,
     num_customers: int,
     seed: int,
-    rows: int = ROWS_A_BLOCK,
+    rows: int = ROWS_PER_BLOCK,
     stream: Stream = generator_stream,
 ) -> Tensor:
     """The same without unpacking: what each of the 256 values of each byte adds to T is in a table, shape [N]."""

@@ -6,8 +6,8 @@ configuration and seed, so that an interrupted run goes on where it stopped.
 
 from collections.abc import Sequence
 
-from experiments import sections
 from experiments.blackbox import answers, payloads, subsets
+from experiments.common import sections
 
 SECTIONS = {"payloads": payloads, "answers": answers, "subsets": subsets}
 _EXAMPLES = """sections:

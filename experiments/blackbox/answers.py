@@ -14,10 +14,9 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
 from experiments.blackbox import images as pictures
-from experiments.robustness import networks
-from experiments.robustness.networks import ALPHA, CUSTOMERS, Subject
+from experiments.common import networks, sections
+from experiments.common.networks import ALPHA, CUSTOMERS, Subject
 from smark_jax import attacks, blackbox, carriers, codes, embedding, extraction, keys, models, tracing
 from smark_jax._types import PyTree
 

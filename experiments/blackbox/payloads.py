@@ -8,9 +8,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
 from experiments.blackbox import alternatives, images
-from experiments.robustness import networks
+from experiments.common import networks, sections
 from smark_jax import blackbox, keys, models
 
 _DIGITS, _FACES, _SMALL, _LARGE = "digits 28 x 28 x 1", "LFW crops 25 x 25 x 1", *images.SHAPES

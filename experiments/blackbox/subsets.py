@@ -7,7 +7,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
+from experiments.common import sections
 from smark_jax import codes, tracing
 from smark_jax.vault import shown
 

@@ -6,8 +6,8 @@ configuration and seed, so that an interrupted run goes on where it stopped.
 
 from collections.abc import Sequence
 
-from experiments import sections
 from experiments.collusion import capability, codes, null, readings, real, roc, speed
+from experiments.common import sections
 
 SECTIONS = {
     module.__name__.rpartition(".")[2]: module for module in (capability, real, null, readings, codes, roc, speed)

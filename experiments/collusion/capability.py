@@ -13,8 +13,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
 from experiments.collusion import common
+from experiments.common import sections
 from smark_jax import codes, keys, statistics, tracing
 
 ALPHA = 1e-6

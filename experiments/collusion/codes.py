@@ -13,9 +13,9 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
 from experiments.collusion import common
-from smark_jax import attacks, carriers, codes, comparators, embedding, extraction, keys, tracing
+from experiments.common import comparators, sections
+from smark_jax import attacks, carriers, codes, embedding, extraction, keys, tracing
 
 ALPHA = 1e-6
 STYLES = {

@@ -17,8 +17,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
 from experiments.collusion import common
+from experiments.common import intervals, sections
 from smark_jax import codes, keys, statistics, tracing
 
 ALPHA = 0.1
@@ -99,7 +99,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
 
 
 def _row(decoder: str, name: str, events: int, trials: int, seconds: float) -> sections.Result:
-    low, high = common.interval(events, trials)
+    low, high = intervals.clopper_pearson(events, trials)
     return {
         "decoder": decoder,
         "read_out": name,

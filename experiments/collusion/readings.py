@@ -20,8 +20,8 @@ import rich.console
 import rich.table
 from scipy import optimize
 
-from experiments import sections
 from experiments.collusion import common
+from experiments.common import intervals, sections
 from smark_jax import alignment, carriers, codes, files, keys, tracing
 from smark_jax.vault import verdicts
 
@@ -198,7 +198,7 @@ def accuses(reads: Reads, book: np.ndarray, counted: bool) -> bool:
 
 
 def _row(name: str, events: int, trials: int, compared: int, seconds: float) -> sections.Result:
-    low, high = common.interval(events, trials)
+    low, high = intervals.clopper_pearson(events, trials)
     return {
         "suspects": name,
         "trials": trials,

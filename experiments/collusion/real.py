@@ -9,8 +9,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
 from experiments.collusion import common
+from experiments.common import sections
 from smark_jax import attacks, carriers, codes, data, embedding, extraction, keys, models, tracing
 from smark_jax._types import PyTree
 

@@ -7,8 +7,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
 from experiments.collusion import common
+from experiments.common import sections
 from smark_jax import codes, keys, statistics, tracing
 
 _POINTS = 200
@@ -63,7 +63,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         excess = max(np.log10(n / config.customers) - x for x, n in sound)
         x, n = min(sound)
         rows.append({"read_out": name, "largest_log10_excess": float(excess), "deepest": [x, n], "points": points})
-    return {"innocents_a_curve": config.customers, "curves_each": config.read_outs, "rows": rows}
+    return {"innocents_per_curve": config.customers, "curves_each": config.read_outs, "rows": rows}
 
 
 def show(console: rich.console.Console, result: sections.Result) -> None:
@@ -74,9 +74,9 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
         x, count = row["deepest"]
         table.add_row(
             row["read_out"],
-            f"{result['innocents_a_curve'] * result['curves_each']:,}",
+            f"{result['innocents_per_curve'] * result['curves_each']:,}",
             f"{10 ** row['largest_log10_excess']:.3f}",
-            f"{count / result['innocents_a_curve']:.2g} at x = {10**x:.2g}",
+            f"{count / result['innocents_per_curve']:.2g} at x = {10**x:.2g}",
         )
     console.print(table)
 
@@ -84,7 +84,7 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
 def picture(path: Path, result: sections.Result) -> None:
     with sections.figure(path, 6.5, 5.5) as fig:
         axes = fig.subplots()
-        total = result["innocents_a_curve"]
+        total = result["innocents_per_curve"]
         for row in result["rows"]:
             points = np.array(row["points"]).reshape(result["curves_each"], -1, 2)[0]
             seen = points[:, 1] >= 1

@@ -18,8 +18,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
 from experiments.collusion import common
+from experiments.common import sections
 from smark_jax import codes, tracing
 
 Decoder = Literal["joint", "sequential", "single"]

@@ -20,7 +20,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
-from experiments import sections
+from experiments.common import sections
 from experiments.crash import kills
 
 

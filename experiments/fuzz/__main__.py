@@ -22,7 +22,7 @@ import rich.progress
 
 _CASES = {"quick": 3_000, "full": 100_000}
 _BATCH = 2_500
-_SECONDS_A_BATCH = 600
+_SECONDS_PER_BATCH = 600
 _MOST_BYTES = 1_000_000_000
 _EXAMPLES = """examples:
   python -m experiments.fuzz
@@ -41,11 +41,11 @@ def fuzz(cases: int, seed: int, console: rich.console.Console) -> dict[str, Any]
         last = min(first + _BATCH, cases)
         command = [sys.executable, "-m", "experiments.fuzz.worker", str(seed), str(first), str(last)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_A_BATCH)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_PER_BATCH)
             found = json.loads(done.stdout) if done.returncode == 0 else None
             what = f"the process ended with {done.returncode}: {done.stderr[-500:]}"
         except subprocess.TimeoutExpired:
-            found, what = None, f"no end after {_SECONDS_A_BATCH} seconds"
+            found, what = None, f"no end after {_SECONDS_PER_BATCH} seconds"
         if found is None:
             failures.append({"case": f"{first} to {last - 1}", "kind": "batch", "what": what})
             continue

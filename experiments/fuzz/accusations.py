@@ -36,7 +36,7 @@ from smark_jax import keys
 from smark_jax.vault import bundles, commitments, evidence, merkle, models, ranges, verification
 
 _CASES = {"quick": 300, "full": 10_000}
-_SECONDS_A_CASE = 20.0
+_SECONDS_PER_CASE = 20.0
 _TRUE_EVERY = 100
 _SIZES = (0, 1, 2, 3, 8, 63, 64, 2**31, 2**62)
 _REALS = (-1e300, -1.0, 0.0, 1e-300, 1e-6, 0.011, 0.5, 0.9, 1.0, 2.0, 17.4, 1e300)
@@ -283,7 +283,7 @@ def fuzz(seed: int, first: int, last: int) -> dict[str, Any]:
             case = forge(seed, number)
             start = time.process_time()
             try:
-                with _no_longer_than(_SECONDS_A_CASE):
+                with _no_longer_than(_SECONDS_PER_CASE):
                     end = verdict(case, path)
             except Exception:
                 end = "error"

@@ -18,7 +18,7 @@ import rich.table
 from jax.flatten_util import ravel_pytree
 from scipy import stats
 
-from experiments import sections
+from experiments.common import sections
 from experiments.inversion import common
 from smark_jax import aggregation, attacks, keys
 from smark_jax._types import PyTree

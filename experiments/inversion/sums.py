@@ -13,7 +13,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
+from experiments.common import sections
 from experiments.inversion import common
 from smark_jax import attacks
 

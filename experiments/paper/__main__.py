@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from experiments import sections
+from experiments.common import sections
 from experiments.paper import common, comparators, fidelity, parties, report, summary, uniqueness
 from smark_jax import data
 

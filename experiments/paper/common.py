@@ -10,8 +10,7 @@ import numpy as np
 from jax import Array
 from scipy import stats
 
-from experiments import sections
-from experiments.robustness import networks
+from experiments.common import networks, sections
 from smark_jax import codes, data, keys, models, statistics, tracing
 
 ALPHA = 1e-6

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 import rich.console
 
-from experiments import sections
+from experiments.common import sections
+from experiments.common.networks import Subject
 from experiments.paper import common, report, schemes
-from experiments.robustness.networks import Subject
 from smark_jax import alignment, attacks, data, models
 
 Params = Any

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import rich.console
 
-from experiments import sections
+from experiments.common import sections
 from experiments.paper import common, report
 from smark_jax import carriers, codes, embedding, extraction
 

@@ -16,7 +16,7 @@ import optax
 import rich.console
 from jax import Array
 
-from experiments import sections
+from experiments.common import sections
 from experiments.paper import common, report, splits
 from smark_jax import (
     aggregation,

@@ -10,7 +10,7 @@ import rich.console
 import rich.markup
 import rich.table
 
-from experiments import sections
+from experiments.common import sections
 
 
 class Table(NamedTuple):

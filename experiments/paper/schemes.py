@@ -28,9 +28,10 @@ import optax
 from jax import Array
 from scipy import stats
 
+from experiments.common import comparators
+from experiments.common.networks import Subject
 from experiments.paper import common
-from experiments.robustness.networks import Subject
-from smark_jax import alignment, carriers, codes, comparators, embedding, extraction, keys, losses, parallel, tracing
+from smark_jax import alignment, carriers, codes, embedding, extraction, keys, losses, parallel, tracing
 
 Params = Any
 Aim = dict[str, Array]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import rich.console
 
-from experiments import sections
+from experiments.common import sections
 from experiments.paper import report
 
 _ROOT = Path(__file__).parent.parent
@@ -171,7 +171,7 @@ def _codes(result: dict[str, Any]) -> str:
 
 def _roc(result: dict[str, Any]) -> str:
     excess = max(row["largest_log10_excess"] for row in result["rows"])
-    return f"share of p-values below x: at most {10**excess:.2f} x, {result['innocents_a_curve']:,} innocents a curve"
+    return f"share of p-values below x: at most {10**excess:.2f} x, {result['innocents_per_curve']:,} innocents a curve"
 
 
 def _speed(result: dict[str, Any]) -> str:

@@ -12,8 +12,7 @@ import numpy as np
 import rich.console
 from scipy import stats
 
-from experiments import sections
-from experiments.collusion.common import interval
+from experiments.common import intervals, sections
 from experiments.paper import common, report
 from smark_jax import attacks, carriers, codes, embedding, extraction, statistics
 
@@ -85,7 +84,7 @@ def _against_others(chips: np.ndarray, words: np.ndarray) -> dict[str, Any]:
     for level in _LEVELS:
         bars = np.array([statistics.threshold(y, np.log(level)) for y in chips])
         above = int((np.abs(found) >= bars[:, None]).sum() - (np.abs(own) >= bars).sum())
-        low, high = interval(above, others.size, _CONFIDENCE)
+        low, high = intervals.clopper_pearson(above, others.size, _CONFIDENCE)
         levels.append({"level": level, "above": above, "low": low, "high": high, "exceeded": low > level})
     # Ranks from both ends, dense where the tails are: T that large or larger, as often as a normal variable.
     ranks = np.unique(np.geomspace(1, others.size / 2, _POINTS).astype(int))

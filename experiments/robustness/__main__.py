@@ -6,7 +6,7 @@ configuration and seed, so that an interrupted run goes on where it stopped.
 
 from collections.abc import Sequence
 
-from experiments import sections
+from experiments.common import sections
 from experiments.robustness import removal, rewrites, strength
 
 SECTIONS = {"rewrites": rewrites, "removal": removal, "strength": strength}

@@ -14,9 +14,8 @@ import optax
 import rich.console
 import rich.table
 
-from experiments import sections
-from experiments.robustness import networks
-from experiments.robustness.networks import ALPHA, CUSTOMERS, Subject
+from experiments.common import networks, sections
+from experiments.common.networks import ALPHA, CUSTOMERS, Subject
 from smark_jax import _batches, attacks, carriers, codes, embedding, extraction, losses, models, parallel, tracing
 from smark_jax._types import PyTree
 

@@ -13,9 +13,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
-from experiments.robustness import networks
-from experiments.robustness.networks import ALPHA, CUSTOMERS, Subject
+from experiments.common import networks, sections
+from experiments.common.networks import ALPHA, CUSTOMERS, Subject
 from smark_jax import alignment, attacks, carriers, codes, embedding, extraction, models, statistics, tracing
 from smark_jax._types import PyTree
 

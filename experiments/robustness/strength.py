@@ -10,9 +10,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import sections
-from experiments.robustness import networks
-from experiments.robustness.networks import ALPHA, CUSTOMERS
+from experiments.common import networks, sections
+from experiments.common.networks import ALPHA, CUSTOMERS
 from smark_jax import attacks, carriers, codes, embedding, extraction, models, statistics
 from smark_jax._types import PyTree
 

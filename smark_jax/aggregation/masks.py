@@ -63,7 +63,7 @@ def _pairwise_mask(row: Array, party: Array, round: Array, num_words: int) -> Ar
     keys = row[partners].T[:, :, None]  # [8, P - 1, 1]
     signs = jnp.where(partners > party, jnp.uint32(1), jnp.uint32(2**32 - 1))
     # All partners' streams side by side, a few blocks at a time: no stream is ever whole in memory.
-    width = max(_FEWEST_BLOCKS, chacha.BLOCKS_A_PASS // (num_parties - 1))
+    width = max(_FEWEST_BLOCKS, chacha.BLOCKS_PER_PASS // (num_parties - 1))
     width = min(width, -(-num_words // chacha.BLOCK_WORDS))
     nonce = _nonce(round, MASK)
 

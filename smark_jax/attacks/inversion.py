@@ -32,7 +32,7 @@ from smark_jax import _validate
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 
 InversionMethod = Literal["cosine", "dlg"]
-_STEPS_A_CHUNK = 50
+_STEPS_PER_CHUNK = 50
 # Geiping et al.: first step size 0.1, a tenth of it from 3/8, 5/8 and 7/8 of the steps on.
 _LEARNING_RATE, _MILESTONES = 0.1, (3 / 8, 5 / 8, 7 / 8)
 _TOTAL_VARIATION = 1e-2
@@ -122,8 +122,8 @@ def invert_gradient(
 
     optimizer_state = (_LBFGS if method == "dlg" else _ADAM).init(found)
     carry = (found, optimizer_state, found, jnp.float32(jnp.inf))
-    for start in range(0, steps, _STEPS_A_CHUNK):
-        stop = min(start + _STEPS_A_CHUNK, steps)
+    for start in range(0, steps, _STEPS_PER_CHUNK):
+        stop = min(start + _STEPS_PER_CHUNK, steps)
         carry = _search(apply_fn, method, params, gradient, targets, carry, start, stop, steps)
         on_chunk(stop - start)
     _, _, best, objective = carry

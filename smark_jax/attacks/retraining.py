@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from smark_jax import _batches, _validate, carriers
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 
-_IMAGES_A_PASS = 500
+_IMAGES_PER_PASS = 500
 
 
 def fine_tune(
@@ -293,4 +293,4 @@ def _join(moves: PyTree, still: PyTree) -> PyTree:
 
 
 def _logits(params: PyTree, apply_fn: ApplyFn, images: AnyArray) -> np.ndarray:
-    return _batches.apply(functools.partial(jax.jit(apply_fn), params), _IMAGES_A_PASS, np.asarray(images))
+    return _batches.apply(functools.partial(jax.jit(apply_fn), params), _IMAGES_PER_PASS, np.asarray(images))

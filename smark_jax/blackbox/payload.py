@@ -31,7 +31,7 @@ PAYLOAD_BITS = 304
 _CODED = 511
 _LOWEST = 1 / 8  # of the frequencies, but no fewer than _CODED + 1, which fill a block of the carrier
 _ROUNDS = 12
-_IMAGES_A_PASS = 64
+_IMAGES_PER_PASS = 64
 
 
 class _Secrets(NamedTuple):
@@ -100,7 +100,7 @@ def mark_images(
     coded = np.broadcast_to(_encode(np.atleast_2d(bits)), (count, _CODED))
     secrets, step = _secrets(key, *images.shape[1:3]), _step(strength, images[0, ..., 0].size)
     mark = lambda x, b: _mark(x, b, secrets, step, strength)  # noqa: E731
-    return _batches.apply(mark, _IMAGES_A_PASS, images, coded)
+    return _batches.apply(mark, _IMAGES_PER_PASS, images, coded)
 
 
 def read_images(images: UInt8[AnyArray, "B H W C"], key: keys.SecretKey, strength: float = 1.2) -> Reading:
@@ -120,7 +120,7 @@ def read_images(images: UInt8[AnyArray, "B H W C"], key: keys.SecretKey, strengt
     _check("read_images", images, strength)
     images = np.asarray(images)
     secrets, step = _secrets(key, *images.shape[1:3]), _step(strength, images[0, ..., 0].size)
-    phases = _batches.apply(lambda x: _phase(x, secrets, step), _IMAGES_A_PASS, images)
+    phases = _batches.apply(lambda x: _phase(x, secrets, step), _IMAGES_PER_PASS, images)
     # The phase is near 0 for a 0, near one half for a 1.
     coded = (np.abs(phases) > 0.25).astype(np.uint8)
     payload, ok = _decode(coded)

@@ -28,7 +28,7 @@ from smark_jax import _batches, _validate, carriers, keys
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 from smark_jax.blackbox import payload
 
-_IMAGES_A_PASS = 256
+_IMAGES_PER_PASS = 256
 
 
 def probes(
@@ -78,7 +78,7 @@ def probes(
 
     numbers = np.arange(count)
     if scores:
-        blocks = [numbers[i : i + _IMAGES_A_PASS] for i in range(0, count, _IMAGES_A_PASS)]
+        blocks = [numbers[i : i + _IMAGES_PER_PASS] for i in range(0, count, _IMAGES_PER_PASS)]
         uneven = np.concatenate([_uneven(made(block), scores) for block in blocks])
         numbers = np.sort(np.argsort(uneven, kind="stable")[:num_chips])
     return made(numbers)
@@ -148,7 +148,7 @@ def train_copies(
     *,
     epochs: int = 4,
     batch_size: int = 64,
-    probes_a_batch: int = 64,
+    probes_per_batch: int = 64,
     probe_weight: float = 0.1,
     learning_rate: float = 1e-3,
     seed: int = 0,
@@ -176,7 +176,7 @@ def train_copies(
       num_classes: length of the logits.
       epochs: passes over the images.
       batch_size: images in a step, at most N.
-      probes_a_batch: probes in a step.
+      probes_per_batch: probes in a step.
       probe_weight: of the probes' loss beside that of the images.
       learning_rate: Adam's at first; it falls to zero along a half cosine.
       seed: of the shuffles, the same for all copies.
@@ -204,7 +204,7 @@ def train_copies(
     sides = halves(probe_images, num_classes)
     steps = epochs * (len(images) // batch_size)
     rates = np.asarray(optax.cosine_decay_schedule(learning_rate, max(steps, 1))(np.arange(steps)))
-    wanted = _batches.apply(functools.partial(_probabilities, apply_fn, base), _IMAGES_A_PASS, images)
+    wanted = _batches.apply(functools.partial(_probabilities, apply_fn, base), _IMAGES_PER_PASS, images)
 
     still = _still(base)
 
@@ -213,7 +213,7 @@ def train_copies(
         rng, state, each = np.random.default_rng(seed), _ADAM.init(moving), iter(rates)
         for _ in range(epochs):
             for index in _batches.shuffled(rng, len(images), batch_size):
-                asked = rng.choice(len(probe_images), min(probes_a_batch, len(probe_images)), replace=False)
+                asked = rng.choice(len(probe_images), min(probes_per_batch, len(probe_images)), replace=False)
                 allowed = sides[None, asked] == codes[:, asked, None]
                 batch = _Batch(images[index], wanted[index], probe_images[asked], allowed)
                 moving, state = _step(apply_fn, moving, still, state, batch, next(each), probe_weight)

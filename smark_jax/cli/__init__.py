@@ -135,9 +135,10 @@ def train(
     if config is None:
         raise typer.BadParameter("name a configuration; smark train --example prints one", param_hint="CONFIG")
     settings = _train_config.read(config)
+    from smark_jax import training
     from smark_jax.cli import _train
 
-    for name in _train.OUTPUTS:
+    for name in training.OUTPUTS:
         _outputs.check("--out", out / name, (config,))
     console = Console(stderr=as_json)
     results = _train.run(settings, out, console)

@@ -87,8 +87,21 @@ def desk(folder: Path, file: Path | None) -> Iterator["vault.Vault"]:
 def bar(text: str, total: int) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr; the function it gives takes how many are done."""
     with progress(err, transient=True) as bars:
-        task = bars.add_task(text, total=total)
+        task = bars.add_task(text, total=total, note="")
         yield lambda done: bars.update(task, completed=done)
+
+
+def before_training(parties: int) -> None:
+    """Keeps memory that is freed, and asks JAX, before it computes, for a CPU device for each party."""
+    import jax
+
+    from smark_jax import _memory, parallel
+
+    _memory.keep_freed()
+    try:
+        jax.config.update("jax_num_cpu_devices", parties)
+    except RuntimeError:  # a caller who has begun to compute brings their own devices
+        parallel.devices(parties)
 
 
 def show(document: Any, as_json: bool, otherwise: Callable[[], None]) -> None:

@@ -5,7 +5,9 @@ them are this console's, which cleans what it is given (:func:`smark_jax._foreig
 about to write. So no caller can forget it. Styles come from :class:`rich.text.Text` alone, never from markup.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import rich.box
@@ -22,6 +24,7 @@ from smark_jax import _foreign
 Styled = tuple[str, str]
 """A text and its style."""
 
+_SECONDS_PER_LOG_LINE = 20
 _LEAST = 10  # characters to which a line is folded at least
 _LONGEST_WORD = 24  # that keeps a column of text as wide as itself; a longer one is broken
 
@@ -125,20 +128,34 @@ class Console(rich.console.Console):
             self.say(f"Not shown, for want of room: {', '.join(missing)}.")
 
 
-def progress(
-    console: rich.console.Console, *columns: rich.progress.ProgressColumn, transient: bool = False
-) -> rich.progress.Progress:
-    """Progress bars, with columns beside the usual ones."""
+def progress(console: Console, *, transient: bool = False) -> rich.progress.Progress:
+    """Progress bars; each of their tasks has a ``note``."""
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeElapsedColumn(),
         rich.progress.TimeRemainingColumn(),
-        *columns,
+        rich.progress.TextColumn("{task.fields[note]}", markup=False),
         console=console,
         transient=transient,
     )
+
+
+def training_bar(bars: rich.progress.Progress, label: str) -> Callable[[int, int, float], None]:
+    """An ``on_progress(done, total, loss)`` that shows a bar; where there is no terminal, a line now and then."""
+    task, printed = None, time.monotonic()
+
+    def on_progress(done: int, total: int, loss: float) -> None:
+        nonlocal task, printed
+        if task is None:
+            task = bars.add_task(label, total=total, note="")
+        bars.update(task, completed=done, note="compiling ..." if math.isnan(loss) else f"loss {loss:.3f}")
+        if not bars.console.is_terminal and time.monotonic() - printed > _SECONDS_PER_LOG_LINE:
+            printed = time.monotonic()
+            bars.console.print(f"{label}: {done:,} of {total:,}, loss {loss:.3f}")
+
+    return on_progress
 
 
 def _wide(text: str) -> int:

@@ -27,7 +27,7 @@ from smark_jax import (
     training,
 )
 from smark_jax._types import ApplyFn, PyTree
-from smark_jax.cli import _training
+from smark_jax.cli import _common, _console
 from smark_jax.cli._console import Console, Styled
 
 NUM_CHIPS = 304
@@ -74,7 +74,7 @@ class Model(NamedTuple):
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Runs the demo, prints its table, writes ``results.json`` and ``statistics.png``, and returns the results."""
     began = time.perf_counter()
-    _training.before_jax(config.parties)
+    _common.before_training(config.parties)
     config.out.mkdir(parents=True, exist_ok=True)
     train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")
     network = models.CNN()
@@ -84,9 +84,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     # and each party draws a secret of its own, of which only aggregation.public_key leaves it.
     master = keys.derive(keys.from_bytes(config.seed.to_bytes(32, "big")), "demo")
 
-    with _training.progress(console) as progress:
+    with _console.progress(console) as progress:
         start = models.init(network, jax.random.key(config.seed), train.images.shape[1:])
-        owner = _training.owner_mark(start, keys.derive(master, "owner"))
+        owner = training.owner_mark(start, keys.derive(master, "owner"))
         label = f"train base across {config.parties} parties"
         base = _train(config, apply_fn, start, owner, train, master, progress, label)
 
@@ -127,7 +127,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             progress.advance(task)
 
     results = _results(config, accuracy(base), suspects, verdicts, wrong_bits)
-    results["owner_mark_log10_p"] = _training.owner_log10_p(base, owner)
+    results["owner_mark_log10_p"] = training.owner_log10_p(base, owner)
     results["devices"] = [str(device) for device in parallel.devices(config.parties)]
     _picture(config.out / "statistics.png", suspects, verdicts)
     results["seconds"] = round(time.perf_counter() - began, 1)
@@ -140,15 +140,15 @@ def _train(
     config: Config,
     apply_fn: ApplyFn,
     start: PyTree,
-    owner: _training.Owner | None,
+    owner: training.Owner | None,
     train: data.Dataset,
     key: keys.SecretKey,
     progress: rich.progress.Progress,
     label: str,
 ) -> PyTree:
     batch = min(BATCH, len(train.labels) // config.parties)
-    recipe = _training.Recipe(config.parties, config.epochs, batch, LEARNING_RATE, CLIP, config.seed)
-    ready = _training.prepare(recipe, apply_fn, train, owner)
+    recipe = training.Recipe(config.parties, config.epochs, batch, LEARNING_RATE, CLIP, config.seed)
+    ready = training.prepare(recipe, apply_fn, train, owner)
     pair_keys = aggregation.pair_keys([keys.derive(key, "party", str(party)) for party in range(config.parties)])
     task = progress.add_task(label, total=ready.rounds, note="compiling ...")
 

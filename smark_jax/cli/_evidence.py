@@ -143,6 +143,6 @@ def timestamp(
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import commitments, timestamps
 
-        time = timestamps.store(desk, commitments.get(desk, name, number), response.read_bytes())
+        time = timestamps.add(desk, commitments.get(desk, name, number), response.read_bytes())
     document = {"model": name, "number": number, "time": time}
     _common.show(document, as_json, lambda: say(f"Commitment {number} to {name} was stamped at {time}."))

@@ -181,13 +181,11 @@ def customers(
     listed_names = _names.read(csv, column, heading) + (add or [])
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import customers as registry
+        from smark_jax.vault import store
 
         new = registry.add(desk, listed_names) if listed_names else []
         listed = registry.registered(desk)
-        rows = desk.connection.execute("SELECT serial, model FROM licences ORDER BY model")
-        models: dict[int, list[str]] = {}
-        for serial, model in rows:
-            models.setdefault(serial, []).append(model)
+        models = store.licensed_models(desk.connection)
     document = {
         "customers": [{**customer._asdict(), "models": models.get(customer.serial, [])} for customer in listed],
         "added": len(new),

@@ -25,7 +25,7 @@ _SURPLUS = 0.5
 # A residual below this part of the read-out is rounding.
 _SMALLEST_RESIDUAL = 1e-4
 # Columns of G are made for the next likely selections together, since one pass serves many.
-_COLUMNS_A_PASS = 16
+_COLUMNS_PER_PASS = 16
 
 
 class Pursuit:
@@ -73,10 +73,10 @@ class Pursuit:
             strength, norm = self._strength(selected, masked)
             if norm < _SMALLEST_RESIDUAL:
                 break
-            order = _largest(strength, _COLUMNS_A_PASS)
+            order = _largest(strength, _COLUMNS_PER_PASS)
             if strength[order[0]] >= self._stop * norm:
                 likely = [place for place in order if masked is None and strength[place] >= self._stop / 2]
-                self._prepare(order[0], likely, _COLUMNS_A_PASS)
+                self._prepare(order[0], likely, _COLUMNS_PER_PASS)
                 selected.append(order[0])
                 if single:
                     self._prefix = selected.copy()

@@ -26,8 +26,8 @@ Book = AnyArray | codes.Codebook
 
 # Codewords of one step inside jit (fewer where they are long), and of one call of it: between calls a progress bar may
 # move.
-_ROWS_A_STEP = 2048
-_ROWS_A_CALL = 1 << 18
+_ROWS_PER_STEP = 2048
+_ROWS_PER_CALL = 1 << 18
 # Joint decoding considers the customers whose words correlate best with the read-out: as many as have this many chips
 # together (40 MB packed), which is all of a million at 304 chips.
 _SHORTLIST_CHIPS = 320_000_000
@@ -101,8 +101,8 @@ def score(vectors: Float[np.ndarray, "R m"], book: Book, floors: Float[np.ndarra
     device_vectors = jnp.asarray(vectors, jnp.float32)
     everything = np.empty((len(vectors), num_customers), np.float32) if keep else None
     best = [_Best(limit, floor) for floor in floors.tolist()]
-    for start in _with_bar(range(0, num_customers, _ROWS_A_CALL), num_customers):
-        count = min(_ROWS_A_CALL, num_customers - start)
+    for start in _with_bar(range(0, num_customers, _ROWS_PER_CALL), num_customers):
+        count = min(_ROWS_PER_CALL, num_customers - start)
         found = np.asarray(_score_call(device_vectors, book, start, count))
         if everything is not None:
             everything[:, start : start + count] = found
@@ -184,7 +184,7 @@ def _score_streamed(vectors: jax.Array, key: jax.Array, start: jax.Array, count:
 
 def _step(count: int, num_chips: int) -> int:
     """How many codewords to have at a time: their bits as floats take at most some MB."""
-    return min(count, max(1, _ROWS_A_STEP * 512 // max(512, num_chips)))
+    return min(count, max(1, _ROWS_PER_STEP * 512 // max(512, num_chips)))
 
 
 def _by_tables(vectors: jax.Array, packed: jax.Array) -> jax.Array:
@@ -213,7 +213,7 @@ def _by_matmul(vectors: jax.Array, packed: jax.Array) -> jax.Array:
 def _score_held(vectors: jax.Array, book: jax.Array) -> jax.Array:
     """[R, rows] products of vectors and words, some thousand words at a time."""
     count, num_chips = book.shape
-    step = min(count, _ROWS_A_STEP)
+    step = min(count, _ROWS_PER_STEP)
 
     def one_step(words: jax.Array) -> jax.Array:
         # Accelerators would round the float32 matmul to fewer bits by default.

@@ -19,7 +19,7 @@ Decoder = Literal["joint", "sequential", "single"]
 NUM_DECOYS = 1024
 # A decoy this improbable means that an assumption is broken; sound verdicts raise the alarm once in a million.
 _DECOY_LEVEL = 1e-6
-_SUSPECTS_A_PASS = 16
+_SUSPECTS_PER_PASS = 16
 
 
 class Accusation(NamedTuple):
@@ -194,8 +194,8 @@ def trace_batch(
         cause = "It is 0 where nobody chose a map."
         raise _validate.fail("trace_batch", "a logarithm of at least 0 for each suspect", got, cause)
     verdicts = []
-    for start in range(0, len(y), _SUSPECTS_A_PASS):
-        rows = slice(start, start + _SUSPECTS_A_PASS)
+    for start in range(0, len(y), _SUSPECTS_PER_PASS):
+        rows = slice(start, start + _SUSPECTS_PER_PASS)
         verdicts += _trace_rows(y[rows], case, keep_statistics, maps[rows])
     return tuple(verdicts)
 

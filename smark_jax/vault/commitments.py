@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax import _validate, codes, keys
-from smark_jax.vault import _text, crypto, folder, merkle, models
+from smark_jax.vault import _text, crypto, folder, merkle, models, store
 from smark_jax.vault.customers import Customer
 
 FORMAT, VERSION = "smark commitment", 1
-_LEAVES_A_PASS = 4096
+_LEAVES_PER_PASS = 4096
 
 
 class Commitment(NamedTuple):
@@ -91,7 +91,7 @@ def word(opened: dict[str, Any], num_chips: int) -> np.ndarray:
 
 def leaves(vault: folder.Vault, model: models.Model, customers: Sequence[Customer]) -> list[bytes]:
     """The hashed leaves of these customers, in their order."""
-    parts = (customers[start : start + _LEAVES_A_PASS] for start in range(0, len(customers), _LEAVES_A_PASS))
+    parts = (customers[start : start + _LEAVES_PER_PASS] for start in range(0, len(customers), _LEAVES_PER_PASS))
     return [leaf(opened) for part in parts for opened in open_leaves(vault, model, part)]
 
 
@@ -124,9 +124,7 @@ def build(vault: folder.Vault, model: models.Model, hashed: Sequence[bytes]) -> 
 
 def latest(vault: folder.Vault, model: str) -> Commitment | None:
     """A model's newest commitment; None before the first issue."""
-    row = vault.connection.execute(
-        "SELECT model, number, root, document FROM commitments WHERE model = ? ORDER BY number DESC LIMIT 1", (model,)
-    ).fetchone()
+    row = store.latest_commitment(vault.connection, model)
     return Commitment(*row) if row else None
 
 
@@ -136,9 +134,7 @@ def get(vault: folder.Vault, model: str, number: int) -> Commitment:
     Raises:
       ValueError: when there is none.
     """
-    row = vault.connection.execute(
-        "SELECT model, number, root, document FROM commitments WHERE model = ? AND number = ?", (model, number)
-    ).fetchone()
+    row = store.commitment(vault.connection, model, number)
     if row is None:
         newest = latest(vault, models.get(vault, model).name)
         cause = f"The newest is number {newest.number}." if newest else "'smark issue' makes the first."
@@ -148,7 +144,7 @@ def get(vault: folder.Vault, model: str, number: int) -> Commitment:
 
 def write_all(vault: folder.Vault) -> None:
     """Writes the files for publication that are missing, into the vault's folder ``commitments``."""
-    for row in vault.connection.execute("SELECT model, number, root, document FROM commitments"):
+    for row in store.commitments(vault.connection):
         commitment = Commitment(*row)
         path = file(vault, commitment)
         if not path.exists():

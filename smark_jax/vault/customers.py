@@ -1,26 +1,19 @@
 """The registry of customers, one for all models: a name and a serial each, dense from 0."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from smark_jax import _validate
-from smark_jax.vault import _text, database, folder
+from smark_jax.vault import _text, folder, store
+from smark_jax.vault.store import Customer
+
+__all__ = ["Customer", "add", "registered", "resolve", "serials"]
 
 _SHOWN = 10
 
 
-class Customer(NamedTuple):
-    """One customer: the serial that names the codeword, the name, and when it was registered."""
-
-    serial: int
-    name: str
-    created: str
-
-
 def registered(vault: folder.Vault) -> list[Customer]:
     """All customers in the order of their serials."""
-    rows = vault.connection.execute("SELECT serial, name, created FROM customers ORDER BY serial")
-    return [Customer(*row) for row in rows]
+    return store.customers(vault.connection)
 
 
 def add(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
@@ -30,7 +23,7 @@ def add(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
       ValueError: when a name is not one, stands there twice, or is registered already.
     """
     wanted = _distinct([_text.customer_name(name) for name in names])
-    with database.transaction(vault.connection):
+    with store.transaction(vault.connection):
         known = serials(vault)
         taken = [name for name in wanted if name in known]
         if taken:
@@ -47,7 +40,7 @@ def resolve(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
       ValueError: when a name is not one, or stands there twice.
     """
     wanted = _distinct([_text.customer_name(name) for name in names])
-    with database.transaction(vault.connection):
+    with store.transaction(vault.connection):
         known = serials(vault)
         new = [name for name in wanted if name not in known]
         if new:
@@ -58,7 +51,7 @@ def resolve(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
 
 def serials(vault: folder.Vault) -> dict[str, int]:
     """Each customer's serial by name."""
-    return dict(vault.connection.execute("SELECT name, serial FROM customers"))
+    return store.serials(vault.connection)
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax import _validate, statistics
-from smark_jax.vault import _text, bundles, commitments, folder, log, merkle, models, timestamps, verdicts
+from smark_jax.vault import _text, bundles, commitments, folder, log, merkle, models, store, timestamps, verdicts
 from smark_jax.vault.customers import Customer
 
 _SMALLEST_RESIDUAL = 1e-6
@@ -191,7 +191,7 @@ def _under(
     vault: folder.Vault, model: str, shown: Sequence[int], newest: int, commitment: int | None
 ) -> dict[int, int]:
     """For each serial the number of the commitment under which its codeword is opened."""
-    licensed = dict(vault.connection.execute("SELECT serial, number FROM licences WHERE model = ?", (model,)))
+    licensed = {licence.serial: licence.number for licence in store.licences(vault.connection, model)}
     under = {serial: licensed[serial] for serial in shown}
     if commitment is None:
         return under
@@ -210,17 +210,16 @@ def _opened(
     vault: folder.Vault, model: str, leaves: Sequence[dict[str, Any]], under: Mapping[int, int]
 ) -> list[dict[str, Any]]:
     """The leaves with their paths to the roots of the commitments that they stand under."""
-    query = "SELECT serial, leaf, number FROM licences WHERE model = ? ORDER BY serial"
-    licences = vault.connection.execute(query, (model,)).fetchall()
+    licences = store.licences(vault.connection, model)
     opened = []
     for number in sorted(set(under.values())):
         commitment = commitments.get(vault, model, number)
-        covered = [(serial, leaf) for serial, leaf, since in licences if since <= number]
-        tree = [commitments.header_leaf(commitment.header), *(leaf for _, leaf in covered)]
+        covered = [licence for licence in licences if licence.number <= number]
+        tree = [commitments.header_leaf(commitment.header), *(licence.leaf for licence in covered)]
         if merkle.root(tree).hex() != commitment.root:
             cause = "Restore the vault from your backup."
             raise _validate.fail("evidence", "the leaves that were committed to", "others", cause)
-        index = {serial: place for place, (serial, _) in enumerate(covered, 1)}
+        index = {licence.serial: place for place, licence in enumerate(covered, 1)}
         some = [leaf for leaf in leaves if under[leaf["serial"]] == number]
         places = [index[leaf["serial"]] for leaf in some]
         for leaf, place, path in zip(some, places, merkle.paths(tree, places), strict=True):

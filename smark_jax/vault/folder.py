@@ -3,13 +3,12 @@
 import contextlib
 import secrets
 import shutil
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from smark_jax import _disk, _validate, keys
-from smark_jax.vault import crypto, database, log, sealing
+from smark_jax.vault import crypto, log, sealing, store
 
 KEY_FILE, DATABASE, MODELS, COMMITMENTS, ANSWERS = "master.key", "vault.sqlite", "models", "commitments", "answers"
 
@@ -18,7 +17,7 @@ class Vault(NamedTuple):
     """An open vault: its folder, the database, and the master key, which no text of ours ever shows."""
 
     folder: Path
-    connection: sqlite3.Connection
+    connection: store.Connection
     master: keys.SecretKey
 
 
@@ -45,9 +44,9 @@ def create(folder: Path, passphrase: str) -> None:
             for name in (MODELS, COMMITMENTS, ANSWERS):
                 (new / name).mkdir()
             write(new / KEY_FILE, sealed)
-            connection = database.connect(new / DATABASE, create=True)
+            connection = store.connect(new / DATABASE, create=True)
             with contextlib.closing(connection):
-                sealing.mark_sealed(connection)
+                store.mark_sealed(connection)
                 record(Vault(new, connection, master), "vault created", {}, public_key=crypto.public_key(master))
         _disk.flush_folder(new)
         try:
@@ -74,9 +73,9 @@ def opened(folder: Path, passphrase: str) -> Iterator[Vault]:
         cause = "Is the path right? Make a vault with 'smark init'; if a file was lost, restore the backup."
         raise _validate.fail("vault", f"a vault in {folder}", f"no {' and no '.join(missing)} there", cause)
     master = crypto.unseal(folder / KEY_FILE, passphrase)
-    with _disk.private_files(), contextlib.closing(database.connect(folder / DATABASE)) as connection:
+    with _disk.private_files(), contextlib.closing(store.connect(folder / DATABASE)) as connection:
         vault = Vault(folder, connection, master)
-        with database.errors_explained(folder / DATABASE):
+        with store.errors_explained(folder / DATABASE):
             _verify(vault)
             sealing.seal_plain_rows(connection, master, _log_key(vault))
             yield vault
@@ -84,10 +83,9 @@ def opened(folder: Path, passphrase: str) -> Iterator[Vault]:
 
 def _verify(vault: Vault) -> None:
     published = sorted((vault.folder / COMMITMENTS).glob("*.json"))  # before the database, to which others may add
-    vault.connection.execute("BEGIN")  # one state of it, whoever writes meanwhile
-    log.verify(vault.connection, _log_key(vault))
-    roots = dict(vault.connection.execute("SELECT model || '-' || number, document FROM commitments"))
-    vault.connection.execute("COMMIT")
+    with store.snapshot(vault.connection):
+        log.verify(vault.connection, _log_key(vault))
+        roots = {f"{row.model}-{row.number}": row.document for row in store.commitments(vault.connection)}
     for path in published:
         if path.stem in roots and path.read_bytes() != roots[path.stem].encode() + b"\n":
             cause = "Restore that file from your backup, or remove it: the next 'smark issue' writes it again."
@@ -97,7 +95,7 @@ def _verify(vault: Vault) -> None:
             raise _validate.fail("vault", f"the commitment {path.stem} in the database", "none", cause)
 
 
-def record(vault: Vault, event: str, rows: Mapping[str, Sequence[database.Row]], **details: Any) -> int:
+def record(vault: Vault, event: str, rows: Mapping[str, Sequence[store.Row]], **details: Any) -> int:
     """Writes rows and the log entry that vouches for them, in one transaction; joins one that is open.
 
     Returns:
@@ -105,7 +103,7 @@ def record(vault: Vault, event: str, rows: Mapping[str, Sequence[database.Row]],
     """
     with contextlib.ExitStack() as stack:
         if not vault.connection.in_transaction:
-            stack.enter_context(database.transaction(vault.connection))
+            stack.enter_context(store.transaction(vault.connection))
         return log.append(vault.connection, _log_key(vault), event, rows, **details)
 
 

@@ -21,13 +21,13 @@ import numpy as np
 
 from smark_jax import _disk, _validate, carriers, codes, embedding, files
 from smark_jax._types import PyTree
-from smark_jax.vault import _text, commitments, database, folder, models, trials
+from smark_jax.vault import _text, commitments, folder, models, store, trials
 from smark_jax.vault.customers import Customer
 
 # A copy that has not got its name yet is called ".NAME.issuing".
 _HIDDEN = ".issuing"
 # A batch of copies: at most so many, and about so many bytes. Two are in memory together.
-_COPIES_A_BATCH, _BYTES_A_BATCH = 32, 1 << 27
+_COPIES_PER_BATCH, _BYTES_PER_BATCH = 32, 1 << 27
 # Threads that hash and write, all of which lets other threads run, and flush files, for which they wait for the disk.
 _WRITERS = 4
 
@@ -160,8 +160,8 @@ def _license(vault: folder.Vault, model: models.Model, customers: Sequence[Custo
         (model.name, customer.serial, model.strength if strength is None else strength, leaf)
         for customer, leaf in zip(new, hashed, strict=True)
     ]
-    with database.transaction(vault.connection):
-        tree = dict(vault.connection.execute("SELECT serial, leaf FROM licences WHERE model = ?", (model.name,)))
+    with store.transaction(vault.connection):
+        tree = {licence.serial: licence.leaf for licence in store.licences(vault.connection, model.name)}
         tree |= {serial: leaf for _, serial, _, leaf in rows}
         commitment = commitments.build(vault, model, [tree[serial] for serial in sorted(tree)])
         added = {"commitments": [commitment], "licences": [(*row, commitment.number) for row in rows]}
@@ -171,14 +171,13 @@ def _license(vault: folder.Vault, model: models.Model, customers: Sequence[Custo
 
 def strengths(vault: folder.Vault, model: str) -> dict[int, float]:
     """By serial, the strength of the copy of each customer who has one, in the order of serials."""
-    rows = vault.connection.execute("SELECT serial, strength FROM licences WHERE model = ? ORDER BY serial", (model,))
-    return dict(rows)
+    return {licence.serial: licence.strength for licence in store.licences(vault.connection, model)}
 
 
 def _licences(vault: folder.Vault, model: models.Model, customers: Sequence[Customer], out: Path) -> list[_Licence]:
     held = strengths(vault, model.name)
     known: dict[int, set[str]] = {}
-    for serial, sha256 in vault.connection.execute("SELECT serial, sha256 FROM copies WHERE model = ?", (model.name,)):
+    for serial, sha256 in store.copies(vault.connection, model.name):
         known.setdefault(serial, set()).add(sha256)
     return [
         _Licence(c, held[c.serial], frozenset(known.get(c.serial, ())), out / _text.file_name(c.serial, c.name))
@@ -200,7 +199,7 @@ def _write(
     size = sum(leaf.nbytes for leaf in base.values())
     # The same number for all batches, so that a copy's bits never depend on who is issued along with it.
     # A taught copy has cost a minute: it is kept as soon as it is there.
-    count = 1 if teach else max(1, min(_COPIES_A_BATCH, _BYTES_A_BATCH // size))
+    count = 1 if teach else max(1, min(_COPIES_PER_BATCH, _BYTES_PER_BATCH // size))
     batches: list[list[_Licence]] = []
     for strength in sorted({licence.strength for licence in licences}):
         alike = [licence for licence in licences if licence.strength == strength]
@@ -301,10 +300,9 @@ def _refuse_base(path: Path, model: models.Model) -> None:
 def _refuse_other(vault: folder.Vault, path: Path, model: models.Model) -> None:
     """Nor is a copy of another model written over: copies of all models have the same names."""
     if path.is_file():
-        asked = "SELECT model FROM copies WHERE sha256 = ? AND model <> ?"
-        if row := vault.connection.execute(asked, (_file_hash(path), model.name)).fetchone():
+        if other := store.model_of_copy(vault.connection, _file_hash(path), but=model.name):
             cause = "Name a folder for each model by --out."
-            raise _validate.fail("issue", f"a copy of {model.name}, or nothing, in {path}", f"one of {row[0]}", cause)
+            raise _validate.fail("issue", f"a copy of {model.name}, or nothing, in {path}", f"one of {other}", cause)
 
 
 def _file_hash(path: Path) -> str:

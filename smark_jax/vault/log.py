@@ -13,12 +13,11 @@ is how rows which older versions kept in plain were sealed (:mod:`smark_jax.vaul
 
 import hmac
 import json
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from smark_jax import _validate, keys
-from smark_jax.vault import _text, database
+from smark_jax.vault import _text, store
 
 _START = bytes(32)
 
@@ -31,10 +30,10 @@ class Entry(NamedTuple):
 
 
 def append(
-    connection: sqlite3.Connection,
+    connection: store.Connection,
     key: keys.SecretKey,
     event: str,
-    rows: Mapping[str, Sequence[database.Row]],
+    rows: Mapping[str, Sequence[store.Row]],
     **details: Any,
 ) -> int:
     """Writes an entry and the rows it vouches for; inside a transaction.
@@ -43,7 +42,7 @@ def append(
       connection: the database, in a transaction.
       key: the log key.
       event: what happened, in a few words.
-      rows: for each table the new rows, in the order of ``database.TABLES``.
+      rows: for each table the new rows, in the order of ``store.TABLES``.
       **details: more about it, of what JSON can hold.
 
     Returns:
@@ -52,26 +51,25 @@ def append(
     Raises:
       ValueError: when the log's last entry is not authentic.
     """
-    last = connection.execute("SELECT number, previous, body, mac FROM log ORDER BY number DESC LIMIT 1").fetchone()
-    if last is not None and not hmac.compare_digest(_mac(key, *last[:3]), last[3]):
-        raise _tampered(f"entry {last[0]} is not authentic")
-    number, previous = (last[0] + 1, last[3]) if last else (1, _START)
-    body = database.canonical({"event": event, "time": _text.now(), "rows": database.summary(rows), **details})
-    mac = _mac(key, number, previous, body)
-    connection.execute("INSERT INTO log VALUES (?, ?, ?, ?)", (number, previous, body, mac))
+    last = store.last_entry(connection)
+    if last is not None and not hmac.compare_digest(_mac(key, *last[:3]), last.mac):
+        raise _tampered(f"entry {last.number} is not authentic")
+    number, previous = (last.number + 1, last.mac) if last else (1, _START)
+    body = _text.canonical({"event": event, "time": _text.now(), "rows": store.summary(rows), **details}).decode()
+    store.add_entry(connection, store.Entry(number, previous, body, _mac(key, number, previous, body)))
     for table, some in rows.items():
-        database.insert(connection, table, some, number)
+        store.insert(connection, table, some, number)
     return number
 
 
-def verify(connection: sqlite3.Connection, key: keys.SecretKey) -> None:
+def verify(connection: store.Connection, key: keys.SecretKey) -> None:
     """Checks every entry of the log, and that the tables hold what it says.
 
     Raises:
       ValueError: saying what differs, and what to do.
     """
     said, previous, count = {}, _START, 0
-    for number, before, body, mac in connection.execute("SELECT number, previous, body, mac FROM log ORDER BY number"):
+    for number, before, body, mac in store.entries(connection):
         count += 1
         if number != count:
             raise _tampered(f"entry {count} is missing")
@@ -85,13 +83,13 @@ def verify(connection: sqlite3.Connection, key: keys.SecretKey) -> None:
         said[number] = document["rows"]
     if not count:
         raise _tampered("it is empty")
-    database.verify(connection, said)
+    store.verify(connection, said)
 
 
-def entries(connection: sqlite3.Connection) -> Iterator[Entry]:
+def entries(connection: store.Connection) -> Iterator[Entry]:
     """All entries in order."""
-    for number, body in connection.execute("SELECT number, body FROM log ORDER BY number"):
-        yield Entry(number, json.loads(body))
+    for entry in store.entries(connection):
+        yield Entry(entry.number, json.loads(entry.body))
 
 
 def _mac(key: keys.SecretKey, number: int, previous: bytes, body: str) -> bytes:

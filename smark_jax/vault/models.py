@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax import _disk, _validate, carriers, files, keys
-from smark_jax.vault import _text, database, folder
+from smark_jax.vault import _text, folder, store
 from smark_jax.vault import public as publicity
 
 DECODER, DECODER_VERSION = "joint", 1
@@ -98,8 +98,8 @@ def add(
     refuse_taken(vault, name)
     path = _base_path(vault, name, model.base)
     _keep(path, leaves, source)
-    document = database.canonical(model._replace(spec=spec_document(spec))._asdict())  # pyright: ignore[reportArgumentType]
-    with database.transaction(vault.connection):
+    document = _text.canonical(model._replace(spec=spec_document(spec))._asdict()).decode()  # pyright: ignore[reportArgumentType]
+    with store.transaction(vault.connection):
         refuse_taken(vault, name)
         folder.record(vault, "model added", {"models": [(name, document)]}, model=name, base=model.base)
     return model
@@ -180,7 +180,7 @@ def refuse_taken(vault: folder.Vault, name: str) -> None:
 
 def names(vault: folder.Vault) -> list[str]:
     """The models' names in the order in which they were added."""
-    return [name for (name,) in vault.connection.execute("SELECT name FROM models ORDER BY rowid")]
+    return store.model_names(vault.connection)
 
 
 def get(vault: folder.Vault, name: str) -> Model:
@@ -189,12 +189,12 @@ def get(vault: folder.Vault, name: str) -> Model:
     Raises:
       ValueError: when there is no such model.
     """
-    row = vault.connection.execute("SELECT document FROM models WHERE name = ?", (name,)).fetchone()
-    if row is None:
+    text = store.model_document(vault.connection, name)
+    if text is None:
         known = ", ".join(names(vault)) or "none yet"
         cause = f"Models in this vault: {known}. 'smark add-model' adds one."
         raise _validate.fail("vault", "the name of a model", repr(name), cause)
-    document = json.loads(row[0])
+    document = json.loads(text)
     return Model(**{**document, "spec": spec_from(document["spec"])})
 
 

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from smark_jax import _validate, blackbox, files, keys
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.blackbox import answers as records
-from smark_jax.vault import folder, issuing, models, shown, trials, verdicts
+from smark_jax.vault import folder, issuing, models, shown, store, trials, verdicts
 
 MAX_AGE = 7.0
 """Days after which answers no longer count."""
@@ -96,8 +96,8 @@ def probes(vault: folder.Vault, name: str) -> tuple[np.ndarray, int]:
       ValueError: when it was added without, or the file in the vault is another.
     """
     models.get(vault, name)
-    row = _row(vault, name)
-    if row is None:
+    known = store.probes(vault.connection, name)
+    if known is None:
         cause = "'smark add-model --probes FILE.npz --classes N' makes them, before copies are issued."
         raise _validate.fail("query", f"probes of {name}", "none", cause)
     path = _path(vault, name)
@@ -108,12 +108,12 @@ def probes(vault: folder.Vault, name: str) -> tuple[np.ndarray, int]:
         made = _images(path, io.BytesIO(content))
     except InvalidTag:
         made = np.zeros(0, np.uint8)
-    if hashlib.sha256(made.tobytes()).hexdigest() != row[0]:
+    if hashlib.sha256(made.tobytes()).hexdigest() != known.sha256:
         cause = "Restore the file from your backup."
         raise _validate.fail("vault", f"the probes of {name} in {path}", "another content", cause)
     if plain:
         folder.write(path, records.seal(_file_key(vault, name), content))
-    return made, row[1]
+    return made, known.num_classes
 
 
 def teacher(
@@ -345,12 +345,7 @@ def _check_unchanged(
 
 def has_probes(vault: folder.Vault, name: str) -> bool:
     """Whether a model was added with probes."""
-    return _row(vault, name) is not None
-
-
-def _row(vault: folder.Vault, name: str) -> tuple[str, int] | None:
-    query = "SELECT sha256, num_classes FROM probes WHERE model = ?"
-    return vault.connection.execute(query, (name,)).fetchone()
+    return store.probes(vault.connection, name) is not None
 
 
 def _file_key(vault: folder.Vault, name: str) -> keys.SecretKey:

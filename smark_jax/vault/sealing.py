@@ -8,38 +8,35 @@ Older versions kept them in plain. The first opening moves those rows, after the
 file, so that their bytes are gone from it. Backups made before still hold them.
 """
 
-import sqlite3
-
 from cryptography.exceptions import InvalidTag
 
 from smark_jax import _validate, keys
-from smark_jax.vault import _text, database, log
+from smark_jax.vault import _text, log, store
 
-# sqlite's field for the kind of file. Set once no byte in the file is older than this module.
-_SEALED = 0x736D6B32
 _COLUMNS = ("document", "statistics", "chips")
 
 
 def row(
     master: keys.SecretKey, verdict: int, place: int, document: str, statistics: bytes, chips: bytes
-) -> database.Row:
+) -> store.Finding:
     """A row of the table ``findings``."""
     plain = zip(_COLUMNS, (document.encode(), statistics, chips), strict=True)
     key = keys.derive(master, "findings")
     sealed = (keys.seal(key, content, _about(verdict, place, column)) for column, content in plain)
-    return (verdict, place, *sealed)
+    return store.Finding(verdict, place, *sealed)
 
 
-def unseal(master: keys.SecretKey, verdict: int, place: int, column: str, sealed: bytes) -> bytes:
-    """What a column of ``findings`` holds.
+def unseal(master: keys.SecretKey, finding: store.Finding, column: str) -> bytes:
+    """What a column of ``findings`` holds: ``"document"``, ``"statistics"`` or ``"chips"``.
 
     Raises:
       ValueError: when it was sealed with another key, or as something else.
     """
     try:
-        return keys.unseal(keys.derive(master, "findings"), sealed, _about(verdict, place, column))
+        about = _about(finding.verdict, finding.place, column)
+        return keys.unseal(keys.derive(master, "findings"), getattr(finding, column), about)
     except InvalidTag:
-        got = f"other bytes ({column} of suspect {place + 1} of verdict {verdict})"
+        got = f"other bytes ({column} of suspect {finding.place + 1} of verdict {finding.verdict})"
         cause = "Restore the vault's folder from your backup."
         raise _validate.fail("vault", "a finding that this vault sealed", got, cause) from None
 
@@ -48,12 +45,7 @@ def _about(verdict: int, place: int, column: str) -> bytes:
     return _text.canonical(["smark finding v1", verdict, place, column])
 
 
-def mark_sealed(connection: sqlite3.Connection) -> None:
-    """States that the database holds nothing in plain that this module seals."""
-    connection.execute(f"PRAGMA application_id = {_SEALED}")
-
-
-def seal_plain_rows(connection: sqlite3.Connection, master: keys.SecretKey, log_key: keys.SecretKey) -> None:
+def seal_plain_rows(connection: store.Connection, master: keys.SecretKey, log_key: keys.SecretKey) -> None:
     """Seals what an older version wrote in plain, and removes its bytes from the file; otherwise does nothing.
 
     A process that dies on the way leaves rows either plain or sealed, and the next opening goes on.
@@ -61,16 +53,14 @@ def seal_plain_rows(connection: sqlite3.Connection, master: keys.SecretKey, log_
     Raises:
       ValueError: when the rows are not those that the log vouches for.
     """
-    plain = "SELECT verdict, place, document, statistics, chips FROM suspects ORDER BY verdict, place"
-    (kind,) = connection.execute("PRAGMA application_id").fetchone()
-    if kind == _SEALED and connection.execute(plain).fetchone() is None:
+    if store.is_sealed(connection) and not store.plain_findings(connection):
         return
-    connection.execute("PRAGMA secure_delete = ON")
-    with database.transaction(connection):
-        rows = [row(master, *found) for found in connection.execute(plain)]
+    store.overwrite_removed(connection)
+    with store.transaction(connection):
+        rows = [row(master, *found) for found in store.plain_findings(connection)]
         if rows:
             log.verify(connection, log_key)  # or a changed row would be vouched for from now on
             log.append(connection, log_key, "findings sealed", {"findings": rows}, replaces=["suspects"])
-            database.clear(connection, "suspects")
-    if database.rebuild(connection):
-        mark_sealed(connection)
+            store.clear(connection, "suspects")
+    if store.rebuild(connection):
+        store.mark_sealed(connection)

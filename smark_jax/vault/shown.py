@@ -13,7 +13,7 @@ import numpy as np
 
 from smark_jax import _validate, keys
 from smark_jax.blackbox import answers as records
-from smark_jax.vault import database, folder, log, verdicts
+from smark_jax.vault import folder, log, store, verdicts
 
 _EVENT = "probes shown"
 _UNKNOWN = "an unknown target"
@@ -45,8 +45,7 @@ def history(vault: folder.Vault, model: str, num_chips: int) -> list[Shown]:
     """
     everything = tuple(range(num_chips))
     found = [Shown("", _UNKNOWN, "", everything) for _ in unrecorded_files(vault, model)]
-    rows = vault.connection.execute("SELECT number FROM verdicts WHERE model = ? ORDER BY number", (model,)).fetchall()
-    for (number,) in rows:
+    for number in store.verdict_numbers(vault.connection, model):
         document = verdicts.get(vault, number)
         old = [row for row in document["suspects"] if row.get("read") == "answers" and "answers" not in row]
         found += [Shown("", row["file"], document["created"], everything) for row in old]
@@ -116,7 +115,7 @@ def record(
     Raises:
       ValueError: when fewer than ``count`` probes are left that nobody has been shown.
     """
-    with database.transaction(vault.connection):  # two queries at once must not choose the same
+    with store.transaction(vault.connection):  # two queries at once must not choose the same
         before = history(vault, model, num_chips)
         own = {probe for shown in before if session and shown.session == session for probe in shown.probes}
         seen = {probe for shown in before for probe in shown.probes}

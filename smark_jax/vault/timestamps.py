@@ -3,7 +3,7 @@
 import hashlib
 
 from smark_jax import _validate
-from smark_jax.vault import commitments, folder
+from smark_jax.vault import commitments, folder, store
 
 _LARGEST = 1_000_000
 # DER's tags of a SET OF, and of the two that CMS tags [0] and [1]: certificates and signed attributes, revocation lists
@@ -20,7 +20,7 @@ def request(commitment: commitments.Commitment) -> bytes:
     return builder.data(commitment.published).build().as_bytes()
 
 
-def store(vault: folder.Vault, commitment: commitments.Commitment, response: bytes) -> str:
+def add(vault: folder.Vault, commitment: commitments.Commitment, response: bytes) -> str:
     """Keeps an authority's response with the commitment it is about, and returns the time it states.
 
     The authority's signature is not checked here, since that takes its certificate: ``openssl ts -verify`` does it.
@@ -34,11 +34,9 @@ def store(vault: folder.Vault, commitment: commitments.Commitment, response: byt
     return time
 
 
-def stored(vault: folder.Vault, commitment: commitments.Commitment) -> list[tuple[str, bytes]]:
-    """The times and responses that are kept with a commitment."""
-    return vault.connection.execute(
-        "SELECT time, response FROM timestamps WHERE model = ? AND number = ?", (commitment.model, commitment.number)
-    ).fetchall()
+def stored(vault: folder.Vault, commitment: commitments.Commitment) -> list[store.Stamp]:
+    """The time stamps that are kept with a commitment."""
+    return store.stamps(vault.connection, commitment.model, commitment.number)
 
 
 def check(published: bytes, response: bytes) -> str:

@@ -16,8 +16,7 @@ import numpy as np
 
 from smark_jax import _validate, alignment, carriers, codes, extraction, files, statistics, tracing
 from smark_jax._types import ApplyFn, PyTree
-from smark_jax.vault import commitments, database, folder, models, sealing
-from smark_jax.vault._text import now
+from smark_jax.vault import _text, commitments, folder, models, sealing, store
 
 _WORDS_PER_BLOCK = 1 << 16
 COMPARED = ("traced", "nobody")
@@ -281,7 +280,7 @@ def judge(
     """
     commitment = committed(vault, model.name)
     serials = _serials(vault, model.name, commitment)
-    names = dict(vault.connection.execute("SELECT serial, name FROM customers"))
+    names = {customer.serial: customer.name for customer in store.customers(vault.connection)}
     level = model.alpha if alpha is None else alpha
     on_suspect(f"comparing with {len(serials):,} customers")
     found: list[tracing.Verdict] = []
@@ -317,14 +316,13 @@ def judge(
         "reading": reading.document(),
     }
     if all(row["verdict"] == "unreadable" for row in documents):
-        return {"number": None, "created": now(), **head, "occasion": None, "suspects": documents}
+        return {"number": None, "created": _text.now(), **head, "occasion": None, "suspects": documents}
     return _record(vault, head, documents, blobs)
 
 
 def _serials(vault: folder.Vault, name: str, commitment: commitments.Commitment) -> list[int]:
     """The customers whom a commitment covers."""
-    covered = "SELECT serial FROM licences WHERE model = ? AND number <= ? ORDER BY serial"
-    return [serial for (serial,) in vault.connection.execute(covered, (name, commitment.number))]
+    return store.covered(vault.connection, name, commitment.number)
 
 
 def _trace(
@@ -363,17 +361,14 @@ def _findings(verdict: tracing.Verdict, names: Mapping[int, str]) -> dict[str, A
 def _record(
     vault: folder.Vault, head: dict[str, Any], suspects: Sequence[dict[str, Any]], blobs: Sequence[tuple[bytes, bytes]]
 ) -> dict[str, Any]:
-    created = now()
-    with database.transaction(vault.connection):
-        (last,) = vault.connection.execute("SELECT max(number) FROM verdicts").fetchone()
-        (before,) = vault.connection.execute(
-            "SELECT max(json_extract(document, '$.occasion')) FROM verdicts WHERE model = ?", (head["model"],)
-        ).fetchone()
-        number = (last or 0) + 1
+    created = _text.now()
+    with store.transaction(vault.connection):
+        number = store.last_verdict(vault.connection) + 1
         compared = any(row["verdict"] in COMPARED for row in suspects)
-        document = database.canonical({**head, "occasion": (before or 0) + compared})
+        occasion = store.last_occasion(vault.connection, head["model"]) + compared
+        document = _text.canonical({**head, "occasion": occasion}).decode()
         rows = [
-            sealing.row(vault.master, number, place, database.canonical(row), *some)
+            sealing.row(vault.master, number, place, _text.canonical(row).decode(), *some)
             for place, (row, some) in enumerate(zip(suspects, blobs, strict=True))
         ]
         tables = {"verdicts": [(number, head["model"], created, document)], "findings": rows}
@@ -388,35 +383,25 @@ def get(vault: folder.Vault, number: int) -> dict[str, Any]:
     Raises:
       ValueError: when there is none.
     """
-    row = vault.connection.execute(
-        "SELECT number, model, created, document FROM verdicts WHERE number = ?", (number,)
-    ).fetchone()
+    row = store.verdict(vault.connection, number)
     if row is None:
-        (last,) = vault.connection.execute("SELECT max(number) FROM verdicts").fetchone()
+        last = store.last_verdict(vault.connection)
         cause = f"Verdicts 1 to {last} are there." if last else "'smark trace' makes the first."
         raise _validate.fail("vault", "the number of a verdict", f"{number}, which there is not", cause)
-    head = json.loads(row[3])
-    customers = vault.connection.execute(
-        "SELECT serial, name FROM licences JOIN customers USING (serial) WHERE model = ? AND number <= ? "
-        "ORDER BY serial",
-        (row[1], head["commitment"]["number"]),
-    ).fetchall()
-    who = {"serials": [serial for serial, _ in customers], "customers": [name for _, name in customers]}
+    head = json.loads(row.document)
+    customers = store.covered_names(vault.connection, row.model, head["commitment"]["number"])
+    who = {"serials": list(customers), "customers": list(customers.values())}
     suspects = []
-    rows = vault.connection.execute(
-        "SELECT place, document, statistics FROM findings WHERE verdict = ? ORDER BY place", (number,)
-    )
-    for place, document, sealed in rows:
-        suspect = json.loads(sealing.unseal(vault.master, number, place, "document", document))
-        values = sealing.unseal(vault.master, number, place, "statistics", sealed)
+    for finding in store.findings(vault.connection, number):
+        suspect = json.loads(sealing.unseal(vault.master, finding, "document"))
+        values = sealing.unseal(vault.master, finding, "statistics")
         if values:
             suspect |= {"statistics": np.frombuffer(values, "<f4").astype(float).tolist(), **who}
         suspects.append(suspect)
-    return {"number": row[0], "created": row[2], **head, "suspects": suspects}
+    return {"number": number, "created": row.created, **head, "suspects": suspects}
 
 
 def chips(vault: folder.Vault, number: int, place: int) -> np.ndarray:
     """The chips that a suspect of a verdict read, float64, shape [m]; empty when it could not be read."""
-    query = "SELECT chips FROM findings WHERE verdict = ? AND place = ?"
-    (sealed,) = vault.connection.execute(query, (number, place)).fetchone()
-    return np.frombuffer(sealing.unseal(vault.master, number, place, "chips", sealed), "<f8")
+    finding = store.finding(vault.connection, number, place)
+    return np.frombuffer(sealing.unseal(vault.master, finding, "chips"), "<f8")

@@ -1,24 +1,16 @@
-"""The vault's sqlite database: tables that only grow, written together with the log entry that vouches for them.
-
-Every row names the log entry that wrote it, and the entry holds the number of its rows in each table and their SHA-256.
-So the tables are as authentic as the log, every column of them, and no row can be added, changed or removed apart.
-"""
+"""The database file: its tables, its migrations, its transactions, and what sqlite's errors mean."""
 
 import contextlib
-import hashlib
 import itertools
-import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from smark_jax import _validate
-from smark_jax.vault import _text
 
-Row = Sequence[Any]
+Connection = sqlite3.Connection
 
-# One script a version; a database of version n has seen the first n. Never change one that was released: add another.
+# One script per version; a database of version n has seen the first n. Never change one that was released: add another.
 MIGRATIONS = (
     """
 CREATE TABLE log (
@@ -75,8 +67,9 @@ TABLES = {
     "findings": ("verdict", "place", "document", "statistics", "chips"),
 }
 """The columns of each table in order, without the entry that every row names."""
+SEALED = 0x736D6B32
+"""sqlite's field for the kind of file, once everything in it is sealed that is sealed today."""
 _SECONDS_TO_WAIT = 60.0
-_ROWS_A_HASH = 4096
 _UNWRITABLE = "Is the disk mounted read-only? Make the folder writable for you, or copy it to a disk that is."
 _NO_ROOM = "Free some space on that disk, and run this again: nothing was half written."
 _IN_USE = "Wait until the other smark that uses this vault has ended, and run this again."
@@ -94,7 +87,7 @@ _ADVICE = {
 }
 
 
-def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
+def connect(path: Path, *, create: bool = False) -> Connection:
     """Opens the database, brings an older one up to date, and refuses a newer one, a damaged one or another schema.
 
     Raises:
@@ -114,7 +107,7 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
             connection.execute("PRAGMA synchronous = FULL")
             _migrate(connection)
             if _schema(connection) != _expected_schema():
-                raise _tampered("its tables and triggers are not those that smark made")
+                raise tampered("its tables and triggers are not those that smark made")
             unless_opened.pop_all()
     return connection
 
@@ -131,12 +124,12 @@ def errors_explained(path: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         advice = _ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)  # the higher bits tell variants apart
         if advice is None:
-            raise _tampered(str(error)) from None
+            raise tampered(str(error)) from None
         expected = f"to read and write the database {path} and files beside it"
         raise _validate.fail("vault", expected, f"sqlite's refusal: {error}", advice) from None
 
 
-def _migrate(connection: sqlite3.Connection) -> None:
+def _migrate(connection: Connection) -> None:
     if _version(connection) == len(MIGRATIONS):
         return
     with transaction(connection):
@@ -151,7 +144,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
         connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
 
-def _forbid_changes(connection: sqlite3.Connection) -> None:
+def _forbid_changes(connection: Connection) -> None:
     for table, act in itertools.product(("log", *TABLES), ("UPDATE", "DELETE")):
         connection.execute(
             f"CREATE TRIGGER IF NOT EXISTS {table}_no_{act.lower()} BEFORE {act} ON {table} "
@@ -159,14 +152,14 @@ def _forbid_changes(connection: sqlite3.Connection) -> None:
         )
 
 
-def clear(connection: sqlite3.Connection, table: str) -> None:
+def clear(connection: Connection, table: str) -> None:
     """Removes all rows of a table that others replace; inside a transaction."""
     connection.execute(f"DROP TRIGGER {table}_no_delete")
     connection.execute(f"DELETE FROM {table}")
     _forbid_changes(connection)
 
 
-def rebuild(connection: sqlite3.Connection) -> bool:
+def rebuild(connection: Connection) -> bool:
     """Writes the file anew, so that no bytes of removed rows are left in it nor in the write-ahead log beside it.
 
     Returns:
@@ -177,11 +170,11 @@ def rebuild(connection: sqlite3.Connection) -> bool:
     return not busy
 
 
-def _version(connection: sqlite3.Connection) -> int:
+def _version(connection: Connection) -> int:
     return connection.execute("PRAGMA user_version").fetchone()[0]
 
 
-def _schema(connection: sqlite3.Connection) -> set[tuple[str, str, str | None]]:
+def _schema(connection: Connection) -> set[tuple[str, str, str | None]]:
     return set(connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall())
 
 
@@ -192,9 +185,22 @@ def _expected_schema() -> set[tuple[str, str, str | None]]:
 
 
 @contextlib.contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+def transaction(connection: Connection) -> Iterator[None]:
     """All or nothing. The write lock is taken at once, so that what is read inside stays true until the end."""
-    connection.execute("BEGIN IMMEDIATE")
+    with _between(connection, "BEGIN IMMEDIATE"):
+        yield
+
+
+@contextlib.contextmanager
+def snapshot(connection: Connection) -> Iterator[None]:
+    """One state of the database, whoever writes meanwhile."""
+    with _between(connection, "BEGIN"):
+        yield
+
+
+@contextlib.contextmanager
+def _between(connection: Connection, begin: str) -> Iterator[None]:
+    connection.execute(begin)
     try:
         yield
         connection.execute("COMMIT")
@@ -204,64 +210,23 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def insert(connection: sqlite3.Connection, table: str, rows: Iterable[Row], entry: int) -> None:
-    """Adds rows that this log entry vouches for."""
-    columns = (*TABLES[table], "entry")
-    marks = ", ".join("?" * len(columns))
-    statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
-    connection.executemany(statement, ((*row, entry) for row in rows))
+def is_sealed(connection: Connection) -> bool:
+    """Whether no byte of the file is older than the sealing of findings (:mod:`smark_jax.vault.sealing`)."""
+    (kind,) = connection.execute("PRAGMA application_id").fetchone()
+    return kind == SEALED
 
 
-def summary(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
-    """What a log entry says of its rows: for each table how many there are, and their SHA-256."""
-    return {table: _summary(some) for table, some in rows.items() if len(some)}
+def mark_sealed(connection: Connection) -> None:
+    """States that the database holds nothing in plain that is sealed today."""
+    connection.execute(f"PRAGMA application_id = {SEALED}")
 
 
-def _summary(rows: Iterable[Row]) -> dict[str, Any]:
-    digest, count = hashlib.sha256(), 0
-    rows = iter(rows)
-    while some := list(itertools.islice(rows, _ROWS_A_HASH)):
-        digest.update(json.dumps([[_plain(value) for value in row] for row in some], separators=(",", ":")).encode())
-        count += len(some)
-    return {"rows": count, "sha256": digest.hexdigest()}
+def overwrite_removed(connection: Connection) -> None:
+    """From here on, bytes of removed rows are overwritten by zeros."""
+    connection.execute("PRAGMA secure_delete = ON")
 
 
-def _plain(value: Any) -> Any:
-    return {"sha256": hashlib.sha256(value).hexdigest()} if isinstance(value, bytes) else value
-
-
-def verify(connection: sqlite3.Connection, said: Mapping[int, Mapping[str, Any]]) -> None:
-    """Compares all rows of all tables with what the log entries say of them, and indices with their tables.
-
-    Args:
-      connection: the database.
-      said: by the number of an entry, the summary of its rows; without those that later entries replaced.
-
-    Raises:
-      ValueError: naming the table, and the entry with which its rows disagree.
-    """
-    # Queries may read names and numbers from an index alone.
-    (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-    if found != "ok":
-        raise _tampered(found)
-    for table, columns in TABLES.items():
-        expected = {number: tables[table] for number, tables in said.items() if table in tables}
-        cursor = connection.execute(f"SELECT {', '.join(columns)}, entry FROM {table} ORDER BY entry, rowid")
-        found = {
-            entry: _summary(row[:-1] for row in rows) for entry, rows in itertools.groupby(cursor, lambda row: row[-1])
-        }
-        for entry in sorted(expected.keys() | found.keys(), key=str):
-            if expected.get(entry) != found.get(entry):
-                rows = found.get(entry, {"rows": 0})["rows"]
-                should = expected.get(entry, {"rows": 0})["rows"]
-                raise _tampered(f"table {table} has {rows} rows of log entry {entry}, and the log says {should} others")
-
-
-def _tampered(what: str) -> ValueError:
+def tampered(what: str) -> ValueError:
+    """The error of a database that sqlite or the log finds to be damaged."""
     cause = "Somebody or something changed it outside smark: restore the vault's folder from your backup."
     return _validate.fail("vault", "the database as smark wrote it", f"a tampered or damaged database ({what})", cause)
-
-
-def canonical(value: Any) -> str:
-    """A document as a column holds it."""
-    return _text.canonical(value).decode()

@@ -30,7 +30,7 @@ _LOG_TWO = math.log(2)
 # Rounding of a score must not decide against the accused.
 _ROUNDING = 1e-12
 _NEGLIGIBLE = 1e-100
-_CANDIDATES_A_PASS = 256
+_CANDIDATES_PER_PASS = 256
 _BISECTIONS = 90
 
 
@@ -62,8 +62,8 @@ def log_p_value(
     log_p = np.zeros(flat.shape)
     for sign in (1.0, -1.0):
         side = np.flatnonzero(sign * flat > 0)
-        for start in range(0, side.size, _CANDIDATES_A_PASS):
-            rows = side[start : start + _CANDIDATES_A_PASS]
+        for start in range(0, side.size, _CANDIDATES_PER_PASS):
+            rows = side[start : start + _CANDIDATES_PER_PASS]
             log_p[rows] = np.minimum(0.0, _LOG_TWO + _log_tail(sign * flat[rows], sign * u, p))
     return log_p.reshape(t.shape)
 

@@ -6,7 +6,7 @@ that scores and bounds use, so that the null distribution is exact.
 
 Scores. The published symmetric score (hard bits, y in {-1, +1}) adds y_i (x_i - p_i)/sqrt(p_i q_i) at each chip, x
 the bit: mean 0 and variance 1 for an innocent. Here y is soft, and centred first (:func:`centre`). Accusation is
-two-sided with the bound of :mod:`smark_jax.comparators.chernoff`, Bonferroni over the N customers.
+two-sided with the bound of :mod:`experiments.common.comparators.chernoff`, Bonferroni over the N customers.
 
 Formal guarantee. Given p, an innocent's word is independent of y (assumptions A1 to A3 of :mod:`smark_jax.tracing`)
 and so of every function of y and p, the centred read-out among them. The bound holds for each such function, hence
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from experiments.common.comparators import chernoff
+from experiments.common.comparators.interface import Comparator, Decision
 from smark_jax import _validate, chacha, keys, statistics
 from smark_jax._types import AnyArray
-from smark_jax.comparators import chernoff
-from smark_jax.comparators.interface import Comparator, Decision
 
-_BYTES_A_PASS = 1 << 24
+_BYTES_PER_PASS = 1 << 24
 
 
 def tardos(key: keys.SecretKey, num_customers: int, num_chips: int, colluders: int) -> Comparator:
@@ -55,7 +55,8 @@ def tardos(key: keys.SecretKey, num_customers: int, num_chips: int, colluders: i
       and Cryptography 46(2), 2008.
 
     Examples:
-      >>> from smark_jax import comparators, keys
+      >>> from experiments.common import comparators
+      >>> from smark_jax import keys
       >>> code = comparators.tardos(keys.from_bytes(bytes(32)), 1000, 304, colluders=5)
       >>> [accusation.serial for accusation in code.trace(code.words[42]).accused]
       [42]
@@ -82,7 +83,8 @@ def nuida(key: keys.SecretKey, num_customers: int, num_chips: int, colluders: in
       ValueError: when a count is not a whole number of at least one.
 
     Examples:
-      >>> from smark_jax import comparators, keys
+      >>> from experiments.common import comparators
+      >>> from smark_jax import keys
       >>> code = comparators.nuida(keys.from_bytes(bytes(32)), 1000, 304, colluders=4)
       >>> [accusation.serial for accusation in code.trace(code.words[42]).accused]
       [42]
@@ -113,7 +115,7 @@ def nuida_distribution(colluders: int) -> tuple[Float[np.ndarray, " t"], Float[n
       Nuida et al.: An improvement of discrete Tardos fingerprinting codes. Designs, Codes and Cryptography 52(3), 2009.
 
     Examples:
-      >>> from smark_jax import comparators
+      >>> from experiments.common import comparators
       >>> comparators.nuida_distribution(4)[0].round(5).tolist()
       [0.21132, 0.78868]
     """
@@ -172,7 +174,7 @@ def _comparator(key: keys.SecretKey, name: str, biases: np.ndarray, num_customer
 
 def _draw(key: keys.SecretKey, cuts: np.ndarray, num_customers: int) -> np.ndarray:
     """Words of -1 and +1, shape [N, m], the same for a serial whatever N is."""
-    rows = min(num_customers, max(1, _BYTES_A_PASS // (4 * cuts.size)))
+    rows = min(num_customers, max(1, _BYTES_PER_PASS // (4 * cuts.size)))
     words = np.empty((num_customers, cuts.size), np.int8)
     for first in range(0, num_customers, rows):
         serials = jnp.arange(rows, dtype=jnp.uint32) + jnp.uint32(first)
@@ -183,10 +185,10 @@ def _draw(key: keys.SecretKey, cuts: np.ndarray, num_customers: int) -> np.ndarr
 @jax.jit
 def _biased_words(key: Array, cuts: Array, serials: Array) -> Array:
     count, num_chips = serials.shape[0], cuts.shape[0]
-    blocks_a_word = -(-num_chips // chacha.BLOCK_WORDS)
+    blocks_per_word = -(-num_chips // chacha.BLOCK_WORDS)
     zeros = jnp.zeros_like(serials)
-    nonces = jnp.repeat(jnp.stack([zeros, serials, zeros]), blocks_a_word, axis=1)
-    counters = jnp.tile(jnp.arange(blocks_a_word, dtype=jnp.uint32), count)
+    nonces = jnp.repeat(jnp.stack([zeros, serials, zeros]), blocks_per_word, axis=1)
+    counters = jnp.tile(jnp.arange(blocks_per_word, dtype=jnp.uint32), count)
     stream = chacha.blocks(key, counters, nonces).reshape(count, -1)[:, :num_chips]
     return 2 * (stream < cuts[None, :]).astype(jnp.int8) - 1
 
@@ -194,7 +196,7 @@ def _biased_words(key: Array, cuts: Array, serials: Array) -> Array:
 def _score(words: np.ndarray, biases: np.ndarray, y: np.ndarray, log_level: float) -> Decision:
     centred = centre(statistics.direction(y), biases)
     half = statistics.direction(centred) / (2 * np.sqrt(biases * (1 - biases)))  # x - p = (word - (2p - 1)) / 2
-    rows = max(1, _BYTES_A_PASS // (8 * biases.size))
+    rows = max(1, _BYTES_PER_PASS // (8 * biases.size))
     scores = np.concatenate(
         [words[first : first + rows].astype(np.float64) @ half for first in range(0, len(words), rows)]
     )

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from experiments import sections
+from experiments.common import sections
 from smark_jax import _batches, data, keys, models, parallel
 from smark_jax._types import ApplyFn, PyTree
 

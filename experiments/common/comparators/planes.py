@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool
 
+from experiments.common.comparators.interface import Comparator, Decision
 from smark_jax import _validate, statistics
-from smark_jax.comparators.interface import Comparator, Decision
 
 Kind = Literal["projective", "affine"]
 
@@ -58,7 +58,7 @@ def bibd(
         outside 1 to k - 1.
 
     Examples:
-      >>> from smark_jax import comparators
+      >>> from experiments.common import comparators
       >>> code = comparators.bibd("projective", 5)
       >>> leaked = code.words[[3, 8, 21]].mean(axis=0)
       >>> sorted(accusation.serial for accusation in code.trace(leaked).accused)
@@ -152,7 +152,7 @@ def bibd_capacity(num_chips: int, colluders: int) -> int:
       ValueError: when either is not a whole number of at least one.
 
     Examples:
-      >>> from smark_jax import comparators
+      >>> from experiments.common import comparators
       >>> comparators.bibd_capacity(1024, 2), comparators.bibd_capacity(1024, 5)
       (174251, 34714)
     """

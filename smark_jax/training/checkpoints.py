@@ -13,21 +13,21 @@ import importlib.metadata
 import itertools
 import os
 import platform
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import rich.console
-import rich.progress
-from orbax.checkpoint import v1 as ocp
 
-from smark_jax import _disk, aggregation, data, keys, parallel, training
+from smark_jax import _disk, aggregation, data, keys, parallel
 from smark_jax._types import PyTree
-from smark_jax.cli import _training
+from smark_jax.training import rounds
+from smark_jax.training.recipe import Training
 
-_SECONDS_A_LOG_LINE = 20
+OnProgress = Callable[[int, int, float], None]
+"""Called with the rounds done, the rounds there are, and the last round's mean loss (NaN before the first)."""
+
 _SHOWN = 6
 _SOFTWARE = ("smark-jax", "jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes")
 _VARIABLES = (
@@ -61,67 +61,63 @@ class _Snapshot(NamedTuple):
 
 
 def fit(
-    ready: _training.Training,
+    ready: Training,
     start: PyTree,
-    parties: int,
-    every: int,
-    environment: dict[str, Any],
     folder: Path,
-    console: rich.console.Console,
+    *,
+    every: int,
+    environment: dict[str, str],
+    on_progress: OnProgress = lambda done, total, loss: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[PyTree, np.ndarray]:
-    """Runs all rounds, or those after the last checkpoint in ``folder``; the params and each round's loss.
+    """Runs all rounds, or those after the last checkpoint in ``folder``.
 
     Args:
-      ready: the training.
-      start: the params it starts from.
-      parties: how many there are.
+      ready: the training, from :func:`smark_jax.training.prepare`.
+      start: the params that it starts from.
+      folder: of the checkpoints; the caller removes it once the result is safe.
       every: rounds between checkpoints.
-      environment: from :func:`environment_of`.
-      folder: of the checkpoints; whoever is done with the result removes it.
-      console: for progress.
+      environment: from :func:`environment_of`; where it is not the checkpoint's, the parties agree new secrets.
+      on_progress: called before the first round and after each.
+      say: called with a sentence where a run goes on, or where its parties agree new secrets.
+
+    Returns:
+      The params, and each round's mean loss, shape [rounds].
+
+    Raises:
+      ValueError: when parties' gradients are NaN or infinite.
     """
+    from orbax.checkpoint import v1 as ocp
+
     latest: Any = ocp.training.preservation_policies.LatestN(1)  # whose type orbax 0.12 states too narrowly
     with (
         _disk.private_files(),
         ocp.training.Checkpointer(
             str(folder.resolve()), preservation_policy=latest, cleanup_tmp_directories=True
         ) as checkpoints,
-        _training.progress(console) as progress,
     ):
-        shot = _fresh(parties, ready, start)
+        shot = _fresh(ready, start)
         first = 0 if checkpoints.latest is None else checkpoints.latest.step
         if checkpoints.latest is None:
             checkpoints.save(0, shot, custom_metadata=environment)
         else:
-            shot = _resumed(checkpoints, shot, environment, console)
-        label = f"train across {parties} parties"
-        task = progress.add_task(label, total=ready.rounds, completed=first, note="compiling ...")
-        meter = _Meter(progress, task, np.array(shot.losses))
+            shot = _resumed(checkpoints, shot, environment, say)
+        losses = np.array(shot.losses)
+
+        def on_round(state: parallel.TrainState, info: parallel.TrainInfo) -> None:
+            done, loss = int(state.round), float(info.loss)
+            losses[done - 1] = loss
+            on_progress(done, ready.rounds, loss)
+
+        on_progress(first, ready.rounds, float("nan"))
         state, secrets, batches = shot.state, _keys(shot.secrets), ready.batches(first)
         for begin in range(first, ready.rounds, every):
             stretch = itertools.islice(batches, every)
-            state = training.fit(ready.step, state, stretch, aggregation.pair_keys(secrets), meter)
+            state = rounds.fit(ready.step, state, stretch, aggregation.pair_keys(secrets), on_round)
             secrets = [keys.derive(secret, "next stretch") for secret in secrets]
             if begin + every < ready.rounds:
-                checkpoints.save(begin + every, _snapshot(state, secrets, meter.losses), custom_metadata=environment)
-    return state.params, meter.losses
-
-
-class _Meter:
-    """Called after each round: the progress display, in a log a line now and then, and the losses."""
-
-    def __init__(self, progress: rich.progress.Progress, task: rich.progress.TaskID, losses: np.ndarray) -> None:
-        self.losses = losses
-        self._progress, self._task, self._printed = progress, task, time.monotonic()
-
-    def __call__(self, state: parallel.TrainState, info: parallel.TrainInfo) -> None:
-        done, loss = int(state.round), float(info.loss)
-        self.losses[done - 1] = loss
-        self._progress.update(self._task, completed=done, note=f"loss {loss:.3f}")
-        console = self._progress.console
-        if not console.is_terminal and time.monotonic() - self._printed > _SECONDS_A_LOG_LINE:
-            self._printed = time.monotonic()
-            console.print(f"Round {done:,} of {len(self.losses):,}: loss {loss:.3f}")
+                checkpoints.save(begin + every, _snapshot(state, secrets, losses), custom_metadata=environment)
+    return state.params, losses
 
 
 def _snapshot(state: parallel.TrainState, secrets: list[keys.SecretKey], losses: np.ndarray) -> _Snapshot:
@@ -130,18 +126,16 @@ def _snapshot(state: parallel.TrainState, secrets: list[keys.SecretKey], losses:
     return _Snapshot(state, jax.device_put(words, device), jax.device_put(losses, device))
 
 
-def _fresh(parties: int, ready: _training.Training, start: PyTree) -> _Snapshot:
+def _fresh(ready: Training, start: PyTree) -> _Snapshot:
     losses = np.full(ready.rounds, np.nan, np.float32)
-    return _snapshot(ready.step.init(start), [keys.new() for _ in range(parties)], losses)
+    return _snapshot(ready.step.init(start), [keys.new() for _ in range(ready.parties)], losses)
 
 
 def _keys(secrets: jax.Array) -> list[keys.SecretKey]:
     return [keys.from_bytes(row.tobytes()) for row in np.asarray(secrets)]
 
 
-def _resumed(
-    checkpoints: ocp.training.Checkpointer, fresh: _Snapshot, environment: dict[str, Any], console: rich.console.Console
-) -> _Snapshot:
+def _resumed(checkpoints: Any, fresh: _Snapshot, environment: dict[str, str], say: Callable[[str], None]) -> _Snapshot:
     """The last checkpoint, with its secrets where its rounds repeat bit for bit, and with fresh ones elsewhere."""
     last = checkpoints.latest
     assert last is not None
@@ -149,7 +143,7 @@ def _resumed(
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)
     shot = checkpoints.load(last, shapes)
     before = checkpoints.metadata(last).custom_metadata
-    _training.say(console, f"Going on after round {last.step:,}.")
+    say(f"Going on after round {last.step:,}.")
     if before == environment and environment["platform"] == "cpu":
         return shot
     known = before if isinstance(before, dict) else {}
@@ -160,10 +154,9 @@ def _resumed(
     ]
     reason = "; ".join(changed[:_SHOWN]) + (f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
     reason = reason or "accelerators do not repeat themselves exactly"
-    _training.say(console, f"The parties agree new secrets ({reason}): the model may differ in last digits.")
+    say(f"The parties agree new secrets ({reason}): the model may differ in last digits.")
     if changed:
-        _training.say(
-            console,
+        say(
             "For the same model bit for bit, stop this run before its next checkpoint, restore that, and go on.",
         )
     return shot._replace(secrets=fresh.secrets)

@@ -24,8 +24,8 @@ import rich.progress
 from smark_jax import keys
 
 Result = dict[str, Any]
-_SECONDS_A_LOG_LINE = 20
-_ROOT = Path(__file__).parent.parent
+_SECONDS_PER_LOG_LINE = 20
+_ROOT = Path(__file__).parents[2]
 
 
 def secret(seed: int, *names: str) -> keys.SecretKey:
@@ -50,7 +50,7 @@ class Meter:
     def step(self, note: str = "", advance: int = 1) -> None:
         if self._progress:
             self._progress.update(self._task, advance=advance, note=note)
-            if not self._progress.console.is_terminal and time.monotonic() - self._printed > _SECONDS_A_LOG_LINE:
+            if not self._progress.console.is_terminal and time.monotonic() - self._printed > _SECONDS_PER_LOG_LINE:
                 self._printed = time.monotonic()
                 task = self._progress.tasks[self._task]
                 self._progress.console.print(f"{self._name} {task.completed:.0f} of {task.total:.0f}: {note}")

@@ -1,11 +1,4 @@
-"""Training across parties, composed from the pieces below: split the data, draw batches, run masked rounds.
-
-::
-
-    step = parallel.train_step(apply_fn, optimizer, fixed_point)
-    batches = training.batches(*training.partition(images, labels, 4, seed=0), batch_size=32, epochs=15, seed=1)
-    state = training.fit(step, step.init(params), batches, pair_keys)
-"""
+"""Rounds of masked training: the data dealt to parties, their batches, and the loop over them."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -45,9 +38,9 @@ def partition(
     return np.asarray(images)[order], np.asarray(labels)[order]
 
 
-def num_batches(examples_a_party: int, batch_size: int, epochs: int) -> int:
+def num_batches(examples_per_party: int, batch_size: int, epochs: int) -> int:
     """How many batches :func:`batches` yields: the total of a progress bar."""
-    return examples_a_party // batch_size * epochs
+    return examples_per_party // batch_size * epochs
 
 
 def batches(

@@ -15,11 +15,11 @@ constructor                  code                                    accusation
 Words are held whole on the host, N x m bytes: comparators are for tables, not for a registry of 1e8 customers.
 """
 
-from smark_jax.comparators.biased import centre, nuida, nuida_distribution, tardos
-from smark_jax.comparators.chernoff import log_p_value, thresholds
-from smark_jax.comparators.interface import Accusation, Comparator, Decision, Verdict
-from smark_jax.comparators.orthogonality import orthogonal
-from smark_jax.comparators.planes import bibd, bibd_capacity, incidence
+from experiments.common.comparators.biased import centre, nuida, nuida_distribution, tardos
+from experiments.common.comparators.chernoff import log_p_value, thresholds
+from experiments.common.comparators.interface import Accusation, Comparator, Decision, Verdict
+from experiments.common.comparators.orthogonality import orthogonal
+from experiments.common.comparators.planes import bibd, bibd_capacity, incidence
 
 __all__ = [
     "Accusation",

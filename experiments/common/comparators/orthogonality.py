@@ -5,8 +5,8 @@ import functools
 import numpy as np
 from scipy import linalg
 
+from experiments.common.comparators.interface import Comparator, Decision
 from smark_jax import _validate, statistics
-from smark_jax.comparators.interface import Comparator, Decision
 
 _MOST_CHIPS = 1 << 14  # a table of 256 MB
 
@@ -32,7 +32,7 @@ def orthogonal(num_customers: int, num_chips: int | None = None) -> Comparator:
       ValueError: when ``num_chips`` is not a power of two up to 2^14 or has room for fewer customers.
 
     Examples:
-      >>> from smark_jax import comparators
+      >>> from experiments.common import comparators
       >>> code = comparators.orthogonal(100)
       >>> code.words.shape, [accusation.serial for accusation in code.trace(code.words[42]).accused]
       ((100, 128), [42])

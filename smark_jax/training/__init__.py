@@ -1,0 +1,31 @@
+"""Training across parties, composed from the pieces below: split the data, draw batches, run masked rounds.
+
+::
+
+    step = parallel.train_step(apply_fn, optimizer, fixed_point)
+    batches = training.batches(*training.partition(images, labels, 4, seed=0), batch_size=32, epochs=15, seed=1)
+    state = training.fit(step, step.init(params), batches, pair_keys)
+
+:func:`prepare` sets all that up from a :class:`Recipe`, with the owner's own mark where one is wanted, and :func:`run`
+trains in a folder, with checkpoints, so that a run that was killed goes on to the same model.
+"""
+
+from smark_jax.training.recipe import Owner, Recipe, Training, owner_log10_p, owner_mark, prepare
+from smark_jax.training.rounds import batches, fit, num_batches, partition
+from smark_jax.training.runs import OUTPUTS, Task, run
+
+__all__ = [
+    "OUTPUTS",
+    "Owner",
+    "Recipe",
+    "Task",
+    "Training",
+    "batches",
+    "fit",
+    "num_batches",
+    "owner_log10_p",
+    "owner_mark",
+    "partition",
+    "prepare",
+    "run",
+]

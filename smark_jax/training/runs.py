@@ -1,0 +1,200 @@
+"""A training in a folder of its own: a base model trained across parties under masks; a run that was killed goes on.
+
+What must never leave the owner lies in the folder ``private``: the key of the owner's mark, the weights that the mark
+is read against, and the last checkpoint, with the parties' secrets and the optimiser's state, which holds the mark too.
+"""
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import numpy as np
+
+from smark_jax import _disk, _validate, data, files, keys, parallel
+from smark_jax._types import ApplyFn, PyTree
+from smark_jax.training import checkpoints, recipe
+
+OUTPUTS = ("base.safetensors", "results.json", "training.png")
+
+
+class Task(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      init: draws the network's first weights.
+      apply_fn: pure ``apply_fn(params, images) -> logits``.
+      train: the parties' examples, before they are dealt.
+      accuracy: of params on examples that nobody trains on.
+    """
+
+    init: Callable[[], PyTree]
+    apply_fn: ApplyFn
+    train: data.Dataset
+    accuracy: Callable[[PyTree], float]
+
+
+def run(
+    out: Path,
+    settings: Mapping[str, Any],
+    how: recipe.Recipe,
+    load: Callable[[], Task],
+    *,
+    owner_mark: bool = True,
+    checkpoint_every: int = 100,
+    on_progress: checkpoints.OnProgress = lambda done, total, loss: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Trains, or goes on; writes ``base.safetensors``, ``results.json`` and ``training.png``.
+
+    Args:
+      out: the run's folder; made if absent.
+      settings: all that this training is defined by, as JSON can hold it: a folder goes on under the same ones only.
+      how: parties, epochs, batches, learning rate, clip, seed.
+      load: the task; called only where something is left to do.
+      owner_mark: mark the base as the owner's own while it is trained.
+      checkpoint_every: rounds between checkpoints.
+      on_progress: called before the first round and after each.
+      say: called with sentences about what is being done.
+
+    Returns:
+      What ``results.json`` holds: settings, hashes, accuracy, mean loss of each epoch, strength of the owner's mark.
+
+    Raises:
+      ValueError: when ``out`` holds a run of other settings or somebody else's files, or another process is at work
+        there.
+    """
+    began = time.perf_counter()
+    private = out / "private"
+    _refuse_others_files(private, out)
+    out.mkdir(parents=True, exist_ok=True)
+    private.mkdir(mode=0o700, exist_ok=True)
+    with _alone(private):
+        _same_settings(settings, private / "config.json", out)
+        if (out / "results.json").exists():
+            say(f"{out} holds this model already; nothing is left to do.")
+            shutil.rmtree(private / "checkpoints", ignore_errors=True)
+            (out / "base.safetensors").chmod(0o600)  # versions before left it readable for everybody
+            return json.loads((out / "results.json").read_text())
+        task = load()
+        start = _start(private / "start.safetensors", task.init)
+        key = _owner_key(private / "owner.key") if owner_mark else None
+        owner = recipe.owner_mark(start, key) if key else None
+        ready = recipe.prepare(how, task.apply_fn, task.train, owner)
+        params, round_losses = checkpoints.fit(
+            ready,
+            start,
+            private / "checkpoints",
+            every=checkpoint_every,
+            environment=checkpoints.environment_of(task.train, how.parties),
+            on_progress=on_progress,
+            say=say,
+        )
+        with _disk.private_files():
+            digest = files.write(out / "base.safetensors", params)
+        epochs = np.asarray(round_losses).reshape(how.epochs, -1).mean(axis=1)
+        _picture(out / "training.png", round_losses, epochs, say)
+        results = {
+            "config": dict(settings),
+            "base_sha256": files.content_hash(files.flatten(params)),
+            "file_sha256": digest,
+            "accuracy": task.accuracy(params),
+            "loss": [round(float(loss), 6) for loss in epochs],
+            "rounds": ready.rounds,
+            "owner_mark_log10_p": recipe.owner_log10_p(params, owner) if owner else None,
+            "owner_key_commitment": keys.commitment(key) if key else None,
+            "devices": [str(device) for device in parallel.devices(how.parties)],
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        _write(out / "results.json", json.dumps(results, indent=2) + "\n")
+        shutil.rmtree(private / "checkpoints")
+        return results
+
+
+@contextlib.contextmanager
+def _alone(private: Path) -> Iterator[None]:
+    """Two runs in one folder would use the same secrets; the operating system frees the lock with the process."""
+    lock = filelock.FileLock(private / ".lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except filelock.Timeout as error:
+        cause = "Wait for it, or choose another folder."
+        raise _validate.fail(
+            "train", f"{private.parent} to itself", "another smark train at work there", cause
+        ) from error
+
+
+def _refuse_others_files(private: Path, out: Path) -> None:
+    """A run writes over no file but its own."""
+    there = [name for name in OUTPUTS if (out / name).exists()]
+    if there and not (private / "config.json").exists():
+        cause = "Choose another folder, or move them."
+        raise _validate.fail("train", f"a new folder, or that of a run, in {out}", f"{', '.join(there)} there", cause)
+
+
+def _same_settings(settings: Mapping[str, Any], path: Path, out: Path) -> None:
+    if not path.exists():
+        with _disk.private_files():
+            _write(path, json.dumps(settings, indent=2) + "\n")
+        return
+    before = json.loads(path.read_text())
+    changed = [f"{name} {before.get(name)!r}" for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        got = f"one that began with {', '.join(changed)}"
+        cause = "Choose another folder, or go on with the configuration it began with."
+        raise _validate.fail("train", f"a run of this configuration in {out}", got, cause)
+
+
+def _start(path: Path, init: Callable[[], PyTree]) -> PyTree:
+    """The weights that training starts from, which the owner's mark is read against: drawn once, then kept."""
+    if not path.exists():
+        with _disk.private_files():
+            files.write(path, init())
+    return files.nest(files.read(path).leaves)
+
+
+def _owner_key(path: Path) -> keys.SecretKey:
+    if not path.exists():
+        with _disk.private_files():
+            _write(path, keys.new().to_bytes().hex() + "\n")
+    try:
+        return keys.from_bytes(bytes.fromhex(path.read_text().strip()))
+    except ValueError:  # without its cause, which would show part of the key
+        raise _validate.fail(
+            "train", f"64 hexadecimal digits in {path}", "something else", "Restore your copy."
+        ) from None
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing, also when the machine stops."""
+    with _disk.whole_file(path) as file:
+        file.write(text.encode())
+
+
+def _picture(path: Path, rounds: np.ndarray, epochs: np.ndarray, say: Callable[[str], None]) -> None:
+    """The training curve: every round's loss, and each epoch's mean."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
+    except ImportError:
+        say(f"{path.name} is left out, since it needs matplotlib: pip install 'smark-jax[demo]'")
+        return
+    figure = Figure(figsize=(8, 4), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    numbers = np.arange(1, len(rounds) + 1)
+    axes.plot(numbers, rounds, lw=0.7, color="0.7", label="each round")
+    middles = numbers.reshape(len(epochs), -1).mean(axis=1)
+    axes.plot(middles, epochs, "o-", ms=3.5, lw=1.8, color="#1f5f8b", label="mean of an epoch")
+    axes.set(xlabel="round", yscale="log", title="Mean loss of the parties, in nats")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter())  # which leaves some out where there is no room for all
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)

@@ -1,0 +1,268 @@
+"""What the vault asks its database: one function per question, and a small row for each answer of several columns."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from smark_jax.vault.store.schema import Connection
+
+
+class Entry(NamedTuple):
+    """An entry of the log as it is stored (:mod:`smark_jax.vault.log`)."""
+
+    number: int
+    previous: bytes
+    body: str
+    mac: bytes
+
+
+class Probes(NamedTuple):
+    """A model's probes: the SHA-256 of their pixels, and the number of classes."""
+
+    sha256: str
+    num_classes: int
+
+
+class Customer(NamedTuple):
+    """One customer: the serial that names the codeword, the name, and when it was registered."""
+
+    serial: int
+    name: str
+    created: str
+
+
+class Commitment(NamedTuple):
+    """A commitment to a model: its number from 1, the root in hex, and the canonical text of its document."""
+
+    model: str
+    number: int
+    root: str
+    document: str
+
+
+class Stamp(NamedTuple):
+    """A time stamp of a commitment: the time that it states, and the authority's response."""
+
+    time: str
+    response: bytes
+
+
+class Licence(NamedTuple):
+    """A customer's licence of a model.
+
+    Attributes:
+      serial: of the customer.
+      strength: of the copy.
+      leaf: the hash of the customer's leaf, which all later commitments cover.
+      number: of the first commitment that covers it.
+    """
+
+    serial: int
+    strength: float
+    leaf: bytes
+    number: int
+
+
+class Copy(NamedTuple):
+    """A file that was made for a customer, by its SHA-256."""
+
+    serial: int
+    sha256: str
+
+
+class Verdict(NamedTuple):
+    """A verdict without what it found."""
+
+    number: int
+    model: str
+    created: str
+    document: str
+
+
+class Finding(NamedTuple):
+    """What was found of one suspect of a verdict, each column sealed (:mod:`smark_jax.vault.sealing`)."""
+
+    verdict: int
+    place: int
+    document: bytes
+    statistics: bytes
+    chips: bytes
+
+
+class PlainFinding(NamedTuple):
+    """The same as older versions kept it."""
+
+    verdict: int
+    place: int
+    document: str
+    statistics: bytes
+    chips: bytes
+
+
+# The log
+
+
+def entries(connection: Connection) -> Iterator[Entry]:
+    """All entries of the log in order."""
+    return map(Entry._make, connection.execute("SELECT number, previous, body, mac FROM log ORDER BY number"))
+
+
+def last_entry(connection: Connection) -> Entry | None:
+    """The newest entry of the log."""
+    query = "SELECT number, previous, body, mac FROM log ORDER BY number DESC LIMIT 1"
+    row = connection.execute(query).fetchone()
+    return Entry(*row) if row else None
+
+
+def add_entry(connection: Connection, entry: Entry) -> None:
+    """Writes an entry of the log."""
+    connection.execute("INSERT INTO log VALUES (?, ?, ?, ?)", entry)
+
+
+# Models and customers
+
+
+def model_names(connection: Connection) -> list[str]:
+    """The models' names in the order in which they were added."""
+    return [name for (name,) in connection.execute("SELECT name FROM models ORDER BY rowid")]
+
+
+def model_document(connection: Connection, name: str) -> str | None:
+    """A model's document; None when there is no such model."""
+    row = connection.execute("SELECT document FROM models WHERE name = ?", (name,)).fetchone()
+    return row[0] if row else None
+
+
+def probes(connection: Connection, model: str) -> Probes | None:
+    """A model's probes; None when it has none."""
+    row = connection.execute("SELECT sha256, num_classes FROM probes WHERE model = ?", (model,)).fetchone()
+    return Probes(*row) if row else None
+
+
+def customers(connection: Connection) -> list[Customer]:
+    """All customers in the order of their serials."""
+    return list(map(Customer._make, connection.execute("SELECT serial, name, created FROM customers ORDER BY serial")))
+
+
+def serials(connection: Connection) -> dict[str, int]:
+    """Each customer's serial by name."""
+    return dict(connection.execute("SELECT name, serial FROM customers"))
+
+
+# Licences and copies
+
+
+def licences(connection: Connection, model: str) -> list[Licence]:
+    """A model's licences in the order of serials."""
+    query = "SELECT serial, strength, leaf, number FROM licences WHERE model = ? ORDER BY serial"
+    return list(map(Licence._make, connection.execute(query, (model,))))
+
+
+def covered(connection: Connection, model: str, number: int) -> list[int]:
+    """The serials that a model's commitment of this number covers, in order."""
+    query = "SELECT serial FROM licences WHERE model = ? AND number <= ? ORDER BY serial"
+    return [serial for (serial,) in connection.execute(query, (model, number))]
+
+
+def covered_names(connection: Connection, model: str, number: int) -> dict[int, str]:
+    """By serial, in order, the names of the customers whom a model's commitment of this number covers."""
+    query = (
+        "SELECT serial, name FROM licences JOIN customers USING (serial) WHERE model = ? AND number <= ? "
+        "ORDER BY serial"
+    )
+    return dict(connection.execute(query, (model, number)))
+
+
+def licensed_models(connection: Connection) -> dict[int, list[str]]:
+    """By serial, the models of which a customer has a licence, in the order of their names."""
+    found: dict[int, list[str]] = {}
+    for serial, model in connection.execute("SELECT serial, model FROM licences ORDER BY model"):
+        found.setdefault(serial, []).append(model)
+    return found
+
+
+def copies(connection: Connection, model: str) -> list[Copy]:
+    """The files that were made of a model."""
+    return list(map(Copy._make, connection.execute("SELECT serial, sha256 FROM copies WHERE model = ?", (model,))))
+
+
+def model_of_copy(connection: Connection, sha256: str, but: str) -> str | None:
+    """A model other than ``but`` of which this file is a copy; None when there is none."""
+    query = "SELECT model FROM copies WHERE sha256 = ? AND model <> ?"
+    row = connection.execute(query, (sha256, but)).fetchone()
+    return row[0] if row else None
+
+
+# Commitments
+
+_COMMITMENT = "SELECT model, number, root, document FROM commitments"
+
+
+def commitments(connection: Connection) -> list[Commitment]:
+    """All commitments."""
+    return list(map(Commitment._make, connection.execute(_COMMITMENT)))
+
+
+def latest_commitment(connection: Connection, model: str) -> Commitment | None:
+    """A model's newest commitment; None before the first issue."""
+    row = connection.execute(f"{_COMMITMENT} WHERE model = ? ORDER BY number DESC LIMIT 1", (model,)).fetchone()
+    return Commitment(*row) if row else None
+
+
+def commitment(connection: Connection, model: str, number: int) -> Commitment | None:
+    """A model's commitment of this number; None when there is none."""
+    row = connection.execute(f"{_COMMITMENT} WHERE model = ? AND number = ?", (model, number)).fetchone()
+    return Commitment(*row) if row else None
+
+
+def stamps(connection: Connection, model: str, number: int) -> list[Stamp]:
+    """The time stamps of a commitment."""
+    query = "SELECT time, response FROM timestamps WHERE model = ? AND number = ?"
+    return list(map(Stamp._make, connection.execute(query, (model, number))))
+
+
+# Verdicts
+
+
+def last_verdict(connection: Connection) -> int:
+    """The number of the newest verdict; 0 before the first."""
+    (last,) = connection.execute("SELECT max(number) FROM verdicts").fetchone()
+    return last or 0
+
+
+def last_occasion(connection: Connection, model: str) -> int:
+    """How many occasions of tracing a model there were."""
+    query = "SELECT max(json_extract(document, '$.occasion')) FROM verdicts WHERE model = ?"
+    (last,) = connection.execute(query, (model,)).fetchone()
+    return last or 0
+
+
+def verdict(connection: Connection, number: int) -> Verdict | None:
+    """The verdict of this number; None when there is none."""
+    query = "SELECT number, model, created, document FROM verdicts WHERE number = ?"
+    row = connection.execute(query, (number,)).fetchone()
+    return Verdict(*row) if row else None
+
+
+def verdict_numbers(connection: Connection, model: str) -> list[int]:
+    """The numbers of a model's verdicts in order."""
+    query = "SELECT number FROM verdicts WHERE model = ? ORDER BY number"
+    return [number for (number,) in connection.execute(query, (model,))]
+
+
+_FINDING = "SELECT verdict, place, document, statistics, chips FROM"
+
+
+def findings(connection: Connection, number: int) -> Iterator[Finding]:
+    """What was found of each suspect of a verdict, in their order; one at a time, since statistics are large."""
+    return map(Finding._make, connection.execute(f"{_FINDING} findings WHERE verdict = ? ORDER BY place", (number,)))
+
+
+def finding(connection: Connection, number: int, place: int) -> Finding:
+    """What was found of one suspect, at this place from 0 of a verdict that has it."""
+    query = f"{_FINDING} findings WHERE verdict = ? AND place = ?"
+    return Finding(*connection.execute(query, (number, place)).fetchone())
+
+
+def plain_findings(connection: Connection) -> list[PlainFinding]:
+    """All rows that older versions kept in plain."""
+    return list(map(PlainFinding._make, connection.execute(f"{_FINDING} suspects ORDER BY verdict, place")))

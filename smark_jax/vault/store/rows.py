@@ -1,0 +1,66 @@
+"""Rows and the log entries that vouch for them: writing both, and comparing all rows with what the log says."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from smark_jax.vault.store.schema import TABLES, Connection, tampered
+
+Row = Sequence[Any]
+
+_ROWS_PER_HASH = 4096
+
+
+def insert(connection: Connection, table: str, rows: Iterable[Row], entry: int) -> None:
+    """Adds rows that this log entry vouches for."""
+    columns = (*TABLES[table], "entry")
+    marks = ", ".join("?" * len(columns))
+    statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
+    connection.executemany(statement, ((*row, entry) for row in rows))
+
+
+def summary(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
+    """What a log entry says of its rows: for each table how many there are, and their SHA-256."""
+    return {table: _summary(some) for table, some in rows.items() if len(some)}
+
+
+def _summary(rows: Iterable[Row]) -> dict[str, Any]:
+    digest, count = hashlib.sha256(), 0
+    rows = iter(rows)
+    while some := list(itertools.islice(rows, _ROWS_PER_HASH)):
+        digest.update(json.dumps([[_plain(value) for value in row] for row in some], separators=(",", ":")).encode())
+        count += len(some)
+    return {"rows": count, "sha256": digest.hexdigest()}
+
+
+def _plain(value: Any) -> Any:
+    return {"sha256": hashlib.sha256(value).hexdigest()} if isinstance(value, bytes) else value
+
+
+def verify(connection: Connection, said: Mapping[int, Mapping[str, Any]]) -> None:
+    """Compares all rows of all tables with what the log entries say of them, and indices with their tables.
+
+    Args:
+      connection: the database.
+      said: by the number of an entry, the summary of its rows; without those that later entries replaced.
+
+    Raises:
+      ValueError: naming the table, and the entry with which its rows disagree.
+    """
+    # Queries may read names and numbers from an index alone.
+    (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    if found != "ok":
+        raise tampered(found)
+    for table, columns in TABLES.items():
+        expected = {number: tables[table] for number, tables in said.items() if table in tables}
+        cursor = connection.execute(f"SELECT {', '.join(columns)}, entry FROM {table} ORDER BY entry, rowid")
+        found = {
+            entry: _summary(row[:-1] for row in rows) for entry, rows in itertools.groupby(cursor, lambda row: row[-1])
+        }
+        for entry in sorted(expected.keys() | found.keys(), key=str):
+            if expected.get(entry) != found.get(entry):
+                rows = found.get(entry, {"rows": 0})["rows"]
+                should = expected.get(entry, {"rows": 0})["rows"]
+                raise tampered(f"table {table} has {rows} rows of log entry {entry}, and the log says {should} others")
