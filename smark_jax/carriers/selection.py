@@ -220,7 +220,7 @@ def read(params: PyTree, spec: Spec) -> Float[Array, " D"]:
     Raises:
       ValueError: when a carrying leaf is missing from ``params`` or has another shape.
     """
-    return _read(carrying("read", params, spec), spec.factors)
+    return read_leaves(carrying("read", params, spec), spec.factors)
 
 
 def finite(params: PyTree, spec: Spec) -> Bool[Array, ""]:
@@ -308,7 +308,8 @@ def carrying(who: str, params: PyTree, spec: Spec) -> list[Any]:
 
 
 @jax.jit
-def _read(leaves: list[Array], factors: tuple[float | Array, ...]) -> Array:
+def read_leaves(leaves: list[Any], factors: tuple[float | Array, ...]) -> Float[Array, " D"]:
+    """:func:`read` of the carrying leaves in their order, each with one over its scale."""
     scaled = [jnp.ravel(x).astype(jnp.float32) * factor for x, factor in zip(leaves, factors, strict=True)]
     # The barrier keeps XLA from fusing the products into the concatenation, which it would then make weight by weight.
     return jnp.concatenate(jax.lax.optimization_barrier(scaled))

@@ -60,8 +60,6 @@ def typical(limit: Array) -> Array:
 
 
 @jax.jit
-def bound_of(
-    found: Sequence[Array], base: Sequence[Array], factors: Sequence[float | Array]
-) -> Float[Array, ""]:
+def bound_of(found: Sequence[Array], base: Sequence[Array], factors: Sequence[float | Array]) -> Float[Array, ""]:
     """The bound for these leaves, wherever they lie."""
     return bound([shift(x, y, factor) for x, y, factor in zip(found, base, factors, strict=True)])
