@@ -3,9 +3,13 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("galois")
 
+import numpy as np
+from scipy import stats
 from section_checks import run_and_resume
 
-from experiments.blackbox import answers, payloads, subsets
+from experiments.blackbox import answers, images, payloads, subsets
+from experiments.robustness import networks
+from smark_jax import blackbox
 
 
 def test_payloads_are_read_back_and_other_ways_are_worse(tmp_path):
@@ -19,6 +23,14 @@ def test_payloads_are_read_back_and_other_ways_are_worse(tmp_path):
     ours, *others = result["alternatives"]
     assert ours["recovered"] == 1 and not any(row["recovered"] for row in others)
     assert result["unmarked_read"] == 0
+    # What the picture shows is made again from the payloads in the result, and carries them.
+    pictures = payloads.shown(result)
+    assert pictures.keys() == dict(counts).keys()
+    for name, (clean, marked) in pictures.items():
+        read = blackbox.read_images(marked, networks.secret(0, "payloads"), result["shown"]["strength"]).payload
+        written = [np.packbits(bits).tobytes().hex() for bits in read]
+        assert written == result["shown"]["payloads"][name]
+        assert 40 < images.psnr(clean, marked).min() < 60
 
 
 def test_copies_are_traced_by_labels(tmp_path):
@@ -43,9 +55,20 @@ def test_copies_are_traced_by_labels(tmp_path):
         assert copy["weights_T"] > 6
     # Controls: whoever never saw the codeword is not accused.
     assert all(row["caught"] == row["wrong"] == 0 for row in result["innocent"])
-    assert {row["probes"] for row in result["stealth"]} == {"blends", "patterns"}
-    assert all(0 <= row["auc"] <= 1 for row in result["stealth"])
+    # A detector sees every random pattern, and takes blends of two digits for digits: their mean is smoother.
+    seen = {(row["probes"], row["detector"].split()[0]): row["auc"] for row in result["stealth"]}
+    assert seen["patterns", "distance"] == 1
+    assert seen["blends", "distance"] < 0.5
+    assert len(seen) == 4
     assert result["cost"]["alone_step_seconds"] > 0
+
+
+def test_the_area_under_a_curve_is_that_of_mann_and_whitney():
+    rng = np.random.default_rng(0)
+    clean, odd = rng.integers(0, 9, 40).astype(float), rng.integers(2, 12, 30).astype(float)  # with ties
+    expected = stats.mannwhitneyu(odd, clean).statistic / (clean.size * odd.size)
+    assert answers._auc(clean, odd) == pytest.approx(expected, abs=1e-12)
+    assert answers._auc(odd, clean) == pytest.approx(1 - expected, abs=1e-12)
 
 
 def test_the_stated_number_of_probes_is_tried(tmp_path):

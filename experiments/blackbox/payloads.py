@@ -39,8 +39,12 @@ FULL = Config(
 )
 
 
+def _key(seed: int) -> keys.SecretKey:
+    return networks.secret(seed, "payloads")
+
+
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
-    key, rng = networks.secret(seed, "payloads"), np.random.default_rng(seed)
+    key, rng = _key(seed), np.random.default_rng(seed)
     kinds = images.kinds(dict(config.counts), seed)
     meter.start(networks.steps(config.epochs, config.train_images or 4000))
     train = lambda: meter.step("train the classifier")  # noqa: E731
@@ -51,17 +55,17 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         return models.accuracy(subject.apply_fn, subject.base, digits, labels)
 
     meter.start(len(kinds) * (len(config.strengths) + 1) + 2)
-    rows, shown = [], {}
+    rows, payloads = [], {}
+    shown_strength = config.strengths[min(1, len(config.strengths) - 1)]
     for name, clean in kinds.items():
         payload = rng.integers(0, 2, (len(clean), blackbox.PAYLOAD_BITS))
+        payloads[name] = [np.packbits(bits).tobytes().hex() for bits in payload[:_SHOWN]]
         for strength in dict.fromkeys((*config.strengths, _STRONG[name])):
             marked = blackbox.mark_images(clean, payload, key, strength)
             row = _measure(clean, marked, payload, key, strength, rng)
             if name == _DIGITS:
                 row["accuracy"] = accuracy(marked)
             rows.append({"kind": name, "strength": strength, "stronger": strength == _STRONG[name], **row})
-            if strength == config.strengths[min(1, len(config.strengths) - 1)]:
-                shown[name] = [clean[:_SHOWN].tolist(), marked[:_SHOWN].tolist()]
             meter.step(f"{name}, strength {strength:g}")
     others = _alternatives(kinds[_DIGITS], subject, accuracy, key, config, rng, seed, meter)
     clean_accuracy = accuracy(kinds[_DIGITS])
@@ -71,7 +75,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         "unmarked_read": false_reads,
         "rows": rows,
         "alternatives": others,
-        "shown": shown,
+        "shown": {"seed": seed, "strength": shown_strength, "payloads": payloads},
         "sigma": _SIGMA,
         "quality": _QUALITY,
     }
@@ -177,14 +181,27 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
     console.print(table)
 
 
+def shown(result: sections.Result) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The first images of each kind, clean and marked, made again from the seed and the payloads in the result."""
+    seed, strength, payloads = (result["shown"][name] for name in ("seed", "strength", "payloads"))
+    key = _key(seed)
+    kinds = images.kinds({row["kind"]: row["images"] for row in result["rows"]}, seed)
+    found = {}
+    for name, texts in payloads.items():
+        clean = kinds[name][:_SHOWN]
+        bits = np.unpackbits([np.frombuffer(bytes.fromhex(text), np.uint8) for text in texts], axis=1)
+        found[name] = clean, blackbox.mark_images(clean, bits, key, strength)
+    return found
+
+
 def picture(path: Path, result: sections.Result) -> None:
     """Clean, marked, and 20 times the difference around grey, for each kind of images."""
-    with sections.figure(path, 10, 1.55 * len(result["shown"])) as figure:
-        grid = figure.subplots(len(result["shown"]), 3 * _SHOWN)
+    pairs = shown(result)
+    with sections.figure(path, 10, 1.55 * len(pairs)) as figure:
+        grid = figure.subplots(len(pairs), 3 * _SHOWN)
         for number, title in enumerate(("clean", "marked", "difference x 20") * _SHOWN):
             grid[0][number].set_title(title, fontsize=8)
-        for row, (name, pair) in zip(grid, result["shown"].items(), strict=True):
-            clean, marked = (np.array(part, np.uint8) for part in pair)
+        for row, (name, (clean, marked)) in zip(grid, pairs.items(), strict=True):
             difference = np.clip(128 + 20.0 * (marked.astype(int) - clean), 0, 255).astype(np.uint8)
             for number in range(_SHOWN):
                 for place, image in enumerate((clean, marked, difference)):

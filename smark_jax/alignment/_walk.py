@@ -227,6 +227,10 @@ class Walk:
         to = params["broadcast_dimensions"]
         return tuple(role._replace(axes=tuple(to[a] for a in role.axes)) for role in roles[0])
 
+    def rule_tile(self, roles: list[Roles], shapes: Any, out: Any, params: Any) -> Roles:
+        reps = params["reps"]
+        return tuple(role._replace(ids=np.tile(role.ids, [reps[a] for a in role.axes])) for role in roles[0])
+
     def rule_concatenate(self, roles: list[Roles], shapes: Any, out: tuple[int, ...], params: Any) -> Roles:
         d = params["dimension"]
         joined, others = [], []
