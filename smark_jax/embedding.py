@@ -13,7 +13,7 @@ Trained embedding minimises a fingerprint loss of the read-out together with wha
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -314,7 +314,7 @@ def add_fingerprint_gradient(
                 "`params` when calling `update`."
             )
             raise _validate.fail(who, "update(updates, state, params)", "no params", cause)
-        aim, factor = state, weight
+        aim, factor = state, cast(Any, weight)
         if callable(weight):
             aim, count = state
             factor, state = weight(count), (aim, optax.safe_increment(count))
