@@ -202,7 +202,7 @@ def _check_word(who: str, mark: carriers.Mark, word: Num[AnyArray, " m"]) -> Non
 
 
 def _verify(who: str, finite: Any, signs: Array) -> None:
-    _validate.all_finite(who, "weights in base", finite)
+    _validate.all_finite(who, "weights in the base", finite)
     if not _validate.is_traced(signs) and not bool(signs):
         raise _validate.fail(who, "codewords of -1 and +1", "other entries", "Bits become chips by 1 - 2 * bits.")
 
