@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Num
 
-from smark_jax import _validate, carriers
+from smark_jax import _trees, _validate, carriers
 from smark_jax._types import AnyArray, PyTree
 from smark_jax.carriers import hadamard, marks, selection, sharded
 
@@ -101,10 +101,8 @@ def embed_batch(
     _verify("embed_batch", _wide_too(ok, base, mark.spec), signs)
     marked = {name for leaf in mark.spec.leaves for name in (leaf.path, *leaf.tied)}
     repeated = lambda leaf: _repeated(leaf, jnp.shape(words)[0])  # noqa: E731
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if _validate.path_name(path) in marked else repeated(leaf),
-        selection.replace(base, mark.spec, changed),
-    )
+    copies = selection.replace(base, mark.spec, changed)
+    return _trees.map_named(lambda name, leaf: leaf if name in marked else repeated(leaf), copies)
 
 
 def _repeated(leaf: Any, times: int) -> Any:
@@ -319,13 +317,13 @@ def add_fingerprint_gradient(
             aim, count = state
             factor, state = weight(count), (aim, optax.safe_increment(count))
         gradient = _fingerprint_gradient(loss_fn, selection.carrying(who, params, spec), spec, aim)
-        names = {n: g for leaf, g in zip(spec.leaves, gradient, strict=True) for n in (leaf.path, *leaf.tied)}
+        pairs = zip(spec.leaves, gradient, strict=True)
+        by_name = {name: part for leaf, part in pairs for name in (leaf.path, *leaf.tied)}
 
-        def added(path: Any, leaf: Any) -> Any:  # what moves one name of a tied tensor moves them all
-            found = names.get(_validate.path_name(path))
-            return leaf if found is None else leaf + (factor * found).astype(leaf.dtype)
+        def added(name: str, leaf: Any) -> Any:  # what moves one name of a tied tensor moves them all
+            return leaf + (factor * by_name[name]).astype(leaf.dtype) if name in by_name else leaf
 
-        return jax.tree_util.tree_map_with_path(added, updates), state
+        return _trees.map_named(added, updates), state
 
     return optax.GradientTransformation(init, update)
 
