@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Num
 
-from smark_jax import _trees, _validate, carriers
+from smark_jax import _trees, _validate, carriers, errors
 from smark_jax._types import AnyArray, PyTree
 from smark_jax.carriers import hadamard, marks, selection, sharded
 
@@ -50,7 +50,7 @@ def embed(base: PyTree, mark: carriers.Mark, word: Num[AnyArray, " m"], strength
       untouched; float64 arrays of NumPy are marked in float64.
 
     Raises:
-      ValueError: when the word has another length than the mark has chips or entries other than -1 and +1, ``base``
+      SmarkError: when the word has another length than the mark has chips or entries other than -1 and +1, ``base``
         does not fit the mark or holds NaN or infinite weights or is split over several meshes, or ``strength`` is not
         positive and finite.
 
@@ -89,7 +89,7 @@ def embed_batch(
     about two models besides. For thousands of large models, call it on a few codewords at a time.
 
     Raises:
-      ValueError: as :func:`embed`.
+      SmarkError: as :func:`embed`.
     """
     _check("embed_batch", base, mark, strength)
     if jnp.ndim(words) != 2 or jnp.shape(words)[0] == 0 or jnp.shape(words)[1] != mark.num_chips:
@@ -156,7 +156,8 @@ def calibrate(
       The strength, and what each cost.
 
     Raises:
-      ValueError: when even the smallest strength costs more, a setting is out of range, or as :func:`embed`.
+      TooCostly: when even the smallest strength costs more.
+      SmarkError: when a setting is out of range, or as :func:`embed`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -184,7 +185,9 @@ def calibrate(
         cause = (
             "Accept a larger drop, mark kernels only (carriers.mark(..., match='kernel')), or try smaller strengths."
         )
-        raise _validate.fail("calibrate", f"a strength that costs at most {max_drop:g}", got, cause)
+        raise _validate.fail(
+            "calibrate", f"a strength that costs at most {max_drop:g}", got, cause, kind=errors.TooCostly
+        )
     used, mean_drops, worst_drops = zip(*tried, strict=True)
     return Calibration(good[-1], used, mean_drops, worst_drops)
 
@@ -274,7 +277,7 @@ def add_fingerprint_gradient(
       they are. With a schedule, the state is a pair of :class:`FingerprintState` and the number of steps so far.
 
     Raises:
-      ValueError: when the word does not fit the mark. From ``init``, when the mark is not for these parameters, or a
+      SmarkError: when the word does not fit the mark. From ``init``, when the mark is not for these parameters, or a
         carrying weight is NaN or infinite; from ``update``, when it is called without parameters.
 
     Examples:

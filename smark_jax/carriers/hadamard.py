@@ -120,7 +120,7 @@ def draw(key: keys.SecretKey, spec: Spec, num_chips: int = 304) -> Carrier:
       The carrier.
 
     Raises:
-      ValueError: when there are more chips than weights, or none.
+      SmarkError: when there are more chips than weights, or none.
     """
     _validate.positive("draw", "num_chips", num_chips)
     if num_chips > spec.num_weights:

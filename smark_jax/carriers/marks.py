@@ -49,7 +49,7 @@ def mark(
       The mark.
 
     Raises:
-      ValueError: as :func:`select` and :func:`draw`.
+      SmarkError: as :func:`select` and :func:`draw`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -69,7 +69,7 @@ def spread(chips: Num[AnyArray, " m"], mark: Mark) -> Float[Array, " D"]:
     rounding (1e-6).
 
     Raises:
-      ValueError: when ``chips`` is not one value for each of the mark's chips.
+      SmarkError: when ``chips`` is not one value for each of the mark's chips.
     """
     _validate.vector("spread", "chips", chips, mark.num_chips, "Was the codeword made with another num_chips?")
     return hadamard.spread(jnp.asarray(chips, jnp.float32), mark.carrier)
@@ -79,7 +79,7 @@ def despread(vector: Float[AnyArray, " D"], mark: Mark) -> Float[Array, " m"]:
     """``X vector``: the soft chips in a vector in the mark's coordinates, shape [m].
 
     Raises:
-      ValueError: when ``vector`` has not one entry for each carrying weight.
+      SmarkError: when ``vector`` has not one entry for each carrying weight.
     """
     _validate.vector("despread", "vector", vector, mark.carrier.num_weights, _FOREIGN)
     return hadamard.despread(jnp.asarray(vector, jnp.float32), mark.carrier)
@@ -89,7 +89,7 @@ def check(who: str, mark: Mark, base: PyTree) -> None:
     """Refuses, in the name of ``who``, a mark whose parts do not belong together, or a base that it is not for.
 
     Raises:
-      ValueError: with both numbers of weights; or naming the leaf, the shape that the mark has and the one that came.
+      SmarkError: with both numbers of weights; or naming the leaf, the shape that the mark has and the one that came.
     """
     spec, carrier = mark
     if carrier.num_weights != spec.num_weights:

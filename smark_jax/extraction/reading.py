@@ -101,7 +101,7 @@ def extract(suspect: PyTree, base: PyTree, mark: carriers.Mark, rectify: bool = 
       Soft chips in units of the leaves' root mean square, shape [m].
 
     Raises:
-      ValueError: when the suspect has no carrying leaf, the base lacks one or holds NaN or infinite weights, the
+      SmarkError: when the suspect has no carrying leaf, the base lacks one or holds NaN or infinite weights, the
         carrier was drawn for another number of weights, or one model's leaves are split over several meshes.
     """
     marks.check("extract", mark, base)
@@ -128,7 +128,7 @@ def extract_batch(suspects: PyTree, base: PyTree, mark: carriers.Mark) -> Float[
       Soft chips, shape [M, m].
 
     Raises:
-      ValueError: as :func:`extract`, or when the leaves disagree about M.
+      SmarkError: as :func:`extract`, or when the leaves disagree about M.
     """
     number = _validate.stacked("extract_batch", "suspects", suspects)
     marks.check("extract_batch", mark, base)
@@ -148,7 +148,7 @@ def coverage(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Coverage:
       mark: the model's mark.
 
     Raises:
-      ValueError: when the base lacks a carrying leaf, or the carrier was drawn for another number of weights.
+      SmarkError: when the base lacks a carrying leaf, or the carrier was drawn for another number of weights.
 
     Examples:
       >>> import jax.numpy as jnp
