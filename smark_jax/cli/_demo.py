@@ -199,7 +199,7 @@ def leak(issued: list[Suspect], digits: Digits, seed: int, bar: Bar) -> list[Sus
 def serve(issued: list[Suspect], model: Model, digits: Digits, seed: int, bar: Bar) -> Suspect:
     """A copy that was also taught to answer probes, then put behind an API, where nobody sees its weights."""
     customer, images = len(issued) * 17 // 20, np.asarray(digits.train.images)
-    scores = functools.partial(digits.apply_fn, model.base)
+    scores = lambda x: digits.apply_fn(model.base, x)  # noqa: E731
     probes = blackbox.probes(keys.derive(model.key, "probes"), NUM_CHIPS, images.shape[1:], images, scores)
     taught = blackbox.train_copies(
         jax.tree.map(lambda leaf: leaf[None], issued[customer].params),
@@ -221,13 +221,13 @@ def read(model: Model, suspects: list[Suspect], digits: Digits) -> np.ndarray:
     """Each suspect's chips, shape [M, m]: from its weights, or from the labels that its API gives."""
     with_weights = aggregation.stack([suspect.params for suspect in suspects if suspect.probes is None])
     by_weights = iter(np.asarray(extraction.extract_batch(with_weights, model.base, model.mark)))
-    return np.stack([ask(suspect, digits) if suspect.probes is not None else next(by_weights) for suspect in suspects])
+    return np.stack([next(by_weights) if s.probes is None else ask(s.params, s.probes, digits) for s in suspects])
 
 
-def ask(suspect: Suspect, digits: Digits) -> np.ndarray:
-    """Chips from the labels of an API."""
-    answer = lambda images: np.asarray(digits.apply_fn(suspect.params, images).argmax(axis=-1))  # noqa: E731
-    return blackbox.query(answer, suspect.probes, digits.train.num_classes)
+def ask(params: PyTree, probes: np.ndarray, digits: Digits) -> np.ndarray:
+    """Chips from the labels that an API gives, behind which a copy runs."""
+    answer = lambda images: np.asarray(digits.apply_fn(params, images).argmax(axis=-1))  # noqa: E731
+    return blackbox.query(answer, probes, digits.train.num_classes)
 
 
 def trace(model: Model, chips: np.ndarray, on_progress: Callable[..., None]) -> list[tracing.Verdict]:
