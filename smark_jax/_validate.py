@@ -1,7 +1,6 @@
 """Checks of user input: each failure says who refused, what was expected, what came, and the likely cause."""
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,33 +106,6 @@ def serials(who: str, value: Any) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def same_trees(who: str, trees: Mapping[int, PyTree] | Sequence[PyTree]) -> None:
-    """Refuses parties' updates that differ in structure, leaf shape or dtype, naming the first party that differs."""
-    import jax
-
-    items = list(trees.items()) if isinstance(trees, Mapping) else list(enumerate(trees))
-    if not items:
-        raise fail(who, "updates of at least one party", "zero parties", "Did every party drop out?")
-
-    def describe(tree: PyTree) -> dict[str, str]:
-        paths = jax.tree_util.tree_leaves_with_path(tree)
-        return {path_name(path): f"{np.shape(leaf)} {jax.numpy.result_type(leaf)}" for path, leaf in paths}
-
-    first_party, first_tree = items[0]
-    first = describe(first_tree)
-    for party, tree in items[1:]:
-        other = describe(tree)
-        if other == first:
-            continue
-        leaf = next(k for k in sorted(first.keys() | other.keys()) if first.get(k) != other.get(k))
-        raise fail(
-            who,
-            f"the same tree from every party (leaf {leaf!r}: {first.get(leaf, 'absent')} at party {first_party})",
-            f"{other.get(leaf, 'absent')} at party {party}",
-            "Do all parties run the same model definition and precision?",
-        )
-
-
 def stacked(who: str, name: str, trees: PyTree) -> int:
     """The length of the leading axis that all leaves share, or an error when there is no such axis."""
     import jax
@@ -147,10 +119,3 @@ def stacked(who: str, name: str, trees: PyTree) -> int:
             "Stack trees with jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees).",
         )
     return axes.pop()[0]
-
-
-def path_name(path: Any) -> str:
-    """A leaf's pytree path as text, its steps joined by ``/``; the same names that our files use."""
-    import jax
-
-    return jax.tree_util.keystr(path, simple=True, separator="/")

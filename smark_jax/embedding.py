@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Num
 
-from smark_jax import _validate, carriers
+from smark_jax import _trees, _validate, carriers
 from smark_jax._types import AnyArray, PyTree
 from smark_jax.carriers import selection
 
@@ -110,8 +110,8 @@ def embed_batch(
     _verify("embed_batch", _wide_too(ok, params, spec), signs)
     marked = {name for leaf in spec.leaves for name in (leaf.path, *leaf.tied)}
     repeated = lambda leaf: _repeated(leaf, jnp.shape(codes)[0])  # noqa: E731
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if _validate.path_name(path) in marked else repeated(leaf),
+    return _trees.map_named(
+        lambda name, leaf: leaf if name in marked else repeated(leaf),
         selection.replace(params, spec, changed),
     )
 

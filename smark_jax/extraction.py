@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from smark_jax import _validate, carriers
+from smark_jax import _trees, _validate, carriers
 from smark_jax._types import PyTree
 from smark_jax.carriers import shifts
 
@@ -209,7 +209,7 @@ def least_weights(num_chips: int, threshold: float) -> int:
 def _odd(suspect: PyTree, spec: carriers.Spec, number: int | None = None) -> dict[str, str]:
     """The carrying leaves that the suspect does not have as the base has them, and why."""
     stacked = () if number is None else (number,)
-    named = _named(suspect)
+    named = _trees.named("extract", suspect)
     odd = {}
     for leaf in spec.leaves:
         if leaf.path not in named:
@@ -219,10 +219,6 @@ def _odd(suspect: PyTree, spec: carriers.Spec, number: int | None = None) -> dic
         elif not jnp.issubdtype(dtype := _dtype(named[leaf.path]), jnp.floating):
             odd[leaf.path] = f"of type {dtype}"
     return odd
-
-
-def _named(tree: PyTree) -> dict[str, Any]:
-    return {_validate.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _dtype(leaf: Any) -> Any:
@@ -242,7 +238,7 @@ def _carried(
       number: of suspects in the stack.
       require: whether to refuse a suspect without any leaf to read.
     """
-    odd, named, whole = _odd(suspect, spec, number), _named(suspect), _named(base)
+    odd, named, whole = _odd(suspect, spec, number), _trees.named("extract", suspect), _trees.named("extract", base)
     if require and len(odd) == len(spec.leaves):
         first = {name: leaf[0] if number is not None else leaf for name, leaf in named.items()}
         carriers.check_params(f"{who}: suspect", first, spec)

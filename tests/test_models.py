@@ -1,5 +1,6 @@
 """smark_jax.models: sizes, scaling, norms, and the accuracy against a plain count."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +108,36 @@ def test_gradients_are_finite_and_reach_every_weight(network, images):
     gradient = gradient.get("params", gradient)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 3), (1, 7, 5, 2), (3, 1, 4, 1)])
+def test_max_pool_and_its_gradient_are_those_of_flax_with_ties_and_odd_edges(shape):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.integers(-1, 2, shape), jnp.float32)  # most windows have several largest values
+    x = jnp.where(x < 0, -0.0, x)
+
+    def flax(x):
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+    ours, back = jax.vjp(models.max_pool, x)
+    theirs, reference = jax.vjp(flax, x)
+    np.testing.assert_array_equal(ours, theirs)
+    upstream = jnp.asarray(rng.normal(size=ours.shape), jnp.float32)
+    np.testing.assert_array_equal(back(upstream)[0], reference(upstream)[0])
+    # Forwards, and of a gradient's gradient, the tangent is the entry that NumPy's argmax finds.
+    direction = rng.normal(size=shape).astype(np.float32)
+    batch, rows, columns, channels = ours.shape
+    windows = [
+        np.asarray(a)[:, : 2 * rows, : 2 * columns]
+        .reshape(batch, rows, 2, columns, 2, channels)
+        .transpose(0, 1, 3, 5, 2, 4)
+        .reshape(*ours.shape[:3], channels, 4)
+        for a in (x, direction)
+    ]
+    expected = np.take_along_axis(windows[1], windows[0].argmax(-1)[..., None], -1)[..., 0]
+    np.testing.assert_array_equal(jax.jvp(models.max_pool, (x,), (direction,))[1], expected)
+    twice = jax.grad(lambda x: (jax.grad(lambda y: (models.max_pool(y) ** 2).sum())(x) ** 2).sum())(x)
+    np.testing.assert_array_equal(twice, 8 * reference(ours)[0])
 
 
 def test_batch_norm_updates_its_statistics_in_training_only(images):

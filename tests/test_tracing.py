@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from smark_jax import codes, keys, statistics, tracing
+from smark_jax.tracing import decoders
 
 KEY = keys.from_bytes(bytes(range(32)))
 M = 304
@@ -400,3 +401,17 @@ def test_many_suspects_compile_once(caplog):
     compiled([3], book)
     assert compiled([40, 1999, 0, 700], book) == 0
     assert compiled([3], codes.Codebook(KEY, 2100, M)) > 0  # the control: another codebook does compile
+
+
+def test_a_decoder_of_one_function_and_one_entry_is_found_by_its_name(monkeypatch):
+    """One that tests nobody but whom it was told to, on the whole read-out."""
+    words = np.asarray(codes.codebook(keys.from_bytes(bytes(32)), range(8), M))
+
+    def second(near: decoders.Near) -> decoders.Decoded:
+        statistic = float(near.direction @ words[2])
+        return decoders.Decoded([decoders.Test(2, statistic, -100.0)], near.direction)
+
+    monkeypatch.setitem(tracing.DECODERS, "second", decoders.Decoder(second))
+    verdict = tracing.trace(words[2].astype(float), words, decoder="second")
+    assert [(a.serial, a.statistic) for a in verdict.accused] == [(2, pytest.approx(math.sqrt(M)))]
+    assert verdict.decoder == "second"

@@ -21,7 +21,7 @@ import jax
 import rich.console
 import rich.progress
 
-from smark_jax import keys
+from smark_jax import _io, keys
 
 Result = dict[str, Any]
 _SECONDS_PER_LOG_LINE = 20
@@ -64,8 +64,7 @@ class Meter:
         found = compute()
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".new").write_text(json.dumps(found))
-            path.with_suffix(".new").rename(path)
+            _io.write(path, json.dumps(found).encode())
         return found
 
     def finish(self) -> None:

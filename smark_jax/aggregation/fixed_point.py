@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from smark_jax import _validate
+from smark_jax import _trees, _validate
 from smark_jax._types import PyTree
 
 
@@ -229,6 +229,6 @@ def stack(updates: Mapping[int, PyTree] | Sequence[PyTree]) -> PyTree:
     Raises:
       ValueError: with zero parties, or when trees differ in structure, shape or dtype; it names party and leaf.
     """
-    _validate.same_trees("stack", updates)
+    _trees.same("stack", updates)
     trees = list(updates.values()) if isinstance(updates, Mapping) else list(updates)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

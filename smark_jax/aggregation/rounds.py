@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from smark_jax import _validate, keys
+from smark_jax import _trees, _validate, keys
 from smark_jax._types import PyTree
 from smark_jax.aggregation.protocol import messages, server
 from smark_jax.aggregation.protocol import party as parties
@@ -66,7 +66,7 @@ def run_round(
       >>> result.survivors, result.total["w"].tolist()
       ((0, 1, 3, 4), [8, 8, 8])
     """
-    _validate.same_trees("run_round", updates)
+    _trees.same("run_round", updates)
     for party, stage in drop.items():
         if party not in updates or stage not in server.STAGES:
             got = f"party {party} at stage {stage!r}"

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from smark_jax import _validate
+from smark_jax import _trees, _validate
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.alignment import graph as graphs
 from smark_jax.alignment import matching
@@ -143,7 +143,7 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
       >>> alignment.align(suspect, base, models.apply_fn(net), images).report.spaces[2].moved
       128
     """
-    everything, structure = _named(base), jax.tree.structure(base)
+    everything = _named(base)
     for name, leaf in everything.items():
         _validate.all_finite("align", f"weights in the base's leaf {name!r}", np.isfinite(leaf).all())
     theirs = _named(suspect)
@@ -174,8 +174,7 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     report = Report(
         spaces=spaces, renamed=renamed, unfollowed=graph.unfollowed, left_out=tuple(sorted(left_out)), **found
     )
-    paths = [_validate.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(base)]
-    result = Alignment(jax.tree.unflatten(structure, [aligned[path] for path in paths]), report)
+    result = Alignment(_trees.rebuilt(base, aligned), report)
     if report.similarity < _ALIKE:
         expected, got = f"a similarity with the base of {_ALIKE} or more", f"{report.similarity:.3f} at best"
         if graph.unfollowed or graph.beyond:
@@ -233,8 +232,7 @@ def _broken_again(graph: Graph, raw: Leaves, aligned: Leaves, sizes: Sequence[in
 def _named(tree: PyTree) -> Leaves:
     """Leaves of real numbers by path, on the host; floats as float32."""
     found: Leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = _validate.path_name(path)
+    for name, leaf in _trees.named("alignment", tree).items():
         array = np.asarray(leaf)
         if not jax.numpy.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
             continue

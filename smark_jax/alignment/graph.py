@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from scipy import sparse
 
-from smark_jax import _validate
+from smark_jax import _trees, _validate
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.alignment._walk import Role, Walk
 
@@ -170,7 +170,7 @@ def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any) -> Graph:
     except Exception as error:
         cause = "apply_fn(base, example_images) must give logits; with batch norm, base is the whole variables dict."
         raise _validate.fail("alignment", "a network that takes base and images", f"an error: {error}", cause) from None
-    named = [(_validate.path_name(p), np.shape(x)) for p, x in jax.tree_util.tree_leaves_with_path(params)]
+    named = [(path, np.shape(leaf)) for path, leaf in _trees.named("alignment", params).items()]
     walk = Walk()
     start = [
         tuple(Role((axis,), walk.fresh((size,)), (path, axis)) for axis, size in enumerate(shape) if size > 1)

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from smark_jax import _validate
+from smark_jax import _trees, _validate
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 
 InversionMethod = Literal["cosine", "dlg"]
@@ -152,7 +152,7 @@ def infer_label(bias_gradient: Float[Array, " classes"]) -> Int[Array, ""]:
 
 def _check_gradient(params: PyTree, gradient: PyTree) -> None:
     def describe(tree: PyTree) -> dict[str, tuple[int, ...]]:
-        return {_validate.path_name(p): jnp.shape(leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        return {name: jnp.shape(leaf) for name, leaf in _trees.named("invert", tree).items()}
 
     wanted, given = describe(params), describe(gradient)
     if wanted != given:

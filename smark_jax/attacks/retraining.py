@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from smark_jax import _batches, _validate, carriers
+from smark_jax import _batches, _trees, _validate, carriers
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 
 _IMAGES_PER_PASS = 500
@@ -171,7 +171,7 @@ def reinitialise(params: PyTree, fresh: PyTree, match: str) -> PyTree:
     Raises:
       ValueError: when the trees differ in structure, shapes or dtypes, or ``match`` is found in no path.
     """
-    _validate.same_trees("reinitialise", [params, fresh])
+    _trees.same("reinitialise", [params, fresh])
     return jax.tree.map(
         lambda old, new, chosen: new if chosen else old, params, fresh, _match("reinitialise", params, match)
     )
@@ -231,11 +231,11 @@ def _descend(
         cause = "Use smaller batches, or pass images and labels of the same split."
         got = f"{sizes[0]} images and {sizes[1]} labels"
         raise _validate.fail(who, f"at least {batch_size} images with a label each", got, cause)
-    moves, still = _split(params, moving)
+    moves, still = _trees.split(params, moving)
 
     @jax.jit
     def step(moves: PyTree, still: PyTree, state: optax.OptState, *batch: Array) -> tuple[PyTree, optax.OptState]:
-        gradient = jax.grad(lambda part: loss_fn(_join(part, still), *batch))(moves)
+        gradient = jax.grad(lambda part: loss_fn(_trees.join(part, still), *batch))(moves)
         updates, state = optimizer.update(gradient, state, moves)
         return optax.apply_updates(moves, updates), state
 
@@ -244,7 +244,7 @@ def _descend(
         for index in _batches.shuffled(rng, sizes[0], batch_size):
             moves, state = step(moves, still, state, *(array[index] for array in data))
             on_step()
-    return _join(moves, still)
+    return _trees.join(moves, still)
 
 
 def _hold_zeros() -> optax.GradientTransformation:
@@ -263,33 +263,19 @@ def _hold_zeros() -> optax.GradientTransformation:
 def _trainable(who: str, params: PyTree, match: str | None) -> PyTree:
     """Which leaves are trained: floating-point, set by gradients, and matched."""
     roles = carriers.roles(params)
-    weights = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and roles[_validate.path_name(path)].trains, params
+    weights = _trees.map_named(
+        lambda name, leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and roles[name].trains, params
     )
     return weights if match is None else jax.tree.map(lambda a, b: a and b, weights, _match(who, params, match))
 
 
 def _match(who: str, params: PyTree, match: str) -> PyTree:
     """For each leaf, whether the regular expression is found in its path."""
-    chosen = jax.tree_util.tree_map_with_path(
-        lambda path, _: re.search(match, _validate.path_name(path)) is not None, params
-    )
+    chosen = _trees.map_named(lambda name, _: re.search(match, name) is not None, params)
     if not any(jax.tree.leaves(chosen)):
-        names = [_validate.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        raise _validate.fail(who, "a pattern found in a leaf's path", repr(match), f"The paths are {', '.join(names)}.")
+        paths = ", ".join(_trees.names(params))
+        raise _validate.fail(who, "a pattern found in a leaf's path", repr(match), f"The paths are {paths}.")
     return chosen
-
-
-def _split(params: PyTree, moving: PyTree) -> tuple[PyTree, PyTree]:
-    """Two trees that :func:`_join` puts together again; None stands where the other has the leaf."""
-    return (
-        jax.tree.map(lambda leaf, moves: leaf if moves else None, params, moving),
-        jax.tree.map(lambda leaf, moves: None if moves else leaf, params, moving),
-    )
-
-
-def _join(moves: PyTree, still: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: b if a is None else a, moves, still, is_leaf=lambda leaf: leaf is None)
 
 
 def _logits(params: PyTree, apply_fn: ApplyFn, images: AnyArray) -> np.ndarray:

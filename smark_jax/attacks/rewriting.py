@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from smark_jax import _validate
+from smark_jax import _trees, _validate
 from smark_jax._types import PyTree
 from smark_jax.alignment import Graph
 from smark_jax.alignment.matching import along
@@ -244,13 +244,11 @@ def _others(graph: Graph, place: tuple[str, int], space: int, sizes: list[int]) 
 
 
 def _leaves(params: PyTree) -> dict[str, np.ndarray]:
-    named = jax.tree_util.tree_leaves_with_path(params)
-    return {_validate.path_name(path): np.asarray(leaf) for path, leaf in named}
+    return {name: np.asarray(leaf) for name, leaf in _trees.named("attacks", params).items()}
 
 
 def _tree(params: PyTree, leaves: dict[str, np.ndarray]) -> PyTree:
-    paths = [_validate.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    return jax.tree.unflatten(jax.tree.structure(params), [jnp.asarray(leaves[path]) for path in paths])
+    return jax.tree.map(jnp.asarray, _trees.rebuilt(params, leaves))
 
 
 def _rng(key: Array) -> np.random.Generator:

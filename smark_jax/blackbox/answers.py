@@ -15,7 +15,7 @@ import numpy as np
 from cryptography.exceptions import InvalidTag
 from jaxtyping import Float, UInt8
 
-from smark_jax import _disk, _validate, keys
+from smark_jax import _io, _validate, keys
 from smark_jax._types import AnyArray
 from smark_jax.blackbox.probes import halves
 
@@ -84,8 +84,7 @@ def write(kept: Answers, answers: Sequence[Answer]) -> None:
         "answers": [list(a) for a in answers],
     }
     content = json.dumps(document).encode()
-    with _disk.private_files(), _disk.whole_file(kept.path) as file:
-        file.write(seal(kept.key, content))
+    _io.write(kept.path, seal(kept.key, content), private=True)
 
 
 def seal(key: keys.SecretKey, content: bytes) -> bytes:

@@ -24,7 +24,7 @@ import optax
 from jax import Array
 from jaxtyping import Float, Int, Num, UInt8
 
-from smark_jax import _batches, _validate, carriers, keys
+from smark_jax import _batches, _trees, _validate, carriers, keys
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 from smark_jax.blackbox import payload
 
@@ -238,10 +238,8 @@ def train_copies(
 def _still(base: PyTree) -> PyTree:
     """The leaves that gradients do not move; None in place of the others."""
     roles = carriers.roles(base)
-    moves = lambda path, leaf: roles[path].trains and jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: None if moves(_validate.path_name(path), leaf) else leaf, base
-    )
+    moves = lambda name, leaf: roles[name].trains and jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return _trees.map_named(lambda name, leaf: None if moves(name, leaf) else leaf, base)
 
 
 def _is_none(value: Any) -> bool:

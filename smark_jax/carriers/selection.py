@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from smark_jax import _roles, _validate
+from smark_jax import _roles, _trees, _validate
 from smark_jax._types import AnyArray, PyTree
 
 # Tied leaves have so many weights or more: two scalars may be equal by chance.
@@ -149,14 +149,9 @@ def with_tied(leaves: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
 
 
 def _named(who: str, params: PyTree) -> dict[str, Any]:
-    """The leaves by path."""
-    pairs = [(_validate.path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-    named = {path: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for path, leaf in pairs}
-    if len(named) < len(pairs):
-        paths = [path for path, _ in pairs]
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise _validate.fail(who, "a path of its own for each leaf", f"{twice!r} twice", "Is '/' part of a name?")
-    return named
+    """The leaves by path, as arrays."""
+    named = _trees.named(who, params)
+    return {path: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for path, leaf in named.items()}
 
 
 def _facts(named: Mapping[str, Any]) -> dict[str, _roles.Facts]:
@@ -256,7 +251,7 @@ def replace(params: PyTree, spec: Spec, leaves: list[Any]) -> PyTree:
         if _too_wide(old):  # under a jit of the caller's, what JAX makes of it has to do
             new = old + (new if _validate.is_traced(new) else np.asarray(new).astype(old.dtype))
         by_path |= dict.fromkeys((leaf.path, *leaf.tied), new)
-    return jax.tree_util.tree_map_with_path(lambda path, old: by_path.get(_validate.path_name(path), old), params)
+    return _trees.map_named(by_path.get, params)
 
 
 def check_params(who: str, params: PyTree, spec: Spec) -> None:
@@ -270,7 +265,7 @@ def check_params(who: str, params: PyTree, spec: Spec) -> None:
 
 def carrying(who: str, params: PyTree, spec: Spec) -> list[Any]:
     """The leaves that ``spec`` names, in its order."""
-    named = {_validate.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    named = _trees.named(who, params)
     if any(leaf.tied for leaf in spec.leaves):
         named = with_tied(named, spec)
     missing = [leaf.path for leaf in spec.leaves if leaf.path not in named]

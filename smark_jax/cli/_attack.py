@@ -31,7 +31,7 @@ def attack(
     with _common.err.status("reading the copy"):
         import jax
 
-        from smark_jax import _disk, attacks, files
+        from smark_jax import _io, attacks, files
         from smark_jax.aggregation import stack
 
         with jax.enable_x64(True):  # leaves of 64 bits keep them
@@ -47,7 +47,7 @@ def attack(
                 tree = attacks.add_noise(tree, jax.random.key(seed), noise)
             if cast is not None:
                 tree = attacks.cast(tree, cast)
-        with _disk.private_files():  # it is still a customer's copy
+        with _io.private_files():  # it is still a customer's copy
             sha256 = files.write(out, tree)
     document = {"out": str(out), "sha256": sha256, "attacks": done}
     _common.show(document, as_json, lambda: say(f"{out}: {', '.join(done)}"))

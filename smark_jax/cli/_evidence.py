@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from smark_jax import _io
 from smark_jax.cli import _common, _outputs
 from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, Verdict, say
 
@@ -34,11 +35,11 @@ def export(
     """
     _outputs.check("--out", out, (passphrase_file,), vault)
     with _common.desk(vault, passphrase_file) as desk:
-        from smark_jax.vault import evidence, folder, verdicts
+        from smark_jax.vault import evidence, verdicts
 
         _outputs.check("--out", out, _outputs.suspects(verdicts.get(desk, verdict)))
         exported = evidence.export(desk, verdict, suspect, commitment)
-        folder.write(out, exported.content)
+        _io.write(out, exported.content, private=True)
 
     def words() -> None:
         say(f"{out} accuses {', '.join(exported.accused)}. Hand it over with the suspect and the base.")

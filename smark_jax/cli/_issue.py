@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smark_jax import _io
 from smark_jax.cli import _common, _names, _outputs
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
@@ -62,7 +63,7 @@ def issue(
         _outputs.check("--timestamp-request", timestamp_request, (csv, passphrase_file), vault)
     names = [*(customers or []), *_names.read(csv, column, heading)]
     with _common.desk(vault, passphrase_file) as desk:
-        from smark_jax.vault import commitments, evidence, folder, issuing, models, queries, timestamps, trials
+        from smark_jax.vault import commitments, evidence, issuing, models, queries, timestamps, trials
         from smark_jax.vault import customers as registry
 
         model = models.get(desk, name)
@@ -123,7 +124,7 @@ def issue(
             )
         path = commitments.file(desk, commitment)
         if timestamp_request:
-            folder.write(timestamp_request, timestamps.request(commitment))
+            _io.write(timestamp_request, timestamps.request(commitment), private=True)
     document = {
         "model": name,
         "out": str(out),

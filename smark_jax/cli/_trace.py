@@ -157,10 +157,11 @@ def report(
     """Write a verdict as one HTML file that a lawyer can read, print and keep; it needs no network."""
     _outputs.check("--out", out, (passphrase_file,), vault)
     with _common.desk(vault, passphrase_file) as desk:
+        from smark_jax import _io
         from smark_jax import report as reports
-        from smark_jax.vault import folder, verdicts
+        from smark_jax.vault import verdicts
 
         document = verdicts.get(desk, verdict)
         _outputs.check("--out", out, _outputs.suspects(document))
-        folder.write(out, reports.render(document).encode())
+        _io.write(out, reports.render(document).encode(), private=True)
     _common.show({"verdict": verdict, "report": str(out)}, as_json, lambda: say(f"Report: {out}"))

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from smark_jax import _validate
+from smark_jax import _io, _validate
 
 _EMBEDDED = "mnist_5k"
 _INSTEAD = f"use the embedded set data.load({_EMBEDDED!r}, ...)"
@@ -200,13 +200,11 @@ def _alone(builder: Any) -> contextlib.AbstractContextManager[Any]:
     TFDS writes to a folder with a random name and renames it at the end. Two programs with the same seed draw the same
     name, and then remove each other's files.
     """
-    import filelock
-
     root = os.fspath(builder.data_dir_root)
     if "://" in root:  # A bucket: nothing there can be locked.
         return contextlib.nullcontext()
     os.makedirs(root, exist_ok=True)
-    return filelock.FileLock(os.path.join(root, f".{builder.name}.lock"))
+    return _io.locked(pathlib.Path(root, f".{builder.name}.lock"), seconds=-1)
 
 
 def _write(name: str, builder: Any) -> None:

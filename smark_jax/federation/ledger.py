@@ -11,9 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 
-import filelock
-
-from smark_jax import _disk
+from smark_jax import _io
 from smark_jax.aggregation.protocol.parameters import refuse
 
 _PATIENCE_SECONDS = 30
@@ -35,17 +33,16 @@ def claim(folder: Path, session: bytes, stage: str, round: int) -> None:
     """
     path = folder / f"{hashlib.sha256(session).hexdigest()[:32]}.json"
     try:
-        with _disk.private_files():
+        with _io.private_files():
             folder.mkdir(exist_ok=True)
-        with filelock.FileLock(path.with_suffix(".lock"), timeout=_PATIENCE_SECONDS):
+        with _io.locked(path.with_suffix(".lock"), seconds=_PATIENCE_SECONDS):
             answered = json.loads(path.read_text()) if path.exists() else {}
             last = answered.get(stage, -1)
             if round <= last:
                 cause = "It was repeated, or this participant's state was copied or set back."
                 expected = f"a round after {last} at stage {stage!r}, which was answered already"
                 raise refuse("ledger", expected, f"round {round}", cause)
-            with _disk.whole_file(path) as file:
-                file.write(json.dumps({**answered, stage: round}).encode())
-    except (OSError, filelock.Timeout, json.JSONDecodeError, AttributeError, TypeError) as error:  # the last: no ledger
+            _io.write(path, json.dumps({**answered, stage: round}).encode())
+    except (OSError, json.JSONDecodeError, AttributeError, TypeError) as error:  # the last: no ledger
         cause = "Without it nothing is answered: see to space and permissions of the folder."
         raise refuse("ledger", f"to write {folder}", f"{type(error).__name__}: {error}", cause) from None

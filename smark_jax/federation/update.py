@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt32
 
-from smark_jax import _validate, aggregation, keys
+from smark_jax import _trees, _validate, aggregation, keys
 from smark_jax.federation.task import Format
 
 METRIC_RANGE = 16.0
@@ -42,7 +42,7 @@ def encode(
     Raises:
       ValueError: when the arrays differ in name or shape, or a metric is missing.
     """
-    _validate.same_trees("federation", [dict(before), dict(after)])
+    _trees.same("federation", [dict(before), dict(after)])
     missing = [name for name in form.metrics if name not in metrics]
     if missing:
         cause = "Return it in the MetricRecord of the train function, or take it out of the strategy's metrics."

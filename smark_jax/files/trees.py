@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from smark_jax import _validate
+from smark_jax import _trees, _validate
 from smark_jax.files import _limits
 
 PyTree = Any  # as _types.PyTree, which comes with jax; jax is loaded only where a tree is walked
@@ -30,12 +30,10 @@ def flatten(params: PyTree) -> dict[str, np.ndarray]:
     import jax
 
     leaves: dict[str, np.ndarray] = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(params):
+    for name, value in _trees.named("flatten", params).items():
         if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
             value = jax.random.key_data(value)
-        name, leaf = _validate.path_name(path), np.asarray(value)
-        if name in leaves:
-            raise _validate.fail("flatten", "a name of its own for each leaf", f"{name!r} twice", "Is '/' in a name?")
+        leaf = np.asarray(value)
         if leaf.dtype.name not in _limits.BY_NAME:
             cause = "Weights are real numbers: leave out what is no weight."
             raise _validate.fail("flatten", f"real numbers in leaf {name!r}", f"dtype {leaf.dtype}", cause)

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from smark_jax import _disk, _validate
+from smark_jax import _io, _validate
 from smark_jax.files import _limits, _safetensors, trees
 
 _KINDS = {dtype: kind for kind, dtype in _limits.DTYPES.items()}
@@ -40,7 +40,7 @@ def write(path: str | os.PathLike[str], params: Any, *, like: str | os.PathLike[
       True
     """
     leaves = _named("write", params)
-    with _disk.whole_file(Path(path)) as file:
+    with _io.whole_file(Path(path)) as file:
         return _write(file, leaves, like)
 
 

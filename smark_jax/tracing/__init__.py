@@ -21,6 +21,7 @@ the selected support is *not* valid: the support was selected by looking at b_j.
 be accepted at level alpha / 2^k, without a second run.
 """
 
+from smark_jax.tracing.decoders import DECODERS
 from smark_jax.tracing.verdict import Accusation, Decoys, Verdict, trace, trace_batch
 
-__all__ = ["Accusation", "Decoys", "Verdict", "trace", "trace_batch"]
+__all__ = ["DECODERS", "Accusation", "Decoys", "Verdict", "trace", "trace_batch"]

@@ -18,8 +18,9 @@ from smark_jax.tracing import scoring
 
 # No coalition that can be traced is larger than a quarter of the chips, or than this.
 MAX_SELECTED = 128
-# A strong colluder who is masked keeps the residual long, and the others' shares of it below the stop. So at the stop
-# the next few are taken on trial: they stay only when somebody then exceeds the stop by the surplus.
+# The part of a strong colluder who is masked stays in the residual, and keeps the others' correlations with its
+# direction below the stop. So at the stop the next few are taken on trial: they stay only when somebody then exceeds
+# the stop by the surplus.
 _LOOK_AHEAD = 4
 _SURPLUS = 0.5
 # A residual below this part of the read-out is rounding.

@@ -1,20 +1,18 @@
-"""The verdict: decoders, p-values and their corrections, decoys."""
+"""The verdict: p-values and their corrections, decoys."""
 
 import hashlib
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int8
 
 from smark_jax import _validate, codes, keys, statistics
 from smark_jax._types import AnyArray
-from smark_jax.tracing import pursuit, scoring
-
-Decoder = Literal["joint", "sequential", "single"]
+from smark_jax.tracing import decoders, scoring
 
 NUM_DECOYS = 1024
 # A decoy this improbable means that an assumption is broken; sound verdicts raise the alarm once in a million.
@@ -105,7 +103,7 @@ def trace(
     chips: Float[AnyArray, " m"],
     codebook: Int8[AnyArray, "K m"] | codes.Codebook,
     alpha: float = 1e-6,
-    decoder: Decoder = "joint",
+    decoder: str = "joint",
     *,
     serials: Sequence[int] | None = None,
     num_suspects: int = 1,
@@ -119,8 +117,8 @@ def trace(
       codebook: every customer who might be accused: words of -1 and +1, shape [K, m], or a streamed
         :class:`~smark_jax.codes.Codebook`. Leaving customers out, or trying several codebooks, breaks the guarantee.
       alpha: bound on the probability of accusing anybody innocent.
-      decoder: ``"joint"`` (T2) finds coalitions; ``"sequential"`` (T3) is cheaper and finds fewer; ``"single"``
-        tests each customer alone, T_j = <y, b_j> / norm(y).
+      decoder: a name in :data:`smark_jax.tracing.DECODERS`. ``"joint"`` (T2) finds coalitions; ``"sequential"`` (T3)
+        is cheaper and finds fewer; ``"single"`` tests each customer alone, T_j = <y, b_j> / norm(y).
       serials: the customers' serials in the order of the rows of an array; by default the row numbers, which is right
         only when customers are numbered from 0.
       num_suspects: how many suspects are examined on this occasion; :func:`trace_batch` counts them itself.
@@ -157,7 +155,7 @@ def trace_batch(
     chips: Float[AnyArray, "M m"],
     codebook: Int8[AnyArray, "K m"] | codes.Codebook,
     alpha: float = 1e-6,
-    decoder: Decoder = "joint",
+    decoder: str = "joint",
     *,
     serials: Sequence[int] | None = None,
     num_alignments: int = 1,
@@ -205,7 +203,7 @@ class _Case(NamedTuple):
 
     book: scoring.Book
     alpha: float
-    decoder: Decoder
+    decoder: str
     serials: np.ndarray | None
     num_customers: int
     num_suspects: int
@@ -221,7 +219,7 @@ class _Case(NamedTuple):
 def _case(
     book: scoring.Book,
     alpha: float,
-    decoder: Decoder,
+    decoder: str,
     serials: Sequence[int] | None,
     num_suspects: int,
     num_alignments: int,
@@ -230,8 +228,8 @@ def _case(
     _validate.probability("trace", "alpha", alpha)
     _validate.positive("trace", "num_suspects", num_suspects)
     _validate.positive("trace", "num_alignments", num_alignments)
-    if decoder not in get_args(Decoder):
-        names = ", ".join(map(repr, get_args(Decoder)))
+    if decoder not in decoders.DECODERS:
+        names = ", ".join(map(repr, decoders.DECODERS))
         raise _validate.fail("trace", f"a decoder of {names}", repr(decoder), "Is the name spelt right?")
     num_customers, length = scoring.size(book)
     if num_chips != length:
@@ -254,14 +252,6 @@ def _case(
     )
 
 
-class _Test(NamedTuple):
-    """One customer's test: place in the codebook, statistic, and ln of its p-value corrected for the customers."""
-
-    customer: int
-    statistic: float
-    log_p: float
-
-
 def _trace_rows(
     y: Float[np.ndarray, "R m"], case: _Case, keep: bool, log_maps: Float[np.ndarray, " R"]
 ) -> list[Verdict]:
@@ -270,7 +260,8 @@ def _trace_rows(
     levels = np.array(
         [statistics.threshold(u, level) for u, level in zip(directions, log_levels.tolist(), strict=True)]
     )
-    floors = levels - 1.0 if case.decoder == "single" else np.zeros(len(y))
+    margin = decoders.DECODERS[case.decoder].margin
+    floors = np.zeros(len(y)) if margin is None else levels - margin
     scores = scoring.score(directions, case.book, floors, keep)
     kept = scores.all if scores.all is not None else np.empty((len(y), 0), np.float32)
     rows = zip(directions, levels.tolist(), scores.best, scores.best_scores, kept, log_maps.tolist(), strict=True)
@@ -286,16 +277,10 @@ def _verdict(
     log_maps: float,
     case: _Case,
 ) -> Verdict:
-    tests: list[_Test] = []
-    rest = u
-    if u.any() and case.decoder == "single":
-        tests = _single(u, best, case)
-    elif u.any():
-        chase = pursuit.Pursuit(u, case.book, scoring.shortlist(case.book, best), best_scores, case.num_customers)
-        selected = chase.run()
-        decode = _joint if case.decoder == "joint" else _sequential
-        tests = decode(chase, selected, best, case)
-        rest = chase.residual(selected)
+    tests, rest = [], u
+    if u.any():
+        near = decoders.Near(u, case.book, best, best_scores, case.num_customers)
+        tests, rest = decoders.DECODERS[case.decoder].decode(near)
     accused = [test for test in tests if test.log_p + log_maps <= case.log_level]
     shares = _shares(u, [test.customer for test in accused], case)
     if kept.size:
@@ -314,52 +299,13 @@ def _verdict(
     )
 
 
-def _single(u: np.ndarray, near: np.ndarray, case: _Case) -> list[_Test]:
-    """T1+: each customer alone, Holm over all."""
-    # Float32 scores chose whom to look at, a margin below the threshold; what counts is the float64 statistic.
-    scores = scoring.rows(case.book, near).astype(np.float64) @ u
-    log_p = statistics.log_p_value(scores, u)
-    return _holm(zip(near.tolist(), scores.tolist(), log_p.tolist(), strict=True), case.num_customers)
-
-
-def _joint(chase: pursuit.Pursuit, selected: list[int], best: np.ndarray, case: _Case) -> list[_Test]:
-    """T2: each selected customer on the residual of the run that never saw its codeword, Holm over all."""
-    found = []
-    for place in selected:
-        residual = chase.residual(chase.run(masked=place))
-        statistic = chase.statistic(residual, place)
-        log_p = float(statistics.log_p_value(statistic, residual))
-        found.append((int(best[place]), statistic, log_p))
-    return _holm(found, case.num_customers)
-
-
-def _sequential(chase: pursuit.Pursuit, selected: list[int], best: np.ndarray, case: _Case) -> list[_Test]:
-    """T3: the pick of step k on the residual before it, at level alpha / 2^k."""
-    tests = []
-    for step, place in enumerate(selected):
-        residual = chase.residual(selected[:step])
-        statistic = chase.statistic(residual, place)
-        log_p = float(statistics.log_p_value(statistic, residual)) + math.log(case.num_customers)
-        tests.append(_Test(int(best[place]), statistic, min(0.0, log_p + (step + 1) * math.log(2))))
-    return sorted(tests, key=lambda test: test.log_p)
-
-
-def _holm(found: Iterable[tuple[int, float, float]], num_customers: int) -> list[_Test]:
-    """Holm's step-down adjusted p-values, those of customers not tested counting as 1; most significant first."""
-    tests, running = [], -math.inf
-    for rank, (customer, statistic, log_p) in enumerate(sorted(found, key=lambda test: test[2])):
-        running = max(running, min(0.0, log_p + math.log(num_customers - rank)))
-        tests.append(_Test(customer, statistic, running))
-    return tests
-
-
 def _shares(u: Float[np.ndarray, " m"], customers: list[int], case: _Case) -> dict[int, float]:
     """The parts of the accused: least-squares coefficients of the read-out on their words, in absolute value."""
     words = scoring.rows(case.book, np.array(customers, np.int64)).astype(np.float64)
     return dict(zip(customers, np.abs(np.linalg.lstsq(words.T, u, rcond=None)[0]).tolist(), strict=True))
 
 
-def _accusation(test: _Test, shares: dict[int, float], log_maps: float, case: _Case) -> Accusation:
+def _accusation(test: decoders.Test, shares: dict[int, float], log_maps: float, case: _Case) -> Accusation:
     log_p = min(0.0, test.log_p + math.log(case.num_suspects) + math.log(case.num_alignments) + log_maps)
     return Accusation(
         serial=int(case.serials[test.customer]) if case.serials is not None else test.customer,

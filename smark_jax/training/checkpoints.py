@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from smark_jax import _disk, aggregation, data, keys, parallel
+from smark_jax import _io, aggregation, data, keys, parallel
 from smark_jax._types import PyTree
 from smark_jax.training import rounds
 from smark_jax.training.recipe import Training
@@ -91,7 +91,7 @@ def fit(
 
     latest: Any = ocp.training.preservation_policies.LatestN(1)  # whose type orbax 0.12 states too narrowly
     with (
-        _disk.private_files(),
+        _io.private_files(),
         ocp.training.Checkpointer(
             str(folder.resolve()), preservation_policy=latest, cleanup_tmp_directories=True
         ) as checkpoints,

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import numpy as np
 
-from smark_jax import _disk, _validate, data, files, keys, parallel
+from smark_jax import _io, _validate, data, files, keys, parallel
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.training import checkpoints, recipe
 
@@ -94,7 +93,7 @@ def run(
             on_progress=on_progress,
             say=say,
         )
-        with _disk.private_files():
+        with _io.private_files():
             digest = files.write(out / "base.safetensors", params)
         epochs = np.asarray(round_losses).reshape(how.epochs, -1).mean(axis=1)
         _picture(out / "training.png", round_losses, epochs, say)
@@ -110,23 +109,23 @@ def run(
             "devices": [str(device) for device in parallel.devices(how.parties)],
             "seconds": round(time.perf_counter() - began, 1),
         }
-        _write(out / "results.json", json.dumps(results, indent=2) + "\n")
+        _io.write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
         shutil.rmtree(private / "checkpoints")
         return results
 
 
 @contextlib.contextmanager
 def _alone(private: Path) -> Iterator[None]:
-    """Two runs in one folder would use the same secrets; the operating system frees the lock with the process."""
-    lock = filelock.FileLock(private / ".lock")
-    try:
-        with lock.acquire(timeout=0):
-            yield
-    except filelock.Timeout as error:
-        cause = "Wait for it, or choose another folder."
-        raise _validate.fail(
-            "train", f"{private.parent} to itself", "another smark train at work there", cause
-        ) from error
+    """Two runs in one folder would use the same secrets."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(_io.locked(private / ".lock"))
+        except TimeoutError as error:
+            cause = "Wait for it, or choose another folder."
+            raise _validate.fail(
+                "train", f"{private.parent} to itself", "another smark train at work there", cause
+            ) from error
+        yield
 
 
 def _refuse_others_files(private: Path, out: Path) -> None:
@@ -139,8 +138,7 @@ def _refuse_others_files(private: Path, out: Path) -> None:
 
 def _same_settings(settings: Mapping[str, Any], path: Path, out: Path) -> None:
     if not path.exists():
-        with _disk.private_files():
-            _write(path, json.dumps(settings, indent=2) + "\n")
+        _io.write(path, (json.dumps(settings, indent=2) + "\n").encode(), private=True)
         return
     before = json.loads(path.read_text())
     changed = [f"{name} {before.get(name)!r}" for name, value in settings.items() if before.get(name) != value]
@@ -153,27 +151,20 @@ def _same_settings(settings: Mapping[str, Any], path: Path, out: Path) -> None:
 def _start(path: Path, init: Callable[[], PyTree]) -> PyTree:
     """The weights that training starts from, which the owner's mark is read against: drawn once, then kept."""
     if not path.exists():
-        with _disk.private_files():
+        with _io.private_files():
             files.write(path, init())
     return files.nest(files.read(path).leaves)
 
 
 def _owner_key(path: Path) -> keys.SecretKey:
     if not path.exists():
-        with _disk.private_files():
-            _write(path, keys.new().to_bytes().hex() + "\n")
+        _io.write(path, f"{keys.new().to_bytes().hex()}\n".encode(), private=True)
     try:
         return keys.from_bytes(bytes.fromhex(path.read_text().strip()))
     except ValueError:  # without its cause, which would show part of the key
         raise _validate.fail(
             "train", f"64 hexadecimal digits in {path}", "something else", "Restore your copy."
         ) from None
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing, also when the machine stops."""
-    with _disk.whole_file(path) as file:
-        file.write(text.encode())
 
 
 def _picture(path: Path, rounds: np.ndarray, epochs: np.ndarray, say: Callable[[str], None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, codes, keys
+from smark_jax import _io, _validate, codes, keys
 from smark_jax.vault import _text, crypto, folder, merkle, models, store
 from smark_jax.vault.customers import Customer
 
@@ -148,7 +148,7 @@ def write_all(vault: folder.Vault) -> None:
         commitment = Commitment(*row)
         path = file(vault, commitment)
         if not path.exists():
-            folder.write(path, commitment.published)
+            _io.write(path, commitment.published, private=True)
 
 
 def file(vault: folder.Vault, commitment: Commitment) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smark_jax import _disk, _validate, keys
+from smark_jax import _io, _validate, keys
 from smark_jax.vault import crypto, log, sealing, store
 
 KEY_FILE, DATABASE, MODELS, COMMITMENTS, ANSWERS = "master.key", "vault.sqlite", "models", "commitments", "answers"
@@ -40,20 +40,20 @@ def create(folder: Path, passphrase: str) -> None:
     new = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
     new.mkdir(mode=0o700)
     try:
-        with _disk.private_files():
+        with _io.private_files():
             for name in (MODELS, COMMITMENTS, ANSWERS):
                 (new / name).mkdir()
-            write(new / KEY_FILE, sealed)
+            _io.write(new / KEY_FILE, sealed, private=True)
             connection = store.connect(new / DATABASE, create=True)
             with contextlib.closing(connection):
                 store.mark_sealed(connection)
                 record(Vault(new, connection, master), "vault created", {}, public_key=crypto.public_key(master))
-        _disk.flush_folder(new)
+        _io.flush_folder(new)
         try:
             new.rename(folder.absolute())
         except OSError:
             raise there from None
-        _disk.flush_folder(folder.absolute().parent)
+        _io.flush_folder(folder.absolute().parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -73,7 +73,7 @@ def opened(folder: Path, passphrase: str) -> Iterator[Vault]:
         cause = "Is the path right? Make a vault with 'smark init'; if a file was lost, restore the backup."
         raise _validate.fail("vault", f"a vault in {folder}", f"no {' and no '.join(missing)} there", cause)
     master = crypto.unseal(folder / KEY_FILE, passphrase)
-    with _disk.private_files(), contextlib.closing(store.connect(folder / DATABASE)) as connection:
+    with _io.private_files(), contextlib.closing(store.connect(folder / DATABASE)) as connection:
         vault = Vault(folder, connection, master)
         with store.errors_explained(folder / DATABASE):
             _verify(vault)
@@ -109,9 +109,3 @@ def record(vault: Vault, event: str, rows: Mapping[str, Sequence[store.Row]], **
 
 def _log_key(vault: Vault) -> keys.SecretKey:
     return keys.derive(vault.master, "log")
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, flushed to the disk, readable for its owner only."""
-    with _disk.private_files(), _disk.whole_file(path) as file:
-        file.write(content)

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import jax
 import numpy as np
 
-from smark_jax import _disk, _validate, carriers, codes, embedding, files
+from smark_jax import _io, _validate, carriers, codes, embedding, files
 from smark_jax._types import PyTree
 from smark_jax.vault import _text, commitments, folder, models, store, trials
 from smark_jax.vault.customers import Customer
@@ -132,16 +131,14 @@ def issue(
 @contextlib.contextmanager
 def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
     """Only one process issues at a time; the system frees the lock of one that dies."""
-    lock = filelock.FileLock(vault.folder / "issue.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        on_wait()
-        lock.acquire()
-    try:
+    path = vault.folder / "issue.lock"
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(_io.locked(path))
+        except TimeoutError:
+            on_wait()
+            held.enter_context(_io.locked(path, seconds=-1))
         yield
-    finally:
-        lock.release()
 
 
 def _license(vault: folder.Vault, model: models.Model, customers: Sequence[Customer], strength: float | None) -> int:
@@ -231,7 +228,7 @@ def _write(
                 folder.record(vault, "copies made", {"copies": rows}, model=model.name)
             for part, licence in zip(parts, some, strict=True):
                 part.replace(licence.path)
-            _disk.flush_folder(some[0].path.parent)
+            _io.flush_folder(some[0].path.parent)
             yield len(some)
 
 
@@ -273,7 +270,7 @@ def _refuse_below(name: str, lowest: float, customer: Customer) -> None:
 
 def _write_hidden(part: Path, leaves: Mapping[str, np.ndarray], like: Path) -> tuple[str, str]:
     """Writes a copy that has no name yet, flushed to the disk; returns the hashes of file and content."""
-    with _disk.new_file(part) as file:
+    with _io.new_file(part) as file:
         sha256 = files.dump(file, leaves, like=like)
     return sha256, files.content_hash(leaves)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _disk, _validate, carriers, files, keys
+from smark_jax import _io, _validate, carriers, files, keys
 from smark_jax.vault import _text, folder, store
 from smark_jax.vault import public as publicity
 
@@ -128,7 +128,7 @@ def _keep(path: Path, leaves: Mapping[str, np.ndarray], source: Source | None) -
     if source is None:
         files.write(path, dict(leaves))
     else:
-        with source.path.open("rb") as file, _disk.whole_file(path) as kept:
+        with source.path.open("rb") as file, _io.whole_file(path) as kept:
             digest = hashlib.sha256()
             while piece := file.read(1 << 20):
                 digest.update(piece)

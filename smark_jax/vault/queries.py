@@ -13,7 +13,7 @@ import numpy as np
 from cryptography.exceptions import InvalidTag
 from jaxtyping import UInt8
 
-from smark_jax import _validate, blackbox, files, keys
+from smark_jax import _io, _validate, blackbox, files, keys
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.blackbox import answers as records
 from smark_jax.vault import folder, issuing, models, shown, store, trials, verdicts
@@ -84,7 +84,7 @@ def keep_probes(vault: folder.Vault, model: models.Model, made: UInt8[np.ndarray
     _validate.positive("probes", "num_classes", num_classes)
     content = io.BytesIO()
     np.savez_compressed(content, images=made)
-    folder.write(_path(vault, model.name), records.seal(_file_key(vault, model.name), content.getvalue()))
+    _io.write(_path(vault, model.name), records.seal(_file_key(vault, model.name), content.getvalue()), private=True)
     rows = {"probes": [(model.name, hashlib.sha256(made.tobytes()).hexdigest(), num_classes)]}
     folder.record(vault, "probes made", rows, model=model.name)
 
@@ -112,7 +112,7 @@ def probes(vault: folder.Vault, name: str) -> tuple[np.ndarray, int]:
         cause = "Restore the file from your backup."
         raise _validate.fail("vault", f"the probes of {name} in {path}", "another content", cause)
     if plain:
-        folder.write(path, records.seal(_file_key(vault, name), content))
+        _io.write(path, records.seal(_file_key(vault, name), content), private=True)
     return made, known.num_classes
 
 

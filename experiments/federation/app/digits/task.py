@@ -23,7 +23,7 @@ class Digits(nn.Module):
     def __call__(self, images: Any) -> Any:
         x = images.astype(np.float32) / 255
         for features in (32, 64):
-            x = nn.max_pool(nn.relu(nn.Conv(features, (3, 3))(x)), (2, 2), strides=(2, 2))
+            x = models.max_pool(nn.relu(nn.Conv(features, (3, 3))(x)))
         x = nn.relu(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
         return nn.Dense(10)(x)
 

@@ -1,4 +1,4 @@
-"""What survives a power cut, and what only its owner may read."""
+"""Files: written whole or not at all, readable for their owner only where they must be, one process at a time."""
 
 import contextlib
 import os
@@ -31,6 +31,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     flush_folder(path.absolute().parent)
 
 
+def write(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Writes a file whole or not at all, flushed to the disk; a private one only its owner may read."""
+    with private_files() if private else contextlib.nullcontext(), whole_file(path) as file:
+        file.write(content)
+
+
 @contextlib.contextmanager
 def _gone_on_error(path: Path) -> Iterator[None]:
     try:
@@ -58,3 +64,20 @@ def private_files() -> Iterator[None]:
         yield
     finally:
         os.umask(before)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, seconds: float = 0) -> Iterator[None]:
+    """Holds the lock that is the file ``path``; the operating system frees it when the process ends, however it does.
+
+    Args:
+      path: of the lock, an empty file, which stays there.
+      seconds: to wait for another process that holds it; below 0, for as long as it takes.
+
+    Raises:
+      TimeoutError: when another process still holds it.
+    """
+    import filelock
+
+    with filelock.FileLock(path).acquire(timeout=seconds):
+        yield
