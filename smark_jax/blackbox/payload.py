@@ -208,10 +208,8 @@ def _luma(image: Float[Array, "H W C"]) -> Float[Array, "H W"]:
 
 @functools.cache
 def _code() -> Any:
-    try:
+    with _validate.needs("payloads", "blackbox"):
         import galois
-    except ImportError as error:
-        raise ImportError("payloads need galois: pip install 'smark-jax[blackbox]'") from error
     return galois.BCH(_CODED, PAYLOAD_BITS)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import rich.progress
 
 from smark_jax import (
+    _validate,
     aggregation,
     attacks,
     blackbox,
@@ -74,6 +75,8 @@ class Model(NamedTuple):
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Runs the demo, prints its table, writes ``results.json`` and ``statistics.png``, and returns the results."""
     began = time.perf_counter()
+    with _validate.needs("demo", "demo"):
+        import matplotlib  # noqa: F401 - the picture comes last, after minutes
     _common.before_training(config.parties)
     config.out.mkdir(parents=True, exist_ok=True)
     train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")

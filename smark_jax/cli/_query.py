@@ -99,7 +99,8 @@ def _command(command: str) -> list[str]:
 
 
 def _png(image: "np.ndarray") -> bytes:
-    from PIL import Image
+    with _validate.needs("query", "query"):
+        from PIL import Image
 
     content = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(content, "PNG")
