@@ -1,6 +1,8 @@
 """Checks of user input: each failure says who refused, what was expected, what came, and the likely cause."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,24 @@ def all_finite(who: str, what: str, ok: Any) -> None:
     """Refuses when ``ok``, a device boolean computed along with the result, is false. Skipped while tracing."""
     if not is_traced(ok) and not bool(ok):
         raise fail(who, f"finite {what}", "NaN or infinite values", "Did training diverge, or is the file damaged?")
+
+
+@contextlib.contextmanager
+def needs(who: str, extra: str) -> Iterator[None]:
+    """Around imports of packages that an extra of smark-jax brings: the error says how to install it.
+
+    Args:
+      who: the function or command that needs them.
+      extra: as in ``pip install 'smark-jax[extra]'``.
+
+    Raises:
+      ImportError: when one of them is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        expected, install = f"the package {error.name}", f"Install it: pip install 'smark-jax[{extra}]'"
+        raise ImportError(str(fail(who, expected, "an installation without it", install)), name=error.name) from error
 
 
 def chips(who: str, value: Any) -> np.ndarray:

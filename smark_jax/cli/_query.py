@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from smark_jax import _validate
 from smark_jax.cli import _common, _trace
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath
 

@@ -7,10 +7,10 @@ messages; :mod:`smark_jax.aggregation.protocol` decides what may be said.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-try:
+from smark_jax import _validate
+
+with _validate.needs("smark_jax.federation", "flower"):
     import flwr  # noqa: F401
-except ImportError as error:
-    raise ImportError("smark_jax.federation needs Flower: pip install 'smark-jax[flower]'") from error
 
 from smark_jax.federation.mod import masked_mod
 
