@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from smark_jax import blackbox, keys
+from smark_jax import blackbox, errors, keys
 from smark_jax.blackbox import payload
 from smark_jax.cli import _console, _demo, _issue, _query, _vault
 from smark_jax.training import checkpoints
@@ -58,7 +58,8 @@ def test_a_missing_extra_is_named_with_its_install_line(name, monkeypatch, tmp_p
     for module in ("smark_jax.report.page", "smark_jax.privacy"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"pip install 'smark-jax\[{extra}\]'") as refusal:
+    with pytest.raises(errors.MissingExtra, match=rf"pip install 'smark-jax\[{extra}\]'") as refusal:
         use(tmp_path)
-    assert package.partition(".")[0] in str(refusal.value)
+    assert refusal.value.extra == extra
+    assert package.partition(".")[0] in refusal.value.desk
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ def files() -> list[Path]:
     if (ROOT / ".git").exists():
         command = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
         names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-        return [path for path in map(ROOT.joinpath, filter(None, names)) if path.is_file()]
+        return [path for path in map(ROOT.joinpath, sorted(set(filter(None, names)))) if path.is_file()]
     return [path for path in ROOT.rglob("*") if path.is_file() and not _ignored(path.relative_to(ROOT))]
 
 

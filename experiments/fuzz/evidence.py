@@ -10,8 +10,8 @@ from unittest import mock
 
 import numpy as np
 
-from smark_jax import files, keys, vault
-from smark_jax.vault import bundles, commitments, customers, evidence, issuing, models, verdicts, verification
+from smark_jax import errors, files, keys, vault
+from smark_jax.vault import commitments, customers, evidence, issuing, models, verdicts, verification
 
 NAMES = ("Ada", "Grace", "Emmy", "Linus", "Mary")
 """Customers in the order of their serials: three under commitment 1, two more under commitment 2."""
@@ -127,4 +127,4 @@ def other_json(rng: np.random.Generator) -> bytes:
 
 
 FORGERIES = (edited_bundle, edited_bundle, edited_bundle, other_json)
-REFUSAL = bundles.Unreadable
+REFUSAL = errors.Unreadable

@@ -75,7 +75,7 @@ def mark_images(
       Marked images of the same shape and type.
 
     Raises:
-      ValueError: when images are not uint8 of four axes and at least 511 pixels, the payload is not of bits in one of
+      SmarkError: when images are not uint8 of four axes and at least 511 pixels, the payload is not of bits in one of
         the two shapes, or the strength is not positive.
 
     Examples:
@@ -115,7 +115,7 @@ def read_images(images: UInt8[AnyArray, "B H W C"], key: keys.SecretKey, strengt
       Payloads and confidence, one of each for each image.
 
     Raises:
-      ValueError: when images are not uint8 of four axes and at least 511 pixels, or the strength is not positive.
+      SmarkError: when images are not uint8 of four axes and at least 511 pixels, or the strength is not positive.
     """
     _check("read_images", images, strength)
     images = np.asarray(images)

@@ -9,7 +9,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from smark_jax import _foreign, keys
+from smark_jax import errors, keys
 from smark_jax.files import _limits
 from smark_jax.vault import _text, crypto
 
@@ -18,12 +18,10 @@ LARGEST = 1 << 24
 """Bytes of the largest bundle that is read."""
 
 
-class Unreadable(ValueError):
-    """A file that is no bundle or no commitment: one line that says what is wrong and what to do."""
-
-    def __init__(self, what: str, got: str) -> None:
-        advice = "Ask for the file again: it may have been cut short, or be another one."
-        super().__init__(_foreign.clean(f"evidence: expected {what}, but got {got}. {advice}"))
+def unreadable(what: str, got: str) -> errors.Unreadable:
+    """The error for a file that is no bundle or no commitment; the caller raises it."""
+    advice = "Ask for the file again: it may have been cut short, or be another one."
+    return errors.Unreadable(f"evidence: expected {what}, but got {got}", advice)
 
 
 # What a field holds: a type; one schema for all items of a list; a tuple of schemas for a list of just these; a number
@@ -141,7 +139,7 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
     content = document["bundle"]
     if (content["format"], content["version"]) != (FORMAT, VERSION):
         got = f"{content['format'][:40]!r} of version {content['version']}"
-        raise Unreadable(f"{FORMAT!r} of version {VERSION}", got)
+        raise unreadable(f"{FORMAT!r} of version {VERSION}", got)
     return content, document["signature"]
 
 
@@ -154,20 +152,20 @@ def read_json(path: Path, schema: _Schema, what: str) -> Any:
     with path.open("rb") as file:
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
-        raise Unreadable(f"{what} of at most {LARGEST:,} bytes", "a larger file")
+        raise unreadable(f"{what} of at most {LARGEST:,} bytes", "a larger file")
     try:
         document = json.loads(_limits.json_text(data), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         got = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0][:100]
-        raise Unreadable(f"{what} in {str(path)!r}", f"no JSON ({got})") from None
+        raise unreadable(f"{what} in {str(path)!r}", f"no JSON ({got})") from None
     wrong = _wrong(document, schema, "")
     if wrong is not None:
-        raise Unreadable(f"{what} in {str(path)!r}", f"a file whose {wrong[:100]!r} is not one's")
+        raise unreadable(f"{what} in {str(path)!r}", f"a file in which field {wrong[:100]!r} is missing or invalid")
     return document
 
 
 def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is no number")  # to the parser that calls it, as its own error
 
 
 def _wrong(value: Any, schema: _Schema, name: str) -> str | None:

@@ -28,7 +28,7 @@ def images(path: Path) -> np.ndarray:
     """The owner's images in an npz file, under the name ``images``: uint8, shape [N, H, W, C].
 
     Raises:
-      ValueError: when there are none.
+      SmarkError: when there are none.
     """
     return _images(path, path)
 
@@ -65,7 +65,7 @@ def make_probes(
       apply_fn: its network. Probes are then those on which the base is undecided, which costs copies least accuracy.
 
     Raises:
-      ValueError: as :func:`smark_jax.blackbox.probes`, or when the network does not take the images.
+      SmarkError: as :func:`smark_jax.blackbox.probes`, or when the network does not take the images.
     """
     shape = (pictures.shape[1], pictures.shape[2], pictures.shape[3])
     scores = None
@@ -79,7 +79,7 @@ def keep_probes(vault: folder.Vault, model: models.Model, made: UInt8[np.ndarray
     """Keeps a model's probes, sealed: who has them has customers' codewords from their services.
 
     Raises:
-      ValueError: when ``num_classes`` is no positive number.
+      SmarkError: when ``num_classes`` is no positive number.
     """
     _validate.positive("probes", "num_classes", num_classes)
     content = io.BytesIO()
@@ -93,7 +93,7 @@ def probes(vault: folder.Vault, name: str) -> tuple[np.ndarray, int]:
     """A model's probe images and its number of classes.
 
     Raises:
-      ValueError: when it was added without, or the file in the vault is another.
+      SmarkError: when it was added without, or the file in the vault is another.
     """
     models.get(vault, name)
     known = store.probes(vault.connection, name)
@@ -133,7 +133,7 @@ def teacher(
       on_share: called with the share of the copy at hand that is done, from 0 to 1.
 
     Raises:
-      ValueError: when the model has no probes, or as :func:`smark_jax.blackbox.train_copies`.
+      SmarkError: when the model has no probes, or as :func:`smark_jax.blackbox.train_copies`.
     """
     made, num_classes = probes(vault, name)
     base = files.nest(models.base(vault, models.get(vault, name)))
@@ -205,7 +205,7 @@ def prepare(
       max_age: days after which answers no longer count.
 
     Raises:
-      ValueError: when the model has no probes or no customers, too few probes are left, or earlier answers are too old,
+      SmarkError: when the model has no probes or no customers, too few probes are left, or earlier answers are too old,
         are not authentic, or are no longer those of the target.
     """
     pictures, num_classes = probes(vault, name)
@@ -254,7 +254,7 @@ def ask(
       The verdict document.
 
     Raises:
-      ValueError: when the suspect's answers are no classes.
+      SmarkError: when the suspect's answers are no classes.
     """
     pictures, num_classes = probes(vault, query.model)
     model = models.get(vault, query.model)

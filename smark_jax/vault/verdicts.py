@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, alignment, carriers, codes, extraction, files, statistics, tracing
+from smark_jax import _validate, alignment, carriers, codes, errors, extraction, files, statistics, tracing
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.vault import _text, commitments, folder, models, sealing, store
 
@@ -31,10 +31,6 @@ class Aligner(NamedTuple):
     name: str
     apply_fn: ApplyFn
     images: Any
-
-
-class Undecided(ValueError):
-    """A suspect that was read, and of which nothing can be said; the text says why."""
 
 
 class Reading(NamedTuple):
@@ -89,9 +85,9 @@ def read(
     With ``control``, zeros are read in the suspect's place as well.
 
     Raises:
-      alignment.NothingMatched: when alignment finds that it is no copy of this base.
-      ValueError: when nothing can be said: :class:`files.Unmatched`, :class:`alignment.Undecided`, :class:`Undecided`;
-        or the map given is no map, or contradicts content.
+      NothingMatched: when alignment finds that it is no copy of this base.
+      Undecided: when nothing can be said.
+      SmarkError: when the map given is no map, or contradicts content.
     """
     spec = carriers.with_ties(spec, base)
     layout = files.match_layout(*_once(leaves, base, spec), reading.given)
@@ -103,7 +99,11 @@ def read(
     original: PyTree = files.nest({leaf.path: base[leaf.path] for leaf in spec.leaves})
     coverage = extraction.coverage(params, original, spec, carrier)
     if not coverage.read:
-        raise Undecided(f"trace: none of the base's {coverage.weights:,} carrying weights could be read; {coverage}.")
+        expected, got = (
+            "carrying weights",
+            f"none of the base's {coverage.weights:,} carrying weights that could be read",
+        )
+        raise _validate.fail("trace", expected, got, f"{str(coverage).capitalize()}.", kind=errors.Undecided)
     chips = extraction.extract(params, original, spec, carrier, reading.rectify)
     nothing = base_alone(files.flatten(params), spec, carrier, original) if control else None
     return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)
@@ -177,7 +177,7 @@ def trace(
       it to be none of this base), ``"undecided"`` (it was read, and nothing can be said of it) or ``"unreadable"``.
 
     Raises:
-      ValueError: when there are no suspects, no such model, no copy of it was issued, or the map given is no map of a
+      SmarkError: when there are no suspects, no such model, no copy of it was issued, or the map given is no map of a
         suspect's leaves or contradicts their content.
     """
     _validate.positive("trace", "the number of suspects", len(suspects))
@@ -192,7 +192,7 @@ def trace(
         row: dict[str, Any] = {"file": str(path), "sha256": None, "content": None, "format": None, "read": "weights"}
         try:
             weights = files.read(path, strict=False)
-        except files.Unreadable as error:
+        except errors.Unreadable as error:
             rows.append({**row, **_not_compared("unreadable", error)})
             continue
         row |= {"sha256": weights.sha256, "content": files.content_hash(weights.leaves), "format": weights.format}
@@ -200,9 +200,9 @@ def trace(
         try:
             found = read(weights.leaves, base, model.spec, carrier, reading)
             _enough(found.coverage, needed)
-        except alignment.NothingMatched as error:
+        except errors.NothingMatched as error:
             rows.append({**row, **_not_compared("not a copy", error)})
-        except (files.Unmatched, alignment.Undecided, Undecided) as error:
+        except errors.Undecided as error:
             rows.append({**row, **_not_compared("undecided", error)})
         else:
             chips.append(found.chips)
@@ -210,8 +210,8 @@ def trace(
     return judge(vault, model, rows, chips, reading, alpha=alpha, tried=tried, on_suspect=on_suspect)
 
 
-def _not_compared(verdict: str, error: Exception) -> dict[str, Any]:
-    return {"verdict": verdict, "error": str(error), "accused": []}
+def _not_compared(verdict: str, error: errors.SmarkError) -> dict[str, Any]:
+    return {"verdict": verdict, "error": error.desk, "accused": []}
 
 
 def _described(found: Read) -> dict[str, Any]:
@@ -237,10 +237,9 @@ def _needed(vault: folder.Vault, model: models.Model, alpha: float) -> int:
 
 def _enough(coverage: extraction.Coverage, needed: int) -> None:
     if coverage.read < needed:
-        raise Undecided(
-            f"trace: expected at least {needed:,} carrying weights (with fewer, an intact copy would accuse nobody), "
-            f"but got {coverage.read:,} of {coverage.weights:,}.\n{str(coverage).capitalize()}."
-        )
+        expected = f"at least {needed:,} carrying weights (with fewer, an intact copy would accuse nobody)"
+        got = f"{coverage.read:,} of {coverage.weights:,}"
+        raise _validate.fail("trace", expected, got, f"{str(coverage).capitalize()}.", kind=errors.Undecided)
 
 
 def maps_in_words(log_maps: float) -> str:
@@ -253,7 +252,7 @@ def committed(vault: folder.Vault, name: str) -> commitments.Commitment:
     """The newest commitment to a model, whose customers are those that a suspect is compared with.
 
     Raises:
-      ValueError: when no copy was issued.
+      SmarkError: when no copy was issued.
     """
     commitment = commitments.latest(vault, name)
     if commitment is None:
@@ -381,7 +380,7 @@ def get(vault: folder.Vault, number: int) -> dict[str, Any]:
     """The verdict document of this number, with every customer's statistic.
 
     Raises:
-      ValueError: when there is none.
+      SmarkError: when there is none.
     """
     row = store.verdict(vault.connection, number)
     if row is None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, carriers, files, keys
+from smark_jax import _validate, carriers, errors, files, keys
 from smark_jax.vault import bundles, commitments, evidence, merkle, models, ranges, timestamps, verdicts
 
 # How far a statistic may differ between the owner's computer and the arbiter's, and a leaf's spread.
@@ -80,7 +80,7 @@ def published_root(source: str) -> str:
     """The root in a commitment's file, or given itself in hexadecimal.
 
     Raises:
-      ValueError: when it is neither.
+      SmarkError: when it is neither.
     """
     if re.fullmatch("[0-9a-fA-F]{64}", source):
         return source.lower()
@@ -112,7 +112,7 @@ def verify(
       on_step: called with what is done next.
 
     Raises:
-      ValueError: when a file cannot be read at all, or ``largest_alpha`` is no level.
+      SmarkError: when a file cannot be read at all, or ``largest_alpha`` is no level.
     """
     _validate.probability("evidence", "largest_alpha", largest_alpha)
     content, signature = bundles.read(bundle)
@@ -264,7 +264,9 @@ def _stamped(tree: dict[str, Any], stamp: dict[str, Any]) -> bool:
     published = commitments.Commitment.of(tree).published
     try:
         return timestamps.check(published, bytes.fromhex(stamp["response"])) == stamp["time"]
-    except ValueError:
+    except errors.MissingExtra:
+        raise
+    except errors.SmarkError:
         return False
 
 
@@ -321,8 +323,8 @@ def _read(
     try:
         carrier = carriers.draw(key, spec, content["commitment"]["header"]["num_chips"])
         return verdicts.read(suspect, base, spec, carrier, reading, control=True)
-    except ValueError as error:
-        raise _Fails(str(error)) from None
+    except errors.SmarkError as error:
+        raise _Fails(error.desk) from None
 
 
 def _misstated(content: dict[str, Any], read: verdicts.Read) -> str | None:
