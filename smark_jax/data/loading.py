@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from smark_jax import _io, _validate
+from smark_jax import _io, _validate, errors
 
 _EMBEDDED = "mnist_5k"
 _INSTEAD = f"use the embedded set data.load({_EMBEDDED!r}, ...)"
