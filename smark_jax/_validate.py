@@ -35,14 +35,6 @@ def fail(
     return kind(f"{who}: {said}\n{cause}", desk=f"{said}\n{desk}")
 
 
-def missing(who: str, package: str, extra: str) -> errors.MissingExtra:
-    """The error for a package that is not installed; the caller raises it from the ``ImportError``."""
-    install = f"Install it: pip install 'smark-jax[{extra}]'"
-    found = fail(who, f"the package {package}", "an installation without it", install, kind=errors.MissingExtra)
-    found.extra, found.name = extra, package
-    return found
-
-
 def is_traced(*values: Any) -> bool:
     """True under jit, vmap or grad, where shapes are known and values are not."""
     import jax
@@ -116,7 +108,11 @@ def needs(who: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise missing(who, error.name or extra, extra) from error
+        install = f"Install it: pip install 'smark-jax[{extra}]'"
+        got = "an installation without it"
+        found = fail(who, f"the package {error.name}", got, install, kind=errors.MissingExtra)
+        found.extra, found.name = extra, error.name
+        raise found from error
 
 
 def chips(who: str, value: Any) -> np.ndarray:

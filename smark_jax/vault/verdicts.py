@@ -99,10 +99,8 @@ def read(
     original: PyTree = files.nest({leaf.path: base[leaf.path] for leaf in spec.leaves})
     coverage = extraction.coverage(params, original, spec, carrier)
     if not coverage.read:
-        expected, got = (
-            "carrying weights",
-            f"none of the base's {coverage.weights:,} carrying weights that could be read",
-        )
+        expected = "weights that carry the fingerprint"
+        got = f"none of the base's {coverage.weights:,} carrying weights"
         raise _validate.fail("trace", expected, got, f"{str(coverage).capitalize()}.", kind=errors.Undecided)
     chips = extraction.extract(params, original, spec, carrier, reading.rectify)
     nothing = base_alone(files.flatten(params), spec, carrier, original) if control else None

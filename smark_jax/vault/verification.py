@@ -114,7 +114,7 @@ def verify(
     Raises:
       SmarkError: when a file cannot be read at all, or ``largest_alpha`` is no level.
     """
-    _validate.probability("evidence", "largest_alpha", largest_alpha)
+    _validate.probability("evidence", "the largest alpha", largest_alpha)
     content, signature = bundles.read(bundle)
     header, roots = content["commitment"]["header"], (root,) if isinstance(root, str) else tuple(root or ())
     on_step("reading the models")
