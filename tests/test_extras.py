@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from smark_jax import blackbox, errors, keys
-from smark_jax.blackbox import payload
+from smark_jax import errors
 from smark_jax.cli import _console, _demo, _issue, _query, _vault
 from smark_jax.training import checkpoints
 from smark_jax.vault import timestamps
@@ -22,7 +21,6 @@ def fresh(name):
 COMMITMENT = SimpleNamespace(published=b"a commitment")
 IMAGES = np.zeros((1, 32, 32, 1), np.uint8)
 NEEDS = {
-    "payloads": ("galois", "blackbox", lambda path: blackbox.read_images(IMAGES, keys.from_bytes(bytes(32)))),
     "a request for a stamp": ("rfc3161_client", "timestamps", lambda path: timestamps.request(COMMITMENT)),
     "a stamp": ("rfc3161_client", "timestamps", lambda path: timestamps.check(b"", b"")),
     "issue": (
@@ -51,7 +49,6 @@ NEEDS = {
 @pytest.mark.parametrize("name", NEEDS)
 def test_a_missing_extra_is_named_with_its_install_line(name, monkeypatch, tmp_path):
     package, extra, use = NEEDS[name]
-    payload._code.cache_clear()
     for loaded in list(sys.modules):  # none of them may be left from another test
         if loaded == package or loaded.startswith((f"{package}.", "smark_jax.federation")):
             monkeypatch.delitem(sys.modules, loaded)
