@@ -71,7 +71,7 @@ def scene() -> Scene:
         suspects = []
         for number, (guilty, leaves) in enumerate(found):
             files.write(file := path / f"suspect-{number}", leaves)
-            chips = verdicts.read(leaves, base, model.spec, models.carrier(desk, model), verdicts.Reading()).chips
+            chips = verdicts.read(leaves, base, models.mark(desk, model), verdicts.Reading()).chips
             suspects.append(Suspect(file, frozenset(guilty.split()), files.content_hash(leaves), chips))
         verdicts.trace(desk, "net", [suspects[0].path])
         bundle = evidence.export(desk, 1).content

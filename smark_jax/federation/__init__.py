@@ -15,9 +15,9 @@ with _validate.needs("smark_jax.federation", "flower"):
 from smark_jax.federation.mod import masked_mod
 
 if TYPE_CHECKING:
-    from smark_jax.federation.strategy import Fingerprints, Masked, RoundLog, participant_carrier
+    from smark_jax.federation.strategy import Fingerprints, Masked, RoundLog, participant_mark
 
-__all__ = ["Fingerprints", "Masked", "RoundLog", "masked_mod", "participant_carrier"]
+__all__ = ["Fingerprints", "Masked", "RoundLog", "masked_mod", "participant_mark"]
 
 
 def __getattr__(name: str) -> Any:

@@ -166,7 +166,7 @@ def _claims(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The accusations that an arbiter will find significant, and the names of the others."""
     words = {serial: commitments.word(leaf, model.num_chips) for serial, leaf in leaves.items()}
-    alone = verdicts.base_alone(models.base(vault, model), model.spec, models.carrier(vault, model))
+    alone = verdicts.base_alone(models.base(vault, model), models.mark(vault, model))
     accused, left_out = [], []
     for claim in ranked:
         others = [serial for serial in words if serial != claim["serial"]]

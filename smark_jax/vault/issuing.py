@@ -236,9 +236,9 @@ def _maker(
     vault: folder.Vault, model: models.Model, base: Mapping[str, np.ndarray], teach: Teacher | None, count: int
 ) -> Callable[[list[_Licence]], dict[str, np.ndarray]]:
     """What makes a batch of copies: the leaves in which they differ from the base, with a leading axis of ``count``."""
-    spec = carriers.with_ties(model.spec, base)
-    carrier, key = models.carrier(vault, model), models.code_key(vault, model.name)
-    marked = {name for leaf in spec.leaves for name in (leaf.path, *leaf.tied)}
+    mark, key = models.mark(vault, model), models.code_key(vault, model.name)
+    mark = mark._replace(spec=carriers.with_ties(model.spec, base))
+    marked = {name for leaf in mark.spec.leaves for name in (leaf.path, *leaf.tied)}
     above = {name for name in marked if base[name].min() >= 0}
     roles = carriers.roles(dict(base)) if teach else {}
     trained = {name for name, role in roles.items() if role.trains}
@@ -247,7 +247,7 @@ def _maker(
         serials = [licence.customer.serial for licence in some]
         words = np.ones((count, model.num_chips), np.int8)
         words[: len(some)] = codes.codebook(key, serials, model.num_chips)
-        made: dict[str, Any] = embedding.embed_batch(dict(base), spec, carrier, words, some[0].strength)
+        made: dict[str, Any] = embedding.embed_batch(dict(base), mark, words, some[0].strength)
         for name in sorted(above):
             for leaf, licence in zip(np.asarray(made[name]), some, strict=False):
                 _refuse_below(name, float(leaf.min()), licence.customer)

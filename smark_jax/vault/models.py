@@ -224,9 +224,9 @@ def _base_path(vault: folder.Vault, name: str, content: str) -> Path:
     return vault.folder / folder.MODELS / f"{name}.{content[:16]}.safetensors"
 
 
-def carrier(vault: folder.Vault, model: Model) -> carriers.Carrier:
-    """The model's carrier."""
-    return carriers.draw(carrier_key(vault, model.name), model.spec, model.num_chips)
+def mark(vault: folder.Vault, model: Model) -> carriers.Mark:
+    """The model's mark: the spec that the vault keeps, and the carrier drawn anew."""
+    return carriers.Mark(model.spec, carriers.draw(carrier_key(vault, model.name), model.spec, model.num_chips))
 
 
 def carrier_key(vault: folder.Vault, name: str) -> keys.SecretKey:
@@ -246,12 +246,13 @@ def probes_key(vault: folder.Vault, name: str) -> keys.SecretKey:
 
 def spec_document(spec: carriers.Spec) -> list[list[Any]]:
     """The carrying leaves as JSON holds them: ``[path, shape, scale]`` each."""
-    return [[leaf.path, list(leaf.shape), leaf.scale] for leaf in spec.leaves]
+    return [[leaf.path, list(leaf.shape), scale] for leaf, scale in zip(spec.leaves, spec.scales, strict=True)]
 
 
 def spec_from(document: Any) -> carriers.Spec:
     """The carrying leaves of a document."""
-    return carriers.Spec(tuple(carriers.Leaf(path, tuple(shape), scale) for path, shape, scale in document))
+    leaves = tuple(carriers.Leaf(path, tuple(shape)) for path, shape, _ in document)
+    return carriers.Spec(leaves, tuple(scale for _, _, scale in document))
 
 
 def spec_digest(spec: carriers.Spec) -> str:

@@ -75,8 +75,7 @@ class Read(NamedTuple):
 def read(
     leaves: Mapping[str, np.ndarray],
     base: Mapping[str, np.ndarray],
-    spec: Any,
-    carrier: Any,
+    mark: carriers.Mark,
     reading: Reading,
     control: bool = False,
 ) -> Read:
@@ -89,7 +88,8 @@ def read(
       Undecided: when nothing can be said.
       SmarkError: when the map given is no map, or contradicts content.
     """
-    spec = carriers.with_ties(spec, base)
+    spec = carriers.with_ties(mark.spec, base)
+    mark = mark._replace(spec=spec)
     layout = files.match_layout(*_once(leaves, base, spec), reading.given)
     params: PyTree = files.nest(carriers.with_tied(layout.leaves, spec))
     report = None
@@ -97,18 +97,18 @@ def read(
         aligned = alignment.align(params, files.nest(base), reading.aligner.apply_fn, reading.aligner.images)
         params, report = _without(aligned.params, aligned.report.left_out), str(aligned.report)
     original: PyTree = files.nest({leaf.path: base[leaf.path] for leaf in spec.leaves})
-    coverage = extraction.coverage(params, original, spec, carrier)
+    coverage = extraction.coverage(params, original, mark)
     if not coverage.read:
         expected = "weights that carry the fingerprint"
         got = f"none of the base's {coverage.weights:,} carrying weights"
         raise _validate.fail("trace", expected, got, f"{str(coverage).capitalize()}.", kind=errors.Undecided)
-    chips = extraction.extract(params, original, spec, carrier, reading.rectify)
-    nothing = base_alone(files.flatten(params), spec, carrier, original) if control else None
+    chips = extraction.extract(params, original, mark, reading.rectify)
+    nothing = base_alone(files.flatten(params), mark, original) if control else None
     return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)
 
 
 def _once(
-    leaves: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], spec: Any
+    leaves: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], spec: carriers.Spec
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Suspect and base for :func:`files.match_layout`, which cannot tell the two places of one tied tensor apart.
 
@@ -128,19 +128,18 @@ def _once(
     return kept, {name: leaf for name, leaf in base.items() if name not in tied}
 
 
-def base_alone(like: Mapping[str, np.ndarray], spec: Any, carrier: Any, original: PyTree | None = None) -> np.ndarray:
+def base_alone(like: Mapping[str, np.ndarray], mark: carriers.Mark, original: PyTree | None = None) -> np.ndarray:
     """The chips that zeros in place of these weights would give, float64, shape [m]: those of the base alone.
 
     Args:
       like: leaves; what is NaN or infinite in them is left out here too.
-      spec: the carrying leaves.
-      carrier: the model's carrier.
+      mark: the model's mark.
       original: the base; ``like`` itself by default.
     """
     with np.errstate(invalid="ignore"):  # NaN stays NaN, and what is infinite becomes it
         zeros = files.nest({name: leaf * 0 for name, leaf in like.items()})
-    original = files.nest({leaf.path: like[leaf.path] for leaf in spec.leaves}) if original is None else original
-    return np.asarray(extraction.extract(zeros, original, spec, carrier), np.float64)
+    original = files.nest({leaf.path: like[leaf.path] for leaf in mark.spec.leaves}) if original is None else original
+    return np.asarray(extraction.extract(zeros, original, mark), np.float64)
 
 
 def _without(params: PyTree, names: Sequence[str]) -> PyTree:
@@ -182,7 +181,7 @@ def trace(
     reading = reading or Reading()
     model = models.get(vault, name)
     committed(vault, name)
-    base, carrier = models.base(vault, model), models.carrier(vault, model)
+    base, mark = models.base(vault, model), models.mark(vault, model)
     rows, chips = [], []
     needed = _needed(vault, model, model.alpha if alpha is None else alpha)
     for path in suspects:
@@ -196,7 +195,7 @@ def trace(
         row |= {"sha256": weights.sha256, "content": files.content_hash(weights.leaves), "format": weights.format}
         row |= {"foreign": list(weights.foreign)}
         try:
-            found = read(weights.leaves, base, model.spec, carrier, reading)
+            found = read(weights.leaves, base, mark, reading)
             _enough(found.coverage, needed)
         except errors.NothingMatched as error:
             rows.append({**row, **_not_compared("not a copy", error)})

@@ -274,11 +274,11 @@ def _spec(content: dict[str, Any], base: dict[str, np.ndarray]) -> carriers.Spec
     """The carrying leaves, when they were committed to and are the base's."""
     spec, header = models.spec_from(content["spec"]), content["commitment"]["header"]
     _require(models.spec_digest(spec) == header["spec"], "others were committed to")
-    for leaf in spec.leaves:
+    for leaf, claimed in zip(spec.leaves, spec.scales, strict=True):
         there = base.get(leaf.path)
         _require(there is not None and there.shape == leaf.shape, f"the base has no leaf {leaf.path!r} of that shape")
         scale = float(np.sqrt(np.mean(np.square(np.asarray(there, np.float64)))))
-        _require(abs(scale - leaf.scale) <= _ROUNDING * scale, f"the base's {leaf.path!r} is of another size")
+        _require(abs(scale - float(claimed)) <= _ROUNDING * scale, f"the base's {leaf.path!r} is of another size")
     _require(len({leaf.path for leaf in spec.leaves}) == len(spec.leaves) > 0, "one is named twice, or none at all")
     _require(0 < header["num_chips"] <= spec.num_weights, "there are more chips than weights")
     return spec
@@ -321,8 +321,8 @@ def _read(
         raise _Fails(f"the owner aligned it by {how['align']}: pass --align with your own copy of that function")
     reading = verdicts.Reading(aligner if how["align"] else None, how["rectify"], how["given"])
     try:
-        carrier = carriers.draw(key, spec, content["commitment"]["header"]["num_chips"])
-        return verdicts.read(suspect, base, spec, carrier, reading, control=True)
+        mark = carriers.Mark(spec, carriers.draw(key, spec, content["commitment"]["header"]["num_chips"]))
+        return verdicts.read(suspect, base, mark, reading, control=True)
     except errors.SmarkError as error:
         raise _Fails(error.desk) from None
 
