@@ -25,6 +25,7 @@ MAY_LOAD = {
     "codes": {JAX},
     "data": set(),
     "embedding": {JAX, OPTAX},
+    "errors": set(),
     "extraction": {JAX},
     "federation": {"flwr", "typer", "rich"},  # Flower's own command line comes with it
     "files": {SCIPY},
