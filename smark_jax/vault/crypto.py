@@ -69,7 +69,7 @@ def unseal(path: Path, passphrase: str) -> keys.SecretKey:
 
 def _stretch(passphrase: str, kdf: dict[str, Any]) -> bytes:
     if not passphrase:
-        cause = "Choose a sentence that nobody guesses; without it the vault cannot be opened, by you neither."
+        cause = "Choose a sentence that nobody guesses; without it nobody can open the vault, not even you."
         raise _validate.fail("vault", "a passphrase", "an empty one", cause)
     scrypt = Scrypt(salt=bytes.fromhex(kdf["salt"]), length=keys.KEY_BYTES, n=kdf["n"], r=kdf["r"], p=kdf["p"])
     return scrypt.derive(passphrase.encode())
