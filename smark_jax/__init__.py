@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from smark_jax import codes as codes
     from smark_jax import data as data
     from smark_jax import embedding as embedding
+    from smark_jax import errors as errors
     from smark_jax import extraction as extraction
     from smark_jax import federation as federation
     from smark_jax import files as files
@@ -43,6 +44,7 @@ __all__ = [
     "codes",
     "data",
     "embedding",
+    "errors",
     "extraction",
     "federation",
     "files",

@@ -31,7 +31,7 @@ def named(who: str, tree: PyTree) -> dict[str, Any]:
     """The leaves by name, in the order of ``jax.tree.leaves``.
 
     Raises:
-      ValueError: in the name of ``who``, when two leaves have the same name.
+      SmarkError: in the name of ``who``, when two leaves have the same name.
     """
     import jax
 

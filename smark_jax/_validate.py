@@ -1,22 +1,44 @@
 """Checks of user input: each failure says who refused, what was expected, what came, and the likely cause."""
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from smark_jax import _foreign
+from smark_jax import _foreign, errors
 
 PyTree = Any  # as _types.PyTree, which comes with jax; jax is loaded only where a tree is walked
 
 
-def fail(who: str, expected: str, got: str, cause: str) -> ValueError:
-    """The one shape of our error messages; the caller raises it.
+Kind = TypeVar("Kind", bound=errors.SmarkError)
+
+
+def fail(
+    who: str, expected: str, got: str, cause: str, *, kind: type[Kind] = errors.SmarkError, desk: str | None = None
+) -> Kind:
+    """An error in the shape that all our messages have; the caller raises it.
 
     Two lines, whatever stands in the parts: text of others cannot begin a line of its own.
+
+    Args:
+      who: the function or command that refuses; left out at the command line, where one command speaks.
+      expected: what would have been right.
+      got: what came.
+      cause: the likely cause, or what to do next, for somebody who calls functions.
+      kind: the class, where callers decide by it.
+      desk: the cause for somebody who gives commands, where ``cause`` speaks of functions or arguments.
     """
-    expected, got, cause = map(_foreign.clean, (expected, got, cause))
-    return ValueError(f"{who}: expected {expected}, but got {got}.\n{cause}")
+    expected, got, cause, desk = map(_foreign.clean, (expected, got, cause, cause if desk is None else desk))
+    said = f"expected {expected}, but got {got}."
+    return kind(f"{who}: {said}\n{cause}", desk=f"{said}\n{desk}")
+
+
+def missing(who: str, package: str, extra: str) -> errors.MissingExtra:
+    """The error for a package that is not installed; the caller raises it from the ``ImportError``."""
+    install = f"Install it: pip install 'smark-jax[{extra}]'"
+    error = fail(who, f"the package {package}", "an installation without it", install, kind=errors.MissingExtra)
+    error.extra, error.name = extra, package
+    return error
 
 
 def is_traced(*values: Any) -> bool:

@@ -38,7 +38,7 @@ def keystream(
       uint32 words in stream order, shape [num_words].
 
     Raises:
-      ValueError: when key or nonce have another shape or dtype, or the stream would pass its 2^32 blocks and repeat.
+      SmarkError: when key or nonce have another shape or dtype, or the stream would pass its 2^32 blocks and repeat.
     """
     key, nonce = jnp.asarray(key), jnp.asarray(nonce)
     for name, value, length in (("key", key, 8), ("nonce", nonce, 3)):

@@ -34,7 +34,7 @@ def codebook(
       Chips of -1 and +1, shape [K, m].
 
     Raises:
-      ValueError: on duplicate, negative or non-integer serials, or no chips.
+      SmarkError: on duplicate, negative or non-integer serials, or no chips.
 
     Examples:
       >>> from smark_jax import codes, keys

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Num
 
-from smark_jax import _trees, _validate, carriers
+from smark_jax import _trees, _validate, carriers, errors
 from smark_jax._types import AnyArray, PyTree
 from smark_jax.carriers import selection
 
@@ -54,7 +54,7 @@ def embed(
       untouched; float64 arrays of NumPy are marked in float64.
 
     Raises:
-      ValueError: when the code has another length than the carrier or entries other than -1 and +1, the carrier was
+      SmarkError: when the code has another length than the carrier or entries other than -1 and +1, the carrier was
         drawn for another number of weights, ``params`` does not fit the spec or holds NaN or infinite weights or is
         split over several meshes, or ``strength`` is not positive and finite.
 
@@ -98,7 +98,7 @@ def embed_batch(
     about two models besides. For thousands of large models, call it on a few codewords at a time.
 
     Raises:
-      ValueError: as :func:`embed`.
+      SmarkError: as :func:`embed`.
     """
     _check("embed_batch", params, spec, carrier, strength)
     if jnp.ndim(codes) != 2 or jnp.shape(codes)[0] == 0 or jnp.shape(codes)[1] != carrier.num_chips:
@@ -169,7 +169,8 @@ def calibrate(
       The strength, and what each cost.
 
     Raises:
-      ValueError: when even the smallest strength costs more, a setting is out of range, or as :func:`embed`.
+      TooCostly: when even the smallest strength costs more.
+      SmarkError: when a setting is out of range, or as :func:`embed`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -196,7 +197,9 @@ def calibrate(
     if not good:
         got = f"drops of {tried[0][1]:.3g} in the mean and {tried[0][2]:.3g} at worst" if tried else "no strengths"
         cause = "Accept a larger drop, mark kernels only (carriers.select(params, 'kernel')), or try smaller strengths."
-        raise _validate.fail("calibrate", f"a strength that costs at most {max_drop:g}", got, cause)
+        raise _validate.fail(
+            "calibrate", f"a strength that costs at most {max_drop:g}", got, cause, kind=errors.TooCostly
+        )
     used, mean_drops, worst_drops = zip(*tried, strict=True)
     return Calibration(good[-1], used, mean_drops, worst_drops)
 
@@ -263,7 +266,7 @@ def mark(base: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, code: Num
     """The aim of a trained embedding.
 
     Raises:
-      ValueError: when base, spec, carrier and code do not belong together.
+      SmarkError: when base, spec, carrier and code do not belong together.
     """
     carriers.check_params("mark: base", base, spec)
     carriers.check_carrier("mark", carrier, spec)

@@ -108,7 +108,7 @@ def extract(
       Soft chips in units of the leaves' root mean square, shape [m].
 
     Raises:
-      ValueError: when the suspect has no carrying leaf, the base lacks one or holds NaN or infinite weights, the
+      SmarkError: when the suspect has no carrying leaf, the base lacks one or holds NaN or infinite weights, the
         carrier was drawn for another number of weights, or one model's leaves are split over several meshes.
     """
     carriers.check_carrier("extract", carrier, spec)
@@ -138,7 +138,7 @@ def extract_batch(
       Soft chips, shape [M, m].
 
     Raises:
-      ValueError: as :func:`extract`, or when the leaves disagree about M.
+      SmarkError: as :func:`extract`, or when the leaves disagree about M.
     """
     carriers.check_carrier("extract_batch", carrier, spec)
     number = _validate.stacked("extract_batch", "suspects", suspects)
@@ -159,7 +159,7 @@ def coverage(suspect: PyTree, base: PyTree, spec: carriers.Spec, carrier: carrie
       carrier: the model's carrier.
 
     Raises:
-      ValueError: when the base lacks a carrying leaf, or the carrier was drawn for another number of weights.
+      SmarkError: when the base lacks a carrying leaf, or the carrier was drawn for another number of weights.
 
     Examples:
       >>> import jax.numpy as jnp

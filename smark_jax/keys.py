@@ -64,7 +64,7 @@ def from_bytes(secret: bytes) -> SecretKey:
     """The key with these 32 bytes.
 
     Raises:
-      ValueError: when ``secret`` is not 32 bytes.
+      SmarkError: when ``secret`` is not 32 bytes.
     """
     return SecretKey(secret)
 
@@ -81,7 +81,7 @@ def derive(key: SecretKey, *labels: str) -> SecretKey:
       False
 
     Raises:
-      ValueError: without labels, or when one is not a string.
+      SmarkError: without labels, or when one is not a string.
     """
     if not labels or not all(isinstance(label, str) for label in labels):
         raise _validate.fail("derive", "at least one text label", repr(labels), 'Say what for: derive(key, "carrier").')

@@ -25,7 +25,7 @@ def bit_cross_entropy(chips: Float[Array, " m"], code: Float[Array, " m"]) -> Fl
       A scalar, at least 0.
 
     Raises:
-      ValueError: when the shapes differ.
+      SmarkError: when the shapes differ.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -49,7 +49,7 @@ def code_mse(chips: Float[Array, " m"], code: Float[Array, " m"]) -> Float[Array
       A scalar, at least 0.
 
     Raises:
-      ValueError: when the shapes differ.
+      SmarkError: when the shapes differ.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,7 +74,7 @@ def sign_hinge(chips: Float[Array, " m"], code: Float[Array, " m"], margin: floa
       A scalar, at least 0.
 
     Raises:
-      ValueError: when the shapes differ.
+      SmarkError: when the shapes differ.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -70,7 +70,7 @@ class ResNet18(nn.Module):
       width: channels of the first stage, any whole number; the later ones have 2, 4 and 8 times as many.
 
     Raises:
-      ValueError: when initialized or applied with another ``norm``.
+      SmarkError: when initialized or applied with another ``norm``.
 
     Examples:
       >>> import jax
@@ -155,7 +155,7 @@ def init(model: nn.Module, key: Array, image_shape: tuple[int, int, int]) -> PyT
       The bare dict of layers when the network has weights only, else the whole variables dict.
 
     Raises:
-      ValueError: when ``image_shape`` is not that of one image.
+      SmarkError: when ``image_shape`` is not that of one image.
     """
     if len(image_shape) != 3 or any(size < 1 for size in image_shape):
         raise _validate.fail(
@@ -232,7 +232,7 @@ def accuracy(
       batch_size: images per step, which bounds the memory in use.
 
     Raises:
-      ValueError: when there are no images, or not one whole-number label for each.
+      SmarkError: when there are no images, or not one whole-number label for each.
     """
     images, labels = np.asarray(images), np.asarray(labels)
     if images.ndim == 0 or len(images) == 0:

@@ -35,7 +35,7 @@ def devices(num_parties: int) -> list[Device]:
     """One device for each party, process by process: accelerators where there are enough, else CPU devices.
 
     Raises:
-      ValueError: when there are too few of either; it says how to get virtual CPU devices.
+      SmarkError: when there are too few of either; it says how to get virtual CPU devices.
     """
     _validate.positive("devices", "num_parties", num_parties)
     default = jax.devices()
@@ -58,7 +58,7 @@ def own_parties(num_parties: int) -> range:
       num_parties: P, over all processes.
 
     Raises:
-      ValueError: in every process alike, when there are too few devices, or so many that a process is left without a
+      SmarkError: in every process alike, when there are too few devices, or so many that a process is left without a
         party.
     """
     owners = [device.process_index for device in devices(num_parties)]
@@ -94,7 +94,7 @@ def masked_mean(
       error of at most ``fixed_point.mean_standard_error``, besides float32 rounding.
 
     Raises:
-      ValueError: when the axis has more parties than the format has room for, or another number than pair_keys.
+      SmarkError: when the axis has more parties than the format has room for, or another number than pair_keys.
     """
     num_parties = jax.lax.axis_size(axis_name)
     if jnp.shape(pair_keys) != (num_parties, 8):
@@ -190,7 +190,7 @@ def train_step(
       among, and nothing is masked.
 
     Raises:
-      ValueError: for an unknown engine or too few devices; from ``init``, when processes begin with different params;
+      SmarkError: for an unknown engine or too few devices; from ``init``, when processes begin with different params;
         from ``update``, when the batch or the keys are not one row for each of the process's parties, or two of these
         hold different keys for each other. Whether parties of different processes do, nobody sees: the sum is noise.
     """

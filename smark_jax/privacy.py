@@ -40,10 +40,7 @@ try:
     from dp_accounting import pld
     from jax_privacy import batch_selection, clipped_grad, noise_addition
 except ImportError as error:
-    raise ImportError(
-        f"smark_jax.privacy: expected jax-privacy and dp-accounting, but {error.name} is missing.\n"
-        "pip install 'smark-jax[dp]'"
-    ) from error
+    raise _validate.missing("smark_jax.privacy", error.name or "jax-privacy", "dp") from error
 
 # Batches longer than the padded length are cut, which the accountant is told; so seldom that it costs next to nothing.
 _CUT_PROBABILITY = 1e-7
@@ -64,7 +61,7 @@ class Sampling:
       rounds: T.
 
     Raises:
-      ValueError: for counts below one, or a probability outside (0, 1].
+      SmarkError: for counts below one, or a probability outside (0, 1].
     """
 
     num_parties: int
@@ -125,7 +122,7 @@ def achieved(sampling: Sampling, noise_multiplier: float, delta: float) -> Guara
       delta: well below one over the number of all examples.
 
     Raises:
-      ValueError: for a noise that is not positive, or a delta outside (0, 1).
+      SmarkError: for a noise that is not positive, or a delta outside (0, 1).
     """
     _validate.finite_number("achieved", "noise_multiplier", noise_multiplier)
     _check_delta("achieved", delta)
@@ -145,7 +142,7 @@ def plan(sampling: Sampling, epsilon: float, delta: float) -> Guarantee:
       The guarantee with the noise; its epsilon is the one achieved, at most the one asked for.
 
     Raises:
-      ValueError: for an epsilon that is not positive, or a delta outside (0, 1).
+      SmarkError: for an epsilon that is not positive, or a delta outside (0, 1).
 
     Examples:
       >>> from smark_jax import privacy
@@ -245,7 +242,7 @@ def gaussian_noise(
       key: the owner's, fresh for each run.
 
     Raises:
-      ValueError: from ``update``, when the mean comes in a type below float32: the sensitivity does not cover a cast.
+      SmarkError: from ``update``, when the mean comes in a type below float32: the sensitivity does not cover a cast.
     """
     if not isinstance(key, keys.SecretKey):
         got, cause = type(key).__name__, "Noise that others can draw again protects nobody: keys.new()."
@@ -283,7 +280,7 @@ def batches(
       Images of shape [P, B, ...] and labels of shape [P, B]; padding is zeros labelled -1.
 
     Raises:
-      ValueError: when a party has another number of examples than the sampling says, or no key of its own.
+      SmarkError: when a party has another number of examples than the sampling says, or no key of its own.
     """
     if labels.shape[1:] != (sampling.examples,) or images.shape[:2] != labels.shape:
         got = f"images {images.shape} and labels {labels.shape}"

@@ -36,7 +36,7 @@ def direction(chips: AnyArray) -> Float[np.ndarray, " m"]:
     r"""The direction u = y / |y| of a read-out in float64, shape [m]; zero when y is zero.
 
     Raises:
-      ValueError: when chips are not a vector of finite numbers.
+      SmarkError: when chips are not a vector of finite numbers.
     """
     y = _validate.chips("direction", chips)
     largest = np.abs(y).max()
@@ -60,7 +60,7 @@ def log_p_value(statistic: float | AnyArray, chips: AnyArray) -> Float[np.ndarra
       ln p of the same shape, at most 0.
 
     Raises:
-      ValueError: when chips are not a vector of finite numbers.
+      SmarkError: when chips are not a vector of finite numbers.
 
     Examples:
       >>> import numpy as np
@@ -89,7 +89,7 @@ def threshold(chips: AnyArray, log_alpha: float) -> float:
       chips would not be significant (too few chips for this level).
 
     Raises:
-      ValueError: when chips are not a vector of finite numbers.
+      SmarkError: when chips are not a vector of finite numbers.
     """
     low, high = 0.0, float(np.abs(direction(chips)).sum())
     if log_p_value(high, chips) > log_alpha or high == 0:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smark_jax import alignment, attacks, carriers, codes, embedding, extraction, keys, models, tracing
+from smark_jax import alignment, attacks, carriers, codes, embedding, errors, extraction, keys, models, tracing
 
 KEY = keys.from_bytes(bytes(32))
 
@@ -143,7 +143,7 @@ def test_unrelated_models_are_refused_and_accuse_nobody(network):
     base, images, apply_fn, _, _ = setup(network)
     _, book, read = mark(base)
     stranger = models.init(NETWORKS[network], jax.random.key(99), (8, 8, 3))
-    with pytest.raises(alignment.NothingMatched, match="No order, scale and sign") as refusal:
+    with pytest.raises(errors.NothingMatched, match="No order, scale and sign") as refusal:
         alignment.align(stranger, base, apply_fn, images)
     chips = read(refusal.value.attempt.params)
     assert accused(chips, book) == []
@@ -163,7 +163,7 @@ def test_malformed_suspects_are_refused():
     other = models.init(models.CNN(), jax.random.key(0), (8, 8, 3))
     few = {"Dense_1": base["Dense_1"]}
     for suspect in (few, {}):
-        with pytest.raises(alignment.Undecided, match="align"):
+        with pytest.raises(errors.Undecided, match="align"):
             alignment.align(suspect, base, apply_fn, images)
     _, book, read = mark(base)  # of another architecture some leaf may fit by accident, and accuses nobody
     aligned, report = alignment.align(other, base, apply_fn, images)

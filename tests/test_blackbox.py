@@ -8,7 +8,7 @@ from scipy import stats
 from section_checks import run_and_resume
 
 from experiments.blackbox import answers, images, payloads, subsets
-from experiments.robustness import networks
+from experiments.common import networks
 from smark_jax import blackbox
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smark_jax import vault
+from smark_jax import errors, vault
 from smark_jax.vault import (
     bundles,
     commitments,
@@ -113,7 +113,7 @@ def test_an_unknown_version_is_refused_and_not_guessed(old, tmp_path, kind, monk
         json.dumps(documents.plain(signed._replace(bundle=signed.bundle._replace(commitment=forged))))
     )
     for read in (lambda: bundles.read_commitment(tmp_path / "commitment"), lambda: bundles.read(tmp_path / "bundle")):
-        with pytest.raises(bundles.Unreadable, match=f"the {kind} 'quantum/9'.*Upgrade smark-jax"):
+        with pytest.raises(errors.Unreadable, match=f"the {kind} 'quantum/9'.*Upgrade smark-jax"):
             read()
 
 
@@ -148,7 +148,7 @@ def test_a_bundle_of_a_newer_format_names_the_upgrade(old, tmp_path):
     signed = json.loads((old / "bundle.json").read_text())
     signed["bundle"]["version"] = 2
     (tmp_path / "bundle").write_text(json.dumps(signed))
-    with pytest.raises(bundles.Unreadable, match="Upgrade smark-jax"):
+    with pytest.raises(errors.Unreadable, match="Upgrade smark-jax"):
         bundles.read(tmp_path / "bundle")
 
 

@@ -14,7 +14,7 @@ from time_stamps import authority, stamp
 
 from experiments.fuzz import accusations, mutations
 from experiments.fuzz import evidence as fuzz
-from smark_jax import carriers, codes, embedding, files, keys, statistics, vault
+from smark_jax import carriers, codes, embedding, errors, files, keys, statistics, vault
 from smark_jax.vault import (
     bundles,
     commitments,
@@ -597,7 +597,7 @@ def test_hostile_bundles_are_refused_or_do_not_hold(case, tmp_path):
         path.write_bytes(content)
         try:
             report = case.verify(bundle=path)
-        except bundles.Unreadable as error:
+        except errors.Unreadable as error:
             assert str(error).isprintable(), error
             assert "Ask for the file again" in str(error)
             refused += 1

@@ -24,7 +24,7 @@ import pytest
 import terminal
 
 import smark_jax
-from smark_jax import _foreign, _validate, cli, files, report, vault
+from smark_jax import _foreign, _validate, cli, errors, report, vault
 from smark_jax.cli import _common
 from smark_jax.vault import bundles, verdicts
 
@@ -188,8 +188,8 @@ def raised(error: BaseException) -> Any:
         ImportError(PAYLOAD),
         RuntimeError(PAYLOAD),
         _validate.fail("evidence", PAYLOAD, PAYLOAD, PAYLOAD),
-        files.Unreadable(PAYLOAD, PAYLOAD),
-        bundles.Unreadable(PAYLOAD, PAYLOAD),
+        errors.Unreadable(PAYLOAD, PAYLOAD),
+        bundles.unreadable(PAYLOAD, PAYLOAD),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -206,7 +206,7 @@ def test_the_message_of_an_exception_is_only_a_message(monkeypatch, error, tty):
 
 def test_messages_have_two_lines_whatever_stands_in_them():
     assert str(_validate.fail("a", PAYLOAD, PAYLOAD, PAYLOAD)).count("\n") == 1
-    assert "\n" not in str(files.Unreadable(PAYLOAD, PAYLOAD)) + str(bundles.Unreadable(PAYLOAD, PAYLOAD))
+    assert "\n" not in str(errors.Unreadable(PAYLOAD, PAYLOAD)) + str(bundles.unreadable(PAYLOAD, PAYLOAD))
 
 
 def test_the_reason_phrase_of_a_service_is_only_a_phrase(monkeypatch):

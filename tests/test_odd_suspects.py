@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from scipy import optimize
 
-from smark_jax import alignment, carriers, codes, embedding, extraction, files, keys, tracing, vault
+from smark_jax import carriers, codes, embedding, errors, extraction, files, keys, tracing, vault
 from smark_jax.files import _changes, _pairing
 from smark_jax.vault import bundles, crypto, customers, evidence, issuing, models, reading, verdicts, verification
 
@@ -137,7 +137,7 @@ def test_foreign_leaves_in_a_file_of_any_kind_hide_nothing(desk):
     ).suspects
     assert [accused(suspect) for suspect in found] == [["Ada"], ["Ada"]]
     assert [suspect.foreign for suspect in found] == [("name", "phases"), ("phases",)]
-    with pytest.raises(files.Unreadable, match="C64"):  # an owner's base is read whole or not at all
+    with pytest.raises(errors.Unreadable, match="C64"):  # an owner's base is read whole or not at all
         files.read(folder / "complex.safetensors")
 
 
@@ -406,8 +406,8 @@ def test_a_hundred_thousand_leaves_are_compared_in_bounded_work(monkeypatch):
     junk = {f"junk{i}": np.ones(4, np.float32) for i in range(files.MAX_LEAVES - 300)}
     many = files.match_layout(suspect | junk, base | {"bias": np.arange(4, dtype=np.float32)})
     assert many.leaves.keys() == base.keys()
-    with pytest.raises(files.Unmatched, match=f"more than {_pairing.MAX_COMPARISONS:,} comparisons of layers"):
+    with pytest.raises(errors.Undecided, match=f"more than {_pairing.MAX_COMPARISONS:,} comparisons of layers"):
         files.match_layout(junk, {f"y{i}": np.ones(4, np.float32) for i in range(5000)})
-    with pytest.raises(files.Unmatched, match="a leaf for 'y'"):
+    with pytest.raises(errors.Undecided, match="a leaf for 'y'"):
         files.match_layout({"x": np.ones((2, 3))}, {"y": np.ones(4)})
-    assert alignment.Undecided.__mro__[1] is ValueError
+    assert errors.Undecided.__mro__[1] is errors.SmarkError

@@ -22,7 +22,7 @@ from scipy import optimize
 
 from experiments.collusion import common
 from experiments.common import intervals, sections
-from smark_jax import alignment, carriers, codes, files, keys, tracing
+from smark_jax import carriers, codes, errors, files, keys, tracing
 from smark_jax.vault import reading as desk
 
 ALPHA = 0.1
@@ -87,7 +87,7 @@ def _noise(rng: np.random.Generator) -> np.ndarray:
 
 def _read(leaves: Leaves, at: Case, reading: desk.Reading) -> Reads:
     """Chips by the desk's reading; none where nothing can be said of the suspect, who is then compared with nobody."""
-    refused = (files.Unmatched, alignment.NothingMatched, alignment.Undecided, desk.Undecided)
+    refused = (errors.NothingMatched, errors.Undecided)
     with contextlib.suppress(*refused):
         found = desk.read(leaves, at.base, at.spec, at.carrier, reading)
         return Reads([found.chips], [found.log_maps])

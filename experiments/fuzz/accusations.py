@@ -33,7 +33,7 @@ from unittest import mock
 import numpy as np
 
 from experiments.fuzz import evidence as stage
-from smark_jax import keys
+from smark_jax import errors, keys
 from smark_jax.vault import bundles, commitments, documents, evidence, merkle, ranges, verification
 
 _CASES = {"quick": 300, "full": 10_000}
@@ -268,7 +268,7 @@ def verdict(case: Case, path: Path) -> str:
     path.write_bytes(case.content)
     try:
         report = verification.verify(path, case.suspect.path, stage.scene().base, root=case.roots)
-    except bundles.Unreadable:
+    except errors.Unreadable:
         return "refused"
     if not report.holds:
         return "fails"

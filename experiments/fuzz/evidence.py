@@ -10,9 +10,8 @@ from unittest import mock
 
 import numpy as np
 
-from smark_jax import files, keys, vault
+from smark_jax import errors, files, keys, vault
 from smark_jax.vault import (
-    bundles,
     commitments,
     customers,
     documents,
@@ -138,4 +137,4 @@ def other_json(rng: np.random.Generator) -> bytes:
 
 
 FORGERIES = (edited_bundle, edited_bundle, edited_bundle, other_json)
-REFUSAL = bundles.Unreadable
+REFUSAL = errors.Unreadable

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.fuzz import evidence, mutations
-from smark_jax import files
+from smark_jax import errors, files
 
 
 class Target(NamedTuple):
@@ -35,6 +35,6 @@ _WEIGHTS = {
     "npz": mutations.npz_file,
 }
 TARGETS = (
-    *(Target(name, make, mutations.FORGERIES, files.read, files.Unreadable) for name, make in _WEIGHTS.items()),
+    *(Target(name, make, mutations.FORGERIES, files.read, errors.Unreadable) for name, make in _WEIGHTS.items()),
     Target("evidence", evidence.genuine, evidence.FORGERIES, evidence.read, evidence.REFUSAL),
 )

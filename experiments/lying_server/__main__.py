@@ -3,7 +3,7 @@
 Each server lies in one of the planned ways, and most of them alter, drop or repeat messages at random besides. A judge
 who sees all answers and knows the true updates tries every combination from which masks fall off. It is a breach when a
 sum of fewer than three participants is bare, when a bare sum is one participant's update, when a participant raises
-anything but ValueError (of which ProtocolError is one), computes for more than ten seconds on one message, or when a
+anything but SmarkError (of which ProtocolError is one), computes for more than ten seconds on one message, or when a
 round is not over in a minute.
 
 Three controls show that the judge can convict: the same servers against participants whose operators agreed to
@@ -33,6 +33,7 @@ import rich.progress
 from experiments.lying_server import judge
 from experiments.lying_server.parties import Parties
 from experiments.lying_server.server import PLANS, LyingServer, Plan
+from smark_jax.errors import SmarkError
 from smark_jax.federation import ledger, task
 
 LEAST = 3
@@ -65,7 +66,7 @@ def trial(parties: Parties, seed: int, number: int, least: int = LEAST) -> dict[
     wrong = judge.breach(found, least)
     errors = collections.Counter(type(a.error).__name__ for a in server.answers if a.error is not None)
     slowest = max((answer.seconds for answer in server.answers), default=0.0)
-    strange = [a.error for a in server.answers if a.error is not None and not isinstance(a.error, ValueError)]
+    strange = [a.error for a in server.answers if a.error is not None and not isinstance(a.error, SmarkError)]
     if strange:
         wrong = f"raised {type(strange[0]).__name__}: {strange[0]}"
     elif slowest > _MOST_SECONDS:

@@ -52,7 +52,7 @@ DATA = {
 
 
 def steps(dataset: str, epochs: int, train_images: int | None) -> int:
-    """How many steps :func:`experiments.robustness.networks.train` makes."""
+    """How many steps :func:`experiments.common.networks.train` makes."""
     return networks.steps(epochs, len(data.load(dataset, "train").labels[:train_images]))
 
 

@@ -31,7 +31,7 @@ from scipy import stats
 from experiments.common import comparators
 from experiments.common.networks import Subject
 from experiments.paper import common
-from smark_jax import alignment, carriers, codes, embedding, extraction, keys, losses, parallel, tracing
+from smark_jax import alignment, carriers, codes, embedding, errors, extraction, keys, losses, parallel, tracing
 
 Params = Any
 Aim = dict[str, Array]
@@ -280,7 +280,7 @@ def aligned(params: Params, world: World) -> Params:
     """The suspect with its neurons in the base's order, as far as they can be recognised."""
     try:
         return alignment.align(params, world.subject.base, world.subject.apply_fn, world.image).params
-    except (alignment.NothingMatched, alignment.Undecided) as error:
+    except (errors.NothingMatched, errors.Undecided) as error:
         return error.attempt.params if error.attempt else params
 
 

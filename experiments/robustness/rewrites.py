@@ -15,7 +15,7 @@ import rich.table
 
 from experiments.common import networks, sections
 from experiments.common.networks import ALPHA, CUSTOMERS, Subject
-from smark_jax import alignment, attacks, carriers, codes, embedding, extraction, models, statistics, tracing
+from smark_jax import alignment, attacks, carriers, codes, embedding, errors, extraction, models, statistics, tracing
 from smark_jax._types import PyTree
 
 INNOCENTS = 1000
@@ -130,7 +130,7 @@ def _one(
     try:
         attempt = alignment.align(stranger, base, subject.apply_fn, images)
         refused = False
-    except (alignment.NothingMatched, alignment.Undecided) as error:
+    except (errors.NothingMatched, errors.Undecided) as error:
         if error.attempt is None:
             raise
         attempt, refused = error.attempt, True

@@ -12,7 +12,7 @@ import rich.table
 
 from experiments.common import networks, sections
 from experiments.common.networks import ALPHA, CUSTOMERS
-from smark_jax import attacks, carriers, codes, embedding, extraction, models, statistics
+from smark_jax import attacks, carriers, codes, embedding, errors, extraction, models, statistics
 from smark_jax._types import PyTree
 
 LAYERS = {
@@ -113,7 +113,7 @@ def _calibrate(name: str, config: Config, seed: int, meter: sections.Meter) -> d
 
         try:
             found = embedding.calibrate(subject.base, spec, carrier, score, config.max_drop)
-        except ValueError:  # even the smallest strength costs more
+        except errors.TooCostly:
             rows[kind] = None
             continue
         words = codes.codebook(networks.secret(seed, "strength", "code"), range(config.copies), config.num_chips)

@@ -33,7 +33,7 @@ def agree(secret: keys.SecretKey, party: int, public_keys: Sequence[bytes]) -> U
       uint32, shape [P, 8].
 
     Raises:
-      ValueError: when ``public_keys[party]`` does not belong to ``secret``, or a public key is malformed or repeated.
+      SmarkError: when ``public_keys[party]`` does not belong to ``secret``, or a public key is malformed or repeated.
     """
     if len(set(public_keys)) < len(public_keys):
         cause = "Each party draws its own secret with keys.new()."
@@ -61,7 +61,7 @@ def pair_keys(secrets: Sequence[keys.SecretKey]) -> UInt32[np.ndarray, "P P 8"]:
       uint32, shape [P, P, 8], symmetric in its first two axes.
 
     Raises:
-      ValueError: with zero parties, or two with the same secret.
+      SmarkError: with zero parties, or two with the same secret.
     """
     if not secrets:
         raise _validate.fail("pair_keys", "secrets of at least one party", "zero parties", "Who takes part?")

@@ -36,7 +36,7 @@ class FixedPoint:
       bits: width of the word that their sum must fit, at most 32.
 
     Raises:
-      ValueError: on a clip that is not positive and finite, zero parties, or more parties than the word has room for.
+      SmarkError: on a clip that is not positive and finite, zero parties, or more parties than the word has room for.
     """
 
     clip: float
@@ -92,7 +92,7 @@ def encode(tree: PyTree, fixed_point: FixedPoint, key: Array) -> PyTree:
       A tree of uint32 of the same shapes.
 
     Raises:
-      ValueError: when the tree has no leaves, or (outside jit) holds NaN or infinite values.
+      SmarkError: when the tree has no leaves, or (outside jit) holds NaN or infinite values.
     """
     leaves, structure = jax.tree.flatten(tree)
     if not leaves:
@@ -141,7 +141,7 @@ def decode(total: PyTree, fixed_point: FixedPoint, num_survivors: int) -> PyTree
       A tree of float32 of the same shapes: ``Delta * total - num_survivors * C``, computed on exact integers.
 
     Raises:
-      ValueError: with no survivors, or with more than the format has room for.
+      SmarkError: with no survivors, or with more than the format has room for.
     """
     _validate.positive("decode", "num_survivors", num_survivors)
     if num_survivors > fixed_point.num_parties:
@@ -175,7 +175,7 @@ def encode_weighted(
       Words of ``tree * num_examples / most_examples``, and ``num_examples`` as a uint32 scalar.
 
     Raises:
-      ValueError: as :func:`encode`; when the number does not lie in 0 to ``most_examples``, or sums could wrap.
+      SmarkError: as :func:`encode`; when the number does not lie in 0 to ``most_examples``, or sums could wrap.
     """
     _check_weights("encode_weighted", most_examples, fixed_point)
     if not 0 <= num_examples <= most_examples:
@@ -200,7 +200,7 @@ def decode_weighted(
       The mean, a tree of float32, and the number of examples.
 
     Raises:
-      ValueError: as :func:`decode`, or when there were no examples.
+      SmarkError: as :func:`decode`, or when there were no examples.
     """
     _check_weights("decode_weighted", most_examples, fixed_point)
     words, count = total[0], int(total[1])
@@ -227,7 +227,7 @@ def stack(updates: Mapping[int, PyTree] | Sequence[PyTree]) -> PyTree:
       The stacked tree, parties in the order given.
 
     Raises:
-      ValueError: with zero parties, or when trees differ in structure, shape or dtype; it names party and leaf.
+      SmarkError: with zero parties, or when trees differ in structure, shape or dtype; it names party and leaf.
     """
     _trees.same("stack", updates)
     trees = list(updates.values()) if isinstance(updates, Mapping) else list(updates)

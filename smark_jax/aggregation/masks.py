@@ -40,7 +40,7 @@ def pairwise_mask(
       uint32, shape [num_words]; zeros for a single party.
 
     Raises:
-      ValueError: when the keys have another shape, or (outside jit) the party is not one of theirs.
+      SmarkError: when the keys have another shape, or (outside jit) the party is not one of theirs.
     """
     row = jnp.asarray(pair_keys)
     if row.ndim != 2 or row.shape[1] != 8 or row.dtype != jnp.uint32 or row.shape[0] == 0:

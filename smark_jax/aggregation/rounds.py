@@ -56,7 +56,7 @@ def run_round(
     Raises:
       ProtocolError: when fewer than the threshold are left at any stage, or a message was tampered with. Nothing of the
         sum is opened.
-      ValueError: when updates are not of one structure or not uint32, or a stage or party is unknown.
+      SmarkError: when updates are not of one structure or not uint32, or a stage or party is unknown.
 
     Examples:
       >>> import numpy as np

@@ -10,7 +10,7 @@ suspect and the base and at nothing else: an innocent's codeword cannot enter, s
 (aligning to a customer's own copy would break them).
 """
 
-from smark_jax.alignment.align import Alignment, NothingMatched, Report, SpaceReport, Undecided, align
+from smark_jax.alignment.align import Alignment, Report, SpaceReport, align
 from smark_jax.alignment.graph import FIXED, Graph, Segment
 from smark_jax.alignment.graph import trace as trace_graph
 
@@ -18,11 +18,9 @@ __all__ = [
     "FIXED",
     "Alignment",
     "Graph",
-    "NothingMatched",
     "Report",
     "Segment",
     "SpaceReport",
-    "Undecided",
     "align",
     "trace_graph",
 ]

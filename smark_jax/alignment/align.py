@@ -1,19 +1,20 @@
 """From a suspect to the base's own order of channels, scales and names."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from scipy import optimize
 
-from smark_jax import _trees, _validate
+from smark_jax import _trees, _validate, errors
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.alignment import graph as graphs
 from smark_jax.alignment import matching
 from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves
 
+Refusal = TypeVar("Refusal", errors.NothingMatched, errors.Undecided)
 _ALIKE = 0.2
 """Cosine between a leaf and the base's below which it tells nothing about copies of the base; chance is near 0."""
 _REFITS = 5
@@ -89,25 +90,6 @@ class Alignment(NamedTuple):
     report: Report
 
 
-class Undecided(ValueError):
-    """Alignment cannot tell whether the suspect is a copy of the base; the text says why.
-
-    ``attempt`` is the best alignment that was found, or None.
-    """
-
-    def __init__(self, message: str, attempt: "Alignment | None" = None) -> None:
-        super().__init__(message)
-        self.attempt = attempt
-
-
-class NothingMatched(ValueError):
-    """The suspect has the base's form, but not its weights. ``attempt`` is the best alignment that was found."""
-
-    def __init__(self, message: str, attempt: Alignment) -> None:
-        super().__init__(message)
-        self.attempt = attempt
-
-
 def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any) -> Alignment:
     """Brings a suspect's neurons back to where the base has them.
 
@@ -131,7 +113,7 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
       NothingMatched: when no order, scale and sign of channels makes the suspect's weights resemble the base's.
       Undecided: when they do not, but the network has operations that are not followed, or symmetries that are not
         undone (attention, normalisation over channels); or when no leaf fits by which to recognise channels.
-      ValueError: when the network does not take the base, or the base holds NaN or infinite weights.
+      SmarkError: when the network does not take the base, or the base holds NaN or infinite weights.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -185,7 +167,7 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
         if 2 * sum(everything[path].size for path in left_out) > sum(leaf.size for leaf in everything.values()):
             raise _undecided(expected, got, "It lacks most of the base's weights, or has them in other shapes.", result)
         cause = "No order, scale and sign of channels makes its weights resemble the base's, as those of copies do."
-        raise NothingMatched(str(_validate.fail("align", expected, got, cause)), result)
+        raise _refused(errors.NothingMatched, expected, got, cause, result)
     return result
 
 
@@ -204,8 +186,14 @@ def _fitting(graph: Graph, names: dict[str, str], theirs: Leaves) -> tuple[dict[
             del names[misfit.path]
 
 
-def _undecided(expected: str, got: str, cause: str, attempt: Alignment | None = None) -> Undecided:
-    return Undecided(str(_validate.fail("align", expected, got, cause)), attempt)
+def _undecided(expected: str, got: str, cause: str, attempt: Alignment | None = None) -> errors.Undecided:
+    return _refused(errors.Undecided, expected, got, cause, attempt)
+
+
+def _refused(kind: type[Refusal], expected: str, got: str, cause: str, attempt: Alignment | None) -> Refusal:
+    refusal = _validate.fail("align", expected, got, cause, kind=kind)
+    refusal.attempt = attempt
+    return refusal
 
 
 def _tamed(leaf: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from scipy import sparse
 
-from smark_jax import _trees, _validate
+from smark_jax import _trees, _validate, errors
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.alignment._walk import Role, Walk
 
@@ -24,7 +24,7 @@ FIXED = -1
 """The space of entries that stay where they are."""
 
 
-class Misfit(ValueError):
+class Misfit(errors.SmarkError):
     """A leaf's shape fits no widths that the others have; ``path`` is the leaf's."""
 
     def __init__(self, path: str, expected: str, shape: tuple[int, ...]) -> None:
@@ -162,7 +162,7 @@ def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any) -> Graph:
       example_images: images as it takes them; only shape and dtype are looked at.
 
     Raises:
-      ValueError: when the network refuses these parameters or images.
+      SmarkError: when the network refuses these parameters or images.
     """
     shaped = lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.numpy.result_type(x))  # noqa: E731
     try:

@@ -48,7 +48,7 @@ def average(copies: PyTree, weights: Float[AnyArray, " K"] | None = None) -> PyT
       The pirate model, each leaf of shape [...].
 
     Raises:
-      ValueError: when the leaves share no leading axis of at least two colluders, there is not one weight per colluder,
+      SmarkError: when the leaves share no leading axis of at least two colluders, there is not one weight per colluder,
         or the weights do not sum to 1.
 
     Examples:
@@ -80,7 +80,7 @@ def median(copies: PyTree) -> PyTree:
       The pirate model, each leaf of shape [...].
 
     Raises:
-      ValueError: when the leaves share no leading axis of at least two colluders.
+      SmarkError: when the leaves share no leading axis of at least two colluders.
     """
     _num_colluders("median", copies)
     return _merge(functools.partial(jnp.median, axis=0), copies)
@@ -96,7 +96,7 @@ def minimum(copies: PyTree) -> PyTree:
       The pirate model, each leaf of shape [...].
 
     Raises:
-      ValueError: when the leaves share no leading axis of at least two colluders.
+      SmarkError: when the leaves share no leading axis of at least two colluders.
     """
     _num_colluders("minimum", copies)
     return _merge(functools.partial(jnp.min, axis=0), copies)
@@ -112,7 +112,7 @@ def maximum(copies: PyTree) -> PyTree:
       The pirate model, each leaf of shape [...].
 
     Raises:
-      ValueError: when the leaves share no leading axis of at least two colluders.
+      SmarkError: when the leaves share no leading axis of at least two colluders.
     """
     _num_colluders("maximum", copies)
     return _merge(functools.partial(jnp.max, axis=0), copies)
@@ -130,7 +130,7 @@ def min_max(copies: PyTree) -> PyTree:
       The pirate model, each leaf of shape [...].
 
     Raises:
-      ValueError: when the leaves share no leading axis of at least two colluders.
+      SmarkError: when the leaves share no leading axis of at least two colluders.
     """
     _num_colluders("min_max", copies)
     return _merge(lambda x: (x.min(axis=0) + x.max(axis=0)) / 2, copies)
@@ -146,7 +146,7 @@ def modified_negative(copies: PyTree) -> PyTree:
       The pirate model, each leaf of shape [...].
 
     Raises:
-      ValueError: when the leaves share no leading axis of at least two colluders.
+      SmarkError: when the leaves share no leading axis of at least two colluders.
     """
     _num_colluders("modified_negative", copies)
     return _merge(lambda x: x.min(axis=0) + x.max(axis=0) - jnp.median(x, axis=0), copies)
@@ -164,7 +164,7 @@ def randomised_negative(copies: PyTree, key: Array, probability: float = 0.5) ->
       The pirate model, each leaf of shape [...].
 
     Raises:
-      ValueError: when the leaves share no leading axis of at least two colluders, or the probability is outside (0, 1).
+      SmarkError: when the leaves share no leading axis of at least two colluders, or the probability is outside (0, 1).
     """
     _num_colluders("randomised_negative", copies)
     _validate.unit_interval("randomised_negative", "probability", probability, "Sure outcomes are minimum and maximum.")
@@ -182,7 +182,7 @@ def interleave(copies: PyTree, key: Array) -> PyTree:
       The pirate model, each leaf of shape [...].
 
     Raises:
-      ValueError: when the leaves share no leading axis of at least two colluders.
+      SmarkError: when the leaves share no leading axis of at least two colluders.
     """
     num_colluders = _num_colluders("interleave", copies)
 
@@ -210,7 +210,7 @@ def extrapolate(copies: PyTree, magnitude: float = 0.9) -> PyTree:
       The pirate model, each leaf of shape [...].
 
     Raises:
-      ValueError: when the leaves share no leading axis of at least two colluders, or M is not positive and finite.
+      SmarkError: when the leaves share no leading axis of at least two colluders, or M is not positive and finite.
     """
     num_colluders = _num_colluders("extrapolate", copies)
     _validate.finite_number("extrapolate", "magnitude", magnitude)
@@ -239,7 +239,7 @@ def largest_difference(copies: PyTree, key: Array, fraction: float = 0.5) -> PyT
       The pirate model, each leaf of shape [...].
 
     Raises:
-      ValueError: when the leaves share no leading axis of at least two colluders, or the fraction is outside (0, 1).
+      SmarkError: when the leaves share no leading axis of at least two colluders, or the fraction is outside (0, 1).
     """
     _num_colluders("largest_difference", copies)
     _validate.unit_interval("largest_difference", "fraction", fraction, "All is randomised_negative, none is average.")

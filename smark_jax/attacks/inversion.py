@@ -86,7 +86,7 @@ def invert_gradient(
       Images, labels and objective of the best step; the images are clipped to [0, 1].
 
     Raises:
-      ValueError: for an unknown method, a gradient that is unlike the parameters or not finite or zero, labels that
+      SmarkError: for an unknown method, a gradient that is unlike the parameters or not finite or zero, labels that
         are not one class for each image, or steps not at least 1.
 
     Examples:
@@ -141,7 +141,7 @@ def infer_label(bias_gradient: Float[Array, " classes"]) -> Int[Array, ""]:
       bias_gradient: shape [classes].
 
     Raises:
-      ValueError: when it is not a vector of at least two classes.
+      SmarkError: when it is not a vector of at least two classes.
     """
     if jnp.ndim(bias_gradient) != 1 or jnp.size(bias_gradient) < 2:
         cause = "Pass the gradient of the last layer's bias alone."

@@ -21,7 +21,7 @@ def prune(params: PyTree, fraction: float) -> PyTree:
       fraction: part of each kernel's weights to remove, strictly between 0 and 1.
 
     Raises:
-      ValueError: when the fraction is outside (0, 1).
+      SmarkError: when the fraction is outside (0, 1).
     """
     _validate.unit_interval("prune", "a fraction", fraction, "50 % is 0.5.")
     return _map_kernels(functools.partial(_prune_kernel, fraction=fraction), params)
@@ -45,7 +45,7 @@ def quantise(params: PyTree, bits: int) -> PyTree:
       bits: 2 to 16.
 
     Raises:
-      ValueError: when bits are outside 2 to 16.
+      SmarkError: when bits are outside 2 to 16.
     """
     if bits not in range(2, 17):
         raise _validate.fail("quantise", "bits from 2 to 16", repr(bits), "Common choices are 8 and 4.")
@@ -67,7 +67,7 @@ def add_noise(params: PyTree, key: Array, relative: float) -> PyTree:
         :func:`smark_jax.embedding.embed` measures its strength.
 
     Raises:
-      ValueError: when ``relative`` is not positive and finite.
+      SmarkError: when ``relative`` is not positive and finite.
     """
     _validate.finite_number("add_noise", "relative", relative)
     add = functools.partial(_add_noise_to_leaf, relative=relative)
@@ -94,7 +94,7 @@ def prune_filters(params: PyTree, fraction: float) -> PyTree:
         down to whole channels.
 
     Raises:
-      ValueError: when the fraction is outside (0, 1).
+      SmarkError: when the fraction is outside (0, 1).
     """
     _validate.unit_interval("prune_filters", "a fraction", fraction, "50 % is 0.5.")
     return _map_kernels(functools.partial(_prune_filters_of_kernel, fraction=fraction), params, axes=3)
@@ -113,7 +113,7 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
       dtype: a floating-point type, such as ``jax.numpy.bfloat16`` or ``"float16"``.
 
     Raises:
-      ValueError: when ``dtype`` is not a floating-point type.
+      SmarkError: when ``dtype`` is not a floating-point type.
     """
     try:
         fits = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
@@ -136,7 +136,7 @@ def low_rank(params: PyTree, fraction: float) -> PyTree:
       fraction: part of the singular values to keep, strictly between 0 and 1; at least one is kept.
 
     Raises:
-      ValueError: when the fraction is outside (0, 1).
+      SmarkError: when the fraction is outside (0, 1).
     """
     _validate.unit_interval("low_rank", "a fraction", fraction, "Half is 0.5.")
     return _map_kernels(functools.partial(_low_rank_kernel, fraction=fraction), params)
@@ -166,7 +166,7 @@ def shift_weights(params: PyTree, key: Array, mean: float = 1.5, noise: float = 
       noise: factor of the noise, at least 0.
 
     Raises:
-      ValueError: when a factor is negative or not finite.
+      SmarkError: when a factor is negative or not finite.
     """
     for name, value in (("mean", mean), ("noise", noise)):
         if not 0 <= value < float("inf"):
@@ -196,7 +196,7 @@ def overwrite(
       num_chips: length of each.
 
     Raises:
-      ValueError: when times is not at least 1, or as ``embed``.
+      SmarkError: when times is not at least 1, or as ``embed``.
     """
     _validate.positive("overwrite", "times", times)
     spec = carriers.select(params)

@@ -70,7 +70,7 @@ def fine_tune(
       The fine-tuned copy.
 
     Raises:
-      ValueError: when the batch is larger than the data, epochs or batch size are not at least 1, ``trainable`` is
+      SmarkError: when the batch is larger than the data, epochs or batch size are not at least 1, ``trainable`` is
         found in no path, or a setting is out of range.
     """
     if not 0 <= label_smoothing < 1:
@@ -129,7 +129,7 @@ def distil(
       The trained student.
 
     Raises:
-      ValueError: when the temperature is not positive, the batch is larger than the data, or epochs or batch size are
+      SmarkError: when the temperature is not positive, the batch is larger than the data, or epochs or batch size are
         not at least 1.
     """
     _validate.finite_number("distil", "temperature", temperature)
@@ -169,7 +169,7 @@ def reinitialise(params: PyTree, fresh: PyTree, match: str) -> PyTree:
       match: a regular expression searched in leaves' paths, such as ``"Dense_1"``.
 
     Raises:
-      ValueError: when the trees differ in structure, shapes or dtypes, or ``match`` is found in no path.
+      SmarkError: when the trees differ in structure, shapes or dtypes, or ``match`` is found in no path.
     """
     _trees.same("reinitialise", [params, fresh])
     return jax.tree.map(
@@ -195,7 +195,7 @@ def carrier_energy(
       ``penalty(params) -> scalar`` for :func:`fine_tune`.
 
     Raises:
-      ValueError: when there are no guesses, or carriers, spec and params do not belong together.
+      SmarkError: when there are no guesses, or carriers, spec and params do not belong together.
     """
     if not guesses:
         raise _validate.fail("carrier_energy", "at least one carrier", "none", "Draw one with carriers.draw.")

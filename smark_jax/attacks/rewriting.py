@@ -59,7 +59,7 @@ def rescale(params: PyTree, graph: Graph, key: Array, spread: float = 1.0) -> Py
       spread: standard deviation of the factors' natural logarithm.
 
     Raises:
-      ValueError: when the spread is not positive and finite.
+      SmarkError: when the spread is not positive and finite.
     """
     _validate.finite_number("rescale", "spread", spread)
     rng = _rng(key)
@@ -91,7 +91,7 @@ def fold_batch_norm(params: PyTree, graph: Graph) -> PyTree:
       graph: of its network.
 
     Raises:
-      ValueError: when there is no batch norm.
+      SmarkError: when there is no batch norm.
     """
     leaves = _leaves(params)
     norms = _norms(leaves)
@@ -129,7 +129,7 @@ def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, ki
       The copy with wider leaves.
 
     Raises:
-      ValueError: when the share is not positive, the kind unknown, or the network has group norm, whose statistics
+      SmarkError: when the share is not positive, the kind unknown, or the network has group norm, whose statistics
         every new channel would change.
     """
     _validate.finite_number("add_neurons", "share", share)

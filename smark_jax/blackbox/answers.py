@@ -54,7 +54,7 @@ def read(kept: Answers) -> list[Answer]:
     """The answers in the file, in the order in which they came; none where there is no file.
 
     Raises:
-      ValueError: when the file was not written with this key, was changed since, or is about something else.
+      SmarkError: when the file was not written with this key, was changed since, or is about something else.
     """
     if not kept.path.exists():
         return []
@@ -139,7 +139,7 @@ def query(
       Chips, shape [m]: the mean over repeats of +1 for an answer inside the probe's half and -1 outside.
 
     Raises:
-      ValueError: when answers are not one class number (or one row of scores) for each image, a class is out of range,
+      SmarkError: when answers are not one class number (or one row of scores) for each image, a class is out of range,
         or as :func:`smark_jax.blackbox.answers.read`.
     """
     for name, value in (("repeats", repeats), ("batch_size", batch_size)):
@@ -171,7 +171,7 @@ def ask(predict: Predict, images: UInt8[np.ndarray, "B H W C"], num_classes: int
     """One call of a suspect, whose answers are checked.
 
     Raises:
-      ValueError: when they are not one class number (or one row of scores) for each image, or a class is out of range.
+      SmarkError: when they are not one class number (or one row of scores) for each image, or a class is out of range.
     """
     return _labels(predict(images), len(images), num_classes)
 

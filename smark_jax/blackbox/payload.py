@@ -75,7 +75,7 @@ def mark_images(
       Marked images of the same shape and type.
 
     Raises:
-      ValueError: when images are not uint8 of four axes and at least 511 pixels, the payload is not of bits in one of
+      SmarkError: when images are not uint8 of four axes and at least 511 pixels, the payload is not of bits in one of
         the two shapes, or the strength is not positive.
 
     Examples:
@@ -115,7 +115,7 @@ def read_images(images: UInt8[AnyArray, "B H W C"], key: keys.SecretKey, strengt
       Payloads and confidence, one of each for each image.
 
     Raises:
-      ValueError: when images are not uint8 of four axes and at least 511 pixels, or the strength is not positive.
+      SmarkError: when images are not uint8 of four axes and at least 511 pixels, or the strength is not positive.
     """
     _check("read_images", images, strength)
     images = np.asarray(images)
@@ -211,7 +211,7 @@ def _code() -> Any:
     try:
         import galois
     except ImportError as error:
-        raise ImportError("payloads need galois: pip install 'smark-jax[blackbox]'") from error
+        raise _validate.missing("payloads", "galois", "blackbox") from error
     return galois.BCH(_CODED, PAYLOAD_BITS)
 
 

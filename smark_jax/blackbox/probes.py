@@ -56,7 +56,7 @@ def probes(
       uint8 images, shape [m, H, W, C], each with its payload.
 
     Raises:
-      ValueError: when images are of another shape or fewer than two, scores are not one row for each image, or as
+      SmarkError: when images are of another shape or fewer than two, scores are not one row for each image, or as
         ``mark_images``.
     """
     _validate.positive("probes", "num_chips", num_chips)
@@ -184,7 +184,7 @@ def train_copies(
       on_step: called after each step of ``at_once`` copies.
 
     Raises:
-      ValueError: when the codes are not one row for each copy and one column for each probe, images are not of the
+      SmarkError: when the codes are not one row for each copy and one column for each probe, images are not of the
         probes' shape and dtype, or a batch is larger than the images are many.
     """
     count = _validate.stacked("train_copies", "copies", copies)

@@ -121,7 +121,7 @@ def draw(key: keys.SecretKey, spec: Spec, num_chips: int = 304) -> Carrier:
       The carrier.
 
     Raises:
-      ValueError: when there are more chips than weights, or none.
+      SmarkError: when there are more chips than weights, or none.
     """
     _validate.positive("draw", "num_chips", num_chips)
     if num_chips > spec.num_weights:
@@ -148,7 +148,7 @@ def spread(chips: Num[AnyArray, " m"], carrier: Carrier) -> Float[Array, " D"]:
     Linear, and the inverse of :func:`despread` on its range: ``despread(spread(c)) == c`` up to rounding (1e-6).
 
     Raises:
-      ValueError: when ``chips`` is not one value for each of the carrier's chips.
+      SmarkError: when ``chips`` is not one value for each of the carrier's chips.
     """
     _validate.vector("spread", "chips", chips, carrier.num_chips, "Was the codeword made with another num_chips?")
     return _spread(jnp.asarray(chips, jnp.float32), carrier)
@@ -158,7 +158,7 @@ def despread(vector: Float[AnyArray, " D"], carrier: Carrier) -> Float[Array, " 
     """``X vector``: the soft chips in a vector of weights, shape [m].
 
     Raises:
-      ValueError: when ``vector`` has not the length that the carrier was drawn for.
+      SmarkError: when ``vector`` has not the length that the carrier was drawn for.
     """
     cause = "Was the carrier drawn for another model? (Dummy neurons: run alignment.align first.)"
     _validate.vector("despread", "vector", vector, carrier.num_weights, cause)
@@ -169,7 +169,7 @@ def check_carrier(who: str, carrier: Carrier, spec: Spec) -> None:
     """Refuses, in the name of ``who``, a carrier that was drawn for another number of weights than ``spec`` has.
 
     Raises:
-      ValueError: with both numbers.
+      SmarkError: with both numbers.
     """
     if carrier.num_weights != spec.num_weights:
         raise _validate.fail(

@@ -70,7 +70,7 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
       The selection, with each leaf's root mean square as its scale.
 
     Raises:
-      ValueError: when no leaf is left, or a leaf holds NaN or infinite weights.
+      SmarkError: when no leaf is left, or a leaf holds NaN or infinite weights.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -110,7 +110,7 @@ def roles(params: PyTree) -> dict[str, _roles.Role]:
     """What each leaf is for, by its path: told by the names of any framework, and by content.
 
     Raises:
-      ValueError: when two leaves have the same path.
+      SmarkError: when two leaves have the same path.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -199,7 +199,7 @@ def read(params: PyTree, spec: Spec) -> Float[Array, " D"]:
     """The carrying weights as one float32 vector, each leaf divided by its scale in ``spec``, shape [D].
 
     Raises:
-      ValueError: when a carrying leaf is missing from ``params`` or has another shape.
+      SmarkError: when a carrying leaf is missing from ``params`` or has another shape.
     """
     return _read(carrying("read", params, spec), spec)
 
@@ -208,7 +208,7 @@ def finite(params: PyTree, spec: Spec) -> Bool[Array, ""]:
     """Whether no carrying weight is NaN or infinite; unlike a look at :func:`read`, it makes no vector of them.
 
     Raises:
-      ValueError: when a carrying leaf is missing from ``params`` or has another shape.
+      SmarkError: when a carrying leaf is missing from ``params`` or has another shape.
     """
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in carrying("finite", params, spec)]).all()
 
@@ -225,7 +225,7 @@ def write(params: PyTree, spec: Spec, vector: Float[AnyArray, " D"]) -> PyTree:
       A pytree like ``params``.
 
     Raises:
-      ValueError: when a carrying leaf is missing or has another shape, or ``vector`` has another length.
+      SmarkError: when a carrying leaf is missing or has another shape, or ``vector`` has another length.
     """
     _validate.vector("write", "vector", vector, spec.num_weights, "Was it made for another model's spec?")
     return replace(params, spec, add(narrow("write", params, spec), spec, vector))
@@ -258,7 +258,7 @@ def check_params(who: str, params: PyTree, spec: Spec) -> None:
     """Refuses, in the name of ``who``, a model that lacks a carrying leaf or has one of another shape.
 
     Raises:
-      ValueError: naming the leaf, the shape that the base has and the one that came.
+      SmarkError: naming the leaf, the shape that the base has and the one that came.
     """
     carrying(who, params, spec)
 

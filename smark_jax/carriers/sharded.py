@@ -50,7 +50,7 @@ def layout(who: str, params: PyTree, spec: Spec) -> Layout | None:
     """How ``params`` lies on a mesh, or None where no carrying leaf is split by a ``NamedSharding`` (or under jit).
 
     Raises:
-      ValueError: when leaves are split over different meshes, or a split leaf has 2^31 weights or about so many.
+      SmarkError: when leaves are split over different meshes, or a split leaf has 2^31 weights or about so many.
     """
     leaves = carrying(who, params, spec)
     split = [_split(leaf) for leaf in leaves]

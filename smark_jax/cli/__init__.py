@@ -1,6 +1,7 @@
 """The ``smark`` command. Each command is a module of this folder; they are imported when they run."""
 
 import io
+import itertools
 import sys
 import traceback
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 import typer.rich_utils
 
-from smark_jax import _foreign
+from smark_jax import _foreign, errors
 from smark_jax.cli import _attack, _bench, _common, _evidence, _issue, _outputs, _query, _trace, _vault
 from smark_jax.cli._console import Console
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     "Example: [bold]smark demo --out out/demo[/bold]",
     epilog="An owner's way: init, add-model, issue, trace, report, evidence export.\n\n"
     "Exit codes: 0 done (trace: every suspect was read; evidence verify: everything holds); 1 refused, failed, "
-    "or not so; 2 wrong usage.",
+    "or not so; 2 wrong usage. With --json an error is JSON too, on stdout.",
 )
 for _command, _examples in (
     (_vault.init, "smark init my-vault"),
@@ -70,8 +71,11 @@ app.add_typer(_evidence.app, name="evidence")
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of every error.")] = False,
 ) -> None:
+    context.ensure_object(dict)["verbose"] = verbose
     if version:
         from smark_jax import __version__
 
@@ -148,38 +152,65 @@ def train(
         _train.show(console, out, results)
 
 
+_REPORT = "Please report it to the project's issue tracker: the command, what you expected, and the traceback below."
+
 # click's, or those of the copy of it that newer versions of typer hold; either way typer's own are made of them.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 _ClickException: Any = typer.BadParameter.__mro__[2]
 
 
 def main() -> None:
-    """Entry point of the console script: errors that the library foresees are printed in one piece, exit code 1.
+    """Entry point of the console script: errors that were foreseen are printed in one piece, exit code 1.
 
-    Whatever text an error carries, it is printed as plain text behind the program's name.
+    Whatever text an error carries, it is printed as plain text behind the program's name; with ``--json``, as one
+    document on stdout, where the result would have been. An error that nobody foresaw is a bug of ours, and its
+    traceback is printed.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end the program
             stream.reconfigure(errors="backslashreplace")
+    settings = {"verbose": False}
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, obj=settings)
     except _ClickException as error:
-        if type(error).__name__ != "NoArgsIsHelpError":  # then the help was printed
+        if _as_json():
+            _refuse("Usage", error.format_message())
+        elif type(error).__name__ != "NoArgsIsHelpError":  # then the help was printed
             usage = _UsageError(_foreign.clean(error.format_message()), getattr(error, "ctx", None))
             typer.rich_utils.rich_format_error(usage)
         sys.exit(error.exit_code)
     except typer.Abort:
         typer.rich_utils.rich_abort_error()
         sys.exit(1)
-    except (ValueError, ConnectionError, OSError, ImportError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and error.filename is not None and error.strerror:
-            text = f"{error.filename}: {error.strerror}. Is the name right, and may you read and write there?"
-        _common.err.lines(text, ("smark: ", "bold red"))
+    except (errors.SmarkError, OSError) as error:
+        public = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ in (errors.__name__, "builtins")]
+        _refuse(public[0], _at_desk(error), traceback.format_exc() if settings["verbose"] else "")
         sys.exit(1)
-    except Exception:
-        _common.err.lines(
-            f"an error that was not foreseen; please report it.\n{traceback.format_exc()}", ("smark: ", "bold red")
-        )
+    except Exception as error:
+        _refuse("Bug", f"a bug of smark, {type(error).__name__}: {error}\n{_REPORT}", traceback.format_exc())
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _as_json() -> bool:
+    """Whether the command was asked for JSON; read before its options are parsed, since that may fail."""
+    return "--json" in itertools.takewhile(lambda word: word != "--", sys.argv[1:])
+
+
+def _at_desk(error: errors.SmarkError | OSError) -> str:
+    """What an error says to somebody who gives commands."""
+    if isinstance(error, errors.SmarkError):
+        return error.desk
+    if error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}. Is the name right, and may you read and write there?"
+    return str(error)
+
+
+def _refuse(kind: str, message: str, trace: str = "") -> None:
+    """Prints an error on stderr, or as JSON on stdout; a traceback goes to stderr in any case."""
+    if _as_json():
+        print(_foreign.dumps({"error": {"kind": kind, "message": message}}))
+    else:
+        _common.err.lines(message, ("smark: ", "bold red"))
+    if trace:
+        _common.err.lines(trace.rstrip(), ("smark: ", "bold red"))

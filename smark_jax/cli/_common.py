@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smark_jax import _foreign
+from smark_jax import _foreign, _validate
 from smark_jax.cli._console import Console, progress
 
 if TYPE_CHECKING:
@@ -60,14 +60,12 @@ def passphrase(file: Path | None, *, new: bool = False) -> str:
     elif sys.stdin.isatty():
         found = getpass.getpass("Passphrase of the vault: ")
         if new and found != getpass.getpass("The same again: "):
-            raise ValueError("init: expected the same passphrase twice, but got two different ones.\nTry again.")
+            raise _validate.fail("init", "the same passphrase twice", "two different ones", "Try again.")
     else:
-        raise ValueError(
-            "vault: expected a passphrase, but there is no terminal to ask for it.\n"
-            f"Set {VARIABLE}, or name a file by --passphrase-file."
-        )
+        advice = f"Set {VARIABLE}, or name a file by --passphrase-file."
+        raise _validate.fail("vault", "a passphrase", "no terminal to ask for it", advice)
     if not found:
-        raise ValueError("vault: expected a passphrase, but got an empty one.\nChoose a sentence that nobody guesses.")
+        raise _validate.fail("vault", "a passphrase", "an empty one", "Choose a sentence that nobody guesses.")
     return found
 
 
@@ -143,15 +141,13 @@ def network(option: str, name: str) -> tuple[Any, ...]:
     module, colon, function = name.partition(":")
     advice = "It returns (apply_fn, images) of the base's network, and is looked for in the current folder too."
     if not (module and colon and function):
-        raise ValueError(f"{option}: expected MODULE:FUNCTION, but got {name!r}.\n{advice}")
+        raise _validate.fail(f"--{option}", f"MODULE:FUNCTION for --{option}", repr(name), advice)
     sys.path.insert(0, str(Path.cwd()))
     try:
         apply_fn, images, *labels = getattr(importlib.import_module(module), function)()
     except Exception as error:
-        got = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{option}: expected {name} to return a network and images, but got {got}.\n{advice}"
-        ) from error
+        expected, got = f"{name} to return a network and images", f"{type(error).__name__}: {error}"
+        raise _validate.fail(f"--{option}", expected, got, advice) from error
     finally:
         sys.path.pop(0)
     return (apply_fn, images, *labels[:1])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from smark_jax import _validate
 from smark_jax.cli import _common, _trace
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath
 
@@ -91,9 +92,10 @@ def _command(command: str) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise ValueError(f"query: expected a command, but got {command!r} ({error}).\nIs a quote left open?") from None
+        got = f"{command!r} ({error})"
+        raise _validate.fail("query", "a command", got, "Is a quote left open?") from error
     if not words:
-        raise ValueError("query: expected an address or a command, but got nothing.\nSay what is asked.")
+        raise _validate.fail("query", "an address or a command", "nothing", "Say what is asked.")
     return words
 
 
@@ -119,13 +121,13 @@ def _post(url: str, png: bytes, field: str | None) -> Any:
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
             answer = json.loads(response.read(_LARGEST_ANSWER))
     except (urllib.error.URLError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"query: expected an answer of {url}, but got {error}.\n{advice}") from None
+        raise _validate.fail("query", f"an answer of {url}", str(error), advice) from error
     if isinstance(answer, dict):
         answer = next((answer[place] for place in _PLACES if place in answer), None)
     if isinstance(answer, list) and len(answer) > 1 and all(type(score) in (int, float) for score in answer):
         return answer.index(max(answer))
     if type(answer) is not int:
-        raise ValueError(f"query: expected a class number or scores, but got {str(answer)[:60]!r}.\n{advice}")
+        raise _validate.fail("query", "a class number or scores", f"{str(answer)[:60]!r}", advice)
     return answer
 
 
@@ -139,15 +141,14 @@ def _run(command: list[str], images: "np.ndarray") -> list[int]:
         try:
             done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"query: expected a command that runs, but got {error}.\nIs its name right? A URL begins with http."
-            ) from None
+            advice = "Is its name right? A URL begins with http."
+            raise _validate.fail("query", "a command that runs", str(error), advice) from error
     advice = "It gets paths on stdin, one a line, and prints a class number for each. Answers so far are kept."
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2][-200:]
         got = f"exit code {done.returncode} ({last})"
-        raise ValueError(f"query: expected answers of {command[0]}, but got {got}.\n{advice}")
+        raise _validate.fail("query", f"answers of {command[0]}", got, advice)
     try:
         return [int(line) for line in done.stdout.split()]
-    except ValueError:
-        raise ValueError(f"query: expected numbers, but got {done.stdout[:60]!r}.\n{advice}") from None
+    except ValueError as error:
+        raise _validate.fail("query", "numbers", f"{done.stdout[:60]!r}", advice) from error

@@ -53,7 +53,7 @@ def read(path: Path) -> Config:
     """The configuration in a file.
 
     Raises:
-      ValueError: when the file is not TOML, or a key or a value is not one of ours.
+      SmarkError: when the file is not TOML, or a key or a value is not one of ours.
       OSError: when the file cannot be read.
     """
     try:

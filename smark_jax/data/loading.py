@@ -69,7 +69,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) 
       The whole split, decoded, as NumPy arrays.
 
     Raises:
-      ValueError: for an unknown name or split, or a data set that is not 8-bit images of one size with one label.
+      SmarkError: for an unknown name or split, or a data set that is not 8-bit images of one size with one label.
       ConnectionError: when the set is not on this machine and cannot be downloaded.
       ImportError: when a package that the preparation needs is missing.
       OSError: when ``data_dir`` cannot be written to, or its files cannot be read.
@@ -140,9 +140,8 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     except ImportError as error:
         raise _missing(name, error) from error
     except (ValueError, AssertionError) as error:  # An unknown configuration or version.
-        raise ValueError(
-            f"data.load: {name!r} is neither {_EMBEDDED!r} nor a set that TFDS can open ({_first_line(error)})"
-        ) from error
+        expected = f"{_EMBEDDED!r}, or a set, configuration and version that TFDS can open"
+        raise _validate.fail("data.load", expected, repr(name), f"TFDS says: {_first_line(error)}") from error
     except Exception as error:
         where = data_dir or "TFDS's default folder"
         raise OSError(f"data.load: TFDS cannot open {name!r} in {where}: {_first_line(error)}") from error
@@ -318,9 +317,13 @@ def _read(name: str, split: str, builder: Any) -> Dataset:
     try:
         source = builder.as_data_source(split)
     except NotImplementedError as error:
-        raise ValueError(
-            f"data.load: {name!r} lies in {builder.data_dir} as {builder.info.file_format.value}, which only "
-            "TensorFlow reads; pass another data_dir to have it prepared as array_record."
+        form = builder.info.file_format.value
+        raise _validate.fail(
+            "data.load",
+            f"{name!r} in a form that is read without TensorFlow",
+            f"{form} in {builder.data_dir}, which only TensorFlow reads",
+            "Pass another data_dir to have it prepared as array_record.",
+            desk="Name another folder by the variable TFDS_DATA_DIR: it is prepared there as array_record.",
         ) from error
     except Exception as error:
         raise _DamagedError(name, builder.data_dir, error) from error

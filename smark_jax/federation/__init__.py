@@ -7,10 +7,12 @@ messages; :mod:`smark_jax.aggregation.protocol` decides what may be said.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from smark_jax import _validate
+
 try:
     import flwr  # noqa: F401
 except ImportError as error:
-    raise ImportError("smark_jax.federation needs Flower: pip install 'smark-jax[flower]'") from error
+    raise _validate.missing("smark_jax.federation", "flwr", "flower") from error
 
 from smark_jax.federation.mod import masked_mod
 

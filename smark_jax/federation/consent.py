@@ -51,7 +51,7 @@ def read(node_config: Mapping[str, Any]) -> Consent:
     """The consent that a node configuration states; whatever it does not name stays at its default.
 
     Raises:
-      ValueError: for an unknown option that begins with ``smark-``, or a value of another type or out of range.
+      SmarkError: for an unknown option that begins with ``smark-``, or a value of another type or out of range.
     """
     given = {name.removeprefix("smark-"): value for name, value in node_config.items() if name.startswith("smark-")}
     for name, value in given.items():

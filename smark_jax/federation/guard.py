@@ -75,7 +75,7 @@ def install(runtime: Any, pinned: Collection[str], add_mod: bool) -> None:
       add_mod: as for :func:`write`.
 
     Raises:
-      ValueError: when this version of Flower does it in another way: nothing runs then.
+      SmarkError: when this version of Flower does it in another way: nothing runs then.
     """
     hooks = ("install_from_fab", "get_load_client_app_fn")
     if not all(hasattr(runtime, hook) for hook in hooks):

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from smark_jax import _validate, keys
+from smark_jax import _validate, errors, keys
 from smark_jax.aggregation.protocol import messages
 
 
@@ -23,27 +23,33 @@ def read(path: Path) -> keys.SecretKey:
     """The identity that :func:`create` wrote.
 
     Raises:
-      ValueError: when the file does not hold 64 hexadecimal digits.
+      SmarkError: when the file does not hold 64 hexadecimal digits.
     """
     try:
         return keys.from_bytes(bytes.fromhex(path.read_text().strip()))
     except (ValueError, OSError) as error:
         cause = "Make one with: python -m smark_jax.federation keygen FILE"
-        raise _validate.fail("federation", "a file with 64 hexadecimal digits", f"{path}: {error}", cause) from None
+        expected, got = "a file with 64 hexadecimal digits", f"{path}: {error}"
+        raise _validate.fail("federation", expected, got, cause, kind=errors.Unreadable) from None
 
 
 def roster(path: Path) -> tuple[bytes, ...]:
     """The public identities in a file, one to a line in hexadecimal; what follows a ``#`` is a comment.
 
     Raises:
-      ValueError: when the file cannot be read, or a line is anything else.
+      SmarkError: when the file cannot be read, or a line is anything else.
     """
     try:
         lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
         found = tuple(bytes.fromhex(line) for line in lines if line)
-        if any(len(identity) != 32 for identity in found):
-            raise ValueError("a line of other than 64 digits")
     except (ValueError, OSError) as error:
-        cause = "Each line is what 'python -m smark_jax.federation keygen' printed for one participant."
-        raise _validate.fail("federation", "a file of public identities", f"{path}: {error}", cause) from None
+        raise _no_roster(path, str(error)) from error
+    if any(len(identity) != 32 for identity in found):
+        raise _no_roster(path, "a line of other than 64 digits")
     return found
+
+
+def _no_roster(path: Path, problem: str) -> errors.Unreadable:
+    cause = "Each line is what 'python -m smark_jax.federation keygen' printed for one participant."
+    expected = "a file of public identities"
+    return _validate.fail("federation", expected, f"{path}: {problem}", cause, kind=errors.Unreadable)

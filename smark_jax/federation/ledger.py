@@ -29,7 +29,7 @@ def claim(folder: Path, session: bytes, stage: str, round: int) -> None:
 
     Raises:
       ProtocolError: when this stage of this round, or of a later one, was answered before.
-      ValueError: when the ledger cannot be written: nothing may be answered then.
+      SmarkError: when the ledger cannot be written: nothing may be answered then.
     """
     path = folder / f"{hashlib.sha256(session).hexdigest()[:32]}.json"
     try:

@@ -34,7 +34,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
-from smark_jax import _validate, keys
+from smark_jax import _validate, errors, keys
 from smark_jax.aggregation import protocol
 from smark_jax.aggregation.protocol import messages, party
 from smark_jax.aggregation.protocol.parameters import refuse
@@ -52,7 +52,7 @@ def masked_mod(message: Message, context: Context, call_next: ClientAppCallable)
     what they return is seen by the server.
 
     Raises:
-      ValueError: when the server asks for an unmasked update, breaks the protocol, asks for less than the operator's
+      SmarkError: when the server asks for an unmasked update, breaks the protocol, asks for less than the operator's
         conditions, or repeats a request. The client then answers with an error and nothing of its update.
     """
     if not message.metadata.message_type.startswith(MessageType.TRAIN):
@@ -138,7 +138,7 @@ def _train(
         raise _failed() from None
 
 
-def _failed() -> ValueError:
+def _failed() -> errors.SmarkError:
     cause = "This client's own log says why; the server is not told, since the reason may tell of the data."
     return _validate.fail("masked_mod", "an update to mask", "an error", cause)
 

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from smark_jax import _validate, carriers, codes, embedding, keys
+from smark_jax import _validate, carriers, codes, embedding, errors, keys
 from smark_jax.aggregation import protocol
 from smark_jax.aggregation.protocol import messages, server
 from smark_jax.federation import task, update, wire
@@ -62,7 +62,7 @@ class Masked(Strategy):
         ``smark-federation="..."``.
 
     Raises:
-      ValueError: when both fingerprints and bind_model are asked for.
+      SmarkError: when both fingerprints and bind_model are asked for.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Masked(Strategy):
                 now.state, requests = server.close(now.state)
             total = server.open_sum(now.state)
             mean = update.decode(total, wire.tree(self._before), len(now.state.survivors), self._form(len(now.nodes)))
-        except ValueError as error:
+        except errors.SmarkError as error:
             self._fail(server_round, error)
             return None, None
         self._failures = 0
@@ -282,7 +282,7 @@ class Masked(Strategy):
             return {}
         try:
             return wire.take(reply.content)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError) as error:  # ours, or Flower's at a message without content
             log(WARNING, "Client %s sent something else: %s", reply.metadata.src_node_id, error)
             return {}
 

@@ -40,7 +40,7 @@ def encode(
     """A participant's message before masking: its change of the model it was given, relative to that.
 
     Raises:
-      ValueError: when the arrays differ in name or shape, or a metric is missing.
+      SmarkError: when the arrays differ in name or shape, or a metric is missing.
     """
     _trees.same("federation", [dict(before), dict(after)])
     missing = [name for name in form.metrics if name not in metrics]
@@ -68,7 +68,7 @@ def decode(
     """The mean that a sum of :func:`encode`'s messages stands for.
 
     Raises:
-      ValueError: when the survivors had no examples at all, or are more than the format has room for.
+      SmarkError: when the survivors had no examples at all, or are more than the format has room for.
     """
     fixed = aggregation.FixedPoint(form.clip, form.num_parties)
     flat, examples = aggregation.decode_weighted((total[:-2], total[-1]), form.most_examples, fixed, num_survivors)

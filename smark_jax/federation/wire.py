@@ -72,7 +72,7 @@ def load(data: bytes, kind: Any = Any) -> Any:
       kind: the type that it must be of; every protocol object's fields must be of their types in any case.
 
     Raises:
-      ValueError: when the bytes are anything else.
+      SmarkError: when the bytes are anything else.
     """
     try:
         value = _object(json.loads(data))
@@ -155,7 +155,7 @@ def take(content: RecordDict) -> dict[str, Any]:
     """The protocol objects of a message's content by name; empty when it holds none.
 
     Raises:
-      ValueError: when something else stands where they should be.
+      SmarkError: when something else stands where they should be.
     """
     if RECORD not in content:
         return {}
@@ -176,7 +176,7 @@ def tree(arrays: object, kind: Any = np.floating) -> dict[str, np.ndarray]:
     """The arrays of an ArrayRecord by name, in order of name.
 
     Raises:
-      ValueError: when it is no such record, or one of its arrays is not of this kind: fixed point has no place for it.
+      SmarkError: when it is no such record, or one of its arrays is not of this kind: fixed point has no place for it.
     """
     if not isinstance(arrays, ArrayRecord):
         raise _validate.fail("federation", "an ArrayRecord", type(arrays).__name__, "Was a record lost on the way?")

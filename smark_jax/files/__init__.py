@@ -11,12 +11,12 @@ back and forth between that and a parameter tree.
 
 What may be hostile is checked before it is unpacked. Pickle is never loaded, names never become paths, and a reader
 holds the file and its leaves in memory, each at most :data:`MAX_BYTES` unless you raise it: less than 1 GB in all. What
-cannot be read is an :class:`Unreadable` of one line. NaN and infinite weights are read as they are; who computes with
-them refuses them.
+cannot be read is an :class:`smark_jax.errors.Unreadable` of one line. NaN and infinite weights are read as they are;
+who computes with them refuses them.
 """
 
-from smark_jax.files._limits import MAX_BYTES, MAX_LEAVES, Unreadable
-from smark_jax.files.layout import Ambiguous, Layout, Move, Unmatched, match_layout
+from smark_jax.files._limits import MAX_BYTES, MAX_LEAVES
+from smark_jax.files.layout import Layout, Move, match_layout
 from smark_jax.files.reading import Weights, read
 from smark_jax.files.trees import content_hash, flatten, nest
 from smark_jax.files.writing import dump, write
@@ -24,11 +24,8 @@ from smark_jax.files.writing import dump, write
 __all__ = [
     "MAX_BYTES",
     "MAX_LEAVES",
-    "Ambiguous",
     "Layout",
     "Move",
-    "Unmatched",
-    "Unreadable",
     "Weights",
     "content_hash",
     "dump",

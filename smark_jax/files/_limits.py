@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from smark_jax import _foreign
+from smark_jax.errors import Unreadable
 
 MAX_BYTES = 384 * 2**20
 """Largest file, and largest sum of its leaves, that is read unless the caller says otherwise: about 100 million float32
@@ -24,6 +25,7 @@ _MAX_JSON_UNICODE = (
 )  # bytes of JSON that is not ASCII: a single rare character makes text take four bytes each
 _MAX_AXES = 32
 _SHOWN = 120
+_ADVICE = "Ask for the file again, as safetensors."
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -48,14 +50,6 @@ BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 """The same by their names in NumPy."""
 
 
-class Unreadable(ValueError):
-    """A file that is no weights file, is damaged or exceeds a limit. One line: what is wrong, and what to do."""
-
-    def __init__(self, problem: str, advice: str = "Ask for the file again, as safetensors.") -> None:
-        self.problem, self.advice = _foreign.clean(problem), _foreign.clean(advice)
-        super().__init__(f"{self.problem}. {self.advice}")
-
-
 class Foreign(NamedTuple):
     """In a leaf's place: it is no array of real numbers. What it is, and what to do."""
 
@@ -66,7 +60,9 @@ class Foreign(NamedTuple):
 def check_name(name: object) -> str:
     """A leaf's name, once it is known to be short and printable: it will stand in tables and reports."""
     if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
-        raise Unreadable(f"a leaf's name is {shown(name)}, not printable text of 1 to {_MAX_NAME:,} characters")
+        raise Unreadable(
+            f"a leaf's name is {shown(name)}, not printable text of 1 to {_MAX_NAME:,} characters", _ADVICE
+        )
     return name
 
 
@@ -75,7 +71,7 @@ def check_names(names: Iterable[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise Unreadable(f"the leaf {shown(name)} occurs twice")
+            raise Unreadable(f"the leaf {shown(name)} occurs twice", _ADVICE)
         seen.add(name)
     check_number(len(seen))
 
@@ -92,9 +88,11 @@ def check_shape(name: str, shape: Any, dtype: np.dtype, num_bytes: int) -> tuple
     """A leaf's shape, once it is known to be a shape that takes exactly ``num_bytes``."""
     good = isinstance(shape, list | tuple) and len(shape) <= _MAX_AXES and all(type(n) is int for n in shape)
     if not good or not all(0 <= n < 2**48 for n in shape):
-        raise Unreadable(f"leaf {shown(name)} has the shape {shown(shape)}")
+        raise Unreadable(f"leaf {shown(name)} has the shape {shown(shape)}", _ADVICE)
     if math.prod(shape) * dtype.itemsize != num_bytes or math.prod(n or 1 for n in shape) >= 2**48:
-        raise Unreadable(f"leaf {shown(name)} of shape {shown(shape)}, {dtype.name}, has {num_bytes:,} bytes of data")
+        raise Unreadable(
+            f"leaf {shown(name)} of shape {shown(shape)}, {dtype.name}, has {num_bytes:,} bytes of data", _ADVICE
+        )
     return tuple(shape)
 
 
@@ -105,9 +103,9 @@ def json_text(data: bytes) -> str:
     """
     values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
     if values > _MAX_JSON_VALUES:
-        raise Unreadable(f"its JSON has {values:,} commas and brackets, more than {_MAX_JSON_VALUES:,}")
+        raise Unreadable(f"its JSON has {values:,} commas and brackets, more than {_MAX_JSON_VALUES:,}", _ADVICE)
     if not data.isascii() and len(data) > _MAX_JSON_UNICODE:
-        raise Unreadable(f"its JSON of more than {_MAX_JSON_UNICODE:,} bytes is not in ASCII")
+        raise Unreadable(f"its JSON of more than {_MAX_JSON_UNICODE:,} bytes is not in ASCII", _ADVICE)
     return data.decode()
 
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from smark_jax.errors import Unreadable
 from smark_jax.files import _limits
-from smark_jax.files._limits import Foreign, Unreadable, shown
+from smark_jax.files._limits import Foreign, shown
 
 _MAX_DEPTH = 64
 _MAX_VALUES = 10 * _limits.MAX_LEAVES

@@ -8,8 +8,9 @@ import zlib
 
 import numpy as np
 
+from smark_jax.errors import Unreadable
 from smark_jax.files import _limits
-from smark_jax.files._limits import Foreign, Unreadable, shown
+from smark_jax.files._limits import Foreign, shown
 
 _MAX_DIRECTORY = 4 * 2**20  # a zip's directory grows some twenty-fold when it is parsed
 _MAX_HEADER = 4096

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 
+from smark_jax.errors import Unreadable
 from smark_jax.files import _limits
-from smark_jax.files._limits import Foreign, Unreadable, shown
+from smark_jax.files._limits import Foreign, shown
 
 _MAX_HEADER = 8 * 2**20  # JSON grows some twenty-fold when it is parsed
 _ADVICE = "The file is damaged or forged: ask for it again."
@@ -77,9 +78,9 @@ def _check(data: bytes, size: int) -> list[Entry]:
         raise Unreadable(f"its header claims {length:,} bytes {why}", _ADVICE)
     try:
         header = json.loads(_limits.json_text(data[8 : 8 + length]), object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, Unreadable):
-            raise
+    except Unreadable:
+        raise
+    except (ValueError, RecursionError):  # of JSON, of UTF-8, or of a number with too many digits
         raise Unreadable("its header is no JSON", _ADVICE) from None
     if not isinstance(header, dict):
         raise Unreadable("its header is no JSON object", _ADVICE)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from smark_jax.errors import Unreadable
 from smark_jax.files import _safetensors
-from smark_jax.files._limits import Foreign, Unreadable
+from smark_jax.files._limits import Foreign
 
 _SECONDS = 120
 _CHILD = Path(__file__).with_name("_torch_child.py")

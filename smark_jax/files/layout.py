@@ -4,8 +4,8 @@ Leaves are paired by name where the names agree, and otherwise layer by layer: b
 take (:mod:`smark_jax.files._changes`), then by content (:mod:`smark_jax.files._pairing`). A true copy of a leaf
 correlates with the base's leaf, in the right layout and in no other; what is left over is paired where only one layer
 fits. Leaves for which neither tells, and leaves that the suspect lacks, are left out; where content tells nothing at
-all, the question is asked (:class:`Ambiguous`). Suspect and base are looked at, and nothing else: no customer's
-codeword can enter, so that p-values hold as they do without.
+all, the question is asked (:class:`smark_jax.errors.Ambiguous`). Suspect and base are looked at, and nothing else:
+no customer's codeword can enter, so that p-values hold as they do without.
 
 A map that somebody gives could be chosen by a look at codewords. So it is taken only where content does not decide,
 and p-values pay for every map that could have been given there. Let the leaves that content leaves open form G sets of
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from smark_jax import _validate
+from smark_jax import _validate, errors
 from smark_jax.files import _changes, _pairing
 from smark_jax.files._changes import Option
 
@@ -69,27 +69,23 @@ class Layout(NamedTuple):
     log_maps: float = 0.0
 
 
-class Unmatched(ValueError):
-    """Nothing of the suspect could be paired with the base, or to compare them would take too long."""
-
-
-class Ambiguous(Unmatched):
-    """Shapes and content do not tell how a suspect's leaves are laid out: the person who asks has to say.
-
-    Attributes:
-      options: for each leaf of the base in question, the answers that ``given`` takes.
-    """
-
-    def __init__(self, options: Mapping[str, tuple[str, ...]]) -> None:
-        name, answers = next(iter(options.items()))
-        listed = "; ".join(f"{leaf}: {' or '.join(map(repr, some[:4]))}" for leaf, some in list(options.items())[:4])
-        more = f"; and {len(options) - 4} leaves more" if len(options) > 4 else ""
-        super().__init__(
-            f"{_WHO}: expected names, shapes or content that tell each leaf's place, but got several that fit "
-            f"({listed}{more}).\nIt may be another model. If you know the layout, say it: "
-            f"given={{{name!r}: {answers[0]!r}}} (smark trace: --map {f'{name}={answers[0]}'!r})."
-        )
-        self.options = dict(options)
+def _ambiguous(options: Mapping[str, tuple[str, ...]]) -> errors.Ambiguous:
+    """The error that asks how leaves of the base are laid out in the suspect."""
+    name, answers = next(iter(options.items()))
+    listed = "; ".join(f"{leaf}: {' or '.join(map(repr, some[:4]))}" for leaf, some in list(options.items())[:4])
+    more = f"; and {len(options) - 4} leaves more" if len(options) > 4 else ""
+    expected, got = "names, shapes or content that tell each leaf's place", f"several that fit ({listed}{more})"
+    known = "It may be another model. If you know the layout, say it:"
+    question = _validate.fail(
+        _WHO,
+        expected,
+        got,
+        f"{known} given={{{name!r}: {answers[0]!r}}} (smark trace: --map {f'{name}={answers[0]}'!r}).",
+        kind=errors.Ambiguous,
+        desk=f"{known} --map {f'{name}={answers[0]}'!r}.",
+    )
+    question.options = dict(options)
+    return question
 
 
 def match_layout(
@@ -113,8 +109,8 @@ def match_layout(
 
     Raises:
       Ambiguous: when several places or layouts fit alike, and content tells nothing about any leaf.
-      Unmatched: when no leaf fits any of the base's, or too many leaves have equal shapes.
-      ValueError: when the base is empty, or ``given`` names what is not there or contradicts content.
+      Undecided: when no leaf fits any of the base's, or too many leaves have equal shapes.
+      SmarkError: when the base is empty, or ``given`` names what is not there or contradicts content.
 
     Examples:
       >>> import numpy as np
@@ -134,17 +130,17 @@ def match_layout(
         found = _by_name(suspect, base, names, channels) if names else _by_layer(suspect, base, channels)
     except _pairing.TooMany as error:
         cause = "Give the suspect the base's names, or leave out what is none of its weights."
-        raise Unmatched(str(_validate.fail(_WHO, "layers that can be compared", str(error), cause))) from None
+        raise _validate.fail(_WHO, "layers that can be compared", str(error), cause, kind=errors.Undecided) from None
     chosen, log_maps = _with_given(suspect, base, given or {}, found, channels)
     asked = {name: some for name, some in found.open.items() if name not in chosen}
     if asked and not names and not found.settled:
-        raise Ambiguous(asked)
+        raise _ambiguous(asked)
     if not chosen:
         name, leaf = next(iter(base.items()))
         expected = f"a leaf for {name!r} of shape {leaf.shape} (and for {len(base) - 1} more)"
         others = sorted({str(other.shape) for other in suspect.values()})[:6]
         got = f"the shapes {', '.join(others)}" if others else "no leaf of real numbers"
-        raise Unmatched(str(_validate.fail(_WHO, expected, got, _NEXT)))
+        raise _validate.fail(_WHO, expected, got, _NEXT, kind=errors.Undecided)
     moves = tuple(
         Move(name, option.source, option.change or "renamed")
         for name, option in sorted(chosen.items())
@@ -201,7 +197,7 @@ def _answer(
         raise _validate.fail(_WHO, f"a change of {source!r} among {could}", got, "Name one of these.")
     best = _changes.best(fitting, base[name])
     if not best.sure:
-        raise Ambiguous({name: tuple(f"{source}: {option.change or _AS_IT_IS}" for option in fitting)})
+        raise _ambiguous({name: tuple(f"{source}: {option.change or _AS_IT_IS}" for option in fitting)})
     return best.option
 
 

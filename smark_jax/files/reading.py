@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax import _validate
+from smark_jax.errors import Unreadable
 from smark_jax.files import _limits, _msgpack, _npz, _safetensors, _torch
-from smark_jax.files._limits import Unreadable, shown
+from smark_jax.files._limits import shown
 
 # What a file that is not read begins with, what it is, and what to do.
 _OTHERS = (
@@ -55,7 +56,7 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, st
 
     Raises:
       Unreadable: when there is no file, or none that can be read safely.
-      ValueError: when ``max_bytes`` is no count.
+      SmarkError: when ``max_bytes`` is no count.
     """
     _validate.positive("read", "max_bytes", max_bytes)
     try:
@@ -66,7 +67,7 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, st
         if foreign and (strict or not leaves):
             raise Unreadable(*next(iter(foreign.values())))
     except Unreadable as error:
-        raise Unreadable(f"cannot read {shown(os.fspath(path))}: {error.problem}", error.advice) from None
+        raise Unreadable(f"cannot read {shown(os.fspath(path))}: {error}") from None
     return Weights(leaves, kind, hashlib.sha256(data).hexdigest(), tuple(foreign))
 
 

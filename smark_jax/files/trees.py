@@ -19,7 +19,7 @@ def flatten(params: PyTree) -> dict[str, np.ndarray]:
     uint32: :func:`jax.random.wrap_key_data` makes keys of it again.
 
     Raises:
-      ValueError: when two leaves have the same name, or one is no array of real numbers.
+      SmarkError: when two leaves have the same name, or one is no array of real numbers.
 
     Examples:
       >>> import numpy as np
@@ -47,7 +47,7 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     Lists in the original tree come back as dicts with the keys ``"0"``, ``"1"``, ...
 
     Raises:
-      ValueError: when a name is both a leaf and the beginning of another.
+      SmarkError: when a name is both a leaf and the beginning of another.
 
     Examples:
       >>> from smark_jax import files
@@ -76,7 +76,7 @@ def content_hash(leaves: Mapping[str, Any]) -> str:
     (such as ``float32 3,4``); then the values in C order, little-endian. The whole begins with ``smark weights v1``.
 
     Raises:
-      ValueError: when a leaf is no array of real numbers.
+      SmarkError: when a leaf is no array of real numbers.
     """
     digest = hashlib.sha256(b"smark weights v1")
     for name in sorted(leaves):

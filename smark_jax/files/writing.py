@@ -28,7 +28,7 @@ def write(path: str | os.PathLike[str], params: Any, *, like: str | os.PathLike[
         metadata and the order of its leaves are taken over: only values differ.
 
     Raises:
-      ValueError: when there are no leaves, or others than in ``like``, or as :func:`flatten`.
+      SmarkError: when there are no leaves, or others than in ``like``, or as :func:`flatten`.
       OSError: when the disk is full, or the folder missing or not writable; nothing is left behind then.
 
     Examples:
@@ -55,7 +55,7 @@ def dump(file: BinaryIO, params: Any, *, like: str | os.PathLike[str] | None = N
       like: as for :func:`write`.
 
     Raises:
-      ValueError: as :func:`write`.
+      SmarkError: as :func:`write`.
 
     Examples:
       >>> import hashlib, io, numpy as np

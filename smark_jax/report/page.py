@@ -84,7 +84,7 @@ def render(document: Mapping[str, Any]) -> str:
       The page as text; write it as UTF-8.
 
     Raises:
-      ValueError: when the document lacks what every verdict holds, or a suspect's verdict has an unknown name.
+      SmarkError: when the document lacks what every verdict holds, or a suspect's verdict has an unknown name.
 
     Examples:
       >>> from smark_jax import report

@@ -37,7 +37,7 @@ _MOST_BY_TABLES = 4
 
 
 def size(book: Book) -> tuple[int, int]:
-    """Customers and chips of a codebook, or a ValueError when it is no codebook."""
+    """Customers and chips of a codebook, or a SmarkError when it is no codebook."""
     if isinstance(book, codes.Codebook):
         return book.num_customers, book.num_chips
     shape = np.shape(book)

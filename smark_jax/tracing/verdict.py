@@ -133,7 +133,7 @@ def trace(
       L = min(N, 320e6 / m).
 
     Raises:
-      ValueError: on chips that are not a finite vector, a codebook of another length or with entries other than -1 and
+      SmarkError: on chips that are not a finite vector, a codebook of another length or with entries other than -1 and
         +1, no customers, serials that do not match, alpha outside (0, 1), or an unknown decoder.
 
     Warns:
@@ -179,7 +179,7 @@ def trace_batch(
       A verdict for each suspect.
 
     Raises:
-      ValueError: as :func:`trace`.
+      SmarkError: as :func:`trace`.
     """
     if np.ndim(chips) != 2 or np.shape(chips)[0] == 0:
         cause = "For a single suspect use trace."

@@ -85,7 +85,7 @@ def fit(
       The params, and each round's mean loss, shape [rounds].
 
     Raises:
-      ValueError: when parties' gradients are NaN or infinite.
+      SmarkError: when parties' gradients are NaN or infinite.
     """
     from orbax.checkpoint import v1 as ocp
 

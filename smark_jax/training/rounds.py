@@ -24,7 +24,7 @@ def partition(
       Images of shape [P, n, ...] and labels of shape [P, n], n = N // P.
 
     Raises:
-      ValueError: with zero parties, more parties than examples, or unequal numbers of images and labels.
+      SmarkError: with zero parties, more parties than examples, or unequal numbers of images and labels.
     """
     _validate.positive("partition", "num_parties", num_parties)
     if len(images) != len(labels):
@@ -60,7 +60,7 @@ def batches(
       Images of shape [P, B, ...] and labels of shape [P, B].
 
     Raises:
-      ValueError: when the batch size is not between 1 and n, or epochs not at least 1.
+      SmarkError: when the batch size is not between 1 and n, or epochs not at least 1.
     """
     _validate.positive("batches", "batch_size", batch_size)
     _validate.positive("batches", "epochs", epochs)
@@ -108,7 +108,7 @@ def fit(
       The last state.
 
     Raises:
-      ValueError: when parties' gradients are NaN or infinite. What ``on_round`` saw before that is sound.
+      SmarkError: when parties' gradients are NaN or infinite. What ``on_round`` saw before that is sound.
     """
     for images, labels in batches:
         state, info = step.update(state, images, labels, pair_keys)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _io, _validate, data, files, keys, parallel
+from smark_jax import _io, _validate, data, errors, files, keys, parallel
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.training import checkpoints, recipe
 
@@ -64,7 +64,7 @@ def run(
       What ``results.json`` holds: settings, hashes, accuracy, mean loss of each epoch, strength of the owner's mark.
 
     Raises:
-      ValueError: when ``out`` holds a run of other settings or somebody else's files, or another process is at work
+      SmarkError: when ``out`` holds a run of other settings or somebody else's files, or another process is at work
         there.
     """
     began = time.perf_counter()
@@ -123,7 +123,7 @@ def _alone(private: Path) -> Iterator[None]:
         except TimeoutError as error:
             cause = "Wait for it, or choose another folder."
             raise _validate.fail(
-                "train", f"{private.parent} to itself", "another smark train at work there", cause
+                "train", f"{private.parent} to itself", "another smark train at work there", cause, kind=errors.InUse
             ) from error
         yield
 

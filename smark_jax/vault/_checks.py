@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax import carriers, files, keys
+from smark_jax import carriers, errors, files, keys
 from smark_jax.vault import commitments, documents, merkle, models, timestamps
 from smark_jax.vault.documents import Bundle, Commitment, Header, Stamp
 
@@ -133,7 +133,7 @@ def _check_published(bundle: Bundle, roots: Sequence[str]) -> None:
 def _stamped(tree: Commitment, stamp: Stamp) -> bool:
     try:
         return timestamps.check(tree.published, bytes.fromhex(stamp.response)) == stamp.time
-    except ValueError:
+    except errors.SmarkError:
         return False
 
 

@@ -29,7 +29,7 @@ def model_name(name: str) -> str:
     """A model's name, which becomes a file's name too.
 
     Raises:
-      ValueError: when it has other characters than Latin letters, digits, ``.``, ``_`` and ``-``, or more than 64.
+      SmarkError: when it has other characters than Latin letters, digits, ``.``, ``_`` and ``-``, or more than 64.
     """
     if not _MODEL.fullmatch(name):
         cause = "Models' names become names of files: choose a short one such as mnist-cnn."
@@ -41,7 +41,7 @@ def customer_name(name: str) -> str:
     """A customer's name in any script, in Unicode's composed form (NFC), without spaces around it.
 
     Raises:
-      ValueError: when it is empty, longer than 200 characters, or has characters that nobody sees.
+      SmarkError: when it is empty, longer than 200 characters, or has characters that nobody sees.
     """
     name = unicodedata.normalize("NFC", name).strip()
     if not name:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from smark_jax import _foreign, keys
+from smark_jax import errors, keys
 from smark_jax.files import _limits
 from smark_jax.vault import _text, commitments, crypto, documents, versions
 
@@ -22,11 +22,9 @@ _AGAIN = "Ask for the file again: it may have been cut short, or be another one.
 _UPGRADE = "Upgrade smark-jax: a newer one wrote it. Ask for the file again if yours is the newest."
 
 
-class Unreadable(ValueError):
-    """A file that is no bundle or no commitment: one line that says what is wrong and what to do."""
-
-    def __init__(self, what: str, got: str, advice: str = _AGAIN) -> None:
-        super().__init__(_foreign.clean(f"evidence: expected {what}, but got {got}. {advice}"))
+def unreadable(what: str, got: str, advice: str = _AGAIN) -> errors.Unreadable:
+    """The error for a file that is no bundle or no commitment; the caller raises it."""
+    return errors.Unreadable(f"evidence: expected {what}, but got {got}", advice)
 
 
 def signed(bundle: Any, master: keys.SecretKey) -> bytes:
@@ -80,13 +78,13 @@ def _known(commitment: documents.Commitment) -> None:
     """Refuses a commitment of which this version could only guess what it binds."""
     _expect(commitments.FORMAT, commitments.VERSION, commitment.format, commitment.version)
     if unknown := versions.unknown(commitment.header.algorithms):
-        raise Unreadable("a commitment to algorithms that this version knows", unknown, _UPGRADE)
+        raise unreadable("a commitment to algorithms that this version knows", unknown, _UPGRADE)
 
 
 def _expect(wanted: str, newest: int, name: str, version: int) -> None:
     if (name, version) != (wanted, newest):
         advice = _UPGRADE if name == wanted and version > newest else _AGAIN
-        raise Unreadable(f"{wanted!r} of version {newest}", f"{name[:40]!r} of version {version}", advice)
+        raise unreadable(f"{wanted!r} of version {newest}", f"{name[:40]!r} of version {version}", advice)
 
 
 def read_json(path: Path, kind: type[T], what: str) -> T:
@@ -98,17 +96,17 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     with path.open("rb") as file:
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
-        raise Unreadable(f"{what} of at most {LARGEST:,} bytes", "a larger file")
+        raise unreadable(f"{what} of at most {LARGEST:,} bytes", "a larger file")
     try:
         document = json.loads(_limits.json_text(data), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         got = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0][:100]
-        raise Unreadable(f"{what} in {str(path)!r}", f"no JSON ({got})") from None
+        raise unreadable(f"{what} in {str(path)!r}", f"no JSON ({got})") from None
     try:
         return documents.parse(kind, document)
     except documents.Wrong as error:
-        raise Unreadable(f"{what} in {str(path)!r}", f"one whose {error}") from None
+        raise unreadable(f"{what} in {str(path)!r}", f"one whose {error}") from None
 
 
 def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is no number")  # to the parser that calls it, as its own error

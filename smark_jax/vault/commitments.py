@@ -101,7 +101,7 @@ def get(vault: folder.Vault, model: str, number: int) -> Commitment:
     """A model's commitment of this number.
 
     Raises:
-      ValueError: when there is none.
+      SmarkError: when there is none.
     """
     row = store.commitment(vault.connection, model, number)
     if row is None:

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from smark_jax import _validate, keys
+from smark_jax import _validate, errors, keys
 from smark_jax.vault import _text
 
 SHORTEST_PASSPHRASE = 12
@@ -29,7 +29,7 @@ def seal(master: keys.SecretKey, passphrase: str) -> bytes:
     All parameters are authenticated with the ciphertext, so that none can be changed unnoticed.
 
     Raises:
-      ValueError: when the passphrase is empty.
+      SmarkError: when the passphrase is empty.
     """
     header = {
         "format": "smark master key",
@@ -47,7 +47,7 @@ def unseal(path: Path, passphrase: str) -> keys.SecretKey:
     """The master key in a key file.
 
     Raises:
-      ValueError: when the passphrase is wrong, the file was changed, or it is no key file.
+      SmarkError: when the passphrase is wrong, the file was changed, or it is no key file.
     """
     broken = _validate.fail("vault", f"a whole key file {path}", "a damaged one", "Restore it from your backup.")
     with path.open("rb") as file:
@@ -61,7 +61,13 @@ def unseal(path: Path, passphrase: str) -> keys.SecretKey:
         secret = ChaCha20Poly1305(_stretch(passphrase, kdf)).decrypt(nonce, sealed, _text.canonical(header))
     except InvalidTag:
         cause = "Type it again. If you are sure of it, the file was changed: restore master.key from your backup."
-        raise _validate.fail("vault", "the passphrase of this vault", "one that does not open it", cause) from None
+        raise _validate.fail(
+            "vault",
+            "the passphrase of this vault",
+            "one that does not open it",
+            cause,
+            kind=errors.WrongPassphrase,
+        ) from None
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError):
         raise broken from None
     return keys.from_bytes(secret)

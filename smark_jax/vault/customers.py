@@ -20,7 +20,7 @@ def add(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
     """Registers customers, all or none.
 
     Raises:
-      ValueError: when a name is not one, stands there twice, or is registered already.
+      SmarkError: when a name is not one, stands there twice, or is registered already.
     """
     wanted = _distinct([_text.customer_name(name) for name in names])
     with store.transaction(vault.connection):
@@ -37,7 +37,7 @@ def resolve(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
     """The customers of these names, in their order; unknown ones are registered, all or none.
 
     Raises:
-      ValueError: when a name is not one, or stands there twice.
+      SmarkError: when a name is not one, or stands there twice.
     """
     wanted = _distinct([_text.customer_name(name) for name in names])
     with store.transaction(vault.connection):

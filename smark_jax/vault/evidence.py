@@ -85,7 +85,7 @@ def test(
       base: chips that are projected out as well, at no price, since nobody chose them.
 
     Raises:
-      ValueError: when a number is below 1.
+      SmarkError: when a number is below 1.
     """
     counts = {"num_customers": num_customers, "num_suspects": num_suspects, "num_alignments": num_alignments}
     for name, count in counts.items():
@@ -140,7 +140,7 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
       commitment: number of the commitment under which all codewords are opened instead.
 
     Raises:
-      ValueError: when there is no such verdict or suspect, it was not traced by its weights, no accusation reaches
+      SmarkError: when there is no such verdict or suspect, it was not traced by its weights, no accusation reaches
         the committed level on what an arbiter can check, or the commitment does not cover the accused.
     """
     verdict = verdicts.get(vault, number)

@@ -27,7 +27,7 @@ def create(folder: Path, passphrase: str) -> None:
     It is made beside its place and renamed: after a crash there is a whole vault under its name, or none.
 
     Raises:
-      ValueError: when the passphrase is empty, or something is there already.
+      SmarkError: when the passphrase is empty, or something is there already.
     """
     there = _validate.fail(
         "vault", f"a new name for a vault, not {folder}", "one that is taken", "Name another folder, or use that vault."
@@ -65,7 +65,7 @@ def opened(folder: Path, passphrase: str) -> Iterator[Vault]:
     What an older version kept in plain is sealed (:mod:`smark_jax.vault.sealing`).
 
     Raises:
-      ValueError: when there is no vault, the passphrase is wrong, anything was tampered with, or the disk is full or
+      SmarkError: when there is no vault, the passphrase is wrong, anything was tampered with, or the disk is full or
         cannot be written, saying what.
     """
     missing = [name for name in (KEY_FILE, DATABASE) if not (folder / name).is_file()]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from smark_jax import _io, _validate, carriers, embedding, files
+from smark_jax import _io, _validate, carriers, embedding, errors, files
 from smark_jax._types import PyTree
 from smark_jax.vault import _text, commitments, folder, models, store, trials
 from smark_jax.vault.customers import Customer
@@ -93,7 +93,7 @@ def issue(
       on_wait: called when another process issues from this vault, and this one waits.
 
     Raises:
-      ValueError: when there are no customers, a customer has a copy of another strength, or a copy
+      SmarkError: when there are no customers, a customer has a copy of another strength, or a copy
         would not work.
     """
     _validate.positive("issue", "the number of customers", len(customers))
@@ -284,7 +284,7 @@ def _refuse_base(path: Path, model: models.OpenModel) -> None:
     """A damaged copy is written again, but the owner's base is not written over because it has a copy's name."""
     try:
         is_base = path.is_file() and files.content_hash(files.read(path).leaves) == model.settings.base
-    except ValueError:
+    except errors.Unreadable:
         return
     if is_base:
         cause = "Name another folder by --out, or move the base."

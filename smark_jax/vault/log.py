@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smark_jax import _validate, keys
+from smark_jax import _validate, errors, keys
 from smark_jax.vault import _text, store
 
 _START = bytes(32)
@@ -49,7 +49,7 @@ def append(
       The entry's number.
 
     Raises:
-      ValueError: when the log's last entry is not authentic.
+      SmarkError: when the log's last entry is not authentic.
     """
     last = store.last_entry(connection)
     if last is not None and not hmac.compare_digest(_mac(key, *last[:3]), last.mac):
@@ -66,7 +66,7 @@ def verify(connection: store.Connection, key: keys.SecretKey) -> None:
     """Checks every entry of the log, and that the tables hold what it says.
 
     Raises:
-      ValueError: saying what differs, and what to do.
+      SmarkError: saying what differs, and what to do.
     """
     said, previous, count = {}, _START, 0
     for number, before, body, mac in store.entries(connection):
@@ -96,6 +96,8 @@ def _mac(key: keys.SecretKey, number: int, previous: bytes, body: str) -> bytes:
     return hmac.digest(key.to_bytes(), number.to_bytes(8, "big") + previous + body.encode(), "sha256")
 
 
-def _tampered(what: str) -> ValueError:
+def _tampered(what: str) -> errors.Tampered:
     cause = "Somebody or something changed it outside smark: restore the vault's folder from your backup."
-    return _validate.fail("vault", "the log as smark wrote it", f"a tampered or damaged log ({what})", cause)
+    return _validate.fail(
+        "vault", "the log as smark wrote it", f"a tampered or damaged log ({what})", cause, kind=errors.Tampered
+    )

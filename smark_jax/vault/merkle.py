@@ -18,7 +18,7 @@ def root(leaves: Sequence[bytes]) -> bytes:
     """The root over hashed leaves.
 
     Raises:
-      ValueError: when there are none.
+      SmarkError: when there are none.
     """
     return _levels(leaves)[-1][0]
 

@@ -69,7 +69,7 @@ class OpenModel:
         """The leaves of the base.
 
         Raises:
-          ValueError: when the file in the vault is not the one that was added.
+          SmarkError: when the file in the vault is not the one that was added.
         """
         path = self.base_file
         cause = "Restore it from your backup, or copy the base there as safetensors."
@@ -138,7 +138,7 @@ def add(
         metadata and its order. Otherwise the vault lays them out itself.
 
     Raises:
-      ValueError: when the name is taken or no file's name, a setting is out of range, or the base cannot carry.
+      SmarkError: when the name is taken or no file's name, a setting is out of range, or the base cannot carry.
     """
     _text.model_name(name)
     _validate.probability("add-model", "alpha", alpha)
@@ -217,7 +217,7 @@ def check_strength(who: str, strength: float) -> None:
     """Refuses a strength that is no number above 0 and up to 1.
 
     Raises:
-      ValueError: saying which strengths are of use.
+      SmarkError: saying which strengths are of use.
     """
     _validate.finite_number(who, "strength", strength)
     if strength > 1:
@@ -229,7 +229,7 @@ def refuse_taken(vault: folder.Vault, name: str) -> None:
     """Refuses a name that a model has.
 
     Raises:
-      ValueError: in that case, or when it cannot be a file's name.
+      SmarkError: in that case, or when it cannot be a file's name.
     """
     _text.model_name(name)
     if name in names(vault):
@@ -246,7 +246,7 @@ def get(vault: folder.Vault, name: str) -> OpenModel:
     """A model: looked up once by whoever begins, and passed on.
 
     Raises:
-      ValueError: when there is no such model, or it needs a newer version of smark-jax.
+      SmarkError: when there is no such model, or it needs a newer version of smark-jax.
     """
     text = store.model_document(vault.connection, name)
     if text is None:

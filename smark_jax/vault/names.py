@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from smark_jax import _validate
+from smark_jax import _validate, errors
 from smark_jax.vault import _text
 
 _DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
@@ -57,7 +57,7 @@ def from_csv(path: Path, column: str | None = None, heading: bool | None = None)
       heading: whether the first line is one; where it is left out, the line must tell.
 
     Raises:
-      ValueError: when the delimiter, the column or the first line leaves doubt, and listing bad and repeated names with
+      SmarkError: when the delimiter, the column or the first line leaves doubt, and listing bad and repeated names with
         their line numbers.
     """
     # Excel writes its delimiter as a first line of its own: sep=;
@@ -160,8 +160,8 @@ def _names(path: Path, rows: Sequence[_Row], place: int) -> list[str]:
     for row in rows:
         try:
             name = _text.customer_name(row.cells[place])
-        except ValueError as error:
-            problems.append(f"line {row.line}: {str(error).splitlines()[0]}")
+        except errors.SmarkError as error:
+            problems.append(f"line {row.line}: {error.desk.splitlines()[0]}")
             continue
         if name in names:
             problems.append(f"line {row.line}: {name!r} stands in line {names[name]} already")

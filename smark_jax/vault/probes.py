@@ -23,7 +23,7 @@ def images(path: Path) -> np.ndarray:
     """The owner's images in an npz file, under the name ``images``: uint8, shape [N, H, W, C].
 
     Raises:
-      ValueError: when there are none.
+      SmarkError: when there are none.
     """
     return _images(path, path)
 
@@ -60,7 +60,7 @@ def make(
       apply_fn: its network. Probes are then those on which the base is undecided, which costs copies least accuracy.
 
     Raises:
-      ValueError: as :func:`smark_jax.blackbox.probes`, or when the network does not take the images.
+      SmarkError: as :func:`smark_jax.blackbox.probes`, or when the network does not take the images.
     """
     shape = (pictures.shape[1], pictures.shape[2], pictures.shape[3])
     scores = None
@@ -74,7 +74,7 @@ def keep(model: models.OpenModel, made: UInt8[np.ndarray, "m H W C"], num_classe
     """Keeps a model's probes, sealed: who has them has customers' codewords from their services.
 
     Raises:
-      ValueError: when ``num_classes`` is no positive number.
+      SmarkError: when ``num_classes`` is no positive number.
     """
     _validate.positive("probes", "num_classes", num_classes)
     vault, content = model.vault, io.BytesIO()
@@ -88,7 +88,7 @@ def load(model: models.OpenModel) -> tuple[np.ndarray, int]:
     """A model's probe images and its number of classes.
 
     Raises:
-      ValueError: when it was added without, or the file in the vault is another.
+      SmarkError: when it was added without, or the file in the vault is another.
     """
     vault, name = model.vault, model.name
     known = store.probes(vault.connection, name)
@@ -126,7 +126,7 @@ def teacher(
       on_share: called with the share of the copy at hand that is done, from 0 to 1.
 
     Raises:
-      ValueError: when the model has no probes, or as :func:`smark_jax.blackbox.train_copies`.
+      SmarkError: when the model has no probes, or as :func:`smark_jax.blackbox.train_copies`.
     """
     made, num_classes = load(model)
     base = files.nest(model.base)

@@ -23,7 +23,7 @@ def shares(leaves: Mapping[str, np.ndarray], public: Mapping[str, np.ndarray]) -
     their name, also where another framework transposed them.
 
     Raises:
-      ValueError: when the models have nothing in common.
+      SmarkError: when the models have nothing in common.
     """
     bits = functools.cache(lambda which, name, dtype: _bits((leaves, public)[which][name].astype(dtype)))
     by_size: dict[int, list[str]] = {}

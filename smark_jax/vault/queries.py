@@ -63,7 +63,7 @@ def prepare(
       max_age: days after which answers no longer count.
 
     Raises:
-      ValueError: when the model has no probes or no customers, too few probes are left, or earlier answers are too old,
+      SmarkError: when the model has no probes or no customers, too few probes are left, or earlier answers are too old,
         are not authentic, or are no longer those of the target.
     """
     vault, name = model.vault, model.name
@@ -112,7 +112,7 @@ def ask(
       The verdict.
 
     Raises:
-      ValueError: when the suspect's answers are no classes.
+      SmarkError: when the suspect's answers are no classes.
     """
     model, vault = query.model, query.model.vault
     pictures, num_classes = probes.load(model)

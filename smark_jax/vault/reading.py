@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import alignment, carriers, extraction, files
+from smark_jax import _validate, alignment, carriers, errors, extraction, files
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.vault import documents
 
@@ -20,10 +20,6 @@ class Aligner(NamedTuple):
     name: str
     apply_fn: ApplyFn
     images: Any
-
-
-class Undecided(ValueError):
-    """A suspect that was read, and of which nothing can be said; the text says why."""
 
 
 class Reading(NamedTuple):
@@ -79,9 +75,9 @@ def read(
     With ``control``, zeros are read in the suspect's place as well.
 
     Raises:
-      alignment.NothingMatched: when alignment finds that it is no copy of this base.
-      ValueError: when nothing can be said: :class:`files.Unmatched`, :class:`alignment.Undecided`, :class:`Undecided`;
-        or the map given is no map, or contradicts content.
+      NothingMatched: when alignment finds that it is no copy of this base.
+      Undecided: when nothing can be said.
+      SmarkError: when the map given is no map, or contradicts content.
     """
     spec = carriers.with_ties(spec, base)
     layout = files.match_layout(*_once(leaves, base, spec), reading.given)
@@ -93,7 +89,9 @@ def read(
     original: PyTree = files.nest({leaf.path: base[leaf.path] for leaf in spec.leaves})
     coverage = extraction.coverage(params, original, spec, carrier)
     if not coverage.read:
-        raise Undecided(f"trace: none of the base's {coverage.weights:,} carrying weights could be read; {coverage}.")
+        expected = "weights that carry the fingerprint"
+        got = f"none of the base's {coverage.weights:,} carrying weights"
+        raise _validate.fail("trace", expected, got, f"{str(coverage).capitalize()}.", kind=errors.Undecided)
     chips = extraction.extract(params, original, spec, carrier, reading.rectify)
     nothing = base_alone(files.flatten(params), spec, carrier, original) if control else None
     return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)

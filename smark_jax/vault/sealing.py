@@ -30,7 +30,7 @@ def unseal(master: keys.SecretKey, finding: store.Finding, column: str) -> bytes
     """What a column of ``findings`` holds: ``"document"``, ``"statistics"`` or ``"chips"``.
 
     Raises:
-      ValueError: when it was sealed with another key, or as something else.
+      SmarkError: when it was sealed with another key, or as something else.
     """
     try:
         about = _about(finding.verdict, finding.place, column)
@@ -51,7 +51,7 @@ def seal_plain_rows(connection: store.Connection, master: keys.SecretKey, log_ke
     A process that dies on the way leaves rows either plain or sealed, and the next opening goes on.
 
     Raises:
-      ValueError: when the rows are not those that the log vouches for.
+      SmarkError: when the rows are not those that the log vouches for.
     """
     if store.is_sealed(connection) and not store.plain_findings(connection):
         return

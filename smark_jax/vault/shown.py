@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, keys
+from smark_jax import _validate, errors, keys
 from smark_jax.blackbox import answers as records
 from smark_jax.vault import folder, log, store, verdicts
 
@@ -113,7 +113,7 @@ def record(
       The session.
 
     Raises:
-      ValueError: when fewer than ``count`` probes are left that nobody has been shown.
+      SmarkError: when fewer than ``count`` probes are left that nobody has been shown.
     """
     with store.transaction(vault.connection):  # two queries at once must not choose the same
         before = history(vault, model, num_chips)
@@ -131,7 +131,7 @@ def record(
     return session
 
 
-def _too_few(vault: folder.Vault, model: str, num_chips: int, count: int, left: int) -> ValueError:
+def _too_few(vault: folder.Vault, model: str, num_chips: int, count: int, left: int) -> errors.SmarkError:
     expected = f"{count} of the {num_chips} probes of {model} that nobody has been shown"
     some = f"--probes {left} asks those that are left; " if left else ""
     cause = (

@@ -27,7 +27,7 @@ def add(vault: folder.Vault, commitment: Commitment, response: bytes) -> str:
     The authority's signature is not checked here, since that takes its certificate: ``openssl ts -verify`` does it.
 
     Raises:
-      ValueError: when it is no granted response, or one about something else.
+      SmarkError: when it is no granted response, or one about something else.
     """
     time = check(commitment.published, response)
     rows = {"timestamps": [(commitment.model, commitment.number, time, response)]}
@@ -44,20 +44,24 @@ def check(published: bytes, response: bytes) -> str:
     """The time that a response states for a commitment's file.
 
     Raises:
-      ValueError: when it is no granted response, or one about something else.
+      SmarkError: when it is no granted response, or one about something else.
     """
     import rfc3161_client
 
     cause = "Send the request that 'smark issue --timestamp-request' wrote, and pass the answer's bytes as they came."
     expected = "a granted RFC 3161 response"
+    granted = (rfc3161_client.PKIStatus.GRANTED, rfc3161_client.PKIStatus.GRANTED_WITH_MODS)
     try:
         found = rfc3161_client.decode_timestamp_response(_with_sorted_sets(response[:_LARGEST]))
-        if found.status not in (rfc3161_client.PKIStatus.GRANTED, rfc3161_client.PKIStatus.GRANTED_WITH_MODS):
-            raise _validate.fail("timestamp", expected, f"status {found.status}", cause)
-        imprint, time = bytes(found.tst_info.message_imprint.message), found.tst_info.gen_time
-    except ValueError as error:
+        if found.status in granted:
+            imprint, time = bytes(found.tst_info.message_imprint.message), found.tst_info.gen_time
+        else:
+            imprint = time = None
+    except ValueError as error:  # rfc3161-client's
         got = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _validate.fail("timestamp", expected, got, cause) from None
+        raise _validate.fail("timestamp", expected, got, cause) from error
+    if imprint is None or time is None:
+        raise _validate.fail("timestamp", expected, f"status {found.status}", cause)
     if imprint != hashlib.sha256(published).digest():
         raise _validate.fail("timestamp", "a response about this commitment", "one about another text", cause)
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")

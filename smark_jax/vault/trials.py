@@ -47,7 +47,7 @@ def run(who: str, apply_fn: ApplyFn, params: PyTree, images: Any) -> np.ndarray:
     """The logits of an owner's network.
 
     Raises:
-      ValueError: when the network refuses the parameters or the images.
+      SmarkError: when the network refuses the parameters or the images.
     """
     try:
         return np.asarray(apply_fn(params, images))
@@ -76,7 +76,7 @@ class Running:
         """Runs a copy.
 
         Raises:
-          ValueError: when it answers NaN or infinite values.
+          SmarkError: when it answers NaN or infinite values.
         """
         self._copies.append(self._answers(who, leaves, _OF_COPY))
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, alignment, extraction, files, statistics, tracing
+from smark_jax import _validate, errors, extraction, files, statistics, tracing
 from smark_jax.vault import _text, commitments, documents, folder, models, sealing, store
 from smark_jax.vault.documents import Suspect, Verdict
-from smark_jax.vault.reading import Read, Reading, Undecided, read
+from smark_jax.vault.reading import Read, Reading, read
 
 _WORDS_PER_BLOCK = 1 << 16
 COMPARED = ("traced", "nobody")
@@ -65,7 +65,7 @@ def trace(
       it to be none of this base), ``"undecided"`` (it was read, and nothing can be said of it) or ``"unreadable"``.
 
     Raises:
-      ValueError: when there are no suspects, no copy of the model was issued, or the map given is no map of a
+      SmarkError: when there are no suspects, no copy of the model was issued, or the map given is no map of a
         suspect's leaves or contradicts their content.
     """
     _validate.positive("trace", "the number of suspects", len(suspects))
@@ -86,8 +86,8 @@ def _examined(model: models.OpenModel, path: Path, reading: Reading, needed: int
     row = Suspect(str(path), None, None, None, read="weights", verdict=PENDING, error=None, accused=())
     try:
         weights = files.read(path, strict=False)
-    except files.Unreadable as error:
-        return row._replace(verdict="unreadable", error=str(error)), None
+    except errors.Unreadable as error:
+        return row._replace(verdict="unreadable", error=error.desk), None
     row = row._replace(
         sha256=weights.sha256,
         content=files.content_hash(weights.leaves),
@@ -97,10 +97,10 @@ def _examined(model: models.OpenModel, path: Path, reading: Reading, needed: int
     try:
         found = read(weights.leaves, model.base, model.settings.spec, model.carrier, reading)
         _enough(found.coverage, needed)
-    except alignment.NothingMatched as error:
-        return row._replace(verdict="not a copy", error=str(error)), None
-    except (files.Unmatched, alignment.Undecided, Undecided) as error:
-        return row._replace(verdict="undecided", error=str(error)), None
+    except errors.NothingMatched as error:
+        return row._replace(verdict="not a copy", error=error.desk), None
+    except errors.Undecided as error:
+        return row._replace(verdict="undecided", error=error.desk), None
     return _described(row, found), found.chips
 
 
@@ -127,17 +127,16 @@ def _needed(model: models.OpenModel, alpha: float) -> int:
 
 def _enough(coverage: extraction.Coverage, needed: int) -> None:
     if coverage.read < needed:
-        raise Undecided(
-            f"trace: expected at least {needed:,} carrying weights (with fewer, an intact copy would accuse nobody), "
-            f"but got {coverage.read:,} of {coverage.weights:,}.\n{str(coverage).capitalize()}."
-        )
+        expected = f"at least {needed:,} carrying weights (with fewer, an intact copy would accuse nobody)"
+        got = f"{coverage.read:,} of {coverage.weights:,}"
+        raise _validate.fail("trace", expected, got, f"{str(coverage).capitalize()}.", kind=errors.Undecided)
 
 
 def committed(model: models.OpenModel) -> documents.Commitment:
     """The newest commitment to a model, whose customers are those that a suspect is compared with.
 
     Raises:
-      ValueError: when no copy was issued.
+      SmarkError: when no copy was issued.
     """
     commitment = commitments.latest(model.vault, model.name)
     if commitment is None:
@@ -260,7 +259,7 @@ def get(vault: folder.Vault, number: int) -> Verdict:
     """The verdict of this number, with every customer's statistic.
 
     Raises:
-      ValueError: when there is none.
+      SmarkError: when there is none.
     """
     row = store.verdict(vault.connection, number)
     if row is None:

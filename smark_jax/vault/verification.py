@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, files
+from smark_jax import _validate, errors, files
 from smark_jax.vault import _checks, bundles, evidence, ranges, reading, versions
 from smark_jax.vault._checks import Check, Checks, Fails, require
 from smark_jax.vault.documents import Bundle, Claim, Header, Missing
@@ -59,7 +59,7 @@ def published_root(source: str) -> str:
     """The root in a commitment's file, or given itself in hexadecimal.
 
     Raises:
-      ValueError: when it is neither.
+      SmarkError: when it is neither.
     """
     if re.fullmatch("[0-9a-fA-F]{64}", source):
         return source.lower()
@@ -91,7 +91,7 @@ def verify(
       on_step: called with what is done next.
 
     Raises:
-      ValueError: when a file cannot be read at all, or ``largest_alpha`` is no level.
+      SmarkError: when a file cannot be read at all, or ``largest_alpha`` is no level.
     """
     _validate.probability("evidence", "largest_alpha", largest_alpha)
     signed = bundles.read(bundle)
@@ -184,8 +184,8 @@ def _read(
     try:
         carrier = draw(proved.key, proved.spec, bundle.header.num_chips)
         return reading.read(suspect, base, proved.spec, carrier, same, control=True)
-    except ValueError as error:
-        raise Fails(str(error)) from None
+    except errors.SmarkError as error:
+        raise Fails(error.desk) from None
 
 
 def _misstated(bundle: Bundle, read: reading.Read) -> str | None:

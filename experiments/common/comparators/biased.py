@@ -47,7 +47,7 @@ def tardos(key: keys.SecretKey, num_customers: int, num_chips: int, colluders: i
       The comparator, bounded.
 
     Raises:
-      ValueError: when a count is not a whole number of at least one.
+      SmarkError: when a count is not a whole number of at least one.
 
     References:
       Tardos: Optimal probabilistic fingerprint codes. Journal of the ACM 55(2), 2008.
@@ -80,7 +80,7 @@ def nuida(key: keys.SecretKey, num_customers: int, num_chips: int, colluders: in
       The comparator, bounded.
 
     Raises:
-      ValueError: when a count is not a whole number of at least one.
+      SmarkError: when a count is not a whole number of at least one.
 
     Examples:
       >>> from experiments.common import comparators
@@ -109,7 +109,7 @@ def nuida_distribution(colluders: int) -> tuple[Float[np.ndarray, " t"], Float[n
       Biases in rising order and their probabilities, shapes [t].
 
     Raises:
-      ValueError: when ``colluders`` is not a whole number of at least one.
+      SmarkError: when ``colluders`` is not a whole number of at least one.
 
     References:
       Nuida et al.: An improvement of discrete Tardos fingerprinting codes. Designs, Codes and Cryptography 52(3), 2009.
@@ -142,7 +142,7 @@ def centre(chips: Float[AnyArray, " m"], biases: Float[AnyArray, " m"]) -> Float
       The centred read-out, shape [m]; y itself where all biases are 1/2.
 
     Raises:
-      ValueError: when chips are not a finite vector, or biases have another shape.
+      SmarkError: when chips are not a finite vector, or biases have another shape.
     """
     y, mean = _validate.chips("centre", chips), 2 * np.asarray(biases, np.float64) - 1
     _validate.vector("centre", "biases", mean, y.size, "One bias for each chip of the code.")

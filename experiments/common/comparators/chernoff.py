@@ -48,7 +48,7 @@ def log_p_value(
       ln p of the same shape, at most 0. Any l gives a valid bound, so an early stop costs power, never validity.
 
     Raises:
-      ValueError: when chips are not a finite vector, or the biases not as many numbers strictly between 0 and 1.
+      SmarkError: when chips are not a finite vector, or the biases not as many numbers strictly between 0 and 1.
 
     Examples:
       >>> import numpy as np
@@ -80,7 +80,7 @@ def thresholds(chips: Float[AnyArray, " m"], biases: Float[AnyArray, " m"], log_
       Lower and upper threshold; infinite on a side where even the most extreme word is not significant.
 
     Raises:
-      ValueError: as :func:`log_p_value`.
+      SmarkError: as :func:`log_p_value`.
     """
     u, p = _checked("thresholds", chips, biases)
     return -_threshold(-u, p, log_alpha - _LOG_TWO), _threshold(u, p, log_alpha - _LOG_TWO)

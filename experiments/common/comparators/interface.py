@@ -97,7 +97,7 @@ class Comparator(NamedTuple):
           The verdict. Chips of zero (the base model itself) accuse nobody.
 
         Raises:
-          ValueError: on chips that are not a finite vector of the code's length, or alpha outside (0, 1).
+          SmarkError: on chips that are not a finite vector of the code's length, or alpha outside (0, 1).
         """
         who = f"{self.name}: trace"
         num_customers, num_chips = self.words.shape

@@ -29,7 +29,7 @@ def orthogonal(num_customers: int, num_chips: int | None = None) -> Comparator:
       The comparator. ``colluders`` is None: the construction names no coalition.
 
     Raises:
-      ValueError: when ``num_chips`` is not a power of two up to 2^14 or has room for fewer customers.
+      SmarkError: when ``num_chips`` is not a power of two up to 2^14 or has room for fewer customers.
 
     Examples:
       >>> from experiments.common import comparators

@@ -54,7 +54,7 @@ def bibd(
       The comparator. Its statistic is the number of the customer's k points that read 0.
 
     Raises:
-      ValueError: on an unknown kind, an order that is not prime, more customers than the plane has blocks, or colluders
+      SmarkError: on an unknown kind, an order that is not prime, more customers than the plane has blocks, or colluders
         outside 1 to k - 1.
 
     Examples:
@@ -110,7 +110,7 @@ def incidence(kind: Kind, order: int) -> Bool[np.ndarray, "v b"]:
       The incidence matrix: points in rows, blocks in columns.
 
     Raises:
-      ValueError: on an unknown kind or an order that is not prime.
+      SmarkError: on an unknown kind or an order that is not prime.
     """
     if kind not in ("projective", "affine"):
         raise _validate.fail("bibd", "kind 'projective' or 'affine'", repr(kind), "Is the name spelt right?")
@@ -149,7 +149,7 @@ def bibd_capacity(num_chips: int, colluders: int) -> int:
       The number of customers; 0 when there are too few chips for any design.
 
     Raises:
-      ValueError: when either is not a whole number of at least one.
+      SmarkError: when either is not a whole number of at least one.
 
     Examples:
       >>> from experiments.common import comparators

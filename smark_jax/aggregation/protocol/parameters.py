@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate
+from smark_jax import _validate, errors
 
 
-class ProtocolError(ValueError):
+class ProtocolError(errors.SmarkError):
     """Somebody broke the protocol, or too few parties are left: nothing is opened."""
 
 
 def refuse(who: str, expected: str, got: str, cause: str) -> ProtocolError:
     """A :class:`ProtocolError` with the one shape of our messages; the caller raises it."""
-    return ProtocolError(str(_validate.fail(who, expected, got, cause)))
+    return _validate.fail(who, expected, got, cause, kind=ProtocolError)
 
 
 def pack(*parts: bytes | int | str) -> bytes:
@@ -89,7 +89,7 @@ def setup(
       bind_model: whether masks cancel only between parties that were given the same model, value by value.
 
     Raises:
-      ValueError: when the roster is empty or repeats an identity, or the quorum does not lie in 1 to n.
+      SmarkError: when the roster is empty or repeats an identity, or the quorum does not lie in 1 to n.
     """
     roster = tuple(bytes(identity) for identity in roster)
     n = len(roster)
@@ -175,7 +175,7 @@ def neighbourhood(
       Degree and threshold; the full graph with degree n - 1 where no sparser one will do.
 
     Raises:
-      ValueError: when not even the full graph is safe at these rates: it needs drop_rate + corruption_rate / 2 < 1/2.
+      SmarkError: when not even the full graph is safe at these rates: it needs drop_rate + corruption_rate / 2 < 1/2.
     """
     _validate.positive("neighbourhood", "num_parties", num_parties)
     for name, rate in (("drop_rate", drop_rate), ("corruption_rate", corruption_rate)):

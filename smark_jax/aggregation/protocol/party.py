@@ -84,7 +84,7 @@ def join(
 
     Raises:
       ProtocolError: when the setup asks for less than the policy, or makes no sense.
-      ValueError: when the roster does not list the identity.
+      SmarkError: when the roster does not list the identity.
     """
     policy.check(setup)
     public = messages.identity_key(identity)
@@ -139,7 +139,7 @@ def mask(
 
     Raises:
       ProtocolError: when fewer than the quorum shared, or a share was altered, missing or meant for somebody else.
-      ValueError: when the words are not as many uint32 as the setup says.
+      SmarkError: when the words are not as many uint32 as the setup says.
     """
     expect(state, "masked")
     setup = state.setup

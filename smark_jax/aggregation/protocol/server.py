@@ -191,7 +191,7 @@ def open_sum(server: Server) -> UInt32[np.ndarray, " num_words"]:
     Raises:
       ProtocolError: when a secret cannot be recovered, or is not the one that its owner committed to because somebody
         revealed a wrong share.
-      ValueError: before the last stage is closed.
+      SmarkError: before the last stage is closed.
     """
     if server.stage != "done" or server.total is None:
         got = f"stage {server.stage!r}"

@@ -56,7 +56,7 @@ def stored(kind: type[T], text: str | bytes, **more: Any) -> T:
     """The document that the vault holds as this text, with more fields that it holds elsewhere.
 
     Raises:
-      ValueError: when a newer version of smark-jax wrote it.
+      SmarkError: when a newer version of smark-jax wrote it.
     """
     try:
         return parse(kind, {**json.loads(text), **more})

@@ -47,7 +47,7 @@ def verify(connection: Connection, said: Mapping[int, Mapping[str, Any]]) -> Non
       said: by the number of an entry, the summary of its rows; without those that later entries replaced.
 
     Raises:
-      ValueError: naming the table, and the entry with which its rows disagree.
+      SmarkError: naming the table, and the entry with which its rows disagree.
     """
     # Queries may read names and numbers from an index alone.
     (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from smark_jax import _validate
+from smark_jax import _validate, errors
 
 Connection = sqlite3.Connection
 
@@ -93,7 +93,7 @@ def connect(path: Path, *, create: bool = False) -> Connection:
     """Opens the database, brings an older one up to date, and refuses a newer one, a damaged one or another schema.
 
     Raises:
-      ValueError: in those cases, and when there is none.
+      SmarkError: in those cases, and when there is none.
     """
     mode = "rwc" if create else "rw"
     with errors_explained(path):
@@ -119,16 +119,17 @@ def errors_explained(path: Path) -> Iterator[None]:
     """Raises sqlite's errors as ours: a disk that is full or read-only is no tampering.
 
     Raises:
-      ValueError: naming the file, what is wrong with it and what to do.
+      SmarkError: naming the file, what is wrong with it and what to do.
     """
     try:
         yield
     except sqlite3.DatabaseError as error:
         advice = _ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)  # the higher bits tell variants apart
         if advice is None:
-            raise tampered(str(error)) from None
+            raise tampered(str(error)) from error
         expected = f"to read and write the database {path} and files beside it"
-        raise _validate.fail("vault", expected, f"sqlite's refusal: {error}", advice) from None
+        kind = errors.InUse if advice == _IN_USE else errors.SmarkError
+        raise _validate.fail("vault", expected, f"sqlite's refusal: {error}", advice, kind=kind) from error
 
 
 def _migrate(connection: Connection) -> None:
@@ -228,7 +229,13 @@ def overwrite_removed(connection: Connection) -> None:
     connection.execute("PRAGMA secure_delete = ON")
 
 
-def tampered(what: str) -> ValueError:
+def tampered(what: str) -> errors.Tampered:
     """The error of a database that sqlite or the log finds to be damaged."""
     cause = "Somebody or something changed it outside smark: restore the vault's folder from your backup."
-    return _validate.fail("vault", "the database as smark wrote it", f"a tampered or damaged database ({what})", cause)
+    return _validate.fail(
+        "vault",
+        "the database as smark wrote it",
+        f"a tampered or damaged database ({what})",
+        cause,
+        kind=errors.Tampered,
+    )
