@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from smark_jax import alignment
+from smark_jax import alignment, errors
 
 H, OUT = 12, 7
 VECTORS, SEQUENCES, IMAGES = (5, 9), (5, 4, 9), (3, 6, 6, 4)
@@ -277,5 +277,5 @@ def test_an_operation_that_is_not_followed_is_named_and_its_neurons_are_left_alo
         np.testing.assert_array_equal(aligned[leaf], base[leaf])
     # Weights that do not resemble the base's may still be a copy's.
     other = {leaf: rng.permutation(array.reshape(-1)).reshape(array.shape) for leaf, array in base.items()}
-    with pytest.raises(alignment.Undecided, match=name):
+    with pytest.raises(errors.Undecided, match=name):
         alignment.align(other, base, case.apply, images)

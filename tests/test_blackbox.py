@@ -1,7 +1,6 @@
 import pytest
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("galois")
 
 import numpy as np
 from scipy import stats

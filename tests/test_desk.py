@@ -11,6 +11,7 @@ import json
 import os
 import pty
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -302,6 +303,7 @@ def test_an_error_is_one_piece_and_says_what_to_do(small, arguments, message):
     assert small.stderr.startswith("smark: ")
     assert message in small.stderr
     assert len(small.stderr.strip().splitlines()) <= 2
+    assert not re.search(r"[a-z]_[a-z]|\w=[^A-Z]", small.stderr), "a function or an argument of Python"
     assert sorted(small.folder.rglob("*")) == before
 
 

@@ -645,7 +645,7 @@ def test_a_base_that_was_made_for_a_codeword_convicts_nobody_by_a_strangers_mode
         with pytest.raises(ValueError, match="an accusation that holds"):
             evidence.export(desk, 1)
         with monkeypatch.context() as patched:  # the owner's own program does not look
-            patched.setattr(verdicts, "base_alone", lambda *models: None)
+            patched.setattr(evidence, "base_alone", lambda *models: None)
             (tmp_path / "bundle").write_bytes(evidence.export(desk, 1).content)
     found = verification.verify(
         tmp_path / "bundle", tmp_path / "stranger", tmp_path / "base", root=issued.commitment.root

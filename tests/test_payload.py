@@ -3,8 +3,6 @@ import io
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-pytest.importorskip("galois")
 from PIL import Image
 
 from smark_jax import blackbox, carriers, keys

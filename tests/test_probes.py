@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("galois")
-
 from smark_jax import blackbox, codes, keys, tracing
 
 KEY = keys.from_bytes(bytes(32))

@@ -169,7 +169,13 @@ def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any) -> Graph:
         closed = jax.make_jaxpr(apply_fn)(jax.tree.map(shaped, params), shaped(example_images))
     except Exception as error:
         cause = "apply_fn(base, example_images) must give logits; with batch norm, base is the whole variables dict."
-        raise _validate.fail("alignment", "a network that takes base and images", f"an error: {error}", cause) from None
+        raise _validate.fail(
+            "alignment",
+            "a network that takes base and images",
+            f"an error: {error}",
+            cause,
+            desk="The function that --align names returns a network and images: it takes the base and gives logits.",
+        ) from error
     named = [(path, np.shape(leaf)) for path, leaf in _trees.named("alignment", params).items()]
     walk = Walk()
     start = [

@@ -26,11 +26,13 @@ from jaxtyping import Float, Int, UInt8
 
 from smark_jax import _batches, _validate, carriers, chacha, keys
 from smark_jax._types import AnyArray
+from smark_jax.blackbox import bch
 
 PAYLOAD_BITS = 304
 _CODED = 511
 _LOWEST = 1 / 8  # of the frequencies, but no fewer than _CODED + 1, which fill a block of the carrier
 _ROUNDS = 12
+_code = functools.partial(bch.code, 9, 25)
 _IMAGES_PER_PASS = 64
 
 
@@ -97,7 +99,7 @@ def mark_images(
         raise _validate.fail("mark_images", expected, f"shape {bits.shape}", cause)
     if not np.isin(bits, (0, 1)).all():
         raise _validate.fail("mark_images", "bits of 0 and 1", "other entries", "Chips become bits by (1 - chips) / 2.")
-    coded = np.broadcast_to(_encode(np.atleast_2d(bits)), (count, _CODED))
+    coded = np.broadcast_to(bch.encode(_code(), np.atleast_2d(bits)), (count, _CODED))
     secrets, step = _secrets(key, *images.shape[1:3]), _step(strength, images[0, ..., 0].size)
     mark = lambda x, b: _mark(x, b, secrets, step, strength)  # noqa: E731
     return _batches.apply(mark, _IMAGES_PER_PASS, images, coded)
@@ -123,7 +125,7 @@ def read_images(images: UInt8[AnyArray, "B H W C"], key: keys.SecretKey, strengt
     phases = _batches.apply(lambda x: _phase(x, secrets, step), _IMAGES_PER_PASS, images)
     # The phase is near 0 for a 0, near one half for a 1.
     coded = (np.abs(phases) > 0.25).astype(np.uint8)
-    payload, ok = _decode(coded)
+    payload, ok = bch.decode(_code(), coded)
     closeness = np.cos(4 * np.pi * phases).mean(axis=1)
     return Reading(payload, np.where(ok, closeness, 0.0))
 
@@ -204,23 +206,3 @@ def _luma(image: Float[Array, "H W C"]) -> Float[Array, "H W"]:
         jnp.array([0.299, 0.587, 0.114]) if image.shape[-1] == 3 else jnp.full(image.shape[-1], 1 / image.shape[-1])
     )
     return image @ weights
-
-
-@functools.cache
-def _code() -> Any:
-    try:
-        import galois
-    except ImportError as error:
-        raise _validate.missing("payloads", "galois", "blackbox") from error
-    return galois.BCH(_CODED, PAYLOAD_BITS)
-
-
-def _encode(bits: np.ndarray) -> np.ndarray:
-    return np.asarray(_code().encode(bits.astype(np.uint8)))
-
-
-def _decode(coded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Payloads, and for which images there was a codeword within 25 bits."""
-    payload, errors = _code().decode(coded, errors=True)
-    ok = np.asarray(errors) >= 0
-    return np.where(ok[:, None], np.asarray(payload), 0).astype(np.uint8), ok

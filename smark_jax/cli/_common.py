@@ -139,7 +139,7 @@ def aligner(name: str | None) -> "Aligner | None":
 def network(option: str, name: str) -> tuple[Any, ...]:
     """What an option's MODULE:FUNCTION returns: the network of a base, images, and their labels where it knows them."""
     module, colon, function = name.partition(":")
-    advice = "It returns (apply_fn, images) of the base's network, and is looked for in the current folder too."
+    advice = "FUNCTION() returns the base's network and images; MODULE is looked for in the current folder too."
     if not (module and colon and function):
         raise _validate.fail(f"--{option}", f"MODULE:FUNCTION for --{option}", repr(name), advice)
     sys.path.insert(0, str(Path.cwd()))

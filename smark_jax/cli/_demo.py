@@ -12,6 +12,7 @@ import numpy as np
 import rich.progress
 
 from smark_jax import (
+    _validate,
     aggregation,
     attacks,
     blackbox,
@@ -310,8 +311,11 @@ def _row(row: dict[str, Any]) -> tuple[str | Styled, ...]:
 
 def _picture(path: Path, suspects: list[Suspect], verdicts: list[tracing.Verdict]) -> None:
     """All customers' statistics for each leak, with the threshold, and the intact copies against all codewords."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise _validate.missing("demo", "matplotlib", "demo") from error
 
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)

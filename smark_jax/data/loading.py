@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from smark_jax import _io, _validate
+from smark_jax import _io, _validate, errors
 
 _EMBEDDED = "mnist_5k"
 _INSTEAD = f"use the embedded set data.load({_EMBEDDED!r}, ...)"
@@ -293,19 +293,26 @@ def _explained(name: str, builder: Any, error: Exception) -> Exception:
             f"data.load: cannot write {name!r} to {builder.data_dir} ({_first_line(error)}); pass data_dir, or set "
             "TFDS_DATA_DIR, to a folder that you can write to."
         )
-    return RuntimeError(f"data.load: TFDS could not prepare {name!r} ({_first_line(error)}); {_INSTEAD}.")
+    got, cause = f"an error of TFDS ({_first_line(error)})", f"{_INSTEAD[0].upper()}{_INSTEAD[1:]}."
+    desk = f"Name the embedded set, {_EMBEDDED}."
+    return _validate.fail("data.load", f"{name!r} to be prepared", got, cause, desk=desk)
 
 
-def _missing(name: str, error: ImportError) -> ImportError:
+def _missing(name: str, error: ImportError) -> errors.MissingExtra:
     """Which package to install; TFDS says without naming it when it is TensorFlow."""
     package = (error.name or "tensorflow").partition(".")[0]
     if name == _EMBEDDED:
-        return ImportError(f'data.load: {name!r} needs {package}: pip install "smark-jax[demo]".', name=package)
-    return ImportError(
-        f"data.load: {name!r} is not on this machine, and to prepare it TFDS needs {package} (pip install "
-        f"{package.replace('_', '-')}); or {_INSTEAD}.",
-        name=package,
-    )
+        needs, instead, extra = f'needs {package}: pip install "smark-jax[demo]".', "", "demo"
+    else:
+        needs = (
+            f"is not on this machine, and to prepare it TFDS needs {package} (pip install {package.replace('_', '-')})"
+        )
+        instead, extra = f"; or {_INSTEAD}.", "tfds"
+    at_desk = f"; or name the embedded set, {_EMBEDDED}." if instead else ""
+    text = f"{name!r} {needs}"
+    missing = errors.MissingExtra(f"data.load: {text}{instead}", extra, desk=f"the data set {text}{at_desk}")
+    missing.name = package
+    return missing
 
 
 # --- Reading ---

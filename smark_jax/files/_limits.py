@@ -96,6 +96,12 @@ def check_shape(name: str, shape: Any, dtype: np.dtype, num_bytes: int) -> tuple
     return tuple(shape)
 
 
+def too_large(problem: str) -> Unreadable:
+    """The error for a file beyond the caller's limit; the caller raises it."""
+    desk = f"{problem}. Larger files are read by the library alone, where you trust them."
+    return Unreadable(problem, "Raise max_bytes if you trust it.", desk=desk)
+
+
 def json_text(data: bytes) -> str:
     """JSON as text, once it is known to become no more than about 300 MB of Python objects beside it.
 

@@ -65,7 +65,7 @@ def members(data: bytes, max_bytes: int) -> tuple[zipfile.ZipFile, dict[str, zip
             raise Unreadable(f"its member {shown(info.filename)} is encrypted or compressed in a rare way", _ADVICE)
     total = sum(info.file_size for info in found)
     if total > max_bytes:
-        raise Unreadable(f"it unpacks to {total:,} bytes, more than {max_bytes:,}", "Raise max_bytes if you trust it.")
+        raise _limits.too_large(f"it unpacks to {total:,} bytes, more than {max_bytes:,}")
     return archive, {info.filename: info for info in found}
 
 

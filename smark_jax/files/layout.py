@@ -34,6 +34,10 @@ _NEXT = (
     "If the suspect is of another width, give it the base's names and layout and run alignment.align. If leaves are "
     "named otherwise, say which is which: given={'base leaf': 'suspect leaf: transposed'} (smark trace: --map)."
 )
+_NEXT_AT_DESK = (
+    "If the suspect is of another width, give it the base's names and layout and pass --align. If leaves are named "
+    "otherwise, say which is which: --map 'BASE LEAF=SUSPECT LEAF: transposed'."
+)
 
 
 class Move(NamedTuple):
@@ -140,7 +144,7 @@ def match_layout(
         expected = f"a leaf for {name!r} of shape {leaf.shape} (and for {len(base) - 1} more)"
         others = sorted({str(other.shape) for other in suspect.values()})[:6]
         got = f"the shapes {', '.join(others)}" if others else "no leaf of real numbers"
-        raise _validate.fail(_WHO, expected, got, _NEXT, kind=errors.Undecided)
+        raise _validate.fail(_WHO, expected, got, _NEXT, kind=errors.Undecided, desk=_NEXT_AT_DESK)
     moves = tuple(
         Move(name, option.source, option.change or "renamed")
         for name, option in sorted(chosen.items())
@@ -186,7 +190,7 @@ def _answer(
     source, colon, change = (answer, "", "") if answer in suspect else answer.partition(": ")
     if name not in base or source not in suspect:
         wrong, names = (name, base) if name not in base else (source, suspect)
-        raise _validate.fail(_WHO, f"a leaf {wrong!r} as given says", f"{sorted(names)[:8]}", "Is it misspelt?")
+        raise _validate.fail(_WHO, f"a leaf {wrong!r}, which the map names", f"{sorted(names)[:8]}", "Is it misspelt?")
     options = _changes.options(source, suspect[source], channels)
     fitting = _changes.fitting(options, base[name])
     if colon:

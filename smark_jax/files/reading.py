@@ -22,7 +22,7 @@ _OTHERS = (
     (b"version https://git-lfs", "a pointer to a file in Git LFS", "Fetch the file itself (git lfs pull)."),
     (b"<", "text", "Was a web page saved in place of the file?"),
 )
-_FOLDER = "Orbax checkpoints are not read from others: restore your own with Orbax, and save with files.write."
+_FOLDER = "Orbax checkpoints are not read from others: restore your own with Orbax, and save it as safetensors."
 _PICKLE = "Pickle can run code and is never loaded: save the state dict with safetensors.torch.save_file."
 
 
@@ -67,7 +67,8 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, st
         if foreign and (strict or not leaves):
             raise Unreadable(*next(iter(foreign.values())))
     except Unreadable as error:
-        raise Unreadable(f"cannot read {shown(os.fspath(path))}: {error}") from None
+        where = f"cannot read {shown(os.fspath(path))}: "
+        raise Unreadable(f"{where}{error}", desk=f"{where}{error.desk}") from None
     return Weights(leaves, kind, hashlib.sha256(data).hexdigest(), tuple(foreign))
 
 
@@ -89,7 +90,7 @@ def _content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         size = os.fstat(handle).st_size
         data = file.read(size + 1) if size <= max_bytes else None  # room is made for as much as is asked for
     if data is None or len(data) > size:
-        raise Unreadable(f"it is larger than {max_bytes:,} bytes", "Raise max_bytes if you trust it.")
+        raise _limits.too_large(f"it is larger than {max_bytes:,} bytes")
     if not data:
         raise Unreadable("it is empty", "Was it copied to the end?")
     return data

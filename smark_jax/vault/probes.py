@@ -29,7 +29,7 @@ def images(path: Path) -> np.ndarray:
 
 
 def _images(path: Path, source: Path | io.BytesIO) -> np.ndarray:
-    cause = "Save them by numpy.savez(path, images=...)."
+    cause = "Save them with NumPy, as an npz file that holds them under the name 'images'."
     try:
         with np.load(source, allow_pickle=False) as archive:
             found = archive["images"]

@@ -93,7 +93,7 @@ def verify(
     Raises:
       SmarkError: when a file cannot be read at all, or ``largest_alpha`` is no level.
     """
-    _validate.probability("evidence", "largest_alpha", largest_alpha)
+    _validate.probability("evidence", "the largest alpha", largest_alpha)
     signed = bundles.read(bundle)
     content, header = signed.bundle, signed.bundle.header
     roots = (root,) if isinstance(root, str) else tuple(root or ())
