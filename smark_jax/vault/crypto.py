@@ -15,7 +15,7 @@ from smark_jax import _validate, errors, keys
 from smark_jax.vault import _text
 
 SHORTEST_PASSPHRASE = 12
-"""Below so many characters a passphrase is weak: callers warn."""
+"""A passphrase of fewer characters is weak; callers warn."""
 # 128 MB and some third of a second for each guess (OWASP's recommendation for scrypt).
 _N, _R, _P = 2**17, 8, 1
 # What a key file may ask for, so that an edited one cannot exhaust the memory.

@@ -25,7 +25,7 @@ from smark_jax.vault.customers import Customer
 
 # A copy that has not got its name yet is called ".NAME.issuing".
 _HIDDEN = ".issuing"
-# A batch of copies: at most so many, and about so many bytes. Two are in memory together.
+# Limits of a batch of copies. Two batches are in memory together.
 _COPIES_PER_BATCH, _BYTES_PER_BATCH = 32, 1 << 27
 # Threads that hash and write, all of which lets other threads run, and flush files, for which they wait for the disk.
 _WRITERS = 4
@@ -93,8 +93,7 @@ def issue(
       on_wait: called when another process issues from this vault, and this one waits.
 
     Raises:
-      SmarkError: when there are no customers, a customer has a copy of another strength, or a copy
-        would not work.
+      SmarkError: when there are no customers, a customer has a copy of another strength, or a copy would not work.
     """
     _validate.positive("issue", "the number of customers", len(customers))
     if strength is not None:
@@ -106,15 +105,9 @@ def issue(
         commitments.write_all(vault)
         licences = _licences(model, customers, out)
         _sweep(out, {licence.path.name for licence in licences})
-        done, missing = 0, []
-        for licence in licences:
-            if licence.path.is_file() and _file_hash(licence.path) in licence.known:
-                done += 1
-                on_copy(done)
-            else:
-                _refuse_base(licence.path, model)
-                _refuse_other(licence.path, model)
-                missing.append(licence)
+        missing = [licence for licence in licences if not _is_there(licence, model)]
+        done = len(licences) - len(missing)
+        on_copy(done)
         for written in _write(model, missing, teach, trial):
             done += written
             on_copy(done)
@@ -232,7 +225,7 @@ def _write(
 def _maker(
     model: models.OpenModel, teach: Teacher | None, count: int
 ) -> Callable[[list[_Licence]], dict[str, np.ndarray]]:
-    """What makes a batch of copies: the leaves in which they differ from the base, with a leading axis of ``count``."""
+    """A function that computes a batch: the leaves in which copies differ from the base, with an axis of ``count``."""
     base, carrier = model.base, model.carrier
     spec = carriers.with_ties(model.settings.spec, base)
     marked = {name for leaf in spec.leaves for name in (leaf.path, *leaf.tied)}
@@ -273,11 +266,20 @@ def _write_hidden(part: Path, leaves: Mapping[str, np.ndarray], like: Path) -> t
 
 
 def _sweep(out: Path, names: set[str]) -> None:
-    """Removes what killed runs left half-written of these copies."""
+    """Removes the half-written files of these copies that killed runs left."""
     for path in out.iterdir():
         hidden, mark, _ = path.name.partition(_HIDDEN)
         if mark and hidden.startswith(".") and hidden.lstrip(".") in names:  # older versions put a second dot before it
             path.unlink(missing_ok=True)
+
+
+def _is_there(licence: _Licence, model: models.OpenModel) -> bool:
+    """Whether the customer's copy stands under its name; refuses what must not be written over."""
+    if licence.path.is_file() and _file_hash(licence.path) in licence.known:
+        return True
+    _refuse_base(licence.path, model)
+    _refuse_other(licence.path, model)
+    return False
 
 
 def _refuse_base(path: Path, model: models.OpenModel) -> None:
@@ -292,7 +294,7 @@ def _refuse_base(path: Path, model: models.OpenModel) -> None:
 
 
 def _refuse_other(path: Path, model: models.OpenModel) -> None:
-    """Nor is a copy of another model written over: copies of all models have the same names."""
+    """A copy of another model is not written over either: copies of all models have the same names."""
     if path.is_file():
         if other := store.model_of_copy(model.vault.connection, _file_hash(path), but=model.name):
             cause = "Name a folder for each model by --out."

@@ -205,7 +205,7 @@ def unfit(model: OpenModel) -> dict[str, carriers.Role]:
 
 
 def fewest_chips(alpha: float, num_customers: int) -> int:
-    r"""How many chips it takes to accuse anybody among N customers at all.
+    r"""The fewest chips with which anybody among N customers can be accused.
 
     The statistic is largest where all m chips agree, :math:`T = \sqrt m`, which chance does with the two-sided
     probability :math:`2 \cdot 2^{-m}`; so :math:`m \ge 1 + \log_2(N / \alpha)`.
@@ -243,7 +243,7 @@ def names(vault: folder.Vault) -> list[str]:
 
 
 def get(vault: folder.Vault, name: str) -> OpenModel:
-    """A model: looked up once by whoever begins, and passed on.
+    """The model of this name. Look it up once in a command, and pass it on.
 
     Raises:
       SmarkError: when there is no such model, or it needs a newer version of smark-jax.

@@ -1,4 +1,4 @@
-"""Tracing a suspect that only answers: which probes it is asked, and the answers already paid for."""
+"""Tracing a suspect by its answers alone: which probes it is asked, and the answers already paid for."""
 
 import datetime
 import hashlib

@@ -1,4 +1,4 @@
-"""The one place where a bundle's numbers are checked: an owner may have signed any, and a commitment may hold any."""
+"""Checks of a bundle's numbers: an owner may sign any number, and commit to any."""
 
 import math
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from smark_jax.vault.documents import Bundle, Missing
 
 LARGEST_ALPHA = 1e-3
-"""The level up to which an arbiter accepts accusations who does not ask for another."""
+"""The highest committed level that an arbiter accepts by default."""
 # More than the longest honest bundle needs, and little enough that an arbiter's computer is not kept busy for long.
 _MOST_COMMITMENTS, _MOST_STAMPS, _MOST_MULTIPLICATIONS = 10_000, 100, 10**10
 _ANY = 2.0**63

@@ -70,7 +70,7 @@ def read(
     reading: Reading,
     control: bool = False,
 ) -> Read:
-    """A suspect's chips: layout, alignment where it is asked for, extraction. An arbiter's reading is this one too.
+    """A suspect's chips: layout, alignment where it is asked for, extraction. Arbiters call it too.
 
     With ``control``, zeros are read in the suspect's place as well.
 
@@ -100,7 +100,7 @@ def read(
 def _once(
     leaves: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], spec: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Suspect and base for :func:`files.match_layout`, which cannot tell the two places of one tied tensor apart.
+    """Suspect and base as :func:`files.match_layout` takes them: it cannot tell the places of a tied tensor apart.
 
     Where the suspect has other names, both have each tied tensor once.
     """

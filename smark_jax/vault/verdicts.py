@@ -20,7 +20,7 @@ from smark_jax.vault.reading import Read, Reading, read
 
 _WORDS_PER_BLOCK = 1 << 16
 COMPARED = ("traced", "nobody")
-"""Verdicts on suspects that were compared with customers; the others are no occasion."""
+"""Verdicts on suspects that were compared with customers; only these make an occasion."""
 PENDING = ""
 """The verdict of a suspect that was read and not yet judged."""
 
