@@ -114,7 +114,7 @@ for images, labels in batches():
 # ## The same lines for both
 #
 # How strong a mark a network bears differs by a factor of ten, so let `calibrate` find out. Each model has a name of
-# its own under the master key, and with it a carrier and codewords of its own.
+# its own under the master key, and with it a mark and codewords of its own.
 
 # %%
 master = keys.from_bytes(bytes(range(32)))  # for a notebook that repeats itself; otherwise keys.new()
@@ -127,16 +127,15 @@ for axis, (name, (apply_fn, base)) in zip(axes, networks.items(), strict=True):
     def score(model, apply_fn=apply_fn):
         return models.accuracy(apply_fn, model, pixels[:500], test.labels[:500])
 
-    spec = carriers.select(base)
-    carrier = carriers.draw(keys.derive(master, name, "carrier"), spec)
+    mark = carriers.mark(keys.derive(master, name, "carrier"), base)
     book = codes.codebook(keys.derive(master, name, "code"), range(1000))
-    found = embedding.calibrate(base, spec, carrier, score, strengths=(0.01, 0.03, 0.1, 0.2), copies=2)
-    copy = embedding.embed(base, spec, carrier, book[42], found.strength)
+    found = embedding.calibrate(base, mark, score, strengths=(0.01, 0.03, 0.1, 0.2), copies=2)
+    copy = embedding.embed(base, mark, book[42], found.strength)
     leak = attacks.quantise(attacks.prune(copy, 0.5), 5)
-    verdict = tracing.trace(extraction.extract(leak, base, spec, carrier), book)
-    secrets[name] = (spec, carrier, book, copy)
+    verdict = tracing.trace(extraction.extract(leak, base, mark), book)
+    secrets[name] = (mark, book, copy)
     print(
-        f"{name}: {carrier.num_carrying:,} weights carry; strength {found.strength}; accuracy {score(base):.3f}, "
+        f"{name}: {mark.carrier.num_carrying:,} weights carry; strength {found.strength}; accuracy {score(base):.3f}, "
         f"copy {score(copy):.3f}, leak {score(leak):.3f}; accused: {[a.serial for a in verdict.accused]}"
     )
     axis.plot(verdict.statistics, ".", color="0.6", ms=3)
@@ -152,7 +151,7 @@ plt.show()
 # traces your `apply_fn` to see which axes belong together, and puts the units back where the base has them.
 
 # %%
-spec, carrier, book, copy = secrets["nnx"]
+mark, book, copy = secrets["nnx"]
 order = np.random.default_rng(0).permutation(256)
 permuted = jax.tree.map(lambda leaf: leaf, copy)
 permuted["hidden"]["kernel"].set_value(copy["hidden"]["kernel"].get_value()[:, order])
@@ -163,7 +162,7 @@ print("same logits:", bool(jnp.allclose(nnx_apply(permuted, pixels[:50]), nnx_ap
 aligned = alignment.align(permuted, params, nnx_apply, pixels[:1])
 print(aligned.report)
 for name, model in {"as it is": permuted, "aligned": aligned.params}.items():
-    verdict = tracing.trace(extraction.extract(model, params, spec, carrier), book)
+    verdict = tracing.trace(extraction.extract(model, params, mark), book)
     print(f"{name}: accused {[a.serial for a in verdict.accused]}")
 
 # %% [markdown]

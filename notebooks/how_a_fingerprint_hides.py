@@ -49,23 +49,22 @@ print(f"accuracy of the base: {base_accuracy:.3f}")
 
 # %%
 master = keys.from_bytes(bytes(range(32)))  # for a notebook that repeats itself; otherwise keys.new()
-spec = carriers.select(base)
 LOG_LEVEL = np.log(1e-6 / 1_000_000)  # alpha, divided by the number of customers
 
 
-def mark(num_chips, strength):
+def issued(num_chips, strength):
     """The secrets of this many chips, customer 7's copy, and what is read from it after the leaker's noise."""
-    carrier = carriers.draw(keys.derive(master, "carrier"), spec, num_chips)
+    mark = carriers.mark(keys.derive(master, "carrier"), base, num_chips)
     word = np.asarray(codes.codebook(keys.derive(master, "code"), [7], num_chips)[0])
-    copy = embedding.embed(base, spec, carrier, word, strength)
+    copy = embedding.embed(base, mark, word, strength)
     leak = attacks.add_noise(copy, jax.random.key(1), 0.5)
-    chips = np.asarray(extraction.extract(leak, base, spec, carrier))
+    chips = np.asarray(extraction.extract(leak, base, mark))
     return copy, word, chips, float(statistics.direction(chips) @ word), statistics.threshold(chips, LOG_LEVEL)
 
 
 def draw(num_chips=304, strength=0.03):
     """A figure of all weights, one unit's weights, and chips."""
-    copy, word, chips, statistic, threshold = mark(num_chips, strength)
+    copy, word, chips, statistic, threshold = issued(num_chips, strength)
     weights, marked = (np.asarray(model["Dense_1"]["kernel"]) for model in (base, copy))
     accuracy = models.accuracy(apply_fn, copy, test.images, test.labels)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
@@ -137,7 +136,7 @@ CHIPS, STRENGTHS = (32, 304, 1024, 4096), (0.003, 0.01, 0.03, 0.1, 0.3)
 cost, margin = np.empty((2, len(CHIPS), len(STRENGTHS)))
 for i, num_chips in enumerate(CHIPS):
     for j, strength in enumerate(STRENGTHS):
-        copy, _, _, statistic, threshold = mark(num_chips, strength)
+        copy, _, _, statistic, threshold = issued(num_chips, strength)
         cost[i, j] = 100 * (base_accuracy - models.accuracy(apply_fn, copy, test.images, test.labels))
         margin[i, j] = abs(statistic) / threshold
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")

@@ -34,15 +34,14 @@ print("accuracy of the base:", models.accuracy(apply_fn, base, test.images, test
 # %% [markdown]
 # ## Issue twenty copies
 #
-# `spec` says which weights carry, the `carrier` is the secret direction of each of the 304 chips, and each customer has
-# a codeword. All of it follows from one master key.
+# The `mark` says which weights carry and holds the secret direction of each of the 304 chips, and each customer has a
+# codeword. All of it follows from one master key.
 
 # %%
 master = keys.from_bytes(bytes(range(32)))  # for a notebook that repeats itself; otherwise keys.new()
-spec = carriers.select(base)
-carrier = carriers.draw(keys.derive(master, "carrier"), spec)
+mark = carriers.mark(keys.derive(master, "carrier"), base)
 codebook = codes.codebook(keys.derive(master, "code"), range(20))
-copies = embedding.embed_batch(base, spec, carrier, codebook, strength=0.03)
+copies = embedding.embed_batch(base, mark, codebook, strength=0.03)
 copy = jax.tree.map(lambda leaf: leaf[7], copies)
 print("accuracy of customer 7's copy:", models.accuracy(apply_fn, copy, test.images, test.labels))
 
@@ -57,7 +56,7 @@ tuned = attacks.fine_tune(copy, apply_fn, train.images, train.labels, epochs=1, 
 leak = attacks.prune(tuned, 0.5)
 figure, axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
 for axis, (name, model) in zip(axes, {"intact copy": copy, "fine-tuned, then half pruned": leak}.items(), strict=True):
-    chips = np.asarray(extraction.extract(model, base, spec, carrier))
+    chips = np.asarray(extraction.extract(model, base, mark))
     axis.scatter(np.arange(304), chips, c=np.asarray(codebook[7]), cmap="coolwarm", s=8)
     axis.set(title=name, xlabel="chip", ylabel="read-out" if axis is axes[0] else None)
 figure.tight_layout()
@@ -69,7 +68,7 @@ figure.tight_layout()
 # accusing any innocent customer below one in a million.
 
 # %%
-verdict = tracing.trace(extraction.extract(leak, base, spec, carrier), codebook, alpha=1e-6)
+verdict = tracing.trace(extraction.extract(leak, base, mark), codebook, alpha=1e-6)
 figure, axis = plt.subplots(figsize=(10, 2.5))
 axis.bar(
     range(20),
@@ -88,10 +87,10 @@ for accused in verdict.accused:
 # %%
 other = models.init(network, jax.random.key(1), (28, 28, 1))
 other = attacks.fine_tune(other, apply_fn, train.images, train.labels, epochs=1, seed=2)
-print("accused:", tracing.trace(extraction.extract(other, base, spec, carrier), codebook).accused)
+print("accused:", tracing.trace(extraction.extract(other, base, mark), codebook).accused)
 print(
     "largest statistic:",
-    float(jnp.abs(tracing.trace(extraction.extract(other, base, spec, carrier), codebook).statistics).max()),
+    float(jnp.abs(tracing.trace(extraction.extract(other, base, mark), codebook).statistics).max()),
 )
 
 # %% [markdown]

@@ -36,8 +36,7 @@ apply_fn, base = models.apply_fn(Network()), models.init(Network(), jax.random.k
 base = attacks.fine_tune(base, apply_fn, train.images, train.labels, epochs=3)
 
 master = keys.from_bytes(bytes(range(32)))  # for a notebook that repeats itself; otherwise keys.new()
-spec = carriers.select(base)
-carrier = carriers.draw(keys.derive(master, "carrier"), spec)
+mark = carriers.mark(keys.derive(master, "carrier"), base)
 registry = codes.Codebook(keys.derive(master, "code"), 100_000)  # words are made when needed, never held whole
 
 # %% [markdown]
@@ -48,9 +47,9 @@ registry = codes.Codebook(keys.derive(master, "code"), 100_000)  # words are mad
 
 # %%
 guilty = np.random.default_rng(0).choice(registry.num_customers, 10, replace=False).tolist()
-copies = embedding.embed_batch(base, spec, carrier, codes.codebook(registry.key, guilty))
+copies = embedding.embed_batch(base, mark, codes.codebook(registry.key, guilty))
 pirate = attacks.average(copies)
-chips = extraction.extract(pirate, base, spec, carrier)
+chips = extraction.extract(pirate, base, mark)
 for name, model in {"base": base, "average of ten copies": pirate}.items():
     print(f"accuracy of the {name}: {models.accuracy(apply_fn, model, test.images, test.labels):.3f}")
 
@@ -94,7 +93,7 @@ for accused in sorted(verdict.accused, key=lambda accusation: accusation.serial)
 key = jax.random.key(2)
 for name in ("median", "minimum", "interleave", "extrapolate"):
     model = attacks.COLLUSIONS[name](copies, key)
-    found = tracing.trace(extraction.extract(model, base, spec, carrier), registry)
+    found = tracing.trace(extraction.extract(model, base, mark), registry)
     accused = {accusation.serial for accusation in found.accused}
     accuracy = models.accuracy(apply_fn, model, test.images, test.labels)
     caught, innocent = len(accused & set(guilty)), len(accused - set(guilty))
@@ -109,14 +108,14 @@ for name in ("median", "minimum", "interleave", "extrapolate"):
 # %%
 SIZES = (1, 4, 8, 12, 16)
 many = np.random.default_rng(1).choice(registry.num_customers, max(SIZES), replace=False)
-all_copies = embedding.embed_batch(base, spec, carrier, codes.codebook(registry.key, many))
+all_copies = embedding.embed_batch(base, mark, codes.codebook(registry.key, many))
 pirates = [jax.tree.map(lambda leaf, size=size: leaf[:size].mean(axis=0), all_copies) for size in SIZES]
 noisy = [attacks.add_noise(model, jax.random.key(3), 0.2) for model in pirates]
 figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
 for decoder, marker in (("joint", "o-"), ("single", "s--")):
     caught, innocents = [], 0
     for size, model in zip(SIZES, noisy, strict=True):
-        found = tracing.trace(extraction.extract(model, base, spec, carrier), registry, decoder=decoder)
+        found = tracing.trace(extraction.extract(model, base, mark), registry, decoder=decoder)
         accused = {accusation.serial for accusation in found.accused}
         caught.append(len(accused & set(many[:size].tolist())))
         innocents += len(accused) - caught[-1]

@@ -1,18 +1,19 @@
 r"""Putting a codeword into a model: in closed form, without data, or by training.
 
-In closed form a copy is ``w + delta * spread(code)`` with
+In closed form a copy is ``w + delta * spread(word, mark)`` with
 
 .. math:: \delta = \text{strength} \sqrt{D' / m},
 
 D' the number of weights that the carrier covers, so that each weight moves by ``strength`` times its leaf's root mean
-square, in root mean square. The read-out of an intact copy is ``delta * code``.
+square, in root mean square. The read-out of an intact copy is ``delta * word``.
 
-Trained embedding minimises a fingerprint loss of the read-out together with whatever gradient the task supplies.
+Trained embedding minimises a fingerprint loss of the read-out together with whatever loss the task has::
+
+    optax.chain(add_fingerprint_gradient(losses.sign_hinge, mark, word), optax.adam(1e-3))
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,75 +23,65 @@ from jaxtyping import Array, Float, Num
 
 from smark_jax import _trees, _validate, carriers, errors
 from smark_jax._types import AnyArray, PyTree
-from smark_jax.carriers import selection
+from smark_jax.carriers import hadamard, marks, selection, sharded
 
 FingerprintLoss = Callable[[Array, Array], Array]
-"""``loss(chips [m], code [m]) -> scalar``, such as those in :mod:`smark_jax.losses`."""
+"""``loss(chips [m], word [m]) -> scalar``, such as those in :mod:`smark_jax.losses`."""
 
 
-def embed(
-    params: PyTree,
-    spec: carriers.Spec,
-    carrier: carriers.Carrier,
-    code: Num[AnyArray, " m"],
-    strength: float = 0.03,
-) -> PyTree:
-    """A copy of the model that carries ``code``: closed form, no data touched.
+def embed(base: PyTree, mark: carriers.Mark, word: Num[AnyArray, " m"], strength: float | Array = 0.03) -> PyTree:
+    """A copy of the model that carries ``word``: closed form, no data touched.
+
+    Composes with jit and vmap, where values cannot be checked; of the arguments, all may be traced.
 
     Parameters that a mesh of devices holds (leaves split by a ``NamedSharding``) are marked where they lie: no device
     gets another's weights, and the copy is split as they are. Beside them, each device holds the carrier (about a byte
-    a weight of the whole model). Not so under a jit of your own, where the compiler decides, nor in
+    per weight of the whole model). Not so under a jit of your own, where the compiler decides, nor in
     :func:`embed_batch`.
 
     Args:
-      params: the base model.
-      spec: its carrying leaves.
-      carrier: the model's carrier.
-      code: the customer's codeword in {-1, +1}, shape [m].
+      base: the base model.
+      mark: the model's mark.
+      word: the customer's codeword in {-1, +1}, shape [m].
       strength: root mean square change of a weight in units of its leaf's root mean square.
 
     Returns:
-      The marked copy, with the structure and dtypes of ``params``. Leaves that do not carry are those of ``params``,
+      The marked copy, with the structure and dtypes of ``base``. Leaves that do not carry are those of ``base``,
       untouched; float64 arrays of NumPy are marked in float64.
 
     Raises:
-      SmarkError: when the code has another length than the carrier or entries other than -1 and +1, the carrier was
-        drawn for another number of weights, ``params`` does not fit the spec or holds NaN or infinite weights or is
-        split over several meshes, or ``strength`` is not positive and finite.
+      SmarkError: when the word has another length than the mark has chips or entries other than -1 and +1, ``base``
+        does not fit the mark or holds NaN or infinite weights or is split over several meshes, or ``strength`` is not
+        positive and finite.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> from smark_jax import carriers, codes, embedding, extraction, keys
       >>> key = keys.from_bytes(bytes(32))
       >>> base = {"kernel": jnp.sin(jnp.arange(10_000.0))}
-      >>> spec = carriers.select(base)
-      >>> carrier = carriers.draw(keys.derive(key, "carrier"), spec)
+      >>> mark = carriers.mark(keys.derive(key, "carrier"), base)
       >>> word = codes.codebook(keys.derive(key, "code"), [7])[0]
-      >>> copy = embedding.embed(base, spec, carrier, word)
-      >>> bool((jnp.sign(extraction.extract(copy, base, spec, carrier)) == word).all())
+      >>> copy = embedding.embed(base, mark, word)
+      >>> bool((jnp.sign(extraction.extract(copy, base, mark)) == word).all())
       True
     """
-    _check("embed", params, spec, carrier, strength)
-    cause = "Was the codeword made with another num_chips than the carrier?"
-    _validate.vector("embed", "code", code, carrier.num_chips, cause)
-    where = carriers.layout("embed", params, spec)
+    _check("embed", base, mark, strength)
+    _check_word("embed", mark, word)
+    where = sharded.layout("embed", base, mark.spec)
     if where is None:
-        changed, ok, signs = _embed(selection.narrow("embed", params, spec), spec, carrier, jnp.asarray(code), strength)
-        copy = selection.replace(params, spec, changed)
-        ok = _wide_too(ok, params, spec)
+        leaves = selection.narrow("embed", base, mark.spec)
+        changed, ok, signs = _embed(leaves, mark, jnp.asarray(word), strength)
+        copy = selection.replace(base, mark.spec, changed)
+        ok = _wide_too(ok, base, mark.spec)
     else:
-        copy = carriers.add_spread(params, spec, where, code, carrier, _delta(carrier, strength))
-        ok, signs = _finite(copy, spec), jnp.all(jnp.abs(jnp.asarray(code)) == 1)
+        copy = sharded.add_spread(base, mark, where, word, _delta(mark, strength))
+        ok, signs = _finite(copy, mark.spec), jnp.all(jnp.abs(jnp.asarray(word)) == 1)
     _verify("embed", ok, signs)
     return copy
 
 
 def embed_batch(
-    params: PyTree,
-    spec: carriers.Spec,
-    carrier: carriers.Carrier,
-    codes: Num[AnyArray, "K m"],
-    strength: float = 0.03,
+    base: PyTree, mark: carriers.Mark, words: Num[AnyArray, "K m"], strength: float | Array = 0.03
 ) -> PyTree:
     """:func:`embed` for K customers at once: a pytree whose leaves have a leading axis of K copies.
 
@@ -100,20 +91,18 @@ def embed_batch(
     Raises:
       SmarkError: as :func:`embed`.
     """
-    _check("embed_batch", params, spec, carrier, strength)
-    if jnp.ndim(codes) != 2 or jnp.shape(codes)[0] == 0 or jnp.shape(codes)[1] != carrier.num_chips:
-        expected = f"codes of shape [K, {carrier.num_chips}] with K >= 1"
-        cause = "Was the codebook made with another num_chips than the carrier?"
-        raise _validate.fail("embed_batch", expected, f"shape {jnp.shape(codes)}", cause)
-    leaves = selection.narrow("embed_batch", params, spec)
-    changed, ok, signs = _embed_batch(leaves, spec, carrier, jnp.asarray(codes), strength)
-    _verify("embed_batch", _wide_too(ok, params, spec), signs)
-    marked = {name for leaf in spec.leaves for name in (leaf.path, *leaf.tied)}
-    repeated = lambda leaf: _repeated(leaf, jnp.shape(codes)[0])  # noqa: E731
-    return _trees.map_named(
-        lambda name, leaf: leaf if name in marked else repeated(leaf),
-        selection.replace(params, spec, changed),
-    )
+    _check("embed_batch", base, mark, strength)
+    if jnp.ndim(words) != 2 or jnp.shape(words)[0] == 0 or jnp.shape(words)[1] != mark.num_chips:
+        expected = f"words of shape [K, {mark.num_chips}] with K >= 1"
+        cause = "Was the codebook made with another num_chips than the mark?"
+        raise _validate.fail("embed_batch", expected, f"shape {jnp.shape(words)}", cause)
+    leaves = selection.narrow("embed_batch", base, mark.spec)
+    changed, ok, signs = _embed_batch(leaves, mark, jnp.asarray(words), strength)
+    _verify("embed_batch", _wide_too(ok, base, mark.spec), signs)
+    marked = {name for leaf in mark.spec.leaves for name in (leaf.path, *leaf.tied)}
+    repeated = lambda leaf: _repeated(leaf, jnp.shape(words)[0])  # noqa: E731
+    copies = selection.replace(base, mark.spec, changed)
+    return _trees.map_named(lambda name, leaf: leaf if name in marked else repeated(leaf), copies)
 
 
 def _repeated(leaf: Any, times: int) -> Any:
@@ -139,9 +128,8 @@ class Calibration(NamedTuple):
 
 
 def calibrate(
-    params: PyTree,
-    spec: carriers.Spec,
-    carrier: carriers.Carrier,
+    base: PyTree,
+    mark: carriers.Mark,
     score: Callable[[PyTree], float],
     max_drop: float = 0.002,
     *,
@@ -156,9 +144,8 @@ def calibrate(
     leaker must destroy: see the page on robustness.
 
     Args:
-      params: the base model.
-      spec: its carrying leaves.
-      carrier: the model's carrier.
+      base: the base model.
+      mark: the model's mark.
       score: ``score(params) -> float``, the larger the better, such as the accuracy on held-out images.
       max_drop: largest acceptable mean drop, in the score's unit.
       strengths: to try.
@@ -176,27 +163,28 @@ def calibrate(
       >>> import jax.numpy as jnp
       >>> from smark_jax import carriers, embedding, keys
       >>> base = {"kernel": jnp.sin(jnp.arange(10_000.0))}
-      >>> spec = carriers.select(base)
-      >>> carrier = carriers.draw(keys.from_bytes(bytes(32)), spec)
+      >>> mark = carriers.mark(keys.from_bytes(bytes(32)), base)
       >>> score = lambda params: float(-jnp.square(params["kernel"] - base["kernel"]).mean() ** 0.5)
-      >>> embedding.calibrate(base, spec, carrier, score, max_drop=0.05).strength
+      >>> embedding.calibrate(base, mark, score, max_drop=0.05).strength
       0.07
     """
     _validate.positive("calibrate", "copies", copies)
     _validate.finite_number("calibrate", "max_drop", max_drop)
     rising = sorted(strengths)
-    words = np.random.default_rng(seed).choice([-1, 1], (copies, carrier.num_chips)).astype(np.int8)
-    original = float(score(params))
+    words = np.random.default_rng(seed).choice([-1, 1], (copies, mark.num_chips)).astype(np.int8)
+    original = float(score(base))
     tried: list[tuple[float, float, float]] = []
     for strength in rising:
-        drops = [original - float(score(embed(params, spec, carrier, word, strength))) for word in words]
+        drops = [original - float(score(embed(base, mark, word, strength))) for word in words]
         tried.append((float(strength), float(np.mean(drops)), float(np.max(drops))))
         if not (tried[-1][1] <= max_drop and tried[-1][2] <= 3 * max_drop):
             break
     good = [strength for strength, mean, worst in tried if mean <= max_drop and worst <= 3 * max_drop]
     if not good:
         got = f"drops of {tried[0][1]:.3g} in the mean and {tried[0][2]:.3g} at worst" if tried else "no strengths"
-        cause = "Accept a larger drop, mark kernels only (carriers.select(params, 'kernel')), or try smaller strengths."
+        cause = (
+            "Accept a larger drop, mark kernels only (carriers.mark(..., match='kernel')), or try smaller strengths."
+        )
         raise _validate.fail(
             "calibrate", f"a strength that costs at most {max_drop:g}", got, cause, kind=errors.TooCostly
         )
@@ -204,56 +192,60 @@ def calibrate(
     return Calibration(good[-1], used, mean_drops, worst_drops)
 
 
-def _check(who: str, params: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, strength: float) -> None:
-    carriers.check_params(who, params, spec)
-    carriers.check_carrier(who, carrier, spec)
-    _validate.finite_number(who, "strength", strength)
+def _check(who: str, base: PyTree, mark: carriers.Mark, strength: float | Array) -> None:
+    marks.check(who, mark, base)
+    _validate.finite_number(who, "strength", strength)  # pyright: ignore[reportArgumentType]  # or traced
 
 
-def _verify(who: str, finite: Array, signs: Array) -> None:
-    _validate.all_finite(who, "weights in params", finite)
+def _check_word(who: str, mark: carriers.Mark, word: Num[AnyArray, " m"]) -> None:
+    cause = "Was the codeword made with another num_chips than the mark?"
+    _validate.vector(who, "word", word, mark.num_chips, cause)
+
+
+def _verify(who: str, finite: Any, signs: Array) -> None:
+    _validate.all_finite(who, "weights in the base", finite)
     if not _validate.is_traced(signs) and not bool(signs):
         raise _validate.fail(who, "codewords of -1 and +1", "other entries", "Bits become chips by 1 - 2 * bits.")
 
 
-_finite = jax.jit(carriers.finite, static_argnames="spec")
+_finite = jax.jit(selection.finite)
 
 
-def _delta(carrier: carriers.Carrier, strength: Array | float) -> Array | float:
-    return strength * (carrier.num_carrying / carrier.num_chips) ** 0.5
+def _delta(mark: carriers.Mark, strength: Array | float) -> Array | float:
+    return strength * (mark.carrier.num_carrying / mark.num_chips) ** 0.5
 
 
-def _wide_too(ok: Any, params: PyTree, spec: carriers.Spec) -> Any:
+def _wide_too(ok: Any, base: PyTree, spec: carriers.Spec) -> Any:
     """``ok``, and whether the carrying leaves that JAX has not seen are finite."""
-    seen = zip(selection.carrying("embed", params, spec), selection.narrow("embed", params, spec), strict=True)
+    seen = zip(selection.carrying("embed", base, spec), selection.narrow("embed", base, spec), strict=True)
     return ok & all(np.isfinite(leaf).all() for leaf, narrow in seen if narrow is None)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@jax.jit
 def _embed(
-    leaves: list[Any], spec: carriers.Spec, carrier: carriers.Carrier, code: Array, strength: Array | float
+    leaves: list[Any], mark: carriers.Mark, word: Array, strength: Array | float
 ) -> tuple[list[Array], Array, Array]:
-    changed = selection.add(leaves, spec, _delta(carrier, strength) * carriers.spread(code, carrier))
+    changed = selection.add(leaves, mark.spec, _delta(mark, strength) * carriers.spread(word, mark))
     # Of the copy: a strength that overflows a narrow dtype shows as well.
-    return changed, jnp.stack([jnp.isfinite(leaf).all() for leaf in changed]).all(), jnp.all(jnp.abs(code) == 1)
+    return changed, jnp.stack([jnp.isfinite(leaf).all() for leaf in changed]).all(), jnp.all(jnp.abs(word) == 1)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@jax.jit
 def _embed_batch(
-    leaves: list[Any], spec: carriers.Spec, carrier: carriers.Carrier, codes: Array, strength: Array | float
+    leaves: list[Any], mark: carriers.Mark, words: Array, strength: Array | float
 ) -> tuple[list[Array], Array, Array]:
     # One after the other: all at once would take three times the memory, fall out of cache between the transform's
     # factors, and round by the number of copies.
-    copies, ok, signs = jax.lax.map(lambda code: _embed(leaves, spec, carrier, code, strength), codes)
+    copies, ok, signs = jax.lax.map(lambda word: _embed(leaves, mark, word, strength), words)
     return copies, ok.all(), signs.all()
 
 
-class Mark(NamedTuple):
-    """What a trained embedding aims at: this codeword, in this carrier, relative to this base. A pytree.
+class FingerprintState(NamedTuple):
+    """What :func:`add_fingerprint_gradient` keeps in the optimiser's state, so that jit takes it as an argument.
 
     Attributes:
-      base: the carrying weights to measure against, as from ``carriers.read(base, spec)``, shape [D].
-      carrier: the model's carrier.
+      base: the carrying weights to measure against, in the mark's coordinates, shape [D].
+      carrier: the mark's; secret.
       code: the codeword in {-1, +1}, shape [m].
     """
 
@@ -262,131 +254,89 @@ class Mark(NamedTuple):
     code: Float[Array, " m"]
 
 
-def mark(base: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, code: Num[AnyArray, " m"]) -> Mark:
-    """The aim of a trained embedding.
-
-    Raises:
-      SmarkError: when base, spec, carrier and code do not belong together.
-    """
-    carriers.check_params("mark: base", base, spec)
-    carriers.check_carrier("mark", carrier, spec)
-    cause = "Was the codeword made with another num_chips than the carrier?"
-    _validate.vector("mark", "code", code, carrier.num_chips, cause)
-    weights = carriers.read(base, spec)
-    _verify("mark", jnp.isfinite(weights).all(), jnp.all(jnp.abs(jnp.asarray(code)) == 1))
-    return Mark(weights, carrier, jnp.asarray(code, jnp.float32))
-
-
-def _fingerprint_gradient(
-    loss_fn: FingerprintLoss, params: PyTree, spec: carriers.Spec, aim: Mark
-) -> tuple[Array, Array, PyTree]:
-    """The fingerprint loss of what ``params`` read relative to the base, how many chips read wrong, the gradient."""
-    weights, back = jax.vjp(lambda p: carriers.read(p, spec), params)
-    chips = carriers.despread(weights - aim.base, aim.carrier)
-    loss, by_chip = jax.value_and_grad(loss_fn)(chips, aim.code)
-    # Losses such as the hinge leave chips alone that read well, and most rounds of a training have no others.
-    spread = lambda: carriers.spread(by_chip, aim.carrier)  # noqa: E731
-    vector = jax.lax.cond(jnp.any(by_chip != 0), spread, lambda: jnp.zeros_like(weights))
-    gradient = back(vector)[0]
-    if any(leaf.tied for leaf in spec.leaves):  # what moves one name of a tensor moves them all
-        gradient = selection.replace(gradient, spec, selection.carrying("gradient", gradient, spec))
-    return loss, jnp.sum(chips * aim.code <= 0), gradient
-
-
 def add_fingerprint_gradient(
-    loss_fn: FingerprintLoss, spec: carriers.Spec, aim: Mark, weight: float = 1.0
+    loss_fn: FingerprintLoss,
+    mark: carriers.Mark,
+    word: Num[AnyArray, " m"],
+    weight: float | Array | optax.Schedule = 1.0,
 ) -> optax.GradientTransformation:
     """Adds ``weight`` times the gradient of the fingerprint loss to whatever gradient passes through.
 
     Chained before an optimiser, it marks a model while it is trained: in distributed training the owner applies it
-    after aggregation, so that no party ever sees the carrier. The aim travels in the optimiser's state.
+    after aggregation, so that no party ever sees the mark. The read-out is relative to the weights that ``init`` is
+    given: pass it the base. Training may go on from other weights.
 
     Args:
       loss_fn: loss of soft chips and codeword, such as ``losses.sign_hinge``.
-      spec: the carrying leaves.
-      aim: what the model shall carry.
-      weight: factor on the fingerprint's gradient.
+      mark: the model's mark.
+      word: the codeword in {-1, +1} that the model shall carry, shape [m].
+      weight: factor on the fingerprint's gradient, or a schedule of it.
 
     Returns:
-      A transformation for ``optax.chain``.
-    """
+      A transformation for ``optax.chain``. Its state holds the mark's carrier and the codeword: it is as secret as
+      they are. With a schedule, the state is a pair of :class:`FingerprintState` and the number of steps so far.
 
-    def init(params: PyTree) -> optax.OptState:
-        carriers.check_params("add_fingerprint_gradient", params, spec)
-        return aim  # pyright: ignore[reportReturnType]  # optax types states too narrowly for a NamedTuple
+    Raises:
+      SmarkError: when the word does not fit the mark. From ``init``, when the mark is not for these parameters, or a
+        carrying weight is NaN or infinite; from ``update``, when it is called without parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from smark_jax import carriers, codes, embedding, extraction, keys, losses
+      >>> key = keys.from_bytes(bytes(32))
+      >>> base = {"kernel": jnp.sin(jnp.arange(10_000.0))}
+      >>> mark = carriers.mark(keys.derive(key, "carrier"), base, num_chips=64)
+      >>> word = codes.codebook(keys.derive(key, "code"), [7], num_chips=64)[0]
+      >>> fingerprint = embedding.add_fingerprint_gradient(losses.sign_hinge, mark, word)
+      >>> optimizer = optax.chain(fingerprint, optax.adam(1e-3))
+      >>> params, state = base, optimizer.init(base)
+      >>> task_gradient = jax.tree.map(jnp.zeros_like, base)  # jax.grad of the task's loss, where there is one
+      >>> for _ in range(20):
+      ...     updates, state = jax.jit(optimizer.update)(task_gradient, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool((jnp.sign(extraction.extract(params, base, mark)) == word).all())
+      True
+    """
+    who, spec = "add_fingerprint_gradient", mark.spec
+    _check_word(who, mark, word)
+    _verify(who, True, jnp.all(jnp.abs(jnp.asarray(word)) == 1))
+
+    def init(params: PyTree) -> Any:
+        marks.check(who, mark, params)
+        weights = carriers.read(params, spec)
+        _verify(who, jnp.isfinite(weights).all(), jnp.asarray(True))
+        aim = FingerprintState(weights, mark.carrier, jnp.asarray(word, jnp.float32))
+        return (aim, jnp.zeros((), jnp.int32)) if callable(weight) else aim
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        _, _, gradient = _fingerprint_gradient(loss_fn, params, spec, state)
-        return jax.tree.map(lambda u, g: u + weight * g, updates, gradient), state
+        if params is None:  # the second line is optax's own
+            cause = (
+                "You are using a transformation that requires the current value of parameters, but you are not passing "
+                "`params` when calling `update`."
+            )
+            raise _validate.fail(who, "update(updates, state, params)", "no params", cause)
+        aim, factor = state, cast(Any, weight)
+        if callable(weight):
+            aim, count = state
+            factor, state = weight(count), (aim, optax.safe_increment(count))
+        gradient = _fingerprint_gradient(loss_fn, selection.carrying(who, params, spec), spec, aim)
+        pairs = zip(spec.leaves, gradient, strict=True)
+        by_name = {name: part for leaf, part in pairs for name in (leaf.path, *leaf.tied)}
+
+        def added(name: str, leaf: Any) -> Any:  # what moves one name of a tied tensor moves them all
+            return leaf + (factor * by_name[name]).astype(leaf.dtype) if name in by_name else leaf
+
+        return _trees.map_named(added, updates), state
 
     return optax.GradientTransformation(init, update)
 
 
-class EmbedderState(NamedTuple):
-    """What a trained embedding carries from step to step: the parameters, the optimiser's state, and the aim."""
-
-    params: PyTree
-    opt_state: optax.OptState
-    aim: Mark
-
-
-class EmbedderInfo(NamedTuple):
-    """What a step of trained embedding shows: the fingerprint loss before it, and how many chips read wrong then."""
-
-    loss: Float[Array, ""]
-    bit_errors: Array
-
-
-class Embedder(NamedTuple):
-    """A trained embedding as a pair of pure functions.
-
-    Attributes:
-      init: ``init(params, aim) -> state``.
-      update: ``update(state, spec, task_gradient=None) -> (state, info)``; ``spec`` is static under jit, and
-        ``task_gradient``, a pytree like params, is added to the fingerprint's.
-    """
-
-    init: Callable[[PyTree, Mark], EmbedderState]
-    update: Callable[..., tuple[EmbedderState, EmbedderInfo]]
-
-
-def embedder(loss_fn: FingerprintLoss, optimizer: optax.GradientTransformation) -> Embedder:
-    """Trained embedding of a codeword, by any fingerprint loss and any optax optimiser.
-
-    Args:
-      loss_fn: loss of soft chips and codeword, such as ``losses.sign_hinge``.
-      optimizer: an optax optimiser; its learning rate is in the unit of the weights.
-
-    Returns:
-      The pair (init, update).
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> from smark_jax import carriers, codes, embedding, keys, losses
-      >>> base = {"kernel": jnp.sin(jnp.arange(10_000.0))}
-      >>> spec = carriers.select(base)
-      >>> carrier = carriers.draw(keys.from_bytes(bytes(32)), spec, num_chips=64)
-      >>> word = codes.codebook(keys.from_bytes(bytes(32)), [7], num_chips=64)[0]
-      >>> embedder = embedding.embedder(losses.sign_hinge, optax.adam(1e-3))
-      >>> state = embedder.init(base, embedding.mark(base, spec, carrier, word))
-      >>> update = jax.jit(embedder.update, static_argnames="spec")
-      >>> for _ in range(20):
-      ...     state, info = update(state, spec=spec)
-      >>> int(info.bit_errors)
-      0
-    """
-
-    def init(params: PyTree, aim: Mark) -> EmbedderState:
-        return EmbedderState(params, optimizer.init(params), aim)
-
-    def update(
-        state: EmbedderState, spec: carriers.Spec, task_gradient: PyTree | None = None
-    ) -> tuple[EmbedderState, EmbedderInfo]:
-        loss, wrong, gradient = _fingerprint_gradient(loss_fn, state.params, spec, state.aim)
-        if task_gradient is not None:
-            gradient = jax.tree.map(jnp.add, gradient, task_gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return EmbedderState(params, opt_state, state.aim), EmbedderInfo(loss, wrong)
-
-    return Embedder(init, update)
+def _fingerprint_gradient(
+    loss_fn: FingerprintLoss, leaves: list[Any], spec: carriers.Spec, aim: FingerprintState
+) -> list[Array]:
+    """The gradient, by the carrying leaves, of the fingerprint loss of what they read relative to the base."""
+    weights, back = jax.vjp(lambda leaves: selection.read_leaves(leaves, spec.factors), leaves)
+    by_chip = jax.grad(loss_fn)(hadamard.despread(weights - aim.base, aim.carrier), aim.code)
+    # Losses such as the hinge leave chips alone that read well, and most rounds of a training have no others.
+    spread = lambda: hadamard.spread(by_chip, aim.carrier)  # noqa: E731
+    return back(jax.lax.cond(jnp.any(by_chip != 0), spread, lambda: jnp.zeros_like(weights)))[0]

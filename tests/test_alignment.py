@@ -56,14 +56,13 @@ def setup(name):
 
 
 def mark(base):
-    spec = carriers.select(base)
-    carrier = carriers.draw(keys.derive(KEY, "carrier"), spec, 128)
+    mark = carriers.mark(keys.derive(KEY, "carrier"), base, 128)
     book = codes.Codebook(keys.derive(KEY, "code"), 1000, 128)
     word = codes.codebook(book.key, [7], 128)[0]
-    copy = embedding.embed(base, spec, carrier, word)
+    copy = embedding.embed(base, mark, word)
 
     def read(suspect):
-        return np.asarray(extraction.extract(suspect, base, spec, carrier), np.float64)
+        return np.asarray(extraction.extract(suspect, base, mark), np.float64)
 
     return copy, book, read
 

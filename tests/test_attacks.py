@@ -221,15 +221,14 @@ def test_shift_weights_in_float64():
 def test_overwriting_leaves_the_leakers_own_fingerprints():
     mine, theirs = (keys.from_bytes(bytes([n]) * 32) for n in (1, 2))
     base = {"kernel": PARAMS["kernel"]}
-    spec = carriers.select(base)
     written = attacks.overwrite(base, theirs, times=2, strength=0.03, num_chips=64)
     for number in range(2):
-        carrier = carriers.draw(keys.derive(theirs, "carrier", str(number)), spec, 64)
+        mark = carriers.mark(keys.derive(theirs, "carrier", str(number)), base, 64)
         word = np.asarray(codes.codebook(keys.derive(theirs, "code"), [number], 64)[0])
-        chips = np.asarray(extraction.extract(written, base, spec, carrier))
+        chips = np.asarray(extraction.extract(written, base, mark))
         assert (chips * word > 0).mean() > 0.9
-    other = carriers.draw(keys.derive(mine, "carrier", "0"), spec, 64)
-    assert abs((np.asarray(extraction.extract(written, base, spec, other)) * word > 0).mean() - 0.5) < 0.3
+    other = carriers.mark(keys.derive(mine, "carrier", "0"), base, 64)
+    assert abs((np.asarray(extraction.extract(written, base, other)) * word > 0).mean() - 0.5) < 0.3
     statistics = {"mean": jnp.ones(3)}
     whole = attacks.overwrite({"params": base, "batch_stats": statistics}, theirs, times=2, num_chips=64)
     chex.assert_trees_all_equal(whole, {"params": written, "batch_stats": statistics})
@@ -238,8 +237,8 @@ def test_overwriting_leaves_the_leakers_own_fingerprints():
 def test_penalty_empties_guessed_carriers_only():
     base = {"kernel": PARAMS["kernel"]}
     spec = carriers.select(base)
-    guess, other = (carriers.draw(keys.from_bytes(bytes([n]) * 32), spec, 64) for n in (1, 2))
-    penalty = attacks.carrier_energy(base, spec, [guess], weight=0.5)
+    guess, other = (carriers.mark(keys.from_bytes(bytes([n]) * 32), base, 64) for n in (1, 2))
+    penalty = attacks.carrier_energy(base, [guess], weight=0.5)
     assert float(penalty(base)) == pytest.approx(0.5)
     emptied, weights = base, carriers.read(base, spec)
     for _ in range(200):
@@ -247,5 +246,5 @@ def test_penalty_empties_guessed_carriers_only():
     energy = [np.square(np.asarray(carriers.despread(carriers.read(emptied, spec), c))).sum() for c in (guess, other)]
     before = [np.square(np.asarray(carriers.despread(weights, c))).sum() for c in (guess, other)]
     assert energy[0] < 0.1 * before[0] and energy[1] > 0.8 * before[1]
-    with pytest.raises(ValueError, match="at least one carrier"):
-        attacks.carrier_energy(base, spec, [])
+    with pytest.raises(ValueError, match="at least one mark"):
+        attacks.carrier_energy(base, [])

@@ -17,7 +17,11 @@ SIZES = [(1, 1), (5, 3), (64, 64), (300, 300), (1000, 304), (2048, 304), (5000, 
 
 
 def spec_of(num_weights: int) -> carriers.Spec:
-    return carriers.Spec((carriers.Leaf("w", (num_weights,), 1.0),))
+    return carriers.Spec((carriers.Leaf("w", (num_weights,)),), (1.0,))
+
+
+def mark_of(num_weights: int, num_chips: int = 304, key: keys.SecretKey = KEY) -> carriers.Mark:
+    return carriers.Mark(spec_of(num_weights), carriers.draw(key, spec_of(num_weights), num_chips))
 
 
 def dense(carrier: carriers.Carrier) -> np.ndarray:
@@ -26,27 +30,27 @@ def dense(carrier: carriers.Carrier) -> np.ndarray:
 
 
 @functools.cache
-def drawn(num_weights: int, num_chips: int) -> tuple[carriers.Carrier, np.ndarray]:
-    carrier = carriers.draw(KEY, spec_of(num_weights), num_chips)
-    return carrier, dense(carrier)
+def drawn(num_weights: int, num_chips: int) -> tuple[carriers.Mark, np.ndarray]:
+    mark = mark_of(num_weights, num_chips)
+    return mark, dense(mark.carrier)
 
 
 @pytest.mark.parametrize(("num_weights", "num_chips"), SIZES)
 def test_transforms_equal_the_dense_matrix(num_weights, num_chips):
-    carrier, matrix = drawn(num_weights, num_chips)
+    mark, matrix = drawn(num_weights, num_chips)
     rng = np.random.default_rng(num_weights)
     chips, vector = rng.normal(size=num_chips), rng.normal(size=num_weights)
-    np.testing.assert_allclose(carriers.spread(jnp.float32(chips), carrier), chips @ matrix, atol=2e-5)
-    np.testing.assert_allclose(carriers.despread(jnp.float32(vector), carrier), matrix @ vector, atol=2e-5)
+    np.testing.assert_allclose(carriers.spread(jnp.float32(chips), mark), chips @ matrix, atol=2e-5)
+    np.testing.assert_allclose(carriers.despread(jnp.float32(vector), mark), matrix @ vector, atol=2e-5)
 
 
 @pytest.mark.parametrize(("num_weights", "num_chips"), SIZES)
 def test_rows_are_orthonormal_and_dense(num_weights, num_chips):
-    carrier, matrix = drawn(num_weights, num_chips)
+    mark, matrix = drawn(num_weights, num_chips)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(num_chips), atol=1e-12)
-    covered = matrix[:, : carrier.num_carrying]
-    assert not matrix[:, carrier.num_carrying :].any()
-    assert num_weights - carrier.num_carrying < max(2048, 8 * num_chips)
+    covered = matrix[:, : mark.carrier.num_carrying]
+    assert not matrix[:, mark.carrier.num_carrying :].any()
+    assert num_weights - mark.carrier.num_carrying < max(2048, 8 * num_chips)
     if num_weights > 1000:
         assert (np.count_nonzero(covered, axis=1) > 0.9 * covered.shape[1]).all()
         # Energy is spread over all blocks alike, and the rows have no direct-current part to speak of.
@@ -59,32 +63,32 @@ def test_despread_inverts_spread_and_both_are_linear(data):
     num_weights, num_chips = data.draw(st.sampled_from(SIZES))
     seed = data.draw(st.integers(0, 2**31))
     scale = data.draw(st.floats(-100, 100, width=32))
-    carrier = carriers.draw(keys.derive(KEY, str(seed % 3)), spec_of(num_weights), num_chips)
+    mark = mark_of(num_weights, num_chips, keys.derive(KEY, str(seed % 3)))
     rng = np.random.default_rng(seed)
     a, b = jnp.float32(rng.normal(size=(2, num_chips)))
     v = jnp.float32(rng.normal(size=num_weights))
-    np.testing.assert_allclose(carriers.despread(carriers.spread(a, carrier), carrier), a, atol=1e-5)
-    combined = carriers.spread(a + scale * b, carrier)
-    separate = carriers.spread(a, carrier) + scale * carriers.spread(b, carrier)
+    np.testing.assert_allclose(carriers.despread(carriers.spread(a, mark), mark), a, atol=1e-5)
+    combined = carriers.spread(a + scale * b, mark)
+    separate = carriers.spread(a, mark) + scale * carriers.spread(b, mark)
     np.testing.assert_allclose(combined, separate, atol=1e-4 * (1 + abs(scale)))
     # Adjoint: <spread(a), v> = <a, despread(v)>; and spread preserves length.
-    np.testing.assert_allclose(carriers.spread(a, carrier) @ v, a @ carriers.despread(v, carrier), atol=1e-3)
-    np.testing.assert_allclose(jnp.linalg.norm(carriers.spread(a, carrier)), jnp.linalg.norm(a), rtol=1e-5)
+    np.testing.assert_allclose(carriers.spread(a, mark) @ v, a @ carriers.despread(v, mark), atol=1e-3)
+    np.testing.assert_allclose(jnp.linalg.norm(carriers.spread(a, mark)), jnp.linalg.norm(a), rtol=1e-5)
 
 
 def test_gradient_of_despread_is_spread():
-    carrier = carriers.draw(KEY, spec_of(5000), 40)
+    mark = mark_of(5000, 40)
     chips = jnp.float32(np.random.default_rng(0).normal(size=40))
-    _, pull = jax.vjp(lambda v: carriers.despread(v, carrier), jnp.zeros(5000))
-    np.testing.assert_allclose(pull(chips)[0], carriers.spread(chips, carrier), atol=1e-6)
+    _, pull = jax.vjp(lambda v: carriers.despread(v, mark), jnp.zeros(5000))
+    np.testing.assert_allclose(pull(chips)[0], carriers.spread(chips, mark), atol=1e-6)
 
 
 def test_transforms_under_jit_and_vmap():
-    carrier = carriers.draw(KEY, spec_of(5000), 40)
+    mark = mark_of(5000, 40)
     batch = jnp.float32(np.random.default_rng(0).normal(size=(3, 40)))
-    spread = jax.jit(jax.vmap(carriers.spread, in_axes=(0, None)))(batch, carrier)
-    np.testing.assert_allclose(spread[1], carriers.spread(batch[1], carrier), atol=1e-6)
-    np.testing.assert_allclose(jax.vmap(carriers.despread, (0, None))(spread, carrier), batch, atol=1e-5)
+    spread = jax.jit(jax.vmap(carriers.spread, in_axes=(0, None)))(batch, mark)
+    np.testing.assert_allclose(spread[1], carriers.spread(batch[1], mark), atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(carriers.despread, (0, None))(spread, mark), batch, atol=1e-5)
 
 
 def test_the_key_names_the_carrier_and_nothing_else_does():
@@ -114,8 +118,8 @@ def test_positions_are_distinct_uniform_and_fresh_in_each_block():
 
 def test_two_rounds_hide_the_coefficients_that_one_round_shows():
     """The squared difference of two copies, averaged over its blocks, under the Walsh transform: see the theory."""
-    carrier = carriers.draw(KEY, spec_of(2048), 32)
-    positions = np.asarray(carrier.positions)[0]
+    mark = mark_of(2048, 32)
+    positions = np.asarray(mark.carrier.positions)[0]
     difference = np.where(np.random.default_rng(1).random(32) < 0.5, 2.0, 0.0)
     h = reference.hadamard(2048)
 
@@ -124,7 +128,7 @@ def test_two_rounds_hide_the_coefficients_that_one_round_shows():
         coefficients[positions] = difference
         x = h @ coefficients
         if rounds == 2:
-            x = np.asarray(carriers.spread(jnp.float32(difference), carrier), np.float64)
+            x = np.asarray(carriers.spread(jnp.float32(difference), mark), np.float64)
         spectrum = np.abs(h @ np.square(x))
         # Squaring one round puts energy exactly at the exclusive-ors of used coefficients.
         used = positions[difference > 0]
@@ -144,11 +148,11 @@ def test_more_chips_than_weights_is_refused():
 
 
 def test_wrong_lengths_are_refused():
-    carrier = carriers.draw(KEY, spec_of(3000), 304)
+    mark = mark_of(3000)
     with pytest.raises(ValueError, match=r"spread: expected chips of shape \(304,\), but got shape \(303,\)"):
-        carriers.spread(jnp.ones(303), carrier)
+        carriers.spread(jnp.ones(303), mark)
     with pytest.raises(ValueError, match=r"despread: expected vector of shape \(3,000,\)"):
-        carriers.despread(jnp.ones(2999), carrier)
+        carriers.despread(jnp.ones(2999), mark)
 
 
 PARAMS = {
@@ -162,7 +166,7 @@ def test_select_takes_floating_leaves_with_spread():
     spec = carriers.select(PARAMS)
     assert [leaf.path for leaf in spec.leaves] == ["conv/kernel", "dense/bias", "dense/kernel"]
     assert spec.num_weights == 72 + 10 + 720
-    np.testing.assert_allclose(spec.leaves[0].scale, np.sqrt(np.square(PARAMS["conv"]["kernel"]).mean()), rtol=1e-6)
+    np.testing.assert_allclose(spec.scales[0], np.sqrt(np.square(PARAMS["conv"]["kernel"]).mean()), rtol=1e-6)
     assert hash(spec) == hash(carriers.select(PARAMS))
     assert [leaf.path for leaf in carriers.select(PARAMS, "^dense").leaves] == ["dense/bias", "dense/kernel"]
     by_predicate = carriers.select(PARAMS, lambda path: path.endswith("kernel"))
@@ -181,7 +185,7 @@ def test_read_divides_by_scale_and_write_adds():
     spec = carriers.select(PARAMS)
     vector = np.asarray(carriers.read(PARAMS, spec))
     np.testing.assert_allclose(np.square(vector[:72]).mean(), 1, rtol=1e-5)
-    np.testing.assert_allclose(vector[82:], PARAMS["dense"]["kernel"].reshape(-1) / spec.leaves[2].scale, rtol=1e-5)
+    np.testing.assert_allclose(vector[82:], PARAMS["dense"]["kernel"].reshape(-1) / spec.scales[2], rtol=1e-5)
     delta = np.float32(np.random.default_rng(2).normal(size=802))
     written = carriers.write(PARAMS, spec, jnp.asarray(delta))
     np.testing.assert_allclose(carriers.read(written, spec), vector + delta, atol=1e-5)
@@ -197,7 +201,7 @@ def test_dtypes_stay(dtype):
     assert carriers.read(params, spec).dtype == jnp.float32
     written = carriers.write(params, spec, jnp.ones(4096))
     assert written["w"].dtype == dtype
-    np.testing.assert_allclose(np.float32(written["w"]), np.float32(params["w"]) + spec.leaves[0].scale, rtol=1e-2)
+    np.testing.assert_allclose(np.float32(written["w"]), np.float32(params["w"]) + spec.scales[0], rtol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -244,15 +244,14 @@ def coalition():
     """Five real copies of 100,000 weights at 5 %, and the codewords of their holders and of 1,000 innocents."""
     base = {"kernel": jnp.float32(RNG.normal(size=(300, 300))), "head": jnp.float32(RNG.normal(0, 0.1, (100, 100)))}
     secret = keys.from_bytes(bytes(32))
-    spec = carriers.select(base)
-    carrier = carriers.draw(keys.derive(secret, "carrier"), spec, 512)
+    mark = carriers.mark(keys.derive(secret, "carrier"), base, 512)
     book = codes.codebook(keys.derive(secret, "code"), range(K + 1000), 512)
-    return base, spec, carrier, book, embedding.embed_batch(base, spec, carrier, book[:K], strength=0.05)
+    return base, mark, book, embedding.embed_batch(base, mark, book[:K], strength=0.05)
 
 
 def normalised_scores(pirate, coalition):
-    base, spec, carrier, book, _ = coalition
-    chips = np.asarray(extraction.extract(pirate, base, spec, carrier), np.float64)
+    base, mark, book, _ = coalition
+    chips = np.asarray(extraction.extract(pirate, base, mark), np.float64)
     return np.asarray(book, np.float64) @ chips / np.linalg.norm(chips)
 
 

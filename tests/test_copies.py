@@ -57,8 +57,8 @@ def test_only_carrying_weights_differ_between_a_copy_and_its_base(desk, made, tm
     assert copy.header == base.header  # names, dtypes, shapes, order and metadata
     differing = {leaf for leaf in base.leaves if copy.leaves[leaf] != base.leaves[leaf]}
     may = {leaf for leaf in base.leaves if re.search(model.carries, leaf)}
-    covered = carriers.coverage(added.spec, CHIPS)
-    tail = {leaf.path for leaf in added.spec.leaves[covered.leaves :]}
+    covered = carriers.coverage(added.settings.spec, CHIPS)
+    tail = {leaf.path for leaf in added.settings.spec.leaves[covered.leaves :]}
     assert differing <= may - tail
     # All that may carry do, but for a fresh bias of zeros and what lies in the tail.
     assert may - differing <= tail | {leaf for leaf in may if not base.floats(leaf).any()}
@@ -77,11 +77,11 @@ def test_a_base_of_doubles_is_marked_in_double_precision(desk, made, tmp_path):
     model = add(desk, "net", tmp_path / "base", strength=1e-4)
     (path,) = issued(desk, "net", tmp_path / "out").files
     moved = ten.read(path).floats("dense/kernel") - ten.read(tmp_path / "base").floats("dense/kernel")
-    carrier = model.carrier
+    carrier = model.mark.carrier
     arrays = (carrier.inner_signs, carrier.outer_signs, carrier.positions)
     matrix = reference.carrier_matrix(*map(np.asarray, arrays), carrier.num_weights)
     word = np.asarray(codes.codebook(models.code_key(desk, "net"), [0], CHIPS)[0], np.float64)
-    delta = 1e-4 * np.sqrt(carrier.num_carrying / CHIPS) * (word @ matrix) * model.spec.leaves[0].scale
+    delta = 1e-4 * np.sqrt(carrier.num_carrying / CHIPS) * (word @ matrix) * model.settings.spec.scales[0]
     np.testing.assert_allclose(moved, delta, atol=1e-6 * np.abs(delta).max())
 
 
@@ -123,17 +123,16 @@ def test_bases_of_other_formats_keep_every_dtype(desk, made, tmp_path, kind):
 
 def test_embedding_leaves_wide_leaves_of_a_tree_as_they_are(made, key):
     base = files.nest(made["doubles"].leaves)
-    spec = carriers.select(base)
-    carrier = carriers.draw(key, spec, CHIPS)
+    mark = carriers.mark(key, base, CHIPS)
     words = codes.codebook(key, range(2), CHIPS)
-    one, both = embedding.embed(base, spec, carrier, words[1]), embedding.embed_batch(base, spec, carrier, words)
+    one, both = embedding.embed(base, mark, words[1]), embedding.embed_batch(base, mark, words)
     for name, leaf in ten.flat(base).items():
         got, row = ten.flat(one)[name], ten.flat(both)[name][1]
         assert (got.dtype, got.shape, row.dtype, row.shape) == (leaf.dtype, leaf.shape) * 2
         assert (got.tobytes() == leaf.tobytes()) == (name != "dense/kernel")
         assert row.tobytes() == got.tobytes()
-    np.testing.assert_array_equal(np.sign(extraction.extract(one, base, spec, carrier)), words[1])
-    jitted = jax.jit(lambda word: embedding.embed(base, spec, carrier, word)["dense"]["kernel"])(words[1])
+    np.testing.assert_array_equal(np.sign(extraction.extract(one, base, mark)), words[1])
+    jitted = jax.jit(lambda word: embedding.embed(base, mark, word)["dense"]["kernel"])(words[1])
     np.testing.assert_allclose(jitted, one["dense"]["kernel"], atol=1e-6)
 
 
@@ -142,7 +141,7 @@ def test_a_tied_copy_stays_tied_and_is_traced_by_either_name(desk, made, tmp_pat
     ten.write(tmp_path / "base", leaves)
     model = add(desk, "net", tmp_path / "base")
     first, second = "lm_head.weight", "transformer.wte.weight"
-    carrying = {leaf.path for leaf in model.spec.leaves}
+    carrying = {leaf.path for leaf in model.settings.spec.leaves}
     assert len(carrying & {first, second}) == 1  # carried once
     (path,) = issued(desk, "net", tmp_path / "out").files
     copy = ten.read(path)
@@ -165,13 +164,12 @@ def test_trained_marks_keep_tied_weights_tied(made, key):
     from smark_jax import losses
 
     base = {name: jax.numpy.asarray(leaf, "float32") for name, leaf in made["tied_transformer"].leaves.items()}
-    spec = carriers.select(base)
-    word = codes.codebook(key, [0], CHIPS)[0]
-    embedder = embedding.embedder(losses.sign_hinge, optax.sgd(0.02))
-    state = embedder.init(base, embedding.mark(base, spec, carriers.draw(key, spec, CHIPS), word))
-    state, _ = embedder.update(state, spec)
-    np.testing.assert_array_equal(state.params["lm_head.weight"], state.params["transformer.wte.weight"])
-    assert (state.params["lm_head.weight"] != base["lm_head.weight"]).any()
+    mark, word = carriers.mark(key, base, CHIPS), codes.codebook(key, [0], CHIPS)[0]
+    optimizer = optax.chain(embedding.add_fingerprint_gradient(losses.sign_hinge, mark, word), optax.sgd(0.02))
+    nothing = {name: np.zeros_like(leaf) for name, leaf in base.items()}
+    params = optax.apply_updates(base, optimizer.update(nothing, optimizer.init(base), base)[0])
+    np.testing.assert_array_equal(params["lm_head.weight"], params["transformer.wte.weight"])
+    assert (params["lm_head.weight"] != base["lm_head.weight"]).any()
 
 
 def test_an_attack_keeps_the_dtypes_of_a_copy(made, tmp_path):
@@ -225,7 +223,7 @@ def classifier() -> dict[str, np.ndarray]:
 def as_before(leaves):
     """The choice of older versions: every floating-point leaf, in the order of a nested tree."""
     rms = {name: float(np.sqrt(np.square(leaf).mean())) for name, leaf in sorted(leaves.items())}
-    return carriers.Spec(tuple(carriers.Leaf(name, leaves[name].shape, scale) for name, scale in rms.items()))
+    return carriers.Spec(tuple(carriers.Leaf(name, leaves[name].shape) for name in rms), tuple(rms.values()))
 
 
 def test_copies_that_would_answer_nan_get_no_name_and_others_say_what_they_cost(desk, tmp_path, monkeypatch):
@@ -262,8 +260,8 @@ def test_copies_of_an_older_vault_are_still_written_and_traced(desk, tmp_path, m
     found = issued(desk, "old", tmp_path / "out")
     assert found.unfit.keys() == {"bn.running_mean", "bn.running_var"}
     copy = ten.read(found.files[0])
-    carrier, word = model.carrier, codes.codebook(models.code_key(desk, "old"), [0], CHIPS)[0]
-    then = embedding.embed({leaf.path: leaves[leaf.path] for leaf in spec.leaves}, spec, carrier, word, 0.03)
+    mark, word = model.mark, codes.codebook(models.code_key(desk, "old"), [0], CHIPS)[0]
+    then = embedding.embed({leaf.path: leaves[leaf.path] for leaf in spec.leaves}, mark, word, 0.03)
     for name, leaf in then.items():
         np.testing.assert_allclose(copy.floats(name), np.ravel(leaf), atol=1e-6)
     assert copy.leaves["steps"] == leaves["steps"].tobytes()
@@ -322,9 +320,9 @@ def test_one_table_of_roles_tells_weights_from_what_must_stay():
 def test_leaves_in_the_tail_are_not_said_to_carry(desk, key, tmp_path):
     """D mod L weights at the end carry nothing: here the whole last layer."""
     leaves = {"a/kernel": ten.some(70, 60), "b/kernel": ten.some(10, 10), "c/bias": ten.some(10)}
-    spec = carriers.select(files.nest(leaves))
-    told = carriers.coverage(spec, CHIPS)
-    copy = embedding.embed(leaves, spec, carriers.draw(key, spec, CHIPS), codes.codebook(key, [0], CHIPS)[0])
+    mark = carriers.mark(key, files.nest(leaves), CHIPS)
+    told = carriers.coverage(mark.spec, CHIPS)
+    copy = embedding.embed(leaves, mark, codes.codebook(key, [0], CHIPS)[0])
     moved = {name: int((np.asarray(copy[name]) != leaf).sum()) for name, leaf in leaves.items()}
     assert told.leaves == sum(count > 0 for count in moved.values()) == 1
     assert told.weights == 4096 and 0.99 * 4096 < sum(moved.values()) <= 4096
@@ -355,9 +353,9 @@ def test_whoever_has_the_public_backbone_subtracts_the_mark_unless_public_leaves
         files.write(tmp_path / "leaked", stolen)
         verdict[name] = verdicts.trace(models.get(desk, name), [tmp_path / "leaked"]).suspects[0].verdict
     assert verdict == {"old": "nobody", "new": "traced"}
-    new = models.get(desk, "new")
+    new = models.get(desk, "new").settings
     assert {leaf.path for leaf in new.spec.leaves} == {"head.weight", "head.bias"}
-    assert new.public == files.content_hash(public) and models.get(desk, "old").public is None
+    assert new.public == files.content_hash(public) and models.get(desk, "old").settings.public is None
     # Who has the whole base takes the whole mark out: nothing that is marked can help.
     files.write(tmp_path / "leaked", base)
     assert verdicts.trace(models.get(desk, "new"), [tmp_path / "leaked"]).suspects[0].verdict == "nobody"

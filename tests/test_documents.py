@@ -132,10 +132,10 @@ def test_a_second_algorithm_is_one_entry_and_the_first_stays(old, monkeypatch):
     assert versions.unknown(documents.Versions(carrier="turned/1")) is None
     with vault.opened(old / "vault", SECRET) as desk:
         model = models.get(desk, "net")
-        model.carrier  # noqa: B018
+        model.mark  # noqa: B018
         assert drawn == []
         new = models.OpenModel(desk, model.settings._replace(versions=documents.Versions(carrier="turned/1")))
-        assert new.carrier.num_chips == 64 == drawn[0]
+        assert new.mark.num_chips == 64 == drawn[0]
 
 
 def test_a_database_of_a_newer_version_names_the_upgrade(old, tmp_path):

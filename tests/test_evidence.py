@@ -110,8 +110,8 @@ def test_genuine_evidence_holds_and_opens_nobody_else(case):
 def test_the_statistic_is_what_plain_numpy_makes_of_suspect_base_and_opened_key(case):
     content = json.loads(case.bundle.read_text())["bundle"]
     spec = documents.spec(documents.parse(documents.Bundle, content).spec)
-    carrier = carriers.draw(keys.from_bytes(bytes.fromhex(content["carrier_key"])), spec, 304)
-    rows = np.stack([np.asarray(carriers.spread(row, carrier)) for row in np.eye(304, dtype=np.float32)])  # X, dense
+    mark = carriers.Mark(spec, carriers.draw(keys.from_bytes(bytes.fromhex(content["carrier_key"])), spec, 304))
+    rows = np.stack([np.asarray(carriers.spread(row, mark)) for row in np.eye(304, dtype=np.float32)])  # X, dense
     base, suspect = files.read(case.base).leaves, files.read(case.suspect).leaves
     shift = np.concatenate(
         [(np.float64(suspect[path]) - base[path]).ravel() / scale for path, _, scale in content["spec"]]
@@ -633,10 +633,9 @@ def test_a_base_that_was_made_for_a_codeword_convicts_nobody_by_a_strangers_mode
         {"kernel": np.random.default_rng(seed).normal(size=(600, 700)).astype(np.float32)} for seed in (0, 1)
     )
     with vault.opened(tmp_path / "vault", SECRET) as desk:
-        spec = carriers.select(real)
-        carrier = carriers.draw(models.carrier_key(desk, "net"), spec, 304)
+        mark = carriers.mark(models.carrier_key(desk, "net"), real, 304)
         bob = np.asarray(codes.codebook(models.code_key(desk, "net"), [0], 304))[0]
-        made = {name: np.asarray(leaf) for name, leaf in embedding.embed(real, spec, carrier, -bob, 0.03).items()}
+        made = {name: np.asarray(leaf) for name, leaf in embedding.embed(real, mark, -bob, 0.03).items()}
         models.add(desk, "net", made)
         issued = issuing.issue(models.get(desk, "net"), customers.resolve(desk, ["Bob", "Carol"]), tmp_path / "copies")
         files.write(tmp_path / "base", made)

@@ -239,18 +239,18 @@ def test_participants_copies_are_traced_and_the_global_model_is_clean():
 
     base = exact({1: range(6), 2: range(6)})
     base = {name: array.astype(np.float32) for name, array in base.items()}
-    spec, carrier = federation.participant_carrier(base, marks)
+    mark = federation.participant_mark(base, marks)
     book = codes.Codebook(keys.derive(KEY, "code"), 1000, 64)
     given = [m for m in grid.sent if "arrays" in m.content][-6:]
     for message in given:
         leak = {name: array.numpy() for name, array in message.content["arrays"].items()}
-        verdict = tracing.trace(extraction.extract(leak, base, spec, carrier), book)
+        verdict = tracing.trace(extraction.extract(leak, base, mark), book)
         serial = message.metadata.dst_node_id - 100
         assert [accusation.serial for accusation in verdict.accused] == [serial]
         assert verdict.accused[0].p_value < 1e-9
     clean = {name: array.numpy() for name, array in result.arrays.items()}
     start = {name: array.numpy() for name, array in initial().items()}
-    assert not tracing.trace(extraction.extract(clean, start, spec, carrier), book).accused
+    assert not tracing.trace(extraction.extract(clean, start, mark), book).accused
 
 
 def test_evaluation_uses_the_participants_copies():

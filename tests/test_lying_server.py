@@ -444,11 +444,11 @@ def test_copies_of_later_rounds_are_traced_when_a_bias_was_zero_at_the_start():
     assert not models[0]["bias"].any()
     base = models[1]
     assert base["bias"].any()
-    spec, carrier = federation.participant_carrier(base, marks)
+    mark = federation.participant_mark(base, marks)
     words = np.asarray(codes.codebook(keys.derive(KEY, "code"), range(3), 64), np.float64)
     for message in given[3:]:
         leak = {name: array.numpy() for name, array in message.content["arrays"].items()}
-        chips = np.asarray(extraction.extract(leak, base, spec, carrier), np.float64)
+        chips = np.asarray(extraction.extract(leak, base, mark), np.float64)
         statistics = words @ chips / np.linalg.norm(chips)
         own = strategy.serial(message.metadata.dst_node_id)
         assert statistics[own] > 0.99 * math.sqrt(64)

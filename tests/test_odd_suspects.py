@@ -149,10 +149,9 @@ def test_what_is_left_out_is_evidence_against_nobody_and_too_little_is_undecided
     assert "expected at least" in few.error and "got 10 of 22,528" in few.error
     assert "none of the base's 22,528 carrying weights" in none.error
     # The number that is asked for: with half of it no intact copy is traced, with a few times as many most are.
-    base, spec = weights(), carriers.select(files.nest(weights()))
-    carrier = carriers.draw(keys.from_bytes(bytes(32)), spec, CHIPS)
+    base, mark = weights(), carriers.mark(keys.from_bytes(bytes(32)), files.nest(weights()), CHIPS)
     book = np.asarray(codes.codebook(keys.from_bytes(bytes(32)), range(5), CHIPS))
-    copy = files.flatten(embedding.embed(files.nest(base), spec, carrier, book[0]))
+    copy = files.flatten(embedding.embed(files.nest(base), mark, book[0]))
     threshold = tracing.trace(book[0], book).threshold
     needed = extraction.least_weights(CHIPS, threshold)
     assert 64 * 5.3**2 / (64 - 5.3**2) == pytest.approx(needed, rel=0.3)
@@ -160,7 +159,7 @@ def test_what_is_left_out_is_evidence_against_nobody_and_too_little_is_undecided
     for share in (0.5, 4):
         left = np.full((384, 48), np.nan, np.float32)
         left.reshape(-1)[: int(share * needed)] = copy["a/kernel"].reshape(-1)[: int(share * needed)]
-        chips = extraction.extract({"a": {"kernel": left}}, files.nest(base), spec, carrier)
+        chips = extraction.extract({"a": {"kernel": left}}, files.nest(base), mark)
         traced[share] = len(tracing.trace(chips, book).accused)
     assert traced == {0.5: 0, 4: 1}
     assert extraction.least_weights(CHIPS, math.inf) == extraction.least_weights(CHIPS, 8.0) == 0
@@ -183,8 +182,7 @@ def swamped(leaves, kind, name):
 @pytest.mark.parametrize("rectify", [False, True])
 def test_huge_weights_in_any_leaf_do_not_drown_the_read_out(desk, rectify):
     base = files.nest(weights())
-    spec = carriers.select(base)
-    carrier = models.get(desk.vault, "net").carrier
+    mark = models.get(desk.vault, "net").mark
     word = np.asarray(codes.codebook(models.code_key(desk.vault, "net"), [0], CHIPS)[0], np.float64)
 
     def score(chips):
@@ -196,11 +194,11 @@ def test_huge_weights_in_any_leaf_do_not_drown_the_read_out(desk, rectify):
             if kind == "shift" and name.endswith("kernel"):  # not a few weights
                 continue
             params = files.nest(desk.copy | {name: swamped(desk.copy, kind, name)})
-            found = score(extraction.extract(params, base, spec, carrier, rectify))
+            found = score(extraction.extract(params, base, mark, rectify))
             assert found > 0.8 * INTACT, (kind, name, found)
             if kind == "channel at 1e6":  # the control: the sum of all shifts
                 linear.append(
-                    score(carriers.despread(carriers.read(params, spec) - carriers.read(base, spec), carrier))
+                    score(carriers.despread(carriers.read(params, mark.spec) - carriers.read(base, mark.spec), mark))
                 )
     assert np.abs(linear).mean() < 0.3 * INTACT
 
@@ -208,10 +206,9 @@ def test_huge_weights_in_any_leaf_do_not_drown_the_read_out(desk, rectify):
 def test_no_attack_that_leaves_a_model_meets_the_bound(desk):
     """Marks of any strength, noise of half and of five spreads, pruning, 4 bits: not a weight is bounded."""
     base, rng = files.nest(weights()), np.random.default_rng(0)
-    spec = carriers.select(base)
-    carrier = carriers.draw(keys.from_bytes(bytes(32)), spec, CHIPS)
+    mark = carriers.mark(keys.from_bytes(bytes(32)), base, CHIPS)
     word = codes.codebook(keys.from_bytes(bytes(32)), [7], CHIPS)[0]
-    suspects = {s: embedding.embed(base, spec, carrier, word, s) for s in (0.003, 0.03, 0.3)}
+    suspects = {s: embedding.embed(base, mark, word, s) for s in (0.003, 0.03, 0.3)}
     copy = suspects[0.03]
     for level in (0.5, 5.0):
         suspects[f"noise {level}"] = jax.tree.map(
@@ -220,21 +217,20 @@ def test_no_attack_that_leaves_a_model_meets_the_bound(desk):
     suspects["pruned"] = jax.tree.map(lambda w: jnp.where(jnp.abs(w) < jnp.quantile(jnp.abs(w), 0.8), 0, w), copy)
     suspects["4 bits"] = jax.tree.map(lambda w: jnp.round(w / jnp.abs(w).max() * 7) / 7 * jnp.abs(w).max(), copy)
     for name, suspect in suspects.items():
-        assert extraction.coverage(suspect, base, spec, carrier).bounded == 0, name
+        assert extraction.coverage(suspect, base, mark).bounded == 0, name
     huge = {**copy, "a": {**copy["a"], "bias": copy["a"]["bias"].at[:3].set(1e6)}}
-    assert extraction.coverage(huge, base, spec, carrier).bounded == 3  # the control
+    assert extraction.coverage(huge, base, mark).bounded == 3  # the control
 
 
 def test_a_leaf_that_follows_from_the_base_has_no_say_when_rectified():
     """A thief who puts the base's own weights back, scaled by a hair, must not give that leaf all the weight."""
     rng = np.random.default_rng(0)
     base = {name: rng.normal(size=(60, 50)).astype(np.float32) for name in "ab"}
-    spec = carriers.select(base)
-    carrier = carriers.draw(keys.from_bytes(bytes(32)), spec, CHIPS)
+    mark = carriers.mark(keys.from_bytes(bytes(32)), base, CHIPS)
     word = np.asarray(codes.codebook(keys.from_bytes(bytes(32)), [7], CHIPS)[0])
-    copy = embedding.embed(base, spec, carrier, word, 0.05)
+    copy = embedding.embed(base, mark, word, 0.05)
     restored = {**copy, "a": base["a"] * np.float32(1.01)}
-    chips = np.asarray(extraction.extract(restored, base, spec, carrier, rectify=True))
+    chips = np.asarray(extraction.extract(restored, base, mark, rectify=True))
     assert chips @ word / np.linalg.norm(chips) > 0.9 * INTACT
 
 
@@ -259,8 +255,8 @@ def framing(tmp_path_factory):
             model = models.add(opened, "net", base, num_chips=128)
             issuing.issue(models.get(opened, "net"), customers.resolve(opened, ["Ada", "Grace"]), folder / "copies")
             word = codes.codebook(models.code_key(opened, "net"), [0], 128)[0]
-            rows = np.asarray(carriers.spread(word, model.carrier)).reshape(LAYERS, -1)
-            names = [leaf.path for leaf in model.spec.leaves]
+            rows = np.asarray(carriers.spread(word, model.mark)).reshape(LAYERS, -1)
+            names = [leaf.path for leaf in model.settings.spec.leaves]
             gains = rows @ np.stack([leaf.reshape(-1) for leaf in other.values()]).T
             ours, theirs = optimize.linear_sum_assignment(gains, maximize=True)
             lie = {names[i]: f"{list(other)[j]}: " for i, j in zip(ours, theirs, strict=True)}

@@ -60,16 +60,15 @@ from smark_jax import (aggregation, attacks, carriers, codes, embedding, extract
                        statistics, tracing, training)
 key = keys.from_bytes(bytes(32))
 base = {"w": jnp.sin(jnp.arange(6000.0)).reshape(60, 100), "b": jnp.cos(jnp.arange(100.0))}
-spec = carriers.select(base)
-carrier = carriers.draw(keys.derive(key, "carrier"), spec)
+mark = carriers.mark(keys.derive(key, "carrier"), base)
 book = codes.codebook(keys.derive(key, "code"), [3, 1, 4])
-copies = embedding.embed_batch(base, spec, carrier, book)
-chips = extraction.extract_batch(copies, base, spec, carrier)
+copies = embedding.embed_batch(base, mark, book)
+chips = extraction.extract_batch(copies, base, mark)
 assert [a.serial for a in tracing.trace(chips[1], book).accused] == [1]
 streamed = codes.Codebook(keys.derive(key, "code"), 10)
 assert [a.serial for a in tracing.trace(np.asarray(chips[1]), streamed).accused] == [1]
-embedder = embedding.embedder(losses.code_mse, optax.adam(1e-3))
-state, info = embedder.update(embedder.init(base, embedding.mark(base, spec, carrier, book[0])), spec)
+optimizer = optax.chain(embedding.add_fingerprint_gradient(losses.code_mse, mark, book[0]), optax.adam(1e-3))
+updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, base), optimizer.init(base), base)
 apply_fn = lambda p, x: x @ p["w"] + p["b"][None]
 x, y = np.ones((8, 60), np.float32), np.arange(8)
 pairs = aggregation.pair_keys([keys.derive(key, str(i)) for i in range(2)])

@@ -187,20 +187,18 @@ def test_the_owners_mark_enters_after_aggregation_and_is_traced(engine):
     images = np.float32(rng.normal(size=(2, 8, 60)))
     labels = rng.integers(0, 50, (2, 8)).astype(np.int32)
     key = keys.from_bytes(bytes(32))
-    spec = carriers.select(params)
-    carrier = carriers.draw(key, spec, 128)
+    mark = carriers.mark(key, params, 128)
     book = codes.codebook(key, range(50), 128)
-    aim = embedding.mark(params, spec, carrier, book[7])
     loss = functools.partial(losses.sign_hinge, margin=0.5)
     pair_keys = aggregation.pair_keys(conftest.party_secrets(2))
     for marked in (True, False):
-        mark = embedding.add_fingerprint_gradient(loss, spec, aim) if marked else optax.identity()
-        optimizer = optax.chain(mark, optax.adam(1e-2))
+        fingerprint = embedding.add_fingerprint_gradient(loss, mark, book[7]) if marked else optax.identity()
+        optimizer = optax.chain(fingerprint, optax.adam(1e-2))
         step = parallel.train_step(apply_linear, optimizer, aggregation.FixedPoint(1.0, 2), engine=engine)
         state = step.init(params)
         for _ in range(60):
             state, _ = step.update(state, images, labels, pair_keys)
-        chips = carriers.despread(carriers.read(state.params, spec) - aim.base, carrier)
+        chips = carriers.despread(carriers.read(state.params, mark.spec) - carriers.read(params, mark.spec), mark)
         accused = [a.serial for a in tracing.trace(chips, book).accused]
         assert accused == ([7] if marked else [])
 

@@ -34,8 +34,8 @@ def test_read_out_in_float64():
     """The lattice distances from dense matrices of the carrier and of the cosine transform, and the bits by hand."""
     images = NATURAL[:2, :24, :32]
     marked = blackbox.mark_images(images, BITS[0], KEY)
-    places, carrier, dither = module._secrets(KEY, 24, 32)
-    secret = np.stack([np.asarray(carriers.spread(row, carrier), np.float64) for row in jnp.eye(511)])
+    places, mark, dither = module._secrets(KEY, 24, 32)
+    secret = np.stack([np.asarray(carriers.spread(row, mark), np.float64) for row in jnp.eye(511)])
     waves = [
         np.outer(np.cos(np.pi * u * (2 * np.arange(24) + 1) / 48), np.cos(np.pi * v * (2 * np.arange(32) + 1) / 64))
         for u, v in zip(*np.divmod(np.asarray(places), 32), strict=True)

@@ -46,36 +46,34 @@ def on(mesh: Mesh, params: dict) -> dict:
 
 
 def flat(params: dict, spec: carriers.Spec) -> np.ndarray:
-    return np.concatenate([np.asarray(params[leaf.path], np.float64).reshape(-1) / leaf.scale for leaf in spec.leaves])
+    parts = zip(spec.leaves, spec.scales, strict=True)
+    return np.concatenate([np.asarray(params[leaf.path], np.float64).reshape(-1) / scale for leaf, scale in parts])
 
 
-def prepared(base: dict) -> tuple[carriers.Spec, carriers.Carrier, np.ndarray]:
-    spec = carriers.select(base)
-    return spec, carriers.draw(KEY, spec, M), np.asarray(codes.codebook(KEY, [3], M)[0])
+def prepared(base: dict) -> tuple[carriers.Mark, np.ndarray]:
+    return carriers.mark(KEY, base, M), np.asarray(codes.codebook(KEY, [3], M)[0])
 
 
 @pytest.fixture(scope="module")
 def dense():
     base = base_of(jnp.float32)
-    spec, carrier, word = prepared(base)
-    assert 2048 < carrier.num_carrying < spec.num_weights  # several blocks and a tail
-    matrix = reference.carrier_matrix(*map(np.asarray, carrier.arrays), spec.num_weights)
-    return base, spec, carrier, word, matrix
+    mark, word = prepared(base)
+    assert 2048 < mark.carrier.num_carrying < mark.spec.num_weights  # several blocks and a tail
+    matrix = reference.carrier_matrix(*map(np.asarray, mark.carrier.arrays), mark.spec.num_weights)
+    return base, mark, word, matrix
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_marks_and_reads_are_those_of_the_dense_matrix(dense, kind):
-    base, spec, carrier, word, matrix = dense
+    base, mark, word, matrix = dense
     held = on(mesh_of(kind), base)
-    copy = embedding.embed(held, spec, carrier, word, STRENGTH)
-    delta = STRENGTH * math.sqrt(carrier.num_carrying / M)
-    np.testing.assert_allclose(flat(copy, spec), flat(base, spec) + delta * word @ matrix, atol=2e-6)
+    copy = embedding.embed(held, mark, word, STRENGTH)
+    delta = STRENGTH * math.sqrt(mark.carrier.num_carrying / M)
+    np.testing.assert_allclose(flat(copy, mark.spec), flat(base, mark.spec) + delta * word @ matrix, atol=2e-6)
     for seed in (1, 2):  # weights that have nothing to do with the code
         other = base_of(jnp.float32, seed)
-        expected = matrix @ (flat(other, spec) - flat(base, spec))
-        np.testing.assert_allclose(
-            extraction.extract(on(mesh_of(kind), other), held, spec, carrier), expected, atol=1e-5
-        )
+        expected = matrix @ (flat(other, mark.spec) - flat(base, mark.spec))
+        np.testing.assert_allclose(extraction.extract(on(mesh_of(kind), other), held, mark), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -84,9 +82,9 @@ def test_a_mesh_changes_neither_numbers_nor_places(monkeypatch, dtype):
     # of which are not full.
     monkeypatch.setattr(sharded, "_PASS_WEIGHTS", 3 * 2048)
     base = base_of(dtype, factor=30)
-    spec, carrier, word = prepared(base)
+    mark, word = prepared(base)
     held = on(mesh_of(AxisType.Auto), base)
-    alone, copy = (embedding.embed(params, spec, carrier, word, STRENGTH) for params in (base, held))
+    alone, copy = (embedding.embed(params, mark, word, STRENGTH) for params in (base, held))
     for name, leaf in copy.items():
         assert leaf.dtype == base[name].dtype
         assert leaf.sharding == held[name].sharding
@@ -94,18 +92,18 @@ def test_a_mesh_changes_neither_numbers_nor_places(monkeypatch, dtype):
         tolerance = 1e-6 if dtype == jnp.float32 else 2**-7
         np.testing.assert_allclose(np.float32(leaf), np.float32(alone[name]), rtol=tolerance, atol=1e-6)
         assert np.mean(np.asarray(leaf) != np.asarray(alone[name])) < (1 if dtype == jnp.float32 else 1e-3)
-    expected = extraction.extract(alone, base, spec, carrier)
+    expected = extraction.extract(alone, base, mark)
     np.testing.assert_array_equal(np.sign(expected), word)
     # Wherever suspect and base come from: the same mesh, the host, one device.
     for suspect, original in ((copy, held), (jax.device_get(alone), held), (copy, base), (alone, held)):
-        np.testing.assert_allclose(extraction.extract(suspect, original, spec, carrier), expected, atol=1e-5)
+        np.testing.assert_allclose(extraction.extract(suspect, original, mark), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("axes", [P("d"), P(None, "d")])
 def test_a_device_needs_room_for_its_own_share_only(axes):
     """By what XLA compiles for 64 million weights, without making them; one device's way on a mesh is the control."""
     mesh = Mesh(np.array(jax.devices()), ("d",))
-    spec = carriers.Spec((carriers.Leaf("w", (2**13, 2**13), 1.0),))
+    spec = carriers.Spec((carriers.Leaf("w", (2**13, 2**13)),), (1.0,))
     whole, share = 4 * spec.num_weights, 4 * spec.num_weights // mesh.size
 
     def like(*shape, axes=None, dtype=jnp.float32):
@@ -123,7 +121,7 @@ def test_a_device_needs_room_for_its_own_share_only(axes):
         assert program.memory_analysis().temp_size_in_bytes < room
         assert not re.search(r"all-gather|all-to-all|collective-permute", program.as_text())
     assert embed.compile().memory_analysis().output_size_in_bytes < 1.01 * share
-    control = extraction._extract.lower({"w": leaf}, {"w": leaf}, spec, carrier).compile()
+    control = extraction.reading._extract.lower([leaf], [leaf], spec.factors, carrier).compile()
     assert control.memory_analysis().temp_size_in_bytes > whole
     assert "all-gather" in control.as_text()
 
@@ -155,8 +153,8 @@ def test_places_are_counted_right_in_the_largest_leaves():
 def test_odd_weights_read_the_same_on_a_mesh():
     """NaN, infinity, a swamped leaf, a missing one and one of another shape, against one device's numbers."""
     base = base_of(jnp.float32)
-    spec, carrier, word = prepared(base)
-    copy = embedding.embed(base, spec, carrier, word, STRENGTH)
+    mark, word = prepared(base)
+    copy = embedding.embed(base, mark, word, STRENGTH)
     odd = {
         **copy,
         "columns": copy["columns"].at[3, 5].set(jnp.nan).at[36, 31].set(-jnp.inf),
@@ -164,44 +162,44 @@ def test_odd_weights_read_the_same_on_a_mesh():
         "bias": copy["bias"][:300],
     }
     del odd["both"]
-    alone = extraction.extract(odd, base, spec, carrier)
+    alone = extraction.extract(odd, base, mark)
     held = on(mesh_of(AxisType.Auto), base)
     on_mesh = {
         name: jax.device_put(leaf, NamedSharding(mesh_of(AxisType.Auto), LEAVES[name][1]))
         for name, leaf in odd.items()
         if name in LEAVES and name != "bias"
     } | {"bias": odd["bias"]}
-    np.testing.assert_allclose(extraction.extract(on_mesh, held, spec, carrier), alone, atol=1e-5)
+    np.testing.assert_allclose(extraction.extract(on_mesh, held, mark), alone, atol=1e-5)
     assert float(alone @ word / np.linalg.norm(alone)) > 5  # of sqrt(64) = 8, with 28 % of the weights gone
-    assert extraction.coverage(on_mesh, held, spec, carrier) == extraction.coverage(odd, base, spec, carrier)
+    assert extraction.coverage(on_mesh, held, mark) == extraction.coverage(odd, base, mark)
 
 
 def test_a_model_smaller_than_a_block_on_a_mesh():
     base = {"w": jnp.float32(np.random.default_rng(0).normal(size=(24, 25)))}
-    spec, carrier, word = prepared(base)
+    mark, word = prepared(base)
     held = {"w": jax.device_put(base["w"], NamedSharding(mesh_of(AxisType.Auto), P("y")))}
-    copy = embedding.embed(held, spec, carrier, word)
-    np.testing.assert_allclose(copy["w"], embedding.embed(base, spec, carrier, word)["w"], atol=1e-6)
-    chips = extraction.extract(copy, held, spec, carrier)
-    np.testing.assert_allclose(chips, extraction.extract(copy, base, spec, carrier), atol=1e-5)
+    copy = embedding.embed(held, mark, word)
+    np.testing.assert_allclose(copy["w"], embedding.embed(base, mark, word)["w"], atol=1e-6)
+    chips = extraction.extract(copy, held, mark)
+    np.testing.assert_allclose(chips, extraction.extract(copy, base, mark), atol=1e-5)
     np.testing.assert_array_equal(np.sign(chips), word)
 
 
 def test_bad_input_is_refused_on_a_mesh_too(monkeypatch):
     base = base_of(jnp.float32)
-    spec, carrier, word = prepared(base)
+    mark, word = prepared(base)
     held = on(mesh_of(AxisType.Auto), base)
     broken = {**held, "rows": held["rows"].at[63, 2, 4].set(jnp.nan)}  # in the tail or not: it is refused
-    with pytest.raises(ValueError, match="embed: expected finite weights in params"):
-        embedding.embed(broken, spec, carrier, word)
+    with pytest.raises(ValueError, match="embed: expected finite weights in the base"):
+        embedding.embed(broken, mark, word)
     with pytest.raises(ValueError, match="extract: expected finite carrying weights in the base"):
-        extraction.extract(held, broken, spec, carrier)
+        extraction.extract(held, broken, mark)
     with pytest.raises(ValueError, match=r"codewords of -1 and \+1"):
-        embedding.embed(held, spec, carrier, word * 2)
+        embedding.embed(held, mark, word * 2)
     other = jax.make_mesh((8,), ("z",), axis_types=(AxisType.Auto,))
     mixed = {**held, "both": jax.device_put(base["both"], NamedSharding(other, P("z")))}
     with pytest.raises(ValueError, match="embed: expected carrying leaves split over one mesh, but got 2 meshes"):
-        embedding.embed(mixed, spec, carrier, word)
+        embedding.embed(mixed, mark, word)
     monkeypatch.setattr(sharded, "_MAX_LEAF", 1000)
     with pytest.raises(ValueError, match=r"extract: expected leaves of at most 1,000 weights, .*'columns' of 1,184"):
-        extraction.extract(held, held, spec, carrier)
+        extraction.extract(held, held, mark)

@@ -63,24 +63,21 @@ def _base(num_weights: int, seed: int) -> PyTree:
 def weights(num_weights: int, num_chips: int, seed: int) -> Arms:
     """Work on one vector of weights, and one copy of it."""
     base = _base(num_weights, seed)
-    spec = carriers.select(base)
-    carrier = carriers.draw(_secret(seed, "carrier"), spec, num_chips)
+    mark = carriers.mark(_secret(seed, "carrier"), base, num_chips)
     word = codes.codebook(_secret(seed, "code"), [1], num_chips)[0]
     chips = word.astype(jnp.float32)
-    marked = functools.cache(
-        lambda: embedding.embed(base, spec, carrier, word)
-    )  # where nothing reads it, it takes none
+    marked = functools.cache(lambda: embedding.embed(base, mark, word))  # where nothing reads it, it takes none
     copy = jax.jit(lambda vector: vector + 1)
 
     def extract() -> dict[str, Any]:
-        read = np.asarray(extraction.extract(marked(), base, spec, carrier))
+        read = np.asarray(extraction.extract(marked(), base, mark))
         return {"wrong_chips": int((np.sign(read) != np.asarray(word)).sum())}
 
     return {
         "copy": lambda: _wait(copy(base["w"])),
-        "spread": lambda: _wait(carriers.spread(chips, carrier)),
-        "despread": lambda: _wait(carriers.despread(base["w"], carrier)),
-        "embed": lambda: _wait(embedding.embed(base, spec, carrier, word)),
+        "spread": lambda: _wait(carriers.spread(chips, mark)),
+        "despread": lambda: _wait(carriers.despread(base["w"], mark)),
+        "embed": lambda: _wait(embedding.embed(base, mark, word)),
         "extract": extract,
     }
 
@@ -88,13 +85,12 @@ def weights(num_weights: int, num_chips: int, seed: int) -> Arms:
 def fingerprint_losses(num_weights: int, num_chips: int, seed: int) -> Arms:
     """Value and gradient of the loss of Uchida et al. and of DeepMarks', with the keyed carrier."""
     base = _base(num_weights, seed)
-    spec = carriers.select(base)
-    carrier = carriers.draw(_secret(seed, "carrier"), spec, num_chips)
+    mark = carriers.mark(_secret(seed, "carrier"), base, num_chips)
     word = codes.codebook(_secret(seed, "code"), [1], num_chips)[0].astype(jnp.float32)
 
     def arm(loss: Callable) -> Callable[[], None]:
-        both = jax.jit(jax.value_and_grad(lambda vector, carrier, word: loss(carriers.despread(vector, carrier), word)))
-        return lambda: _wait(both(base["w"], carrier, word))
+        both = jax.jit(jax.value_and_grad(lambda vector, mark, word: loss(carriers.despread(vector, mark), word)))
+        return lambda: _wait(both(base["w"], mark, word))
 
     return {"uchida": arm(losses.bit_cross_entropy), "deepmarks": arm(losses.code_mse)}
 
@@ -111,11 +107,10 @@ def train(parties: int, batch: int, seed: int, keep_memory: bool = True) -> Arms
     images = rng.integers(0, 256, (parties, batch, 28, 28, 1), dtype=np.uint8)
     labels = rng.integers(0, 10, (parties, batch)).astype(np.int32)
     pair_keys = aggregation.pair_keys([_secret(seed, "party", str(party)) for party in range(parties)])
-    spec = carriers.select(start)
-    carrier = carriers.draw(_secret(seed, "carrier"), spec)
-    aim = embedding.mark(start, spec, carrier, codes.codebook(_secret(seed, "code"), [0])[0])
+    mark = carriers.mark(_secret(seed, "carrier"), start)
+    word = codes.codebook(_secret(seed, "code"), [0])[0]
     margin = functools.partial(losses.sign_hinge, margin=1.0)
-    marking = optax.chain(embedding.add_fingerprint_gradient(margin, spec, aim), optax.adam(1e-3))
+    marking = optax.chain(embedding.add_fingerprint_gradient(margin, mark, word), optax.adam(1e-3))
 
     def masked(optimizer: optax.GradientTransformation) -> Callable[[], None]:
         step = parallel.train_step(apply_fn, optimizer, aggregation.FixedPoint(1.0, parties))
@@ -166,13 +161,12 @@ def _plain_round(apply_fn: Any, params: PyTree, images: np.ndarray, labels: np.n
 def copies(num_copies: int, num_weights: int, num_chips: int, seed: int) -> Arms:
     """Copies made some at a time and forgotten: what a copy costs before it is written."""
     base = _base(num_weights, seed)
-    spec = carriers.select(base)
-    carrier = carriers.draw(_secret(seed, "carrier"), spec, num_chips)
+    mark = carriers.mark(_secret(seed, "carrier"), base, num_chips)
     words = np.asarray(codes.codebook(_secret(seed, "code"), range(num_copies), num_chips))
 
     def embed() -> None:
         for start in range(0, num_copies, _COPIES_PER_BATCH):
-            _wait(embedding.embed_batch(base, spec, carrier, words[start : start + _COPIES_PER_BATCH]))
+            _wait(embedding.embed_batch(base, mark, words[start : start + _COPIES_PER_BATCH]))
 
     return {"embed": embed}
 
@@ -182,8 +176,7 @@ def disk(num_copies: int, model: str, folder: str, scored: int, seed: int) -> Ar
     base, test_images, test_labels = _trained(model)
     apply_fn = models.apply_fn(models.CNN())
     accuracy = lambda params: models.accuracy(apply_fn, params, test_images, test_labels)  # noqa: E731
-    spec = carriers.select(base)
-    carrier = carriers.draw(_secret(seed, "carrier"), spec)
+    mark = carriers.mark(_secret(seed, "carrier"), base)
 
     def judge(paths: list[Path]) -> dict[str, Any]:
         mean = float(np.mean([accuracy(files.nest(files.read(path).leaves)) for path in paths[:scored]]))
@@ -196,7 +189,7 @@ def disk(num_copies: int, model: str, folder: str, scored: int, seed: int) -> Ar
             words = np.asarray(codes.codebook(_secret(seed, "code"), range(num_copies)))
             for start in range(0, num_copies, _COPIES_PER_BATCH):
                 some = words[start : start + _COPIES_PER_BATCH]
-                made = jax.device_get(embedding.embed_batch(base, spec, carrier, some))
+                made = jax.device_get(embedding.embed_batch(base, mark, some))
                 for row in range(len(some)):
                     copy = jax.tree.map(lambda leaf, row=row: leaf[row], made)
                     files.write(out / f"{start + row}.safetensors", copy)
@@ -272,8 +265,7 @@ def model(name: str, dtype: str, num_chips: int, folder: str, seed: int, num_wei
     rng = np.random.default_rng(seed)
     number = np.dtype(getattr(ml_dtypes, dtype)) if dtype == "bfloat16" else np.dtype(dtype)
     base = {leaf: jnp.asarray(0.05 * rng.standard_normal(shape, np.float32), number) for leaf, shape in leaves.items()}
-    spec = carriers.select(base)
-    carrier = carriers.draw(_secret(seed, "carrier"), spec, num_chips)
+    mark = carriers.mark(_secret(seed, "carrier"), base, num_chips)
     book = np.asarray(codes.codebook(_secret(seed, "code"), range(100), num_chips))
     customers = iter(range(1 << 30))
     customer, copy, chips = 0, base, np.zeros(num_chips)
@@ -282,7 +274,7 @@ def model(name: str, dtype: str, num_chips: int, folder: str, seed: int, num_wei
         nonlocal customer, copy
         customer = next(customers) % len(book)
         copy = None  # the copy before is on disk by now
-        copy = embedding.embed(base, spec, carrier, book[customer])
+        copy = embedding.embed(base, mark, book[customer])
         _wait(copy)
 
     def issue() -> dict[str, Any]:
@@ -295,7 +287,7 @@ def model(name: str, dtype: str, num_chips: int, folder: str, seed: int, num_wei
 
     def extract() -> dict[str, Any]:
         nonlocal chips
-        chips = np.asarray(extraction.extract(copy, base, spec, carrier))
+        chips = np.asarray(extraction.extract(copy, base, mark))
         kept = all(leaf.dtype == number for leaf in jax.tree.leaves(copy))
         return {"wrong_chips": int((np.sign(chips) != book[customer]).sum()), "dtype_kept": kept}
 

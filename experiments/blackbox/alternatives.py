@@ -14,29 +14,29 @@ from smark_jax.blackbox import PAYLOAD_BITS
 _BATCH = 64
 
 
-def _carrier(key: keys.SecretKey, pixels: int) -> carriers.Carrier:
-    spec = carriers.Spec((carriers.Leaf("image", (pixels,), 1.0),))
-    return carriers.draw(keys.derive(key, "spread spectrum"), spec, PAYLOAD_BITS)
+def _mark(key: keys.SecretKey, pixels: int) -> carriers.Mark:
+    spec = carriers.Spec((carriers.Leaf("image", (pixels,)),), (1.0,))
+    return carriers.Mark(spec, carriers.draw(keys.derive(key, "spread spectrum"), spec, PAYLOAD_BITS))
 
 
 def spread_spectrum(images: np.ndarray, payload: np.ndarray, key: keys.SecretKey, rms: float) -> np.ndarray:
     """Adds every bit's sign along its carrier, scaled to ``rms`` grey levels (Cox et al. 1997); grey images only."""
     count, *shape = images.shape
-    carrier = _carrier(key, images[0].size)
+    mark = _mark(key, images[0].size)
     signs = jnp.asarray(1.0 - 2 * payload)
     length = rms * (images[0].size / PAYLOAD_BITS) ** 0.5
-    change = jax.vmap(lambda chips: carriers.spread(chips, carrier))(signs) * length
+    change = jax.vmap(lambda chips: carriers.spread(chips, mark))(signs) * length
     return np.clip(np.round(images + np.asarray(change).reshape(count, *shape)), 0, 255).astype(np.uint8)
 
 
 def read_spread_spectrum(images: np.ndarray, key: keys.SecretKey) -> np.ndarray:
     """Blind: the image itself is the noise, less what its neighbours predict of each pixel."""
-    carrier = _carrier(key, images[0].size)
+    mark = _mark(key, images[0].size)
     grey = images[..., 0].astype(np.float32)
     padded = np.pad(grey, ((0, 0), (1, 1), (1, 1)), "edge")
     around = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
     left = (grey - around / 4).reshape(len(images), -1)
-    return np.asarray(jax.vmap(lambda x: carriers.despread(x, carrier))(left) < 0).astype(int)
+    return np.asarray(jax.vmap(lambda x: carriers.despread(x, mark))(left) < 0).astype(int)
 
 
 class _Encoder(nn.Module):

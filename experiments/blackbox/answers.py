@@ -50,8 +50,7 @@ class _Owner:
     """What the owner has: base, secrets, probes, and the customers to whom copies go."""
 
     subject: Subject
-    spec: carriers.Spec
-    carrier: carriers.Carrier
+    mark: carriers.Mark
     book: codes.Codebook
     probes: np.ndarray
     serials: list[int]
@@ -71,7 +70,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     def taught(number: int) -> tuple[PyTree, float, float]:
         """The copy, its agreement, and the seconds that teaching took."""
         began = time.perf_counter()
-        marked = embedding.embed_batch(subject.base, owner.spec, owner.carrier, owner.words[number : number + 1])
+        marked = embedding.embed_batch(subject.base, owner.mark, owner.words[number : number + 1])
         found = blackbox.train_copies(
             marked,
             subject.base,
@@ -119,15 +118,14 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
 
 def _owner(subject: Subject, config: Config, seed: int) -> _Owner:
     model = networks.secret(seed, "answers")
-    spec = carriers.select(subject.base)
-    carrier = carriers.draw(keys.derive(model, "carrier"), spec, config.num_chips)
+    mark = carriers.mark(keys.derive(model, "carrier"), subject.base, config.num_chips)
     book = codes.Codebook(keys.derive(model, "code"), config.customers, config.num_chips)
     scores = lambda x: subject.apply_fn(subject.base, jnp.asarray(x))  # noqa: E731
     shape = subject.images.shape[1:]
     probes = blackbox.probes(keys.derive(model, "probes"), config.num_chips, shape, subject.images, scores)
     drawn = np.random.default_rng(seed).choice(config.customers, max(config.copies, max(_COALITIONS)), replace=False)
     words = np.asarray(codes.codebook(book.key, drawn, config.num_chips))
-    return _Owner(subject, spec, carrier, book, probes, drawn.tolist(), words)
+    return _Owner(subject, mark, book, probes, drawn.tolist(), words)
 
 
 def _trace(
@@ -176,7 +174,7 @@ def _copy(owner: _Owner, taught: Callable, number: int, config: Config, seed: in
         {"attack": name, "accuracy": subject.accuracy(params), **_trace(owner, params, (serial,), api)}
         for name, (params, api) in suspects.items()
     ]
-    chips = np.asarray(extraction.extract(copy, subject.base, owner.spec, owner.carrier), np.float64)
+    chips = np.asarray(extraction.extract(copy, subject.base, owner.mark), np.float64)
     by_weights = float(chips @ owner.words[number].astype(np.float64) / np.linalg.norm(chips))
     return {"serial": serial, "agreement": agreement, "seconds": seconds, "weights_T": by_weights, "attacks": rows}
 
@@ -257,7 +255,7 @@ def _cost(owner: _Owner, config: Config, seed: int) -> dict[str, float]:
     jax.block_until_ready(tune())
     epoch = time.perf_counter() - began
     words = np.resize(owner.words, (count, config.num_chips))
-    copies = embedding.embed_batch(subject.base, owner.spec, owner.carrier, words)
+    copies = embedding.embed_batch(subject.base, owner.mark, words)
     found = {"epoch_seconds": epoch, "at_once": count}
     for name, at_once in (("alone", 1), ("together", count)):
         ticks: list[float] = []

@@ -58,9 +58,8 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     ours = np.asarray(codes.codebook(keys.derive(key, "code"), range(customers), m))
     words = {"ours": ours, **{name: code.words for name, code in others.items()}}
     base = {"kernel": jax.random.normal(jax.random.key(seed), (config.weights,))}
-    spec = carriers.select(base)
-    carrier_of = {
-        length: carriers.draw(keys.derive(key, "carrier", str(length)), spec, length)
+    mark_of = {
+        length: carriers.mark(keys.derive(key, "carrier", str(length)), base, length)
         for length in sorted({book.shape[1] for book in words.values()})
     }
     meter.start(len(config.attacks) * len(config.sizes) * config.trials)
@@ -73,14 +72,14 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
                 coalition = rng.choice(customers, size, replace=False)
                 attack_key, noise_key = jax.random.split(jax.random.key(rng.integers(2**31)))
                 for name, book in words.items():
-                    carrier = carrier_of[book.shape[1]]
-                    copies = embedding.embed_batch(base, spec, carrier, book[coalition], config.strength)
+                    mark = mark_of[book.shape[1]]
+                    copies = embedding.embed_batch(base, mark, book[coalition], config.strength)
                     if size > 1:
                         pirate = attacks.COLLUSIONS[attack](copies, attack_key)
                     else:
                         pirate = jax.tree.map(lambda leaf: leaf[0], copies)
                     pirate = attacks.add_noise(pirate, noise_key, config.noise)
-                    chips = np.asarray(extraction.extract(pirate, base, spec, carrier))
+                    chips = np.asarray(extraction.extract(pirate, base, mark))
                     if name == "ours":
                         for decoder in ("joint", "single"):
                             verdict = tracing.trace(chips, book, ALPHA, decoder, keep_statistics=False)

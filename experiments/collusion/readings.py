@@ -48,8 +48,7 @@ class Case(NamedTuple):
     """A model without customers' copies, the codewords of one trial, and the carrier as a matrix, shape [m, D]."""
 
     base: Leaves
-    spec: carriers.Spec
-    carrier: carriers.Carrier
+    mark: carriers.Mark
     book: np.ndarray
     aligner: desk.Aligner
     rows: np.ndarray
@@ -73,12 +72,11 @@ def case(config: Config, seed: int) -> Case:
     """Dense layers of one shape: nothing but content and names tells which is which."""
     rng = np.random.default_rng(seed)
     base = {f"layer{i}/kernel": _noise(rng) for i in range(config.layers)}
-    spec = carriers.select(files.nest(base))
-    carrier = carriers.draw(common.master_key(seed, "readings"), spec, config.num_chips)
+    mark = carriers.mark(common.master_key(seed, "readings"), files.nest(base), config.num_chips)
     book = np.empty((config.customers, config.num_chips))
     aligner = desk.Aligner("network", _network, np.zeros((1, _WIDTH), np.float32))
-    rows = np.stack([np.asarray(carriers.spread(chip, carrier)) for chip in np.eye(config.num_chips, dtype=np.float32)])
-    return Case(base, spec, carrier, book, aligner, rows, config.rectify)
+    rows = np.stack([np.asarray(carriers.spread(chip, mark)) for chip in np.eye(config.num_chips, dtype=np.float32)])
+    return Case(base, mark, book, aligner, rows, config.rectify)
 
 
 def _noise(rng: np.random.Generator) -> np.ndarray:
@@ -89,7 +87,7 @@ def _read(leaves: Leaves, at: Case, reading: desk.Reading) -> Reads:
     """Chips by the desk's reading; none where nothing can be said of the suspect, who is then compared with nobody."""
     refused = (errors.NothingMatched, errors.Undecided)
     with contextlib.suppress(*refused):
-        found = desk.read(leaves, at.base, at.spec, at.carrier, reading)
+        found = desk.read(leaves, at.base, at.mark, reading)
         return Reads([found.chips], [found.log_maps])
     return Reads([], [])
 
@@ -114,8 +112,9 @@ def best_map(suspect: Leaves, at: Case) -> dict[str, str]:
         (name, change, view) for name, leaf in suspect.items() for change, view in (("", leaf), ("transposed", leaf.T))
     ]
     columns = np.stack([view.reshape(-1) for *_, view in views])
-    rows = np.stack([(at.base[leaf.path] / np.float32(leaf.scale)).reshape(-1) for leaf in at.spec.leaves])
-    scales = np.array([leaf.scale for leaf in at.spec.leaves])
+    leaves, scales = at.mark.spec.leaves, np.array(at.mark.spec.scales)
+    parts = zip(leaves, at.mark.spec.scales, strict=True)
+    rows = np.stack([(at.base[leaf.path] / np.float32(scale)).reshape(-1) for leaf, scale in parts])
     for word in at.book:
         direction = (word @ at.rows).reshape(rows.shape)
         for sign in (1, -1):
@@ -126,7 +125,7 @@ def best_map(suspect: Leaves, at: Case) -> dict[str, str]:
             if total > best:
                 best = total
                 chosen = zip(ours.tolist(), theirs.tolist(), strict=True)
-                which = {at.spec.leaves[i].path: views[2 * j + int(by_leaf[i, j].argmax())] for i, j in chosen}
+                which = {leaves[i].path: views[2 * j + int(by_leaf[i, j].argmax())] for i, j in chosen}
                 answer = {path: f"{name}: {change}" for path, (name, change, _) in which.items()}
     return answer
 

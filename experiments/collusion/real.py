@@ -60,11 +60,10 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         start, apply_fn, images, labels, epochs=config.epochs, seed=seed, on_step=lambda: meter.step("train base")
     )
     base_accuracy = accuracy(base)
-    spec = carriers.select(base)
     cases = []
     for case in config.cases:
         key = keys.derive(common.master_key(seed, "real"), str(case.num_chips))
-        carrier = carriers.draw(keys.derive(key, "carrier"), spec, case.num_chips)
+        mark = carriers.mark(keys.derive(key, "carrier"), base, case.num_chips)
         book = codes.Codebook(keys.derive(key, "code"), config.customers, case.num_chips)
         coalition = np.random.default_rng([seed, case.num_chips]).choice(
             config.customers, case.colluders, replace=False
@@ -72,7 +71,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         words = codes.codebook(book.key, coalition, case.num_chips)
         copies, drops, strength = base, [float("nan")], 0.0
         for strength in config.strengths:
-            copies = embedding.embed_batch(base, spec, carrier, words, strength)
+            copies = embedding.embed_batch(base, mark, words, strength)
             drops = [
                 base_accuracy - accuracy(jax.tree.map(lambda leaf, k=k: leaf[k], copies)) for k in range(case.colluders)
             ]
@@ -82,7 +81,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         rows = []
         for number, name in enumerate(case.attacks):
             pirate = _attack(name, copies, jax.random.key(seed + number))
-            chips = np.asarray(extraction.extract(pirate, base, spec, carrier))
+            chips = np.asarray(extraction.extract(pirate, base, mark))
             rows.append({"attack": name, **_trace(chips, book, set(coalition.tolist())), "accuracy": accuracy(pirate)})
             meter.step(f"m={case.num_chips} {name}: {rows[-1]['caught']} of {case.colluders}")
         cases.append(
@@ -99,7 +98,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     return {
         "alpha": ALPHA,
         "customers": config.customers,
-        "weights": spec.num_weights,
+        "weights": carriers.select(base).num_weights,
         "base_accuracy": base_accuracy,
         "cases": cases,
     }

@@ -30,8 +30,8 @@ def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str,
     book = codes.Codebook(keys.derive(key, "code"), _REGISTRY, marks.num_chips)
 
     def verdict(leak: dict[str, np.ndarray], base: ArrayRecord) -> tracing.Verdict:
-        spec, carrier = federation.participant_carrier(_tree(base), marks)  # another one for each round's model
-        return tracing.trace(extraction.extract(leak, _tree(base), spec, carrier), book, _ALPHA)
+        mark = federation.participant_mark(_tree(base), marks)  # another one for each round's model
+        return tracing.trace(extraction.extract(leak, _tree(base), mark), book, _ALPHA)
 
     serials = {node: strategy.serial(node) for node in grid.get_node_ids()}
     rows, coalitions = [], []

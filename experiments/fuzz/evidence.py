@@ -81,7 +81,7 @@ def scene() -> Scene:
         suspects = []
         for number, (guilty, leaves) in enumerate(found):
             files.write(file := path / f"suspect-{number}", leaves)
-            chips = reading.read(leaves, base, model.settings.spec, model.carrier, reading.Reading()).chips
+            chips = reading.read(leaves, base, model.mark, reading.Reading()).chips
             suspects.append(Suspect(file, frozenset(guilty.split()), files.content_hash(leaves), chips))
         verdicts.trace(model, [suspects[0].path])
         bundle = evidence.export(desk, 1).content

@@ -75,26 +75,30 @@ def _base(config: Config, seed: int, number: int, meter: sections.Meter) -> dict
     own = seed + 1000 * number
     subject = common.train(common.DATA[config.data].network, config, own, lambda: meter.step(f"base {number}"))
     base = subject.base
-    spec = carriers.select(base)
     cells = []
     for length in config.lengths:
         key = common.secret(own, "fidelity", str(length))
-        carrier = carriers.draw(key, spec, length)
+        mark = carriers.mark(key, base, length)
         book = codes.Codebook(key, config.customers, length)
         serials = np.random.default_rng([own, length]).choice(config.customers, config.copies, replace=False)
         words = np.asarray(codes.codebook(book.key, serials, length))
         for strength in config.strengths:
             accuracies, copies = [], []
             for serial, word in zip(serials.tolist(), words, strict=True):
-                copy = embedding.embed(base, spec, carrier, word, strength)
-                chips = np.asarray(extraction.extract(copy, base, spec, carrier), np.float64)
+                copy = embedding.embed(base, mark, word, strength)
+                chips = np.asarray(extraction.extract(copy, base, mark), np.float64)
                 accuracies.append(subject.accuracy(copy))
                 copies.append(common.read(chips, book, serial, word)._asdict())
             cells.append(
                 {"chips": length, "strength": strength, "accuracy": float(np.mean(accuracies)), "copies": copies}
             )
             meter.step(f"{length} chips at {strength:g}")
-    return {"seed": own, "accuracy": subject.accuracy(base), "weights": spec.num_weights, "cells": cells}
+    return {
+        "seed": own,
+        "accuracy": subject.accuracy(base),
+        "weights": carriers.select(base).num_weights,
+        "cells": cells,
+    }
 
 
 def tables(result: sections.Result) -> list[report.Table]:

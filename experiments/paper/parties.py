@@ -214,18 +214,17 @@ def _train(
 def _trace(base: Params, config: Config, seed: int, score: Callable[[Params], float]) -> dict[str, Any]:
     """Copies of the trained model, intact and pruned, traced among all customers."""
     key = common.secret(seed, "parties")
-    spec = carriers.select(base)
-    carrier = carriers.draw(keys.derive(key, "carrier"), spec, config.num_chips)
+    mark = carriers.mark(keys.derive(key, "carrier"), base, config.num_chips)
     book = codes.Codebook(keys.derive(key, "code"), config.customers, config.num_chips)
     serials = np.random.default_rng(seed).choice(config.customers, config.copies, replace=False)
     words = np.asarray(codes.codebook(book.key, serials, config.num_chips))
     readings: dict[str, list[common.Reading]] = {"intact": [], "pruned": []}
     accuracies = []
     for serial, word in zip(serials.tolist(), words, strict=True):
-        copy = embedding.embed(base, spec, carrier, word, config.strength)
+        copy = embedding.embed(base, mark, word, config.strength)
         accuracies.append(score(copy))
         for name, suspect in (("intact", copy), ("pruned", attacks.prune(copy, 0.5))):
-            chips = np.asarray(extraction.extract(suspect, base, spec, carrier), np.float64)
+            chips = np.asarray(extraction.extract(suspect, base, mark), np.float64)
             readings[name].append(common.read(chips, book, serial, word))
     return {
         "copies": config.copies,

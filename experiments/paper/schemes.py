@@ -259,18 +259,15 @@ def fedtracker(world: World, settings: Mapping[str, Any]) -> Scheme:
 def ours(world: World, settings: Mapping[str, Any]) -> Scheme:
     """Settings: ``strength``. A suspect is aligned to the base, then read with ``rectify``, whatever it is."""
     key, bits, base = keys.derive(world.key, "ours"), settings["bits"], world.subject.base
-    spec = carriers.select(base)
-    carrier = carriers.draw(keys.derive(key, "carrier"), spec, bits)
+    mark = carriers.mark(keys.derive(key, "carrier"), base, bits)
     words = _signs(key, world.customers, bits)
 
     def read(params: Params) -> np.ndarray:
-        chips = extraction.extract(aligned(params, world), base, spec, carrier, rectify=True)
+        chips = extraction.extract(aligned(params, world), base, mark, rectify=True)
         return np.asarray(chips, np.float64)
 
     return Scheme(
-        lambda serial, seed: jax.block_until_ready(
-            embedding.embed(base, spec, carrier, words[serial], settings["strength"])
-        ),
+        lambda serial, seed: jax.block_until_ready(embedding.embed(base, mark, words[serial], settings["strength"])),
         lambda params, serial: (int((np.sign(read(params)) != words[serial]).sum()), bits),
         lambda params: {accusation.serial for accusation in tracing.trace(read(params), words, common.ALPHA).accused},
     )

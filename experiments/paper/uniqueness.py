@@ -49,18 +49,17 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     meter.start(common.steps(config.data, config.epochs, config.train_images) + len(_DAMAGE) * config.copies)
     subject = common.train(common.DATA[config.data].network, config, seed, lambda: meter.step("the base"))
     base = subject.base
-    spec = carriers.select(base)
     key = common.secret(seed, "uniqueness")
-    carrier = carriers.draw(key, spec, config.num_chips)
+    mark = carriers.mark(key, base, config.num_chips)
     words = np.asarray(codes.codebook(key, range(config.customers), config.num_chips))
     chips: dict[str, list[np.ndarray]] = {name: [] for name in _DAMAGE}
     for first in range(0, config.copies, _COPIES_AT_ONCE):
         some = words[first : min(first + _COPIES_AT_ONCE, config.copies)]
-        copies = embedding.embed_batch(base, spec, carrier, some, config.strength)
+        copies = embedding.embed_batch(base, mark, some, config.strength)
         for name, damage in _DAMAGE.items():
             for row in range(len(some)):
                 suspect = damage(jax.tree.map(lambda leaf, row=row: leaf[row], copies))
-                chips[name].append(np.asarray(extraction.extract(suspect, base, spec, carrier), np.float64))
+                chips[name].append(np.asarray(extraction.extract(suspect, base, mark), np.float64))
                 meter.step(name)
     rows = [{"copies": name, **_against_others(np.stack(read), words)} for name, read in chips.items()]
     # The same copies, read by an owner who dealt out the same few words again and again.

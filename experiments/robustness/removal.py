@@ -53,7 +53,6 @@ class Removal(NamedTuple):
 def removals(subject: Subject, seed: int, most_epochs: int, strength: float) -> list[Removal]:
     """Every attack; the leaker holds all training data, which is more than the usual suites grant."""
     key = jax.random.key(seed + 1)
-    spec = carriers.select(subject.base)
     fresh = models.init(models.CNN(), jax.random.key(seed + 2), subject.images.shape[1:])
     other = networks.ConcatNet()
     other_fresh = models.init(other, jax.random.key(seed + 3), subject.images.shape[1:])
@@ -71,8 +70,8 @@ def removals(subject: Subject, seed: int, most_epochs: int, strength: float) -> 
         return attacks.reinitialise(copy, fresh, _LAST)
 
     def guessed(copy: PyTree, guesses: int, weight: float) -> PyTree:
-        drawn = [carriers.draw(own(number), spec) for number in range(guesses)]
-        return tune(copy, 5, penalty=attacks.carrier_energy(copy, spec, drawn, weight))
+        drawn = [carriers.mark(own(number), subject.base) for number in range(guesses)]
+        return tune(copy, 5, penalty=attacks.carrier_energy(copy, drawn, weight))
 
     def soup(copy: PyTree, part: float) -> PyTree:
         return jax.tree.map(lambda a, b: (1 - part) * a + part * b, copy, tune(copy, 5))
@@ -169,10 +168,9 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     subject = networks.train(models.CNN(), seed, config.epochs, train, config.train_images)
     rows, strengths = [], {}
     for number, num_chips in enumerate(config.chips):
-        spec = carriers.select(subject.base)
-        carrier = carriers.draw(networks.secret(seed, "removal", "carrier"), spec, num_chips)
+        mark = carriers.mark(networks.secret(seed, "removal", "carrier"), subject.base, num_chips)
         score = functools.partial(models.accuracy, subject.apply_fn, images=subject.images, labels=subject.labels)
-        strength = embedding.calibrate(subject.base, spec, carrier, score, config.max_drop).strength
+        strength = embedding.calibrate(subject.base, mark, score, config.max_drop).strength
         strengths[str(num_chips)] = strength
         chosen = removals(subject, seed, config.most_epochs, strength)
         chosen = [removal for removal in chosen if not config.only or removal.name in config.only]
@@ -183,10 +181,10 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         for method in config.embeddings:
             word = codes.codebook(book.key, [leaker], num_chips)[0]
             if method == "trained":
-                copy = _train_mark(subject, spec, carrier, word, strength, seed)
+                copy = _train_mark(subject, mark, word, strength, seed)
             else:
-                copy = embedding.embed(subject.base, spec, carrier, word, strength)
-            case = Case(subject, copy, spec, carrier, book, leaker, method)
+                copy = embedding.embed(subject.base, mark, word, strength)
+            case = Case(subject, copy, mark, book, leaker, method)
             name = f"{num_chips}_{method.replace(' ', '_')}"
             rows.extend(meter.part(name, len(chosen), functools.partial(_attack, case, chosen, meter)))
     return {"accuracy": subject.accuracy(subject.base), "strengths": strengths, "rows": rows}
@@ -197,8 +195,7 @@ class Case(NamedTuple):
 
     subject: Subject
     copy: PyTree
-    spec: carriers.Spec
-    carrier: carriers.Carrier
+    mark: carriers.Mark
     book: codes.Codebook
     leaker: int
     embedding: str
@@ -213,12 +210,12 @@ def _attack(case: Case, chosen: list[Removal], meter: sections.Meter) -> list[di
             "attack": removal.name,
             "setting": removal.setting,
             "embedding": case.embedding,
-            "chips": case.carrier.num_chips,
+            "chips": case.mark.num_chips,
             "extraction": removal.extraction,
             "seconds": time.perf_counter() - began,
         }
         rows.append(row | _outcome(case, suspect))
-        meter.step(f"m = {case.carrier.num_chips}, {case.embedding}: {removal.name} {removal.setting}")
+        meter.step(f"m = {case.mark.num_chips}, {case.embedding}: {removal.name} {removal.setting}")
     return rows
 
 
@@ -230,7 +227,7 @@ def _outcome(case: Case, suspect: PyTree) -> dict[str, Any]:
         unread = {"T": None, "T_plain": None, "p": 1.0, "traced": False, "traced_plain": False, "wrong": 0}
         return {"accuracy": accuracy, **unread}
     plain, chips = (
-        np.asarray(extraction.extract(suspect, subject.base, case.spec, case.carrier, rectify), np.float64)
+        np.asarray(extraction.extract(suspect, subject.base, case.mark, rectify), np.float64)
         for rectify in (False, True)
     )
     word = np.asarray(codes.codebook(case.book.key, [case.leaker], chips.size)[0], np.float64)
@@ -246,22 +243,22 @@ def _outcome(case: Case, suspect: PyTree) -> dict[str, Any]:
     }
 
 
-def _train_mark(
-    subject: Subject, spec: carriers.Spec, carrier: carriers.Carrier, word: Any, strength: float, seed: int
-) -> PyTree:
+def _train_mark(subject: Subject, mark: carriers.Mark, word: Any, strength: float, seed: int) -> PyTree:
     """One epoch on the task and on a hinge whose margin is the read-out of a closed-form copy of this strength."""
-    margin = strength * math.sqrt(carrier.num_carrying / carrier.num_chips)
-    embedder = embedding.embedder(lambda y, b: 10 * losses.sign_hinge(y, b, margin), optax.adam(3e-4))
+    margin = strength * math.sqrt(mark.carrier.num_carrying / mark.num_chips)
+    hinge = functools.partial(losses.sign_hinge, margin=margin)
+    optimizer = optax.chain(embedding.add_fingerprint_gradient(hinge, mark, word, weight=10.0), optax.adam(3e-4))
 
     @jax.jit
-    def step(state: embedding.EmbedderState, x: Any, y: Any) -> embedding.EmbedderState:
-        gradient = jax.grad(lambda p: parallel.cross_entropy(subject.apply_fn(p, x), y))(state.params)
-        return embedder.update(state, spec, gradient)[0]
+    def step(params: PyTree, state: Any, x: Any, y: Any) -> tuple[PyTree, Any]:
+        gradient = jax.grad(lambda p: parallel.cross_entropy(subject.apply_fn(p, x), y))(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
 
-    state = embedder.init(subject.base, embedding.mark(subject.base, spec, carrier, word))
+    params, state = subject.base, optimizer.init(subject.base)
     for index in _batches.shuffled(np.random.default_rng(seed), len(subject.images), 64):
-        state = step(state, subject.images[index], subject.labels[index])
-    return state.params
+        params, state = step(params, state, subject.images[index], subject.labels[index])
+    return params
 
 
 def show(console: rich.console.Console, result: sections.Result) -> None:

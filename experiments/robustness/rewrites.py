@@ -79,19 +79,18 @@ def _one(
 ) -> dict[str, Any]:
     rng = np.random.default_rng(list(seeds))
     base, images = subject.base, subject.test_images[:64]
-    spec = carriers.select(base)
-    carrier = carriers.draw(networks.secret(seeds[0], name, "carrier"), spec, config.num_chips)
+    mark = carriers.mark(networks.secret(seeds[0], name, "carrier"), base, config.num_chips)
     book = codes.Codebook(networks.secret(seeds[0], name, "code"), config.customers, config.num_chips)
     graph = alignment.trace_graph(subject.apply_fn, base, images)
     leaker = int(rng.integers(config.customers))
     word = codes.codebook(book.key, [leaker], config.num_chips)[0]
-    copy = embedding.embed(base, spec, carrier, word, config.strength)
+    copy = embedding.embed(base, mark, word, config.strength)
     logits = np.asarray(subject.any_width(copy, jnp.asarray(images)))
     innocents = np.setdiff1d(np.arange(INNOCENTS + 1), [leaker])[:INNOCENTS]
     innocent_words = np.asarray(codes.codebook(book.key, innocents, config.num_chips), np.float64)
 
     def trace(params: PyTree) -> tuple[tracing.Verdict, float, np.ndarray]:
-        chips = np.asarray(extraction.extract(params, base, spec, carrier, rectify=True), np.float64)
+        chips = np.asarray(extraction.extract(params, base, mark, rectify=True), np.float64)
         norm = float(np.linalg.norm(chips)) or 1.0
         return (
             tracing.trace(chips, book, ALPHA),
@@ -203,18 +202,17 @@ def _large(seed: int) -> dict[str, Any]:
     base = models.init(network, jax.random.key(seed), images.shape[1:])
     apply_fn = models.apply_fn(network)
     graph = alignment.trace_graph(apply_fn, base, images)
-    spec = carriers.select(base)
-    carrier = carriers.draw(networks.secret(seed, "large"), spec, 304)
+    mark = carriers.mark(networks.secret(seed, "large"), base, 304)
     book = codes.Codebook(networks.secret(seed, "large", "code"), 1000, 304)
     word = codes.codebook(book.key, [7], 304)[0]
-    copy = embedding.embed(base, spec, carrier, word)
+    copy = embedding.embed(base, mark, word)
     keys = jax.random.split(jax.random.key(seed), 3)
     suspect = attacks.add_neurons(copy, graph, keys[0], 0.1, "split")
     suspect = attacks.rescale(attacks.permute(suspect, graph, keys[1]), graph, keys[2])
     began = time.perf_counter()
     aligned, report = alignment.align(suspect, base, apply_fn, images)
     seconds = time.perf_counter() - began
-    verdict = tracing.trace(extraction.extract(aligned, base, spec, carrier), book, ALPHA)
+    verdict = tracing.trace(extraction.extract(aligned, base, mark), book, ALPHA)
     weights = sum(np.size(leaf) for leaf in jax.tree.leaves(base))
     traced = [a.serial for a in verdict.accused] == [7]
     return {"weights": weights, "seconds": seconds, "similarity": report.similarity, "traced": traced}

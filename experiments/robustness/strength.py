@@ -71,22 +71,21 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     meter.start(len(config.layers) * len(config.strengths))
     rows = []
     for layers in config.layers:
-        spec = carriers.select(base, LAYERS[layers])
-        carrier = carriers.draw(networks.secret(seed, "strength", layers), spec, config.num_chips)
+        mark = carriers.mark(networks.secret(seed, "strength", layers), base, config.num_chips, match=LAYERS[layers])
         words = codes.codebook(networks.secret(seed, "strength", "code"), range(config.copies), config.num_chips)
         for strength in config.strengths:
-            copies = [embedding.embed(base, spec, carrier, word, strength) for word in words]
+            copies = [embedding.embed(base, mark, word, strength) for word in words]
             left = {}
             for name, attack in suite.items():
                 suspect = attack(copies[0])
-                chips = np.asarray(extraction.extract(suspect, base, spec, carrier, rectify=True), np.float64)
+                chips = np.asarray(extraction.extract(suspect, base, mark, rectify=True), np.float64)
                 statistic = float(chips @ np.asarray(words[0], np.float64) / np.linalg.norm(chips))
                 left[name] = {"T": statistic, "accuracy": subject.accuracy(suspect)}
             drops = [base_accuracy - subject.accuracy(copy) for copy in copies]
             rows.append(
                 {
                     "layers": layers,
-                    "weights": carrier.num_carrying,
+                    "weights": mark.carrier.num_carrying,
                     "strength": strength,
                     "mean_drop": float(np.mean(drops)),
                     "worst_drop": float(np.max(drops)),
@@ -105,19 +104,18 @@ def _calibrate(name: str, config: Config, seed: int, meter: sections.Meter) -> d
     subject = networks.train(networks.networks()[name], seed, config.epochs, train, config.train_images)
     rows: dict[str, Any] = {"network": name, "accuracy": subject.accuracy(subject.base)}
     for kind, match in (("all", None), ("kernels", "kernel")):
-        spec = carriers.select(subject.base, match)
-        carrier = carriers.draw(networks.secret(seed, "calibrate", name), spec, config.num_chips)
+        mark = carriers.mark(networks.secret(seed, "calibrate", name), subject.base, config.num_chips, match=match)
 
         def score(copy: PyTree) -> float:
             return models.accuracy(subject.apply_fn, copy, subject.images, subject.labels)
 
         try:
-            found = embedding.calibrate(subject.base, spec, carrier, score, config.max_drop)
+            found = embedding.calibrate(subject.base, mark, score, config.max_drop)
         except errors.TooCostly:
             rows[kind] = None
             continue
         words = codes.codebook(networks.secret(seed, "strength", "code"), range(config.copies), config.num_chips)
-        copies = (embedding.embed(subject.base, spec, carrier, word, found.strength) for word in words)
+        copies = (embedding.embed(subject.base, mark, word, found.strength) for word in words)
         drops = [rows["accuracy"] - subject.accuracy(copy) for copy in copies]
         rows[kind] = {**found._asdict(), "test_mean_drop": float(np.mean(drops)), "test_worst_drop": float(max(drops))}
     return rows

@@ -3,7 +3,7 @@
 ::
 
     aligned = alignment.align(suspect, base, apply_fn, example_images)
-    verdict = tracing.trace(extraction.extract(aligned.params, base, spec, carrier), book)
+    verdict = tracing.trace(extraction.extract(aligned.params, base, mark), book)
 
 No table of the network is needed: :func:`trace_graph` reads its channel spaces off its jaxpr. Alignment looks at the
 suspect and the base and at nothing else: an innocent's codeword cannot enter, so that p-values hold as they do without

@@ -199,9 +199,9 @@ def overwrite(
       SmarkError: when times is not at least 1, or as ``embed``.
     """
     _validate.positive("overwrite", "times", times)
-    spec = carriers.select(params)
+    spec = carriers.select(params)  # once: its scales are the copy's
     for number in range(times):
-        carrier = carriers.draw(keys.derive(key, "carrier", str(number)), spec, num_chips)
+        mark = carriers.Mark(spec, carriers.draw(keys.derive(key, "carrier", str(number)), spec, num_chips))
         word = codes.codebook(keys.derive(key, "code"), [number], num_chips)[0]
-        params = embedding.embed(params, spec, carrier, word, strength)
+        params = embedding.embed(params, mark, word, strength)
     return params

@@ -48,7 +48,7 @@ def fine_tune(
     - fine-pruning (Liu, Dolan-Gavitt, Garg, RAID 2018): :func:`prune_filters` first, then ``hold_zeros=True``;
     - label smoothing: ``label_smoothing=0.3``;
     - a burst of L2 regularisation: ``l2=0.1``;
-    - against guessed carriers: ``penalty=carrier_energy(copy, spec, guesses)``.
+    - against guessed carriers: ``penalty=carrier_energy(copy, guesses)``.
 
     Args:
       params: the copy.
@@ -178,7 +178,7 @@ def reinitialise(params: PyTree, fresh: PyTree, match: str) -> PyTree:
 
 
 def carrier_energy(
-    params: PyTree, spec: carriers.Spec, guesses: Sequence[carriers.Carrier], weight: float = 1.0
+    params: PyTree, guesses: Sequence[carriers.Mark], weight: float = 1.0
 ) -> Callable[[PyTree], Float[Array, ""]]:
     r"""A penalty that drives out what ``params`` hold in guessed carriers: a leaker knows the method, not the key.
 
@@ -187,25 +187,21 @@ def carrier_energy(
 
     Args:
       params: the copy.
-      spec: the carrying leaves, as guessed.
-      guesses: carriers drawn from the leaker's own keys.
+      guesses: marks of the copy by the leaker's own keys, as from :func:`smark_jax.carriers.mark`.
       weight: against the task's loss.
 
     Returns:
       ``penalty(params) -> scalar`` for :func:`fine_tune`.
 
     Raises:
-      SmarkError: when there are no guesses, or carriers, spec and params do not belong together.
+      SmarkError: when there are no guesses, or one is not for these params.
     """
     if not guesses:
-        raise _validate.fail("carrier_energy", "at least one carrier", "none", "Draw one with carriers.draw.")
-    carriers.check_params("carrier_energy", params, spec)
-    for guess in guesses:
-        carriers.check_carrier("carrier_energy", guess, spec)
+        raise _validate.fail("carrier_energy", "at least one mark", "none", "Draw one with carriers.mark.")
 
     def energy(params: PyTree) -> Array:
-        weights = carriers.read(params, spec)
-        return jnp.stack([jnp.sum(jnp.square(carriers.despread(weights, guess))) for guess in guesses])
+        chips = [carriers.despread(carriers.read(params, guess.spec), guess) for guess in guesses]
+        return jnp.stack([jnp.sum(jnp.square(read)) for read in chips])
 
     scale = weight / energy(params)
     return lambda params: jnp.sum(scale * energy(params))

@@ -40,7 +40,7 @@ class _Secrets(NamedTuple):
     """The secret coordinates of images of one size; ``dither`` is a part of a step in [0, 1)."""
 
     places: Int[Array, " K"]
-    carrier: carriers.Carrier
+    mark: carriers.Mark
     dither: Float[Array, " 511"]
 
 
@@ -154,15 +154,15 @@ def _secrets(key: keys.SecretKey, height: int, width: int) -> _Secrets:
     count = min(max(int(_LOWEST * squares.size), _CODED + 1), squares.size)
     places = np.sort(np.argsort(squares, axis=None, kind="stable")[:count])
     key = keys.derive(key, "payload in images", str(height), str(width))
-    spec = carriers.Spec((carriers.Leaf("frequencies", (count,), 1.0),))
+    spec = carriers.Spec((carriers.Leaf("frequencies", (count,)),), (1.0,))
     words = chacha.keystream(keys.derive(key, "dither").to_words(), np.zeros(3, np.uint32), _CODED)
-    carrier = carriers.draw(keys.derive(key, "coordinates"), spec, _CODED)
-    return _Secrets(jnp.asarray(places), carrier, words.astype(jnp.float32) * 2.0**-32)
+    mark = carriers.Mark(spec, carriers.draw(keys.derive(key, "coordinates"), spec, _CODED))
+    return _Secrets(jnp.asarray(places), mark, words.astype(jnp.float32) * 2.0**-32)
 
 
 def _coordinates(image: Float[Array, "H W C"], secrets: _Secrets) -> Float[Array, " 511"]:
     frequencies = jax.scipy.fft.dctn(_luma(image), norm="ortho")
-    return carriers.despread(frequencies.reshape(-1)[secrets.places], secrets.carrier)
+    return carriers.despread(frequencies.reshape(-1)[secrets.places], secrets.mark)
 
 
 @jax.jit
@@ -178,7 +178,7 @@ def _mark(images: Array, coded: Array, secrets: _Secrets, step: Array, room: Arr
         wanted = step * (jnp.round(_coordinates(original, secrets) / step - offset) + offset)
 
         def project(_: int, x: Array) -> Array:
-            change = carriers.spread(wanted - _coordinates(x, secrets), secrets.carrier)
+            change = carriers.spread(wanted - _coordinates(x, secrets), secrets.mark)
             frequencies = jnp.zeros(x.shape[0] * x.shape[1]).at[secrets.places].set(change)
             brightness = jax.scipy.fft.idctn(frequencies.reshape(x.shape[:2]), norm="ortho")
             return jnp.clip(x + brightness[..., None], 0, 255)

@@ -26,10 +26,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Num, UInt32
+from jaxtyping import Array, Float, Int32, UInt32
 
 from smark_jax import _validate, chacha, keys
-from smark_jax._types import AnyArray
 from smark_jax.carriers.selection import Spec
 
 _MIN_BLOCK = 2048
@@ -97,7 +96,7 @@ def coverage(spec: Spec, num_chips: int) -> Coverage:
 
     Examples:
       >>> from smark_jax.carriers import Leaf, Spec
-      >>> spec = Spec((Leaf("hidden", (2048, 10), 0.1), Leaf("out", (500,), 0.2)))
+      >>> spec = Spec((Leaf("hidden", (2048, 10)), Leaf("out", (500,))), (0.1, 0.2))
       >>> coverage(spec, 304)
       Coverage(weights=20480, leaves=1)
     """
@@ -142,46 +141,9 @@ def draw(key: keys.SecretKey, spec: Spec, num_chips: int = 304) -> Carrier:
     return Carrier(inner, outer, jnp.asarray(positions), spec.num_weights)
 
 
-def spread(chips: Num[AnyArray, " m"], carrier: Carrier) -> Float[Array, " D"]:
-    """``X^T chips``: the vector of weights that carries these chips, of the same Euclidean norm, shape [D].
-
-    Linear, and the inverse of :func:`despread` on its range: ``despread(spread(c)) == c`` up to rounding (1e-6).
-
-    Raises:
-      SmarkError: when ``chips`` is not one value for each of the carrier's chips.
-    """
-    _validate.vector("spread", "chips", chips, carrier.num_chips, "Was the codeword made with another num_chips?")
-    return _spread(jnp.asarray(chips, jnp.float32), carrier)
-
-
-def despread(vector: Float[AnyArray, " D"], carrier: Carrier) -> Float[Array, " m"]:
-    """``X vector``: the soft chips in a vector of weights, shape [m].
-
-    Raises:
-      SmarkError: when ``vector`` has not the length that the carrier was drawn for.
-    """
-    cause = "Was the carrier drawn for another model? (Dummy neurons: run alignment.align first.)"
-    _validate.vector("despread", "vector", vector, carrier.num_weights, cause)
-    return _despread(jnp.asarray(vector, jnp.float32), carrier)
-
-
-def check_carrier(who: str, carrier: Carrier, spec: Spec) -> None:
-    """Refuses, in the name of ``who``, a carrier that was drawn for another number of weights than ``spec`` has.
-
-    Raises:
-      SmarkError: with both numbers.
-    """
-    if carrier.num_weights != spec.num_weights:
-        raise _validate.fail(
-            who,
-            f"a carrier for the {spec.num_weights:,} weights of the spec",
-            f"one drawn for {carrier.num_weights:,} weights",
-            "Was it drawn for another model? (Dummy neurons: run alignment.align first.)",
-        )
-
-
 @jax.jit
-def _spread(chips: Array, carrier: Carrier) -> Array:
+def spread(chips: Array, carrier: Carrier) -> Float[Array, " D"]:
+    """``X^T chips``, unchecked."""
     n, length = cut(carrier.num_weights, carrier.num_chips)
     block = lambda args: spread_block(chips * n**-0.5, length, *args)  # noqa: E731
     blocks = jax.lax.map(block, carrier.arrays, batch_size=_blocks_a_pass(n, length))
@@ -190,7 +152,8 @@ def _spread(chips: Array, carrier: Carrier) -> Array:
 
 
 @jax.jit
-def _despread(vector: Array, carrier: Carrier) -> Array:
+def despread(vector: Array, carrier: Carrier) -> Float[Array, " m"]:
+    """``X vector``, unchecked."""
     n, length = cut(carrier.num_weights, carrier.num_chips)
     arrays = (vector[: n * length].reshape(n, length), *carrier.arrays)
     chips = jax.lax.map(lambda args: despread_block(*args), arrays, batch_size=_blocks_a_pass(n, length))

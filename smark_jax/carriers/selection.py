@@ -27,13 +27,11 @@ class Leaf:
     Attributes:
       path: its steps joined by ``/``.
       shape: of the leaf.
-      scale: its root mean square in the base model.
       tied: other names of the same tensor, which are written as it is (see :func:`with_ties`).
     """
 
     path: str
     shape: tuple[int, ...]
-    scale: float
     tied: tuple[str, ...] = ()
 
     @property
@@ -42,16 +40,31 @@ class Leaf:
         return math.prod(self.shape)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("scales",), meta_fields=("leaves",))
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The carrying leaves in order. Hashable, so it is a static argument under jit."""
+    """The carrying leaves in order. A pytree: the scales are data, the rest is static.
+
+    So a function under jit that takes a spec is compiled once for all models of an architecture.
+
+    Attributes:
+      leaves: the leaves, static.
+      scales: the root mean square of each leaf in the base model. :func:`select` gives Python floats, which keep all
+        their digits outside of jit.
+    """
 
     leaves: tuple[Leaf, ...]
+    scales: tuple[float | Array, ...]
 
     @property
     def num_weights(self) -> int:
         """D, the length of the vector that :func:`read` returns."""
         return sum(leaf.size for leaf in self.leaves)
+
+    @property
+    def factors(self) -> tuple[float | Array, ...]:
+        """One over each scale: by these weights are multiplied when they are read."""
+        return tuple(1 / scale for scale in self.scales)
 
 
 def select(params: PyTree, match: str | Callable[[str], object] | None = None) -> Spec:
@@ -93,7 +106,7 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
     taken: set[str] = set()
     for path, fact in chosen.items():
         if fact.rms > 0 and path not in taken:
-            leaves[path] = Leaf(path, fact.shape, fact.rms, _twins(path, named, facts))
+            leaves[path] = Leaf(path, fact.shape, _twins(path, named, facts))
             taken |= {path, *leaves[path].tied}
     if not leaves:
         some = ", ".join(f"{path} ({found[path]})" for path in itertools.islice(named, 5)) or "none at all"
@@ -103,7 +116,7 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
             f"none that matches {match!r}" if isinstance(match, str) else "none",
             f"The model's leaves: {some}{', ...' if len(named) > 5 else ''}.",
         )
-    return Spec(tuple(leaves.values()))
+    return Spec(tuple(leaves.values()), tuple(chosen[path].rms for path in leaves))
 
 
 def roles(params: PyTree) -> dict[str, _roles.Role]:
@@ -136,7 +149,8 @@ def with_ties(spec: Spec, base: PyTree) -> Spec:
     alike = {kind[path] for path in others}
     facts = _facts({path: named[path] for path in named if path in others or (path in own and kind[path] in alike)})
     ties = {path: tuple(p for p in _twins(path, named, facts) if p in others) for path in own & facts.keys()}
-    return Spec(tuple(dataclasses.replace(leaf, tied=ties.get(leaf.path, ())) for leaf in spec.leaves))
+    leaves = tuple(dataclasses.replace(leaf, tied=ties.get(leaf.path, ())) for leaf in spec.leaves)
+    return dataclasses.replace(spec, leaves=leaves)
 
 
 def with_tied(leaves: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
@@ -201,7 +215,7 @@ def read(params: PyTree, spec: Spec) -> Float[Array, " D"]:
     Raises:
       SmarkError: when a carrying leaf is missing from ``params`` or has another shape.
     """
-    return _read(carrying("read", params, spec), spec)
+    return read_leaves(carrying("read", params, spec), spec.factors)
 
 
 def finite(params: PyTree, spec: Spec) -> Bool[Array, ""]:
@@ -288,19 +302,20 @@ def carrying(who: str, params: PyTree, spec: Spec) -> list[Any]:
     return [named[leaf.path] for leaf in spec.leaves]
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _read(leaves: list[Array], spec: Spec) -> Array:
-    scaled = [jnp.ravel(x).astype(jnp.float32) * (1 / leaf.scale) for x, leaf in zip(leaves, spec.leaves, strict=True)]
+@jax.jit
+def read_leaves(leaves: list[Any], factors: tuple[float | Array, ...]) -> Float[Array, " D"]:
+    """:func:`read` of the carrying leaves in their order, each with one over its scale."""
+    scaled = [jnp.ravel(x).astype(jnp.float32) * factor for x, factor in zip(leaves, factors, strict=True)]
     # The barrier keeps XLA from fusing the products into the concatenation, which it would then make weight by weight.
     return jnp.concatenate(jax.lax.optimization_barrier(scaled))
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@jax.jit
 def add(leaves: list[Any], spec: Spec, vector: Array) -> list[Array]:
     """The leaves of :func:`narrow` with ``vector`` added; of those that are None, what is to be added."""
     changed, start = [], 0
-    for x, leaf in zip(leaves, spec.leaves, strict=True):
-        delta = vector[start : start + leaf.size].reshape(leaf.shape) * leaf.scale
+    for x, leaf, scale in zip(leaves, spec.leaves, spec.scales, strict=True):
+        delta = vector[start : start + leaf.size].reshape(leaf.shape) * scale
         if x is not None:
             wide = x if x.dtype.itemsize > 4 else x.astype(jnp.float32)
             delta = (wide + delta).astype(x.dtype)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int32, Num
 from smark_jax import _validate
 from smark_jax._types import AnyArray, PyTree
 from smark_jax.carriers import hadamard, shifts
+from smark_jax.carriers.marks import Mark
 from smark_jax.carriers.selection import Spec, carrying, replace
 
 # Places in a leaf are counted in int32, and a block may stand out on either side.
@@ -77,29 +78,29 @@ def _split(leaf: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated else None
 
 
-def add_spread(
-    params: PyTree, spec: Spec, where: Layout, code: Num[AnyArray, " m"], carrier: hadamard.Carrier, size: float | Array
-) -> PyTree:
-    """``write(params, spec, size * spread(code, carrier))`` for a model on a mesh; each leaf stays where it lies."""
+def add_spread(params: PyTree, mark: Mark, where: Layout, code: Num[AnyArray, " m"], size: float | Array) -> PyTree:
+    """``write(params, spec, size * spread(code, mark))`` for a model on a mesh; each leaf stays where it lies."""
+    spec, carrier = mark
     leaves = _placed(carrying("add_spread", params, spec), where)
     common = _everywhere((jnp.asarray(code, jnp.float32), carrier, jnp.float32(size)), where)
-    scales = _everywhere([np.float32(leaf.scale) for leaf in spec.leaves], where)
+    scales = _everywhere([np.float32(scale) for scale in spec.scales], where)
     inputs = zip(leaves, _starts(spec, where, carrier), scales, where.specs, strict=True)
     marked = [_add_to_leaf(x, start, scale, *common, axes, where.mesh) for x, start, scale, axes in inputs]
     return replace(params, spec, _placed(marked, where))  # for a jit spells P("x") as P("x", None)
 
 
 def despread_difference(
-    found: PyTree, base: PyTree, spec: Spec, where: Layout, carrier: hadamard.Carrier
+    found: PyTree, base: PyTree, mark: Mark, where: Layout
 ) -> tuple[Float[Array, " m"], Bool[Array, ""]]:
     """The chips in the bounded shifts (:mod:`smark_jax.carriers.shifts`) of a model on a mesh; is the base finite?
 
     A leaf that lies otherwise than ``where`` says is moved first.
     """
+    spec, carrier = mark
     pair = [_placed(carrying("despread_difference", params, spec), where) for params in (found, base)]
     starts, carrier = _starts(spec, where, carrier), _everywhere(carrier, where)
-    limit = shifts.bound_of(*pair, tuple(1 / leaf.scale for leaf in spec.leaves))
-    factors, limit = _everywhere(([np.float32(1 / leaf.scale) for leaf in spec.leaves], limit), where)
+    factors = _everywhere([np.float32(factor) for factor in spec.factors], where)
+    limit = _everywhere(shifts.bound_of(*pair, factors), where)
     inputs = zip(*pair, starts, factors, where.specs, strict=True)
     read = [
         _despread_leaf(x, y, start, factor, limit, carrier, axes, where.mesh) for x, y, start, factor, axes in inputs

@@ -59,7 +59,7 @@ def typical(limit: Array) -> Array:
     return limit * _INSIDE
 
 
-@functools.partial(jax.jit, static_argnames="factors")
-def bound_of(found: Sequence[Array], base: Sequence[Array], factors: tuple[float, ...]) -> Float[Array, ""]:
+@jax.jit
+def bound_of(found: Sequence[Array], base: Sequence[Array], factors: Sequence[float | Array]) -> Float[Array, ""]:
     """The bound for these leaves, wherever they lie."""
     return bound([shift(x, y, factor) for x, y, factor in zip(found, base, factors, strict=True)])

@@ -38,17 +38,16 @@ def _measure(weights: int, chips: int, customers: int, tell: Callable[[str], Any
 
     key = keys.derive(keys.from_bytes(bytes(32)), "benchmark")
     base = {"kernel": jax.random.normal(jax.random.key(0), (weights,))}
-    spec = carriers.select(base)
     tell("drawing the carrier")
-    carrier = carriers.draw(key, spec, chips)
+    mark = carriers.mark(key, base, chips)
     word = codes.codebook(key, [1], chips)[0]
-    copy = embedding.embed(base, spec, carrier, word)
-    soft = np.asarray(extraction.extract(copy, base, spec, carrier))
+    copy = embedding.embed(base, mark, word)
+    soft = np.asarray(extraction.extract(copy, base, mark))
     book = codes.Codebook(key, customers, chips)
     cases: dict[str, Callable[[], Any]] = {
-        "draw the carrier": lambda: carriers.draw(key, spec, chips).positions,
-        "mark one copy": lambda: embedding.embed(base, spec, carrier, word),
-        "read one suspect": lambda: extraction.extract(copy, base, spec, carrier),
+        "draw the carrier": lambda: carriers.draw(key, mark.spec, chips).positions,
+        "mark one copy": lambda: embedding.embed(base, mark, word),
+        "read one suspect": lambda: extraction.extract(copy, base, mark),
         "trace one suspect": lambda: tracing.trace(soft, book).statistics,
     }
     found = {}

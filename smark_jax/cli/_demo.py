@@ -67,8 +67,7 @@ class Model(NamedTuple):
 
     key: keys.SecretKey
     base: PyTree
-    spec: carriers.Spec
-    carrier: carriers.Carrier
+    mark: carriers.Mark
     codebook: jax.Array
 
 
@@ -93,7 +92,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
         model = _model(base, keys.derive(master, "mnist-cnn"), config.customers)
         task = progress.add_task(f"issue {config.customers} copies", total=config.customers, note="")
-        copies = embedding.embed_batch(base, model.spec, model.carrier, model.codebook, STRENGTH)
+        copies = embedding.embed_batch(base, model.mark, model.codebook, STRENGTH)
         issued = []
         for customer in range(config.customers):
             params = jax.tree.map(lambda leaf, row=customer: leaf[row], copies)
@@ -115,9 +114,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         read = [suspect for suspect in suspects if suspect.probes is None]
         by_weights = iter(
             np.asarray(
-                extraction.extract_batch(
-                    aggregation.stack([suspect.params for suspect in read]), base, model.spec, model.carrier
-                )
+                extraction.extract_batch(aggregation.stack([suspect.params for suspect in read]), base, model.mark)
             )
         )
         verdicts, wrong_bits = [], 0
@@ -160,10 +157,9 @@ def _train(
 
 
 def _model(base: PyTree, key: keys.SecretKey, customers: int) -> Model:
-    spec = carriers.select(base)
-    carrier = carriers.draw(keys.derive(key, "carrier"), spec, NUM_CHIPS)
+    mark = carriers.mark(keys.derive(key, "carrier"), base, NUM_CHIPS)
     codebook = codes.codebook(keys.derive(key, "code"), range(customers), NUM_CHIPS)
-    return Model(key, base, spec, carrier, codebook)
+    return Model(key, base, mark, codebook)
 
 
 def _leak(

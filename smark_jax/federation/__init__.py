@@ -17,9 +17,9 @@ except ImportError as error:
 from smark_jax.federation.mod import masked_mod
 
 if TYPE_CHECKING:
-    from smark_jax.federation.strategy import Fingerprints, Masked, RoundLog, participant_carrier
+    from smark_jax.federation.strategy import Fingerprints, Masked, RoundLog, participant_mark
 
-__all__ = ["Fingerprints", "Masked", "RoundLog", "masked_mod", "participant_carrier"]
+__all__ = ["Fingerprints", "Masked", "RoundLog", "masked_mod", "participant_mark"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,17 +23,14 @@ class Fingerprints(NamedTuple):
     strength: float = 0.03
 
 
-def participant_carrier(
-    params: Mapping[str, np.ndarray], fingerprints: Fingerprints
-) -> tuple[carriers.Spec, carriers.Carrier]:
-    """The carrying arrays and the carrier of participants' fingerprints, for :func:`smark_jax.extraction.extract`.
+def participant_mark(params: Mapping[str, np.ndarray], fingerprints: Fingerprints) -> carriers.Mark:
+    """The mark of participants' copies, for :func:`smark_jax.extraction.extract`.
 
-    They differ from round to round: a bias that is zero at the start carries nothing in the first round, and something
+    It differs from round to round: a bias that is zero at the start carries nothing in the first round, and something
     later. So trace a copy of a round with what this returns for that round's own global model, and for no other.
 
     Args:
       params: arrays by name of the global model from which the round's copies were made.
       fingerprints: the strategy's.
     """
-    spec = carriers.select(dict(params))
-    return spec, carriers.draw(keys.derive(fingerprints.key, "carrier"), spec, fingerprints.num_chips)
+    return carriers.mark(keys.derive(fingerprints.key, "carrier"), dict(params), fingerprints.num_chips)

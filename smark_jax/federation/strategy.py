@@ -22,7 +22,7 @@ from smark_jax.aggregation.protocol import messages, server
 from smark_jax.federation import task, update, wire
 from smark_jax.federation._log import log
 from smark_jax.federation.contacts import Contacts
-from smark_jax.federation.participants import Fingerprints, participant_carrier
+from smark_jax.federation.participants import Fingerprints, participant_mark
 from smark_jax.federation.rounds import Round, RoundLog
 
 _POLL_SECONDS = 0.2
@@ -102,7 +102,7 @@ class Masked(Strategy):
         self._now: Round | None = None
         self._next: Round | None = None
         self._failures = 0
-        self._carrier: tuple[carriers.Spec, carriers.Carrier] | None = None
+        self._mark: carriers.Mark | None = None
 
     @property
     def serials(self) -> dict[str, int]:
@@ -133,7 +133,7 @@ class Masked(Strategy):
         drafts = list(self.strategy.configure_train(server_round, arrays, config, grid))
         nodes = sorted(draft.metadata.dst_node_id for draft in drafts)
         self._greet(nodes)
-        self._mark(arrays)
+        self._draw_mark(arrays)
         num_words = self._form(1).num_words(wire.tree(arrays))
         try:
             now = self._prepare(server_round, nodes, num_words)
@@ -196,7 +196,7 @@ class Masked(Strategy):
         if self.fingerprints is None:
             return drafts
         self._greet([draft.metadata.dst_node_id for draft in drafts])
-        self._mark(arrays)
+        self._draw_mark(arrays)
         out = []
         for draft in drafts:
             node = draft.metadata.dst_node_id
@@ -334,16 +334,15 @@ class Masked(Strategy):
         if self._failures >= _MOST_FAILURES:
             raise protocol.ProtocolError(f"Masked: {_MOST_FAILURES} rounds in a row opened nothing. The last: {error}")
 
-    def _mark(self, arrays: ArrayRecord) -> None:
-        """Draws the carrier of the copies of this model: another model has other weights that can carry."""
+    def _draw_mark(self, arrays: ArrayRecord) -> None:
+        """Draws the mark of the copies of this model: another model has other weights that can carry."""
         if self.fingerprints is not None:
-            self._carrier = participant_carrier(wire.tree(arrays), self.fingerprints)
+            self._mark = participant_mark(wire.tree(arrays), self.fingerprints)
 
     def _copy_for(self, node: int, arrays: ArrayRecord) -> ArrayRecord:
         """The model that a node is given: the global one, or its fingerprinted copy."""
-        if self.fingerprints is None or self._carrier is None:
+        if self.fingerprints is None or self._mark is None:
             return arrays
         params, marks = wire.tree(arrays), self.fingerprints
-        spec, carrier = self._carrier
-        code = codes.codebook(keys.derive(marks.key, "code"), [self.serial(node)], marks.num_chips)[0]
-        return wire.record(embedding.embed(params, spec, carrier, code, marks.strength), arrays)
+        word = codes.codebook(keys.derive(marks.key, "code"), [self.serial(node)], marks.num_chips)[0]
+        return wire.record(embedding.embed(params, self._mark, word, marks.strength), arrays)

@@ -4,9 +4,9 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Int8
 
 from smark_jax import aggregation, carriers, codes, data, embedding, keys, losses, parallel, tracing
 from smark_jax._types import ApplyFn, PyTree
@@ -36,10 +36,17 @@ class Recipe(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """The owner's own mark: what carries it, and what it aims at."""
+    """The owner's own mark.
 
-    spec: carriers.Spec
-    aim: embedding.Mark
+    Attributes:
+      base: the weights that training starts from, which the mark is read against.
+      mark: where it lies.
+      word: the owner's codeword, shape [m].
+    """
+
+    base: PyTree
+    mark: carriers.Mark
+    word: Int8[Array, " m"]
 
 
 class Training(NamedTuple):
@@ -70,20 +77,19 @@ def prepare(recipe: Recipe, apply_fn: ApplyFn, train: data.Dataset, owner: Owner
     optimizer = optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, count))
     if owner is not None:
         loss_fn = functools.partial(losses.sign_hinge, margin=OWNER_MARGIN)
-        optimizer = optax.chain(embedding.add_fingerprint_gradient(loss_fn, owner.spec, owner.aim), optimizer)
+        optimizer = optax.chain(embedding.add_fingerprint_gradient(loss_fn, owner.mark, owner.word), optimizer)
     step = parallel.train_step(apply_fn, optimizer, aggregation.FixedPoint(recipe.clip, recipe.parties))
     return Training(step, recipe.parties, count, batches)
 
 
 def owner_mark(start: PyTree, key: keys.SecretKey) -> Owner:
     """The owner's own mark, read relative to the weights that training starts from."""
-    spec = carriers.select(start)
-    carrier = carriers.draw(keys.derive(key, "carrier"), spec)
-    return Owner(spec, embedding.mark(start, spec, carrier, codes.codebook(keys.derive(key, "code"), [0])[0]))
+    mark = carriers.mark(keys.derive(key, "carrier"), start)
+    return Owner(start, mark, codes.codebook(keys.derive(key, "code"), [0])[0])
 
 
 def owner_log10_p(params: PyTree, owner: Owner) -> float:
     """How improbable the owner's mark in ``params`` is by chance; 0 where it cannot be read."""
-    chips = carriers.despread(carriers.read(params, owner.spec) - owner.aim.base, owner.aim.carrier)
-    verdict = tracing.trace(chips, owner.aim.code[None].astype(jnp.int8))
+    now, before = (carriers.read(tree, owner.mark.spec) for tree in (params, owner.base))
+    verdict = tracing.trace(carriers.despread(now - before, owner.mark), owner.word[None])
     return verdict.accused[0].log10_p if verdict.accused else 0.0

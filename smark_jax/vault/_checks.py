@@ -140,12 +140,12 @@ def _stamped(tree: Commitment, stamp: Stamp) -> bool:
 def _spec(bundle: Bundle, base: Mapping[str, np.ndarray]) -> carriers.Spec:
     """The carrying leaves, when they were committed to and are the base's."""
     spec, header = documents.spec(bundle.spec), bundle.header
-    require(models.spec_digest(spec) == header.spec, "others were committed to")
-    for leaf in spec.leaves:
+    require(models.spec_digest(bundle.spec) == header.spec, "others were committed to")
+    for leaf, (_, _, committed) in zip(spec.leaves, bundle.spec, strict=True):
         there = base.get(leaf.path)
         require(there is not None and there.shape == leaf.shape, f"the base has no leaf {leaf.path!r} of that shape")
         scale = float(np.sqrt(np.mean(np.square(np.asarray(there, np.float64)))))
-        require(abs(scale - leaf.scale) <= _ROUNDING * scale, f"the base's {leaf.path!r} is of another size")
+        require(abs(scale - committed) <= _ROUNDING * scale, f"the base's {leaf.path!r} is of another size")
     require(len({leaf.path for leaf in spec.leaves}) == len(spec.leaves) > 0, "one is named twice, or none at all")
     require(0 < header.num_chips <= spec.num_weights, "there are more chips than weights")
     return spec

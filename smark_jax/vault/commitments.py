@@ -73,7 +73,7 @@ def build(model: models.OpenModel, hashed: Sequence[bytes]) -> Commitment:
         previous=before.root if before else None,
         probes_key=keys.commitment(models.probes_key(vault, model.name)),
         public_key=crypto.public_key(vault.master),
-        spec=models.spec_digest(settings.spec),
+        spec=models.spec_digest(documents.rows(settings.spec)),
         strength=settings.strength,
         versions=settings.versions,
     )

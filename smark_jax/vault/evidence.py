@@ -211,7 +211,7 @@ def _claims(
     """The accusations that an arbiter will find significant, and the names of the others."""
     settings = model.settings
     words = {serial: commitments.word(leaf, settings.num_chips) for serial, leaf in leaves.items()}
-    alone = base_alone(model.base, settings.spec, model.carrier)
+    alone = base_alone(model.base, model.mark)
     claims, left_out = [], []
     for accused in ranked:
         others = [serial for serial in words if serial != accused.serial]

@@ -226,9 +226,9 @@ def _maker(
     model: models.OpenModel, teach: Teacher | None, count: int
 ) -> Callable[[list[_Licence]], dict[str, np.ndarray]]:
     """A function that computes a batch: the leaves in which copies differ from the base, with an axis of ``count``."""
-    base, carrier = model.base, model.carrier
-    spec = carriers.with_ties(model.settings.spec, base)
-    marked = {name for leaf in spec.leaves for name in (leaf.path, *leaf.tied)}
+    base = model.base
+    mark = model.mark._replace(spec=carriers.with_ties(model.settings.spec, base))
+    marked = {name for leaf in mark.spec.leaves for name in (leaf.path, *leaf.tied)}
     above = {name for name in marked if base[name].min() >= 0}
     roles = carriers.roles(dict(base)) if teach else {}
     trained = {name for name, role in roles.items() if role.trains}
@@ -237,7 +237,7 @@ def _maker(
         serials = [licence.customer.serial for licence in some]
         words = np.ones((count, model.settings.num_chips), np.int8)
         words[: len(some)] = model.words(serials)
-        made: dict[str, Any] = embedding.embed_batch(dict(base), spec, carrier, words, some[0].strength)
+        made: dict[str, Any] = embedding.embed_batch(dict(base), mark, words, some[0].strength)
         for name in sorted(above):
             for leaf, licence in zip(np.asarray(made[name]), some, strict=False):
                 _refuse_below(name, float(leaf.min()), licence.customer)

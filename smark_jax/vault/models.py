@@ -81,10 +81,11 @@ class OpenModel:
         return leaves
 
     @functools.cached_property
-    def carrier(self) -> carriers.Carrier:
-        """The carrier."""
-        draw = versions.CARRIERS[self.settings.versions.carrier]
-        return draw(carrier_key(self.vault, self.name), self.settings.spec, self.settings.num_chips)
+    def mark(self) -> carriers.Mark:
+        """The mark: the carrying leaves that the vault keeps, and the carrier drawn anew."""
+        key, settings = carrier_key(self.vault, self.name), self.settings
+        draw = versions.CARRIERS[settings.versions.carrier]
+        return carriers.Mark(settings.spec, draw(key, settings.spec, settings.num_chips))
 
     @property
     def code(self) -> versions.Code:
@@ -282,6 +283,6 @@ def probes_key(vault: folder.Vault, name: str) -> keys.SecretKey:
     return keys.derive(vault.master, name, "probes")
 
 
-def spec_digest(spec: carriers.Spec) -> str:
+def spec_digest(spec: tuple[documents.LeafRow, ...]) -> str:
     """The SHA-256 of the carrying leaves' document."""
-    return hashlib.sha256(documents.canonical(documents.rows(spec))).hexdigest()
+    return hashlib.sha256(documents.canonical(spec)).hexdigest()

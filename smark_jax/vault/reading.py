@@ -65,8 +65,7 @@ class Read(NamedTuple):
 def read(
     leaves: Mapping[str, np.ndarray],
     base: Mapping[str, np.ndarray],
-    spec: Any,
-    carrier: Any,
+    mark: carriers.Mark,
     reading: Reading,
     control: bool = False,
 ) -> Read:
@@ -79,7 +78,8 @@ def read(
       Undecided: when nothing can be said.
       SmarkError: when the map given is no map, or contradicts content.
     """
-    spec = carriers.with_ties(spec, base)
+    spec = carriers.with_ties(mark.spec, base)
+    mark = mark._replace(spec=spec)
     layout = files.match_layout(*_once(leaves, base, spec), reading.given)
     params: PyTree = files.nest(carriers.with_tied(layout.leaves, spec))
     report = None
@@ -87,18 +87,18 @@ def read(
         aligned = alignment.align(params, files.nest(base), reading.aligner.apply_fn, reading.aligner.images)
         params, report = _without(aligned.params, aligned.report.left_out), str(aligned.report)
     original: PyTree = files.nest({leaf.path: base[leaf.path] for leaf in spec.leaves})
-    coverage = extraction.coverage(params, original, spec, carrier)
+    coverage = extraction.coverage(params, original, mark)
     if not coverage.read:
         expected = "weights that carry the fingerprint"
         got = f"none of the base's {coverage.weights:,} carrying weights"
         raise _validate.fail("trace", expected, got, f"{str(coverage).capitalize()}.", kind=errors.Undecided)
-    chips = extraction.extract(params, original, spec, carrier, reading.rectify)
-    nothing = base_alone(files.flatten(params), spec, carrier, original) if control else None
+    chips = extraction.extract(params, original, mark, reading.rectify)
+    nothing = base_alone(files.flatten(params), mark, original) if control else None
     return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)
 
 
 def _once(
-    leaves: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], spec: Any
+    leaves: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], spec: carriers.Spec
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Suspect and base as :func:`files.match_layout` takes them: it cannot tell the places of a tied tensor apart.
 
@@ -118,19 +118,18 @@ def _once(
     return kept, {name: leaf for name, leaf in base.items() if name not in tied}
 
 
-def base_alone(like: Mapping[str, np.ndarray], spec: Any, carrier: Any, original: PyTree | None = None) -> np.ndarray:
+def base_alone(like: Mapping[str, np.ndarray], mark: carriers.Mark, original: PyTree | None = None) -> np.ndarray:
     """The chips that zeros in place of these weights would give, float64, shape [m]: those of the base alone.
 
     Args:
       like: leaves; what is NaN or infinite in them is left out here too.
-      spec: the carrying leaves.
-      carrier: the model's carrier.
+      mark: the model's mark.
       original: the base; ``like`` itself by default.
     """
     with np.errstate(invalid="ignore"):  # NaN stays NaN, and what is infinite becomes it
         zeros = files.nest({name: leaf * 0 for name, leaf in like.items()})
-    original = files.nest({leaf.path: like[leaf.path] for leaf in spec.leaves}) if original is None else original
-    return np.asarray(extraction.extract(zeros, original, spec, carrier), np.float64)
+    original = files.nest({leaf.path: like[leaf.path] for leaf in mark.spec.leaves}) if original is None else original
+    return np.asarray(extraction.extract(zeros, original, mark), np.float64)
 
 
 def _without(params: PyTree, names: Sequence[str]) -> PyTree:

@@ -95,7 +95,7 @@ def _examined(model: models.OpenModel, path: Path, reading: Reading, needed: int
         foreign=tuple(weights.foreign),
     )
     try:
-        found = read(weights.leaves, model.base, model.settings.spec, model.carrier, reading)
+        found = read(weights.leaves, model.base, model.mark, reading)
         _enough(found.coverage, needed)
     except errors.NothingMatched as error:
         return row._replace(verdict="not a copy", error=error.desk), None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, errors, files
+from smark_jax import _validate, carriers, errors, files
 from smark_jax.vault import _checks, bundles, evidence, ranges, reading, versions
 from smark_jax.vault._checks import Check, Checks, Fails, require
 from smark_jax.vault.documents import Bundle, Claim, Header, Missing
@@ -182,8 +182,8 @@ def _read(
     same = reading.Reading(aligner if how.align else None, how.rectify, how.given)
     draw = versions.CARRIERS[bundle.header.algorithms.carrier]
     try:
-        carrier = draw(proved.key, proved.spec, bundle.header.num_chips)
-        return reading.read(suspect, base, proved.spec, carrier, same, control=True)
+        mark = carriers.Mark(proved.spec, draw(proved.key, proved.spec, bundle.header.num_chips))
+        return reading.read(suspect, base, mark, same, control=True)
     except errors.SmarkError as error:
         raise Fails(error.desk) from None
 

@@ -109,9 +109,10 @@ class Leaf(NamedTuple):
 
 def rows(spec: carriers.Spec) -> tuple[LeafRow, ...]:
     """The carrying leaves as documents hold them."""
-    return tuple((leaf.path, leaf.shape, leaf.scale) for leaf in spec.leaves)
+    return tuple((leaf.path, leaf.shape, float(scale)) for leaf, scale in zip(spec.leaves, spec.scales, strict=True))
 
 
 def spec(rows: tuple[LeafRow, ...]) -> carriers.Spec:
     """The carrying leaves of a document."""
-    return carriers.Spec(tuple(carriers.Leaf(*row) for row in rows))
+    leaves = tuple(carriers.Leaf(path, shape) for path, shape, _ in rows)
+    return carriers.Spec(leaves, tuple(scale for _, _, scale in rows))

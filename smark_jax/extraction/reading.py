@@ -1,7 +1,7 @@
 """Informed extraction: the soft chips in the difference between a suspect and the base model.
 
 The base is subtracted because its weights are by far the largest noise that a read-out could contain. One compiled
-function serves all suspects of a model: the suspect and the base are arguments, the selection is static.
+function serves all suspects and all models of an architecture: suspect, base and mark are arguments.
 
 A suspect is read as far as it is there. Carrying leaves that it lacks or has in another shape, and weights that are NaN
 or infinite, are left out: they count neither for nor against anybody. Shifts are bounded
@@ -11,7 +11,7 @@ left out. All of it depends on suspect and base only.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,15 +21,11 @@ from jaxtyping import Array, Float
 
 from smark_jax import _trees, _validate, carriers
 from smark_jax._types import PyTree
-from smark_jax.carriers import shifts
+from smark_jax.carriers import hadamard, marks, selection, sharded, shifts
+from smark_jax.extraction import rectification
 
 # extract_batch reads this many suspects at a time, so that a long batch does not multiply the working memory.
 _SUSPECTS_PER_PASS = 8
-# Rectification: at least so many weights in a bin, at most so many bins in a leaf; leaves of fewer than four stay.
-_BIN, _BINS = 128, 256
-_TINY = 1e-20
-# A leaf's mean square shift that is no mark: as a share of what is typical of all weights, and as rounding leaves it.
-_STILL, _ROUNDING = 1e-6, 1e-12
 
 
 class LeftOut(NamedTuple):
@@ -65,9 +61,7 @@ class Coverage(NamedTuple):
         return "; ".join(lines + [what] * bool(self.bounded)) or "all carrying weights were read"
 
 
-def extract(
-    suspect: PyTree, base: PyTree, spec: carriers.Spec, carrier: carriers.Carrier, rectify: bool = False
-) -> Float[Array, " m"]:
+def extract(suspect: PyTree, base: PyTree, mark: carriers.Mark, rectify: bool = False) -> Float[Array, " m"]:
     r"""The suspect's soft chips: ``despread`` of its weights' shifts from the base's, shape [m].
 
     A copy embedded at strength s reads ``s * sqrt(D / m)`` times its codeword; the mean of several copies reads the
@@ -92,7 +86,7 @@ def extract(
     before you look: where both are tried, say so to ``trace`` by ``num_alignments``.
 
     Parameters that a mesh of devices holds (leaves split by a ``NamedSharding``) are read where they lie: only chips
-    cross between devices, each of which holds the carrier beside them (about a byte a weight of the whole model). If
+    cross between devices, each of which holds the carrier beside them (about a byte per weight of the whole model). If
     suspect and base are split differently, the base's leaves are moved, and where only the base is split, the
     suspect's. Not so with ``rectify``, which sorts whole leaves, nor under a jit of your own, where the compiler
     decides.
@@ -100,8 +94,7 @@ def extract(
     Args:
       suspect: the model to read, with the base's structure.
       base: the model that the copies were made from.
-      spec: the carrying leaves, selected on the base.
-      carrier: the model's carrier.
+      mark: the model's mark.
       rectify: take out what the weights predict of each other, and count each weight by what it still tells.
 
     Returns:
@@ -111,28 +104,25 @@ def extract(
       SmarkError: when the suspect has no carrying leaf, the base lacks one or holds NaN or infinite weights, the
         carrier was drawn for another number of weights, or one model's leaves are split over several meshes.
     """
-    carriers.check_carrier("extract", carrier, spec)
-    carriers.check_params("extract: base", base, spec)
+    marks.check("extract", mark, base)
+    spec = mark.spec
     found, original = _carried("extract", suspect, base, spec)
-    where = None if rectify else carriers.layout("extract", found, spec) or carriers.layout("extract", original, spec)
+    where = None if rectify else sharded.layout("extract", found, spec) or sharded.layout("extract", original, spec)
     if where is None:
-        chips, ok = _extract(found, original, spec, carrier, rectify)
+        chips, ok = _extract(_leaves(found, spec), _leaves(original, spec), spec.factors, mark.carrier, rectify)
     else:
-        chips, ok = carriers.despread_difference(found, original, spec, where, carrier)
+        chips, ok = sharded.despread_difference(found, original, mark, where)
     _validate.all_finite("extract", "carrying weights in the base", ok)
     return chips
 
 
-def extract_batch(
-    suspects: PyTree, base: PyTree, spec: carriers.Spec, carrier: carriers.Carrier
-) -> Float[Array, "M m"]:
+def extract_batch(suspects: PyTree, base: PyTree, mark: carriers.Mark) -> Float[Array, "M m"]:
     """:func:`extract` of M suspects at once.
 
     Args:
       suspects: pytree whose leaves carry a leading axis of M suspects.
       base: the model that the copies were made from, without that axis.
-      spec: the carrying leaves, selected on the base.
-      carrier: the model's carrier.
+      mark: the model's mark.
 
     Returns:
       Soft chips, shape [M, m].
@@ -140,23 +130,22 @@ def extract_batch(
     Raises:
       SmarkError: as :func:`extract`, or when the leaves disagree about M.
     """
-    carriers.check_carrier("extract_batch", carrier, spec)
     number = _validate.stacked("extract_batch", "suspects", suspects)
-    carriers.check_params("extract_batch: base", base, spec)
-    found, original = _carried("extract_batch", suspects, base, spec, number)
-    chips, ok = _extract_batch(found, original, spec, carrier)
+    marks.check("extract_batch", mark, base)
+    spec = mark.spec
+    found, original = (_leaves(part, spec) for part in _carried("extract_batch", suspects, base, spec, number))
+    chips, ok = _extract_batch(found, original, spec.factors, mark.carrier)
     _validate.all_finite("extract_batch", "carrying weights in the base", ok)
     return chips
 
 
-def coverage(suspect: PyTree, base: PyTree, spec: carriers.Spec, carrier: carriers.Carrier) -> Coverage:
+def coverage(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Coverage:
     """How much of a suspect :func:`extract` reads, and what it leaves out.
 
     Args:
       suspect: the model to read.
       base: the model that the copies were made from.
-      spec: the carrying leaves, selected on the base.
-      carrier: the model's carrier.
+      mark: the model's mark.
 
     Raises:
       SmarkError: when the base lacks a carrying leaf, or the carrier was drawn for another number of weights.
@@ -165,18 +154,17 @@ def coverage(suspect: PyTree, base: PyTree, spec: carriers.Spec, carrier: carrie
       >>> import jax.numpy as jnp
       >>> from smark_jax import carriers, extraction, keys
       >>> base = {"bias": jnp.cos(jnp.arange(90.0)), "kernel": jnp.sin(jnp.arange(9000.0))}
-      >>> spec = carriers.select(base)
-      >>> carrier = carriers.draw(keys.from_bytes(bytes(32)), spec, 64)
-      >>> print(extraction.coverage({"kernel": base["kernel"].at[:3].set(jnp.nan)}, base, spec, carrier))
+      >>> mark = carriers.mark(keys.from_bytes(bytes(32)), base, 64)
+      >>> print(extraction.coverage({"kernel": base["kernel"].at[:3].set(jnp.nan)}, base, mark))
       93 weights were left out: bias (90: missing), kernel (3: NaN or infinite)
     """
-    carriers.check_carrier("coverage", carrier, spec)
-    carriers.check_params("coverage: base", base, spec)
+    marks.check("coverage", mark, base)
+    spec, carrier = mark
     odd = _odd(suspect, spec)
     found, original = _carried("coverage", suspect, base, spec, require=False)
-    *counts, limit, beyond = jax.device_get(_counts(found, original, spec))
+    counts, limit, beyond = jax.device_get(_counts(_leaves(found, spec), _leaves(original, spec), spec.factors))
     left_out, read, start = [], 0, 0
-    for leaf, broken in zip(spec.leaves, counts[0], strict=True):
+    for leaf, broken in zip(spec.leaves, counts, strict=True):
         carries = min(max(0, carrier.num_carrying - start), leaf.size)
         start += leaf.size
         if leaf.path in odd:
@@ -241,7 +229,7 @@ def _carried(
     odd, named, whole = _odd(suspect, spec, number), _trees.named("extract", suspect), _trees.named("extract", base)
     if require and len(odd) == len(spec.leaves):
         first = {name: leaf[0] if number is not None else leaf for name, leaf in named.items()}
-        carriers.check_params(f"{who}: suspect", first, spec)
+        selection.check_params(f"{who}: suspect", first, spec)
         path, reason = next(iter(odd.items()))
         cause = "Is it a weights file?"
         raise _validate.fail(f"{who}: suspect", "floating-point weights", f"leaf {path!r} {reason}", cause)
@@ -253,6 +241,10 @@ def _carried(
     return found, {leaf.path: whole[leaf.path] for leaf in spec.leaves}
 
 
+def _leaves(named: Mapping[str, Any], spec: carriers.Spec) -> list[Any]:
+    return [named[leaf.path] for leaf in spec.leaves]
+
+
 def _single(leaf: Any) -> Any:
     """Float64 on the host as float32; JAX would do so with a warning where a weight is beyond float32's range."""
     if isinstance(leaf, np.ndarray) and leaf.dtype == np.float64:
@@ -261,114 +253,45 @@ def _single(leaf: Any) -> Any:
     return leaf
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _counts(found: Mapping[str, Array], base: Mapping[str, Array], spec: carriers.Spec) -> tuple[Any, ...]:
-    """By leaf the weights that are NaN or infinite, the bound, and how many shifts are beyond it."""
-    vector = _shifts(found, base, spec)
+@jax.jit
+def _counts(
+    found: Sequence[Array], base: Sequence[Array], factors: Sequence[float | Array]
+) -> tuple[list[Array], Array, Array]:
+    """By leaf the weights that are NaN or infinite; the bound; and how many shifts are beyond it."""
+    vector = _shifts(found, base, factors)
     limit = shifts.bound([vector])
-    broken = [jnp.sum(~jnp.isfinite(jnp.asarray(found[leaf.path]).astype(jnp.float32))) for leaf in spec.leaves]
+    broken = [jnp.sum(~jnp.isfinite(jnp.asarray(leaf).astype(jnp.float32))) for leaf in found]
     return broken, limit, jnp.sum(jnp.abs(vector) > limit)
 
 
-def _shifts(found: Mapping[str, Array], base: Mapping[str, Array], spec: carriers.Spec) -> Float[Array, " D"]:
+def _shifts(found: Sequence[Array], base: Sequence[Array], factors: Sequence[float | Array]) -> Float[Array, " D"]:
     """The shifts of all carrying weights, unbounded."""
-    parts = [shifts.shift(found[leaf.path], base[leaf.path], 1 / leaf.scale).reshape(-1) for leaf in spec.leaves]
+    parts = [shifts.shift(*part).reshape(-1) for part in zip(found, base, factors, strict=True)]
     # The barrier keeps XLA from fusing the products into the concatenation, which it would then make weight by weight.
     return jnp.concatenate(jax.lax.optimization_barrier(parts))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "rectify"))
+@functools.partial(jax.jit, static_argnames="rectify")
 def _extract(
-    suspect: Mapping[str, Array],
-    base: Mapping[str, Array],
-    spec: carriers.Spec,
+    suspect: Sequence[Array],
+    base: Sequence[Array],
+    factors: Sequence[float | Array],
     carrier: carriers.Carrier,
     rectify: bool = False,
 ) -> tuple[Array, Array]:
-    ok = jnp.stack([jnp.isfinite(base[leaf.path]).all() for leaf in spec.leaves]).all()
-    vector = _shifts(suspect, base, spec)
+    ok = jnp.stack([jnp.isfinite(leaf).all() for leaf in base]).all()
+    vector = _shifts(suspect, base, factors)
     limit = shifts.bound([vector])
-    if not rectify:
-        return carriers.despread(jnp.clip(vector, -limit, limit), carrier), ok
-    parts = [(suspect[leaf.path], base[leaf.path], 1 / leaf.scale) for leaf in spec.leaves]
-    least = _ROUNDING + _STILL * jnp.square(shifts.typical(limit))
-    leaves = [_score(*part, least) for part in parts]
-    scores, weights = (jnp.concatenate(values) for values in zip(*leaves, strict=True))
-    mean = weights.mean()
-    return carriers.despread(scores / jnp.where(mean > 0, mean, 1), carrier), ok
+    if rectify:
+        return hadamard.despread(rectification.scores(suspect, base, factors, limit), carrier), ok
+    return hadamard.despread(jnp.clip(vector, -limit, limit), carrier), ok
 
 
-def _score(
-    found: Array, base: Array, factor: float, least: Float[Array, ""]
-) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """How a leaf's weights in the suspect speak for shifts of those in the base, and each weight's factor in that.
-
-    Both are zero where the mean square shift, or what the suspect's weights leave of it unpredicted, is not above
-    ``least``: the leaf is the base's own and says nothing. Likewise for weights that are NaN, infinite or at the bound.
-    """
-    shift = shifts.shift(found, base, factor).reshape(-1)
-    limit = shifts.bound([shift])
-    there = jnp.isfinite(jnp.asarray(found).astype(jnp.float32)).reshape(-1) & (jnp.abs(shift) < limit)
-    shift = jnp.clip(shift, -limit, limit)
-    ours = jnp.asarray(base).astype(jnp.float32).reshape(-1) * factor
-    score, weight, power = _score_of_moved(ours + shift, ours, shift)
-    speaks = there & (jnp.minimum(jnp.mean(jnp.square(shift)), power) > least)
-    return jnp.where(speaks, score, 0), jnp.where(speaks, weight, 0)
-
-
-def _score_of_moved(
-    found: Float[Array, " n"], base: Float[Array, " n"], shift: Float[Array, " n"]
-) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, ""]]:
-    """Scores, weights, and the mean square of what is unpredicted."""
-    bins = min(_BINS, found.size // _BIN)
-    if bins < 4:
-        power = jnp.mean(jnp.square(shift))
-        weight = jnp.full(found.shape, 1 / jnp.maximum(power, _TINY))
-        return shift * weight, weight, power
-    by_found = _binned(found, bins)
-    shift = -_unpredicted(by_found, base)
-    power = by_found.mean(jnp.square(shift))
-    factors = 1 / jnp.maximum(power + power.mean() / 10, _TINY)
-    weight = jnp.zeros_like(found).at[by_found.order].set(factors[by_found.bin_of])
-    return _unpredicted(_binned(base, bins), shift * weight), weight, power.mean()
-
-
-class _Bins(NamedTuple):
-    """Values x in their order, the bin of each place in it, and a function that averages any values over the bins."""
-
-    x: Array
-    order: Array
-    bin_of: Array
-    mean: Callable[[Array], Array]
-
-
-def _unpredicted(bins: _Bins, y: Float[Array, " n"]) -> Float[Array, " n"]:
-    """What a piecewise linear function of x leaves of y; beyond the outer bins' means it goes on as it was."""
-    x = bins.x
-    at, to = bins.mean(x), bins.mean(y)
-    steps = jnp.diff(at)
-    slopes = jnp.where(steps > 0, jnp.diff(to) / jnp.where(steps > 0, steps, 1), 0)
-    outside = slopes[0] * jnp.minimum(x - at[0], 0) + slopes[-1] * jnp.maximum(x - at[-1], 0)
-    return y - jnp.interp(x, at, to) - outside
-
-
-def _binned(x: Float[Array, " n"], bins: int) -> _Bins:
-    order, size = jnp.argsort(x), -(-x.size // bins)
-    bin_of = jnp.arange(x.size) // size
-    count = jnp.bincount(bin_of, length=-(-x.size // size))
-
-    def mean(values: Array) -> Array:
-        total = jax.ops.segment_sum(values[order], bin_of, count.size, indices_are_sorted=True)
-        return total / count
-
-    return _Bins(x, order, bin_of, mean)
-
-
-@functools.partial(jax.jit, static_argnames="spec")
+@jax.jit
 def _extract_batch(
-    suspects: Mapping[str, Array], base: Mapping[str, Array], spec: carriers.Spec, carrier: carriers.Carrier
+    suspects: Sequence[Array], base: Sequence[Array], factors: Sequence[float | Array], carrier: carriers.Carrier
 ) -> tuple[Array, Array]:
     chips, ok = jax.lax.map(
-        lambda suspect: _extract(suspect, base, spec, carrier), suspects, batch_size=_SUSPECTS_PER_PASS
+        lambda suspect: _extract(suspect, base, factors, carrier), suspects, batch_size=_SUSPECTS_PER_PASS
     )
     return chips, ok.all()

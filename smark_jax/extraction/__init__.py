@@ -1,0 +1,8 @@
+"""Informed extraction: the soft chips in the difference between a suspect and the base model.
+
+The base is subtracted because its weights are by far the largest noise that a read-out could contain.
+"""
+
+from smark_jax.extraction.reading import Coverage, LeftOut, coverage, extract, extract_batch, least_weights
+
+__all__ = ["Coverage", "LeftOut", "coverage", "extract", "extract_batch", "least_weights"]
