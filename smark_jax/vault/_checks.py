@@ -133,6 +133,8 @@ def _check_published(bundle: Bundle, roots: Sequence[str]) -> None:
 def _stamped(tree: Commitment, stamp: Stamp) -> bool:
     try:
         return timestamps.check(tree.published, bytes.fromhex(stamp.response)) == stamp.time
+    except errors.MissingExtra:
+        raise
     except errors.SmarkError:
         return False
 
