@@ -1,6 +1,8 @@
 """Checks of user input: each failure says who refused, what was expected, what came, and the likely cause."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,14 +33,6 @@ def fail(
     expected, got, cause, desk = map(_foreign.clean, (expected, got, cause, cause if desk is None else desk))
     said = f"expected {expected}, but got {got}."
     return kind(f"{who}: {said}\n{cause}", desk=f"{said}\n{desk}")
-
-
-def missing(who: str, package: str, extra: str) -> errors.MissingExtra:
-    """The error for a package that is not installed; the caller raises it from the ``ImportError``."""
-    install = f"Install it: pip install 'smark-jax[{extra}]'"
-    error = fail(who, f"the package {package}", "an installation without it", install, kind=errors.MissingExtra)
-    error.extra, error.name = extra, package
-    return error
 
 
 def is_traced(*values: Any) -> bool:
@@ -98,6 +92,27 @@ def all_finite(who: str, what: str, ok: Any) -> None:
     """Refuses when ``ok``, a device boolean computed along with the result, is false. Skipped while tracing."""
     if not is_traced(ok) and not bool(ok):
         raise fail(who, f"finite {what}", "NaN or infinite values", "Did training diverge, or is the file damaged?")
+
+
+@contextlib.contextmanager
+def needs(who: str, extra: str) -> Iterator[None]:
+    """Around imports of packages that an extra of smark-jax brings: the error says how to install it.
+
+    Args:
+      who: the function or command that needs them.
+      extra: as in ``pip install 'smark-jax[extra]'``.
+
+    Raises:
+      MissingExtra: when one of them is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        install = f"Install it: pip install 'smark-jax[{extra}]'"
+        got = "an installation without it"
+        found = fail(who, f"the package {error.name}", got, install, kind=errors.MissingExtra)
+        found.extra, found.name = extra, error.name
+        raise found from error
 
 
 def chips(who: str, value: Any) -> np.ndarray:

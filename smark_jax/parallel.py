@@ -1,8 +1,8 @@
 """Data holders as devices: one training step whose gradients leave each device only under a mask.
 
-This is the only module that names devices and meshes. The step's body is written once, with an axis name, and runs
-under ``pmap`` and ``shard_map`` alike. Devices of one program protect what crosses between them, not one organisation
-from another.
+No other module chooses devices or makes a mesh (carriers follow the mesh that weights lie on already). The step's body
+is written once, with an axis name, and runs under ``pmap`` and ``shard_map`` alike. Devices of one program protect what
+crosses between them, not one organisation from another.
 
 After ``jax.distributed.initialize`` the same step runs over the devices of several processes, hosts that trust each
 other: each passes only the rows of its own parties (:func:`own_parties`), and each does the owner's update for itself.

@@ -35,12 +35,10 @@ from scipy import stats
 from smark_jax import _validate, aggregation, keys
 from smark_jax._types import PyTree
 
-try:
+with _validate.needs("smark_jax.privacy", "dp"):
     import dp_accounting
     from dp_accounting import pld
     from jax_privacy import batch_selection, clipped_grad, noise_addition
-except ImportError as error:
-    raise _validate.missing("smark_jax.privacy", error.name or "jax-privacy", "dp") from error
 
 # Batches longer than the padded length are cut, which the accountant is told; so seldom that it costs next to nothing.
 _CUT_PROBABILITY = 1e-7

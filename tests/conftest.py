@@ -6,8 +6,10 @@ import shutil
 import tempfile
 
 # Most of the tests' time is compilation, and few of them compute for long. Set before JAX is imported, for the
-# processes that tests start as well.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# processes that tests start as well. What must be exact to the bit is tested at XLA's own level too, in a process that
+# sets this variable (test_shipped_level).
+if "SMARK_TESTS_AT_XLAS_OWN_LEVEL" not in os.environ:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 # What one test or command has compiled, the others take. Whoever sees no such folder is the first, and removes it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

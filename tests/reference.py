@@ -93,3 +93,16 @@ def softmax_cross_entropy_gradient(w: np.ndarray, b: np.ndarray, x: np.ndarray, 
     loss = -np.log(p[np.arange(len(y)), y]).mean()
     p[np.arange(len(y)), y] -= 1
     return loss, x.T @ p / len(y), p.mean(axis=0)
+
+
+def fixed_point_words(x: np.ndarray, resolution: float, offset: int, bits: np.ndarray) -> np.ndarray:
+    """Stochastic rounding: the low halves of all random words decide first, then the high ones.
+
+    The steps are float32 quotients by a constant, which XLA computes as products with its float32 reciprocal.
+    """
+    halves = np.concatenate([bits & 0xFFFF, bits >> 16])[: x.size]
+    uniform = (halves.astype(np.float64) + 0.5) / 2**16
+    steps = np.clip(np.float32(x) * (np.float32(1) / np.float32(resolution)), np.float32(-offset), np.float32(offset))
+    floor = np.floor(steps.astype(np.float64))
+    up = uniform < steps - floor
+    return (floor.astype(np.int64) + up + offset).astype(np.uint32)

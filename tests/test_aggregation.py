@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,6 +38,17 @@ def test_words_stay_in_range_and_errors_within_a_level(clip, num_parties, bits, 
     assert (np.abs(levels * fixed.resolution - clipped) <= fixed.resolution + 2e-7 * np.abs(clipped)).all()
     back = np.asarray(aggregation.decode(jnp.asarray(words), fixed, 1), np.float64)
     np.testing.assert_allclose(back, levels * fixed.resolution, rtol=2e-7, atol=1e-30)
+
+
+@pytest.mark.parametrize(("clip", "num_parties", "bits"), [(1.0, 1, 8), (0.37, 5, 16), (3.0, 40, 24), (0.01, 3, 32)])
+def test_rounding_equals_the_reference_to_the_bit(clip, num_parties, bits):
+    fixed = aggregation.FixedPoint(clip, num_parties, bits)
+    rng = np.random.default_rng(bits)
+    x = np.concatenate([rng.normal(0, 0.4 * clip, 4000), [clip, -clip, 0, 9 * clip]]).astype(np.float32)
+    key = jax.random.key(7)
+    drawn = np.asarray(jax.random.bits(key, (-(-x.size // 4) * 2,), jnp.uint32))
+    expected = reference.fixed_point_words(x, fixed.resolution, fixed.offset, drawn)
+    np.testing.assert_array_equal(aggregation.encode(jnp.asarray(x), fixed, key), expected)
 
 
 def test_rounding_is_unbiased_with_the_stated_variance():

@@ -336,7 +336,7 @@ def test_an_arbiter_s_own_limit_is_a_level(case):
     assert case.verify(largest_alpha=1e-6).holds
     assert failing(case.verify(largest_alpha=1e-7)) == {"level"}
     for bad in (0.0, 1.0, 2.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="largest_alpha"):
+        with pytest.raises(ValueError, match="largest alpha"):
             case.verify(largest_alpha=bad)
 
 

@@ -72,8 +72,12 @@ def fedavg(**options) -> FedAvg:
     return FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1, **options)
 
 
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    caplog.set_level(logging.CRITICAL, "flwr")
+
+
 def run(grid: LocalGrid, strategy, rounds: int):
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)
     return strategy.start(grid, initial(), num_rounds=rounds, timeout=5)
 
 

@@ -28,9 +28,9 @@ WEIGHTS = 200
 
 
 @pytest.fixture(autouse=True)
-def quiet_and_tidy(tmp_path, monkeypatch):
+def quiet_and_tidy(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    caplog.set_level(logging.CRITICAL, "flwr")
 
 
 def update_of(partition: int) -> np.ndarray:

@@ -74,6 +74,8 @@ class Model(NamedTuple):
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Runs the demo, prints its table, writes ``results.json`` and ``statistics.png``, and returns the results."""
     began = time.perf_counter()
+    with _validate.needs("demo", "demo"):
+        import matplotlib  # noqa: F401 - the picture comes last, after minutes
     _common.before_training(config.parties)
     config.out.mkdir(parents=True, exist_ok=True)
     train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")
@@ -307,11 +309,8 @@ def _row(row: dict[str, Any]) -> tuple[str | Styled, ...]:
 
 def _picture(path: Path, suspects: list[Suspect], verdicts: list[tracing.Verdict]) -> None:
     """All customers' statistics for each leak, with the threshold, and the intact copies against all codewords."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise _validate.missing("demo", "matplotlib", "demo") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smark_jax import _io
+from smark_jax import _io, _validate
 from smark_jax.cli import _common, _names, _outputs
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
@@ -61,6 +61,8 @@ def issue(
     _outputs.check("--out", out, vault=vault)
     if timestamp_request:
         _outputs.check("--timestamp-request", timestamp_request, (csv, passphrase_file), vault)
+        with _validate.needs("issue", "timestamps"):
+            import rfc3161_client  # noqa: F401 - which writes the request, once the copies are issued
     names = [*(customers or []), *_names.read(csv, column, heading)]
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import commitments, evidence, issuing, models, queries, timestamps, trials

@@ -101,10 +101,8 @@ def _command(command: str) -> list[str]:
 
 
 def _png(image: "np.ndarray") -> bytes:
-    try:
+    with _validate.needs("query", "query"):
         from PIL import Image
-    except ImportError as error:
-        raise _validate.missing("query", "pillow", "blackbox") from error
 
     content = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(content, "PNG")

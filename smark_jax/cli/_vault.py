@@ -152,8 +152,9 @@ def _base(path: Path) -> "files.Weights":
     if not path.is_dir():
         return files.read(path, max_bytes=max(files.MAX_BYTES, path.stat().st_size if path.is_file() else 0))
     import jax
-    import orbax.checkpoint
 
+    with _validate.needs("add-model", "train"):
+        import orbax.checkpoint
     try:
         with jax.enable_x64(True), orbax.checkpoint.StandardCheckpointer() as checkpointer:  # or it would drop digits
             tree = checkpointer.restore(path.absolute())

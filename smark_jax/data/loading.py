@@ -71,7 +71,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) 
     Raises:
       SmarkError: for an unknown name or split, or a data set that is not 8-bit images of one size with one label.
       ConnectionError: when the set is not on this machine and cannot be downloaded.
-      ImportError: when a package that the preparation needs is missing.
+      MissingExtra: when a package that the preparation needs is missing.
       OSError: when ``data_dir`` cannot be written to, or its files cannot be read.
 
     Examples:

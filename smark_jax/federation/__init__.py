@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from smark_jax import _validate
 
-try:
+with _validate.needs("smark_jax.federation", "flower"):
     import flwr  # noqa: F401
-except ImportError as error:
-    raise _validate.missing("smark_jax.federation", "flwr", "flower") from error
 
 from smark_jax.federation.mod import masked_mod
 

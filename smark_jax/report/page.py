@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-import jinja2
-import markupsafe
 import numpy as np
 
 from smark_jax import _foreign, _validate
 from smark_jax.report import chart, words
+
+with _validate.needs("report", "report"):
+    import jinja2
+    import markupsafe
 
 _ALL_ROWS = 60  # customers up to whose number the table lists all
 _TOP_ROWS = 20  # how many it lists beyond

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from smark_jax import _io, aggregation, data, keys, parallel
+from smark_jax import _io, _validate, aggregation, data, keys, parallel
 from smark_jax._types import PyTree
 from smark_jax.training import rounds
 from smark_jax.training.recipe import Training
@@ -87,8 +87,8 @@ def fit(
     Raises:
       SmarkError: when parties' gradients are NaN or infinite.
     """
-    from orbax.checkpoint import v1 as ocp
-
+    with _validate.needs("train", "train"):
+        from orbax.checkpoint import v1 as ocp
     latest: Any = ocp.training.preservation_policies.LatestN(1)  # whose type orbax 0.12 states too narrowly
     with (
         _io.private_files(),

@@ -174,7 +174,7 @@ def _picture(path: Path, rounds: np.ndarray, epochs: np.ndarray, say: Callable[[
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogFormatter
     except ImportError:
-        say(f"{path.name} is left out, since it needs matplotlib: pip install 'smark-jax[demo]'")
+        say(f"{path.name} is left out, since it needs matplotlib: pip install 'smark-jax[train]'")
         return
     figure = Figure(figsize=(8, 4), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)

@@ -14,7 +14,8 @@ _CONSTRUCTED, _DEEPEST = 0x20, 50
 
 def request(commitment: commitments.Commitment) -> bytes:
     """A time-stamp request (DER) over the SHA-256 of the commitment's file, to be sent to an authority."""
-    import rfc3161_client
+    with _validate.needs("timestamp", "timestamps"):
+        import rfc3161_client
 
     builder = rfc3161_client.TimestampRequestBuilder().hash_algorithm(rfc3161_client.HashAlgorithm.SHA256)
     return builder.data(commitment.published).build().as_bytes()
@@ -45,7 +46,8 @@ def check(published: bytes, response: bytes) -> str:
     Raises:
       SmarkError: when it is no granted response, or one about something else.
     """
-    import rfc3161_client
+    with _validate.needs("timestamp", "timestamps"):
+        import rfc3161_client
 
     cause = "Send the request that 'smark issue --timestamp-request' wrote, and pass the answer's bytes as they came."
     expected = "a granted RFC 3161 response"

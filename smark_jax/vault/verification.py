@@ -264,6 +264,8 @@ def _stamped(tree: dict[str, Any], stamp: dict[str, Any]) -> bool:
     published = commitments.Commitment.of(tree).published
     try:
         return timestamps.check(published, bytes.fromhex(stamp["response"])) == stamp["time"]
+    except errors.MissingExtra:
+        raise
     except errors.SmarkError:
         return False
 

@@ -1,0 +1,85 @@
+"""What importing each public module loads: what is heavy, or comes with an extra, is imported where it is used."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import smark_jax
+
+ROOT = Path(__file__).parent.parent
+JAX, SCIPY, OPTAX = "jax", "scipy", "optax"
+HEAVY = (
+    "jax flax optax orbax tensorflow_datasets array_record scipy matplotlib PIL galois skimage mlxtend jinja2 "
+    "rfc3161_client typer rich flwr jax_privacy dp_accounting torch tensorflow"
+).split()
+MAY_LOAD = {
+    "aggregation": set(),
+    "alignment": {JAX, SCIPY},
+    "attacks": {JAX, SCIPY, OPTAX},
+    "blackbox": {JAX, OPTAX},
+    "carriers": {JAX},
+    "cli": {"typer", "rich"},
+    "codes": {JAX},
+    "data": set(),
+    "embedding": {JAX, OPTAX},
+    "errors": set(),
+    "extraction": {JAX},
+    "federation": {"flwr", "typer", "rich"},  # Flower's own command line comes with it
+    "files": {SCIPY},
+    "keys": set(),
+    "losses": {JAX},
+    "models": {JAX, "flax", "rich"},  # Flax draws its tables with rich
+    "parallel": {JAX, OPTAX},
+    "privacy": {JAX, SCIPY, OPTAX, "jax_privacy", "dp_accounting"},
+    "report": {"jinja2"},
+    "statistics": {JAX, SCIPY},
+    "tracing": {JAX, SCIPY, "rich"},
+    "training": {JAX, SCIPY, OPTAX, "rich"},
+    "vault": {JAX, SCIPY, OPTAX, "rich"},
+}
+
+# Each import in a process of its own, forked from one that has nothing but Python's own modules, or JAX as well for
+# the modules that may load it.
+DRIVER = """
+import importlib, json, os, sys, warnings
+warnings.simplefilter("ignore")
+without_jax, with_jax, heavy = (argument.split() for argument in sys.argv[1:])
+found = {}
+for name in (*without_jax, *with_jax):
+    if name in with_jax:
+        import jax
+    out, into = os.pipe()
+    if os.fork() == 0:
+        importlib.import_module(f"smark_jax.{name}")
+        loaded = [package for package in heavy if package in sys.modules]
+        os.write(into, json.dumps(loaded).encode())
+        os._exit(0)
+    os.close(into)
+    with os.fdopen(out) as pipe:
+        found[name] = json.loads(pipe.read() or "null")
+    os.wait()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    with_jax = {name for name, packages in MAY_LOAD.items() if JAX in packages}
+    names = (" ".join(group) for group in (MAY_LOAD.keys() - with_jax, with_jax, HEAVY))
+    command = [sys.executable, "-c", DRIVER, *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", MAY_LOAD)
+def test_a_module_loads_no_more_than_it_says(name, loaded):
+    assert loaded[name] is not None  # it could be imported
+    assert set(loaded[name]) <= MAY_LOAD[name]
+
+
+def test_every_public_module_says_what_it_loads():
+    assert MAY_LOAD.keys() - {"cli"} == set(smark_jax.__all__)
