@@ -17,7 +17,7 @@ from test_desk import SECRET, Here, serve
 
 from smark_jax import blackbox, codes, keys, tracing, vault
 from smark_jax.blackbox import answers as records
-from smark_jax.vault import models, queries, shown
+from smark_jax.vault import documents, models, probes, queries, reading, shown, verdicts
 
 CHIPS, CLASSES, CUSTOMERS = 160, 10, ("Ada", "Grace", "Emmy")
 
@@ -29,13 +29,13 @@ def made(tmp_path_factory):
     np.savez(desk.folder / "base.npz", kernel=rng.normal(size=(60, 100)).astype(np.float32))
     np.savez(desk.folder / "images.npz", images=rng.integers(0, 256, (50, 24, 24, 1), dtype=np.uint8))
     desk.run("init", "vault")
-    probes = ("--probes", "images.npz", "--classes", CLASSES, "--chips", CHIPS)
+    asked = ("--probes", "images.npz", "--classes", CLASSES, "--chips", CHIPS)
     with pytest.MonkeyPatch.context() as patch:  # the payload in a probe, which takes long to make, plays no part here
         patch.setattr(blackbox, "probes", lambda key, m, shape, *_: rng.integers(0, 256, (m, *shape), dtype=np.uint8))
-        desk.run("add-model", "vault", "net", "base.npz", *probes)
+        desk.run("add-model", "vault", "net", "base.npz", *asked)
     desk.run("issue", "vault", "net", *CUSTOMERS, "--out", "copies")
     with vault.opened(desk.folder / "vault", SECRET) as opened:
-        images, _ = queries.probes(opened, "net")
+        images, _ = probes.load(models.get(opened, "net"))
         words = np.asarray(codes.codebook(models.code_key(opened, "net"), range(3), CHIPS))
     return desk.folder, images, words
 
@@ -172,14 +172,14 @@ def test_two_queries_at_once_are_shown_different_probes(made, desk):
 
 def test_a_verdict_of_a_version_without_records_counts_as_having_shown_every_probe(made, desk):
     with vault.opened(desk.folder / "vault", SECRET) as opened:
-        row = {"file": "https://old", "sha256": "0" * 64, "content": None, "format": "answers", "read": "answers"}
-        rows = [{**row, "error": None, "layout": [], "alignment": None}]
+        row = documents.Suspect("https://old", "0" * 64, None, "answers", "answers", verdicts.PENDING, None, ())
+        rows = [row._replace(layout=(), alignment=None)]
         chips = [np.random.default_rng(0).choice([-1.0, 1.0], CHIPS)]
         model = models.get(opened, "net")
         only = {"alpha": None, "tried": 1, "asked": np.arange(72)}
-        queries.verdicts.judge(opened, model, rows, chips, queries.verdicts.Reading(), **only)
+        verdicts.judge(model, rows, chips, reading.Reading(), **only)
         with pytest.raises(ValueError, match="72 of the 160 probes of net that nobody has been shown, but got 0"):
-            queries.prepare(opened, "net", "https://new", lambda images: np.zeros(len(images), int))
+            queries.prepare(models.get(opened, "net"), "https://new", lambda images: np.zeros(len(images), int))
 
 
 def test_so_many_probes_as_stated_suffice_and_weaker_copies_need_more():
@@ -239,7 +239,7 @@ def test_answers_that_somebody_altered_moved_or_made_are_refused(made, desk):
     with vault.opened(desk.folder / "vault", SECRET) as opened:
         predict = lambda images: np.array([ada(image.tobytes()) for image in images])  # noqa: E731
         for target in ("a", "b"):
-            queries.ask(opened, queries.prepare(opened, "net", target, predict), predict)
+            queries.ask(queries.prepare(models.get(opened, "net"), target, predict), predict)
         one, other = sorted((desk.folder / "vault" / "answers").iterdir(), key=lambda path: path.stat().st_mtime_ns)
         content = one.read_bytes()
         document = json.loads(records.unseal(keys.derive(opened.master, "net", "answers"), content))
@@ -260,11 +260,11 @@ def test_answers_that_somebody_altered_moved_or_made_are_refused(made, desk):
         ):
             one.write_bytes(false)
             with pytest.raises(ValueError, match=r"^query: expected answers"):
-                queries.prepare(opened, "net", "a", predict)
+                queries.prepare(models.get(opened, "net"), "a", predict)
         one.write_bytes(content)
-        again = queries.prepare(opened, "net", "a", predict)
+        again = queries.prepare(models.get(opened, "net"), "a", predict)
         assert again.kept == len(again.probes) == 72
-        assert accused(queries.ask(opened, again, predict)) == ["Ada"]
+        assert accused(documents.plain(queries.ask(again, predict))) == ["Ada"]
 
 
 def test_answers_of_another_model_are_not_used_silently(made, desk, online):
@@ -300,30 +300,32 @@ def test_a_query_that_lay_for_years_is_not_gone_on_with_silently(made, desk, mon
         return predict(images)
 
     with vault.opened(desk.folder / "vault", SECRET) as opened:
-        ready = queries.prepare(opened, "net", "a", predict)
+        ready = queries.prepare(models.get(opened, "net"), "a", predict)
         with monkeypatch.context() as patch:
             patch.setattr(blackbox.answers, "now", lambda: "2020-01-01T00:00:00Z")
             with pytest.raises(ConnectionError):
-                queries.ask(opened, ready, breaks_off, batch_size=16)
+                queries.ask(ready, breaks_off, batch_size=16)
         with pytest.raises(ValueError, match=r"32 since 2020-01-01T00:00:00Z, [0-9.]+ days ago"):
-            queries.prepare(opened, "net", "a", predict)
+            queries.prepare(models.get(opened, "net"), "a", predict)
         with pytest.raises(ValueError, match="of the last nan days"):
-            queries.prepare(opened, "net", "a", predict, max_age=math.nan)
-        again = queries.prepare(opened, "net", "a", predict, max_age=math.inf)
+            queries.prepare(models.get(opened, "net"), "a", predict, max_age=math.nan)
+        again = queries.prepare(models.get(opened, "net"), "a", predict, max_age=math.inf)
         assert (again.session, again.kept, again.since) == (ready.session, 32, "2020-01-01T00:00:00Z")
-        assert set(queries.prepare(opened, "net", "a", predict, fresh=True).probes).isdisjoint(ready.probes)
+        assert set(queries.prepare(models.get(opened, "net"), "a", predict, fresh=True).probes).isdisjoint(ready.probes)
 
 
 def test_more_probes_of_the_same_target_join_those_that_were_asked(made, desk):
     ada = Copy(made, "Ada")
     with vault.opened(desk.folder / "vault", SECRET) as opened:
         predict = lambda images: np.array([ada(image.tobytes()) for image in images])  # noqa: E731
-        first = queries.ask(opened, queries.prepare(opened, "net", "a", predict), predict)["suspects"][0]
+        first = queries.ask(queries.prepare(models.get(opened, "net"), "a", predict), predict).suspects[0]
         ada.asked = 0
-        more = queries.ask(opened, queries.prepare(opened, "net", "a", predict, num_probes=140), predict)["suspects"][0]
+        more = queries.ask(queries.prepare(models.get(opened, "net"), "a", predict, num_probes=140), predict).suspects[
+            0
+        ]
         assert ada.asked == 140 - 72 + 16
-        assert (first["answers"]["asked"], more["answers"]["asked"]) == (72, 140)
-        assert [part["accused"][0]["customer"] for part in (first, more)] == ["Ada", "Ada"]
-        assert more["accused"][0]["log10_p"] < first["accused"][0]["log10_p"] - 5
+        assert (first.answers.asked, more.answers.asked) == (72, 140)
+        assert [part.accused[0].customer for part in (first, more)] == ["Ada", "Ada"]
+        assert more.accused[0].log10_p < first.accused[0].log10_p - 5
         with pytest.raises(ValueError, match="--probes of 140 to 160, but got 161"):
-            queries.prepare(opened, "net", "a", predict, num_probes=161)
+            queries.prepare(models.get(opened, "net"), "a", predict, num_probes=161)

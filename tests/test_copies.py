@@ -44,7 +44,7 @@ def add(desk, name, path, **options):
 
 
 def issued(desk, name, out, **options):
-    return issuing.issue(desk, name, customers.resolve(desk, ["Ada"]), out, **options)
+    return issuing.issue(models.get(desk, name), customers.resolve(desk, ["Ada"]), out, **options)
 
 
 @pytest.mark.parametrize("name", ten.MODELS)
@@ -57,8 +57,8 @@ def test_only_carrying_weights_differ_between_a_copy_and_its_base(desk, made, tm
     assert copy.header == base.header  # names, dtypes, shapes, order and metadata
     differing = {leaf for leaf in base.leaves if copy.leaves[leaf] != base.leaves[leaf]}
     may = {leaf for leaf in base.leaves if re.search(model.carries, leaf)}
-    covered = carriers.coverage(added.spec, CHIPS)
-    tail = {leaf.path for leaf in added.spec.leaves[covered.leaves :]}
+    covered = carriers.coverage(added.settings.spec, CHIPS)
+    tail = {leaf.path for leaf in added.settings.spec.leaves[covered.leaves :]}
     assert differing <= may - tail
     # All that may carry do, but for a fresh bias of zeros and what lies in the tail.
     assert may - differing <= tail | {leaf for leaf in may if not base.floats(leaf).any()}
@@ -67,8 +67,8 @@ def test_only_carrying_weights_differ_between_a_copy_and_its_base(desk, made, tm
         moved = np.sqrt(np.square(new - old).mean() / np.square(old).mean())
         assert 0.01 < moved < 0.06 and np.isfinite(new).all()
     if name == "quantised":  # others are traced below
-        found = verdicts.trace(desk, name, [path, tmp_path / "base"])["suspects"]
-        assert [suspect["verdict"] for suspect in found] == ["traced", "nobody"]
+        found = verdicts.trace(models.get(desk, name), [path, tmp_path / "base"]).suspects
+        assert [suspect.verdict for suspect in found] == ["traced", "nobody"]
 
 
 def test_a_base_of_doubles_is_marked_in_double_precision(desk, made, tmp_path):
@@ -77,11 +77,11 @@ def test_a_base_of_doubles_is_marked_in_double_precision(desk, made, tmp_path):
     model = add(desk, "net", tmp_path / "base", strength=1e-4)
     (path,) = issued(desk, "net", tmp_path / "out").files
     moved = ten.read(path).floats("dense/kernel") - ten.read(tmp_path / "base").floats("dense/kernel")
-    carrier = models.mark(desk, model).carrier
+    carrier = model.mark.carrier
     arrays = (carrier.inner_signs, carrier.outer_signs, carrier.positions)
     matrix = reference.carrier_matrix(*map(np.asarray, arrays), carrier.num_weights)
     word = np.asarray(codes.codebook(models.code_key(desk, "net"), [0], CHIPS)[0], np.float64)
-    delta = 1e-4 * np.sqrt(carrier.num_carrying / CHIPS) * (word @ matrix) * model.spec.scales[0]
+    delta = 1e-4 * np.sqrt(carrier.num_carrying / CHIPS) * (word @ matrix) * model.settings.spec.scales[0]
     np.testing.assert_allclose(moved, delta, atol=1e-6 * np.abs(delta).max())
 
 
@@ -141,7 +141,7 @@ def test_a_tied_copy_stays_tied_and_is_traced_by_either_name(desk, made, tmp_pat
     ten.write(tmp_path / "base", leaves)
     model = add(desk, "net", tmp_path / "base")
     first, second = "lm_head.weight", "transformer.wte.weight"
-    carrying = {leaf.path for leaf in model.spec.leaves}
+    carrying = {leaf.path for leaf in model.settings.spec.leaves}
     assert len(carrying & {first, second}) == 1  # carried once
     (path,) = issued(desk, "net", tmp_path / "out").files
     copy = ten.read(path)
@@ -150,12 +150,12 @@ def test_a_tied_copy_stays_tied_and_is_traced_by_either_name(desk, made, tmp_pat
         found = files.read(path).leaves
         del found[left_out]
         files.write(tmp_path / "suspect", found)
-        verdict = verdicts.trace(desk, "net", [tmp_path / "suspect"])["suspects"][0]
-        assert [accused["customer"] for accused in verdict["accused"]] == ["Ada"]
+        verdict = verdicts.trace(models.get(desk, "net"), [tmp_path / "suspect"]).suspects[0]
+        assert [accused.customer for accused in verdict.accused] == ["Ada"]
     files.write(tmp_path / "renamed", {f"a{i}": leaf for i, leaf in enumerate(files.read(path).leaves.values())})
-    verdict = verdicts.trace(desk, "net", [tmp_path / "renamed"])["suspects"][0]
-    assert [accused["customer"] for accused in verdict["accused"]] == ["Ada"]
-    assert not {first, second} & {left["leaf"] for left in verdict["left_out"]}
+    verdict = verdicts.trace(models.get(desk, "net"), [tmp_path / "renamed"]).suspects[0]
+    assert [accused.customer for accused in verdict.accused] == ["Ada"]
+    assert not {first, second} & {left.leaf for left in verdict.left_out}
 
 
 def test_trained_marks_keep_tied_weights_tied(made, key):
@@ -201,7 +201,7 @@ def test_a_quiet_channel_of_a_batch_norm_gives_finite_outputs_in_pytorch(desk, m
     ten.write(tmp_path / "base", leaves, {"format": "pt"})
     add(desk, "net", tmp_path / "base")
     everybody = customers.resolve(desk, [f"c{i}" for i in range(16)])
-    for path in issuing.issue(desk, "net", everybody, tmp_path / "out").files:
+    for path in issuing.issue(models.get(desk, "net"), everybody, tmp_path / "out").files:
         net.load_state_dict(safetensors_torch.load_file(path))
         with torch.no_grad():
             assert torch.isfinite(net.eval()(torch.randn(64, 16, 8, 8))).all()
@@ -236,16 +236,16 @@ def test_copies_that_would_answer_nan_get_no_name_and_others_say_what_they_cost(
     with monkeypatch.context() as patch:  # a vault of before
         patch.setattr(carriers, "select", lambda tree, match=None: as_before(leaves))
         models.add(desk, "old", leaves, num_chips=CHIPS)
-    assert models.unfit(models.get(desk, "old"), leaves).keys() == {"bn.running_mean", "bn.running_var"}
+    assert models.unfit(models.get(desk, "old")).keys() == {"bn.running_mean", "bn.running_var"}
     everybody = customers.resolve(desk, [f"c{i}" for i in range(12)])
     with pytest.raises(ValueError, match=r"zero and above in leaf 'bn.running_var'.*(?s:.)*add the model again"):
-        issuing.issue(desk, "old", everybody, tmp_path / "old")
+        issuing.issue(models.get(desk, "old"), everybody, tmp_path / "old")
     assert list((tmp_path / "old").glob("[!.]*")) == []
     # A network that answers NaN for whatever reason: here the base's own weights alone answer well.
     broken = lambda params, x: batch_norm(params, x) / (params["fc.weight"][0, 0] == leaves["fc.weight"][0, 0])  # noqa: E731
     running = trials.Running(trials.Network(broken, images), leaves)
     with pytest.raises(ValueError, match="finite outputs, but got NaN or infinite ones from the copy of c0"):
-        issuing.issue(desk, "new", everybody, tmp_path / "nan", trial=running)
+        issuing.issue(models.get(desk, "new"), everybody, tmp_path / "nan", trial=running)
     assert list((tmp_path / "nan").glob("[!.]*")) == []
 
 
@@ -260,13 +260,13 @@ def test_copies_of_an_older_vault_are_still_written_and_traced(desk, tmp_path, m
     found = issued(desk, "old", tmp_path / "out")
     assert found.unfit.keys() == {"bn.running_mean", "bn.running_var"}
     copy = ten.read(found.files[0])
-    mark, word = models.mark(desk, model), codes.codebook(models.code_key(desk, "old"), [0], CHIPS)[0]
+    mark, word = model.mark, codes.codebook(models.code_key(desk, "old"), [0], CHIPS)[0]
     then = embedding.embed({leaf.path: leaves[leaf.path] for leaf in spec.leaves}, mark, word, 0.03)
     for name, leaf in then.items():
         np.testing.assert_allclose(copy.floats(name), np.ravel(leaf), atol=1e-6)
     assert copy.leaves["steps"] == leaves["steps"].tobytes()
-    verdict = verdicts.trace(desk, "old", found.files)["suspects"][0]
-    assert [accused["customer"] for accused in verdict["accused"]] == ["Ada"]
+    verdict = verdicts.trace(models.get(desk, "old"), found.files).suspects[0]
+    assert [accused.customer for accused in verdict.accused] == ["Ada"]
 
 
 def test_taught_copies_keep_statistics_and_counters(key):
@@ -351,14 +351,14 @@ def test_whoever_has_the_public_backbone_subtracts_the_mark_unless_public_leaves
         for leaf, difference in mark.items():
             stolen[leaf] = stolen[leaf] - difference
         files.write(tmp_path / "leaked", stolen)
-        verdict[name] = verdicts.trace(desk, name, [tmp_path / "leaked"])["suspects"][0]["verdict"]
+        verdict[name] = verdicts.trace(models.get(desk, name), [tmp_path / "leaked"]).suspects[0].verdict
     assert verdict == {"old": "nobody", "new": "traced"}
-    new = models.get(desk, "new")
+    new = models.get(desk, "new").settings
     assert {leaf.path for leaf in new.spec.leaves} == {"head.weight", "head.bias"}
-    assert new.public == files.content_hash(public) and models.get(desk, "old").public is None
+    assert new.public == files.content_hash(public) and models.get(desk, "old").settings.public is None
     # Who has the whole base takes the whole mark out: nothing that is marked can help.
     files.write(tmp_path / "leaked", base)
-    assert verdicts.trace(desk, "new", [tmp_path / "leaked"])["suspects"][0]["verdict"] == "nobody"
+    assert verdicts.trace(models.get(desk, "new"), [tmp_path / "leaked"]).suspects[0].verdict == "nobody"
 
 
 def test_what_is_public_is_told_by_name_and_content_through_casts_and_layouts():

@@ -32,8 +32,9 @@ from PIL import Image
 
 from experiments.crash import kills
 from smark_jax import alignment, attacks, blackbox, cli, codes, data, files, keys, models, vault
-from smark_jax.vault import crypto, queries
+from smark_jax.vault import crypto
 from smark_jax.vault import models as vault_models
+from smark_jax.vault import probes as vault_probes
 
 SMARK = Path(sysconfig.get_path("scripts")) / "smark"
 SECRET = "a sentence that nobody guesses"
@@ -470,7 +471,7 @@ def asked(tmp_path_factory):
     desk.run("add-model", "vault", "net", "base.npz", "--probes", "images.npz", "--classes", 10, "--chips", 240)
     desk.run("issue", "vault", "net", "Ada", "Grace", "Emmy", "--out", "copies")
     with vault.opened(desk.folder / "vault", SECRET) as opened:
-        probes, classes = queries.probes(opened, "net")
+        probes, classes = vault_probes.load(vault_models.get(opened, "net"))
         word = np.asarray(codes.codebook(vault_models.code_key(opened, "net"), [1], 240))[0]
     word = np.where(rng.random(240) < 0.1, -word, word)
     sides = blackbox.halves(probes, classes)
@@ -583,7 +584,7 @@ def test_a_taught_copy_is_traced_by_its_answers_and_by_its_weights(tmp_path):
     assert issued["written"] == 2
     assert "--teach" not in desk.stderr
     with vault.opened(tmp_path / "vault", SECRET) as opened:
-        probes, classes = queries.probes(opened, "net")
+        probes, classes = vault_probes.load(vault_models.get(opened, "net"))
         words = np.asarray(codes.codebook(vault_models.code_key(opened, "net"), [0, 1], 40))
         known = {sha256 for (sha256,) in opened.connection.execute("SELECT sha256 FROM copies")}
     sides = blackbox.halves(probes, classes)

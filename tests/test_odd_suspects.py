@@ -14,7 +14,7 @@ from scipy import optimize
 
 from smark_jax import carriers, codes, embedding, errors, extraction, files, keys, tracing, vault
 from smark_jax.files import _changes, _pairing
-from smark_jax.vault import bundles, crypto, customers, evidence, issuing, models, verdicts, verification
+from smark_jax.vault import bundles, crypto, customers, evidence, issuing, models, reading, verdicts, verification
 
 SECRET = "correct horse battery staple"
 CHIPS = 64
@@ -34,7 +34,7 @@ def sorting(params, x):
 
 
 IMAGES = np.zeros((1, 384), np.float32)
-ALIGNED = verdicts.Reading(verdicts.Aligner("network", network, IMAGES))
+ALIGNED = reading.Reading(reading.Aligner("network", network, IMAGES))
 
 
 def weights(seed: int = 0) -> dict[str, np.ndarray]:
@@ -58,7 +58,7 @@ class Desk(NamedTuple):
         for name, leaves in suspects.items():
             files.write(self.folder / name, leaves)
             paths.append(self.folder / name)
-        return verdicts.trace(self.vault, "net", paths, reading, **options)
+        return verdicts.trace(models.get(self.vault, "net"), paths, reading, **options)
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,12 @@ def desk(tmp_path_factory):
         with vault.opened(folder / "vault", SECRET) as opened:
             models.add(opened, "net", weights(), num_chips=CHIPS, strength=0.1)
             people = customers.resolve(opened, ["Ada", "Grace", "Emmy", "Linus", "Mary"])
-            issued = issuing.issue(opened, "net", people, folder / "copies")
+            issued = issuing.issue(models.get(opened, "net"), people, folder / "copies")
             yield Desk(opened, files.read(issued.files[0]).leaves, folder)
 
 
 def accused(suspect) -> list[str]:
-    return [accusation["customer"] for accusation in suspect["accused"]]
+    return [accusation.customer for accusation in suspect.accused]
 
 
 def without(leaves, *names):
@@ -111,16 +111,16 @@ def test_whatever_one_odd_leaf_or_weight_holds_the_rest_is_traced(desk):
             for role, name in (("weight", "kernel"), ("bias", "bias"))
         },
     }
-    found = dict(zip(suspects, desk.trace(suspects)["suspects"], strict=True))
+    found = dict(zip(suspects, desk.trace(suspects).suspects, strict=True))
     for name, suspect in found.items():
-        assert (accused(suspect), suspect["verdict"]) == (["Ada"], "traced"), (name, suspect["error"])
-        assert suspect["accused"][0]["statistic"] > 0.9 * INTACT
-    assert found["intact"]["left_out"] == []
-    assert found["nan in a bias"]["left_out"] == [{"leaf": "a/bias", "weights": 1, "reason": "NaN or infinite"}]
-    assert [left["leaf"] for left in found["head removed"]["left_out"]] == ["head/bias", "head/kernel"]
-    assert found["head of seven classes"]["left_out"][1]["reason"] == "of shape (40, 7) where the base's is (40, 10)"
-    counts = found["head removed"]["coverage"]
-    assert (counts["weights"] - counts["read"], found["without counter"]["coverage"]["read"]) == (410, 22528)
+        assert (accused(suspect), suspect.verdict) == (["Ada"], "traced"), (name, suspect.error)
+        assert suspect.accused[0].statistic > 0.9 * INTACT
+    assert found["intact"].left_out == ()
+    assert found["nan in a bias"].left_out == (("a/bias", 1, "NaN or infinite"),)
+    assert [left.leaf for left in found["head removed"].left_out] == ["head/bias", "head/kernel"]
+    assert found["head of seven classes"].left_out[1].reason == "of shape (40, 7) where the base's is (40, 10)"
+    counts = found["head removed"].coverage
+    assert (counts.weights - counts.read, found["without counter"].coverage.read) == (410, 22528)
 
 
 def test_foreign_leaves_in_a_file_of_any_kind_hide_nothing(desk):
@@ -132,9 +132,11 @@ def test_foreign_leaves_in_a_file_of_any_kind_hide_nothing(desk):
     header["phases"] = {"dtype": "C64", "shape": [1], "data_offsets": [len(body), len(body) + 8]}
     text = json.dumps(header).encode()
     (folder / "complex.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + body + bytes(8))
-    found = verdicts.trace(desk.vault, "net", [folder / "text.npz", folder / "complex.safetensors"])["suspects"]
+    found = verdicts.trace(
+        models.get(desk.vault, "net"), [folder / "text.npz", folder / "complex.safetensors"]
+    ).suspects
     assert [accused(suspect) for suspect in found] == [["Ada"], ["Ada"]]
-    assert [suspect["foreign"] for suspect in found] == [["name", "phases"], ["phases"]]
+    assert [suspect.foreign for suspect in found] == [("name", "phases"), ("phases",)]
     with pytest.raises(errors.Unreadable, match="C64"):  # an owner's base is read whole or not at all
         files.read(folder / "complex.safetensors")
 
@@ -142,10 +144,10 @@ def test_foreign_leaves_in_a_file_of_any_kind_hide_nothing(desk):
 def test_what_is_left_out_is_evidence_against_nobody_and_too_little_is_undecided(desk):
     tail = {"head/bias": desk.copy["head/bias"]}
     nan = {name: leaf * np.float32("nan") for name, leaf in weights().items()}
-    few, none = desk.trace({"a bias alone": tail, "all nan": nan})["suspects"]
-    assert (few["verdict"], none["verdict"]) == ("undecided", "undecided")
-    assert "expected at least" in few["error"] and "got 10 of 22,528" in few["error"]
-    assert "none of the base's 22,528 carrying weights" in none["error"]
+    few, none = desk.trace({"a bias alone": tail, "all nan": nan}).suspects
+    assert (few.verdict, none.verdict) == ("undecided", "undecided")
+    assert "expected at least" in few.error and "got 10 of 22,528" in few.error
+    assert "none of the base's 22,528 carrying weights" in none.error
     # The number that is asked for: with half of it no intact copy is traced, with a few times as many most are.
     base, mark = weights(), carriers.mark(keys.from_bytes(bytes(32)), files.nest(weights()), CHIPS)
     book = np.asarray(codes.codebook(keys.from_bytes(bytes(32)), range(5), CHIPS))
@@ -180,7 +182,7 @@ def swamped(leaves, kind, name):
 @pytest.mark.parametrize("rectify", [False, True])
 def test_huge_weights_in_any_leaf_do_not_drown_the_read_out(desk, rectify):
     base = files.nest(weights())
-    mark = models.mark(desk.vault, models.get(desk.vault, "net"))
+    mark = models.get(desk.vault, "net").mark
     word = np.asarray(codes.codebook(models.code_key(desk.vault, "net"), [0], CHIPS)[0], np.float64)
 
     def score(chips):
@@ -251,10 +253,10 @@ def framing(tmp_path_factory):
         vault.create(folder / "vault", SECRET)
         with vault.opened(folder / "vault", SECRET) as opened:
             model = models.add(opened, "net", base, num_chips=128)
-            issuing.issue(opened, "net", customers.resolve(opened, ["Ada", "Grace"]), folder / "copies")
+            issuing.issue(models.get(opened, "net"), customers.resolve(opened, ["Ada", "Grace"]), folder / "copies")
             word = codes.codebook(models.code_key(opened, "net"), [0], 128)[0]
-            rows = np.asarray(carriers.spread(word, models.mark(opened, model))).reshape(LAYERS, -1)
-            names = [leaf.path for leaf in model.spec.leaves]
+            rows = np.asarray(carriers.spread(word, model.mark)).reshape(LAYERS, -1)
+            names = [leaf.path for leaf in model.settings.spec.leaves]
             gains = rows @ np.stack([leaf.reshape(-1) for leaf in other.values()]).T
             ours, theirs = optimize.linear_sum_assignment(gains, maximize=True)
             lie = {names[i]: f"{list(other)[j]}: " for i, j in zip(ours, theirs, strict=True)}
@@ -266,10 +268,10 @@ def old_bundle(framing, monkeypatch) -> Path:
     opened, folder, _, _, lie = framing
     with monkeypatch.context() as patch:
         patch.setattr(files.layout, "_log_maps", lambda *_: 0.0)
-        document = verdicts.trace(opened, "net", [folder / "other"], verdicts.Reading(given=lie))
-        assert accused(document["suspects"][0]) == ["Ada"]  # the control: an honest customer is convicted
-        assert document["suspects"][0]["accused"][0]["log10_p"] < -10
-        content = json.loads(evidence.export(opened, document["number"]).content)["bundle"]
+        document = verdicts.trace(models.get(opened, "net"), [folder / "other"], reading.Reading(given=lie))
+        assert accused(document.suspects[0]) == ["Ada"]  # the control: an honest customer is convicted
+        assert document.suspects[0].accused[0].log10_p < -10
+        content = json.loads(evidence.export(opened, document.number).content)["bundle"]
     del content["suspect"]["reading"]["readout"]
     path = folder / "old"
     path.write_bytes(bundles.signed(content, opened.master))
@@ -279,10 +281,10 @@ def old_bundle(framing, monkeypatch) -> Path:
 def test_a_map_chosen_for_a_customer_convicts_nobody_at_the_desk_nor_before_an_arbiter(framing, monkeypatch):
     opened, folder, _, _, lie = framing
     bundle = old_bundle(framing, monkeypatch)
-    (suspect,) = verdicts.trace(opened, "net", [folder / "other"], verdicts.Reading(given=lie))["suspects"]
-    assert (suspect["verdict"], accused(suspect)) == ("nobody", [])
+    (suspect,) = verdicts.trace(models.get(opened, "net"), [folder / "other"], reading.Reading(given=lie)).suspects
+    assert (suspect.verdict, accused(suspect)) == ("nobody", [])
     # Partial maps of 48 leaves to 48 with two layouts each, and 2 for the choice to give one: at least 48! 2^48.
-    assert math.lgamma(49) + 49 * math.log(2) < suspect["log_maps"] < math.lgamma(49) + 60 * math.log(2)
+    assert math.lgamma(49) + 49 * math.log(2) < suspect.log_maps < math.lgamma(49) + 60 * math.log(2)
     report = verification.verify(bundle, folder / "other", folder / "base")
     failing = {check.name: check.detail for check in report.checks if not check.holds}
     assert failing.keys() == {"accusation of 'Ada'"} and "not significant" in failing["accusation of 'Ada'"]
@@ -316,9 +318,9 @@ def test_an_old_bundle_whose_map_content_tells_still_holds(framing):
     renamed = {f"x{i}": leaf for i, leaf in enumerate(reversed(copy.values()))}
     files.write(folder / "renamed", renamed)
     given = {"layer0/kernel": next(n for n, leaf in renamed.items() if leaf is copy["layer0/kernel"])}
-    document = verdicts.trace(opened, "net", [folder / "renamed"], verdicts.Reading(given=given))
-    assert accused(document["suspects"][0]) == ["Grace"]
-    content = json.loads(evidence.export(opened, document["number"]).content)["bundle"]
+    document = verdicts.trace(models.get(opened, "net"), [folder / "renamed"], reading.Reading(given=given))
+    assert accused(document.suspects[0]) == ["Grace"]
+    content = json.loads(evidence.export(opened, document.number).content)["bundle"]
     assert content["suspect"]["reading"].pop("readout") == 2 and content["suspect"].keys().isdisjoint({"log_maps"})
     (folder / "before").write_bytes(bundles.signed(content, opened.master))
     assert verification.verify(folder / "before", folder / "renamed", folder / "base").holds
@@ -329,10 +331,10 @@ def test_evidence_on_a_partial_read_with_a_map_says_both_and_holds(framing):
     leaves = files.read(next((folder / "copies").glob("000001*"))).leaves
     trained = without(leaves, "layer0/kernel", "layer1/kernel")
     files.write(folder / "partial", trained | {"new": np.ones((WIDTH, WIDTH), np.float32)})
-    reading = verdicts.Reading(given={"layer0/kernel": "new: "})
-    document = verdicts.trace(opened, "net", [folder / "partial"], reading)
+    how = reading.Reading(given={"layer0/kernel": "new: "})
+    document = verdicts.trace(models.get(opened, "net"), [folder / "partial"], how)
     bundle = folder / "partial bundle"
-    bundle.write_bytes(evidence.export(opened, document["number"]).content)
+    bundle.write_bytes(evidence.export(opened, document.number).content)
     content = json.loads(bundle.read_text())["bundle"]["suspect"]
     # Two of the base's leaves are open, the new one may stand for either, in two layouts: 4 maps, doubled.
     assert content["log_maps"] == pytest.approx(math.log(8))
@@ -345,13 +347,13 @@ def test_evidence_on_a_partial_read_with_a_map_says_both_and_holds(framing):
 
 
 def test_an_unrelated_model_is_not_a_copy_and_what_alignment_cannot_judge_is_undecided(desk):
-    unread = verdicts.Reading(verdicts.Aligner("sorting", sorting, IMAGES))
-    for reading, verdict in ((ALIGNED, "not a copy"), (unread, "undecided")):
-        document = desk.trace({"stranger": weights(9), "copy": desk.copy}, reading)
-        stranger, copy = document["suspects"]
-        assert (stranger["verdict"], accused(copy)) == (verdict, ["Ada"])
-        assert copy["num_suspects"] == 1  # who was compared with nobody counts nowhere
-    assert "sort" in stranger["error"]
+    unread = reading.Reading(reading.Aligner("sorting", sorting, IMAGES))
+    for how, verdict in ((ALIGNED, "not a copy"), (unread, "undecided")):
+        document = desk.trace({"stranger": weights(9), "copy": desk.copy}, how)
+        stranger, copy = document.suspects
+        assert (stranger.verdict, accused(copy)) == (verdict, ["Ada"])
+        assert copy.num_suspects == 1  # who was compared with nobody counts nowhere
+    assert "sort" in stranger.error
 
 
 def test_a_moved_copy_with_a_new_head_a_broken_and_a_huge_weight_is_aligned(desk):
@@ -363,25 +365,25 @@ def test_a_moved_copy_with_a_new_head_a_broken_and_a_huge_weight_is_aligned(desk
         "head/kernel": np.ones((40, 3), np.float32),
         "head/bias": np.ones(3, np.float32),
     }
-    plain, aligned = desk.trace({"moved": moved})["suspects"] + desk.trace({"moved": moved}, ALIGNED)["suspects"]
-    assert plain["verdict"] == "nobody"  # the control
-    assert accused(aligned) == ["Ada"] and aligned["accused"][0]["statistic"] > 0.85 * INTACT
-    left = {each["leaf"]: each["weights"] for each in aligned["left_out"]}
+    plain, aligned = desk.trace({"moved": moved}).suspects + desk.trace({"moved": moved}, ALIGNED).suspects
+    assert plain.verdict == "nobody"  # the control
+    assert accused(aligned) == ["Ada"] and aligned.accused[0].statistic > 0.85 * INTACT
+    left = {each.leaf: each.weights for each in aligned.left_out}
     assert left == {"a/bias": 1, "a/kernel": 1, "head/bias": 10, "head/kernel": 400}
 
 
 def test_paths_that_are_no_files_are_no_suspects_and_no_occasion(desk):
     before = desk.trace({"copy": desk.copy})
     absent = [desk.folder / "absent", desk.folder / "mistyped"]
-    nothing = verdicts.trace(desk.vault, "net", absent)
-    assert [suspect["verdict"] for suspect in nothing["suspects"]] == ["unreadable"] * 2
-    assert (nothing["number"], nothing["occasion"]) == (None, None)
-    after = verdicts.trace(desk.vault, "net", [*absent, desk.folder / "copy"])
-    assert (after["number"], after["occasion"]) == (before["number"] + 1, before["occasion"] + 1)
-    assert after["suspects"][2]["num_suspects"] == 1
-    assert after["suspects"][2]["accused"] == before["suspects"][0]["accused"]
+    nothing = verdicts.trace(models.get(desk.vault, "net"), absent)
+    assert [suspect.verdict for suspect in nothing.suspects] == ["unreadable"] * 2
+    assert (nothing.number, nothing.occasion) == (None, None)
+    after = verdicts.trace(models.get(desk.vault, "net"), [*absent, desk.folder / "copy"])
+    assert (after.number, after.occasion) == (before.number + 1, before.occasion + 1)
+    assert after.suspects[2].num_suspects == 1
+    assert after.suspects[2].accused == before.suspects[0].accused
     stranger = desk.trace({"stranger": weights(9)}, ALIGNED)  # kept, and compared with nobody
-    assert (stranger["number"], stranger["occasion"]) == (after["number"] + 1, after["occasion"])
+    assert (stranger.number, stranger.occasion) == (after.number + 1, after.occasion)
 
 
 # 24: many leaves

@@ -92,7 +92,7 @@ def test_a_thief_with_an_old_backup_reads_traced_and_solves_uninvolved_customers
     with vault.opened(place, SECRET) as desk:
         words = codewords(desk)
         assert words_found(stolen(place), words) == set()
-        verdicts.trace(desk, "net", [old / "ada.safetensors", old / "mixed.safetensors"])
+        verdicts.trace(models.get(desk, "net"), [old / "ada.safetensors", old / "mixed.safetensors"])
         while_open = stolen(place)
     # On the old files both attacks succeed, against Ada and Emmy who were traced and against the two who were not.
     assert "Ada" in words_found(before, words)
@@ -105,7 +105,7 @@ def test_what_findings_say_is_not_in_the_file(old):
     """Names of the accused are in the log; statistics, p-values, layouts and files' names are not in the database."""
     assert b"log10_p" in stolen(old / "vault")
     with vault.opened(old / "vault", SECRET) as desk:
-        verdicts.trace(desk, "net", [old / "ada.safetensors"])
+        verdicts.trace(models.get(desk, "net"), [old / "ada.safetensors"])
         for content in (b"log10_p", b"share", b"ada.safetensors"):
             assert content not in stolen(old / "vault")
 
@@ -126,9 +126,9 @@ def test_an_old_vault_opens_traces_exports_and_verifies(old):
             finding = store.finding(desk.connection, verdict, place)
             unsealed = [sealing.unseal(desk.master, finding, column) for column in ("document", "statistics", "chips")]
             assert unsealed == [document.encode(), statistics, chips]
-        assert [len(verdicts.get(desk, number)["suspects"]) for number in (1, 2, 3, 4)] == [1, 2, 48, 1]
-        document = verdicts.trace(desk, "net", [old / "mixed.safetensors"])
-        assert {a["customer"] for a in document["suspects"][0]["accused"]} == {"Ada", "Emmy"}
+        assert [len(verdicts.get(desk, number).suspects) for number in (1, 2, 3, 4)] == [1, 2, 48, 1]
+        document = verdicts.trace(models.get(desk, "net"), [old / "mixed.safetensors"])
+        assert {a.customer for a in document.suspects[0].accused} == {"Ada", "Emmy"}
         (old / "new.json").write_bytes(evidence.export(desk, 2).content)
     with vault.opened(old / "vault", SECRET) as desk:
         assert desk.connection.execute("SELECT count(*) FROM suspects").fetchone() == (0,)
@@ -137,7 +137,7 @@ def test_an_old_vault_opens_traces_exports_and_verifies(old):
     for bundle in ("bundle.json", "new.json"):
         report = verification.verify(old / bundle, old / "ada.safetensors", old / "base.safetensors", root=root)
         assert report.holds, report.checks
-        assert [a["customer"] for a in report.accused] == ["Ada"]
+        assert [a.customer for a in report.accused] == ["Ada"]
 
 
 def test_an_old_vault_that_was_tampered_with_is_not_sealed(old):

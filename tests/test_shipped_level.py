@@ -9,9 +9,9 @@ TESTS = Path(__file__).parent
 LEVEL = "--xla_backend_optimization_level=0"
 EXACT = [
     "test_keys.py::test_long_keystream_over_several_passes_equals_cryptography",
-    "test_codes.py::test_words_are_the_keyed_stream_at_the_serial[1300]",
     "test_aggregation.py::test_a_mask_is_the_signed_sum_of_the_pairs_streams",
-    "test_aggregation.py::test_rounding_equals_the_reference_to_the_bit",
+    "test_aggregation.py::test_rounding_equals_the_reference_to_the_bit[0.37-5-16]",
+    "test_aggregation.py::test_rounding_equals_the_reference_to_the_bit[0.01-3-32]",
     "test_carriers.py::test_transforms_equal_the_dense_matrix[1000-304]",
     "test_shipped_level.py::test_which_level_this_process_compiles_at",
 ]

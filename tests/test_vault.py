@@ -24,6 +24,7 @@ from smark_jax.vault import (
     commitments,
     crypto,
     customers,
+    documents,
     folder,
     issuing,
     merkle,
@@ -66,13 +67,13 @@ def full(tmp_path_factory):
         vault.create(out / "vault", SECRET)
         with vault.opened(out / "vault", SECRET) as desk:
             models.add(desk, "net", base(), num_chips=64)
-            issuing.issue(desk, "net", customers.resolve(desk, ["Ada", "Grace", "王小明"]), out / "copies")
-            issuing.issue(desk, "net", customers.resolve(desk, ["Ada", "Emmy"]), out / "copies")
+            issuing.issue(models.get(desk, "net"), customers.resolve(desk, ["Ada", "Grace", "王小明"]), out / "copies")
+            issuing.issue(models.get(desk, "net"), customers.resolve(desk, ["Ada", "Emmy"]), out / "copies")
             customers.add(desk, ["Nobody yet"])
             rows = {"timestamps": [("net", 1, "2026-01-01T00:00:00Z", b"answer")]}
             folder.record(desk, "time stamp stored", rows)
             suspect = out / "copies" / "000001-Grace.safetensors"
-            verdicts.trace(desk, "net", [suspect, out / "absent"])
+            verdicts.trace(models.get(desk, "net"), [suspect, out / "absent"])
     return out
 
 
@@ -267,7 +268,7 @@ def test_a_rolled_back_database_is_told_by_a_newer_commitment(full, tmp_path):
     before = tmp_path / "before.sqlite"
     shutil.copy(place / "vault.sqlite", before)
     with vault.opened(place, SECRET) as desk:
-        issuing.issue(desk, "net", customers.resolve(desk, ["Newest"]), tmp_path / "out")
+        issuing.issue(models.get(desk, "net"), customers.resolve(desk, ["Newest"]), tmp_path / "out")
     for path in place.glob("vault.sqlite*"):
         path.unlink()
     shutil.copy(before, place / "vault.sqlite")
@@ -445,8 +446,8 @@ def test_a_model_is_added_once_and_its_base_is_checked(place):
     with vault.opened(place, SECRET) as desk:
         added = models.add(desk, "net", base(), num_chips=64, strength=0.05, match="kernel")
         assert models.get(desk, "net") == added
-        assert [leaf.path for leaf in added.spec.leaves] == ["dense/kernel"]
-        np.testing.assert_array_equal(models.base(desk, added)["dense/kernel"], base()["dense/kernel"])
+        assert [leaf.path for leaf in added.settings.spec.leaves] == ["dense/kernel"]
+        np.testing.assert_array_equal(models.get(desk, "net").base["dense/kernel"], base()["dense/kernel"])
         with pytest.raises(ValueError, match="another name"):
             models.add(desk, "net", base(1))
         for name in ("../net", "", "a b", ".net", "x" * 65):
@@ -459,7 +460,7 @@ def test_a_model_is_added_once_and_its_base_is_checked(place):
         (path,) = (place / "models").glob("*.safetensors")
         files.write(path, base(1))
         with pytest.raises(ValueError, match="another content"):
-            models.base(desk, added)
+            models.get(desk, "net").base  # noqa: B018
 
 
 def hashes(out: Path) -> dict[str, str]:
@@ -473,25 +474,25 @@ def known(desk: vault.Vault) -> set[str]:
 def test_copies_are_the_same_again_whoever_else_is_issued(place, tmp_path):
     with vault.opened(place, SECRET) as desk:
         models.add(desk, "net", base(), num_chips=64)
-        first = issuing.issue(desk, "net", customers.resolve(desk, ["Ada", "Grace"]), tmp_path / "a")
+        first = issuing.issue(models.get(desk, "net"), customers.resolve(desk, ["Ada", "Grace"]), tmp_path / "a")
         assert (first.new, first.written, first.commitment.number) == (2, 2, 1)
         everybody = customers.resolve(desk, [f"c {i}" for i in range(40)] + ["Ada", "Grace"])
-        second = issuing.issue(desk, "net", everybody, tmp_path / "b")
+        second = issuing.issue(models.get(desk, "net"), everybody, tmp_path / "b")
         assert (second.new, second.written, second.commitment.number) == (40, 42, 2)
         a, b = hashes(tmp_path / "a"), hashes(tmp_path / "b")
         assert len(a) == 2
         assert len(set(b.values())) == 42
         assert all(b[name] == sha256 for name, sha256 in a.items())
         assert known(desk) == set(b.values())
-        again = issuing.issue(desk, "net", everybody, tmp_path / "b")
+        again = issuing.issue(models.get(desk, "net"), everybody, tmp_path / "b")
         assert (again.new, again.written, again.commitment) == (0, 0, second.commitment)
         (tmp_path / "b" / "000000-Ada.safetensors").write_bytes(b"damaged")
         (tmp_path / "b" / "000001-Grace.safetensors").unlink()
-        assert issuing.issue(desk, "net", everybody, tmp_path / "b").written == 2
+        assert issuing.issue(models.get(desk, "net"), everybody, tmp_path / "b").written == 2
         assert hashes(tmp_path / "b") == b
         assert len(known(desk)) == 42
         with pytest.raises(ValueError, match=r"expected strength 0\.05"):
-            issuing.issue(desk, "net", everybody[:1], tmp_path / "c", strength=0.05)
+            issuing.issue(models.get(desk, "net"), everybody[:1], tmp_path / "c", strength=0.05)
 
 
 def test_no_copy_has_its_name_before_the_vault_knows_its_hash(place, tmp_path, monkeypatch):
@@ -508,7 +509,7 @@ def test_no_copy_has_its_name_before_the_vault_knows_its_hash(place, tmp_path, m
 
         monkeypatch.setattr(folder, "record", dies)
         with pytest.raises(KeyboardInterrupt):
-            issuing.issue(desk, "net", chosen, out)
+            issuing.issue(models.get(desk, "net"), chosen, out)
         assert hashes(out) == {}
         assert len(list(out.iterdir())) == 3
         (out / "..000002-c-2.safetensors.issuing.0123.part").write_text("what a kill in the middle of a write leaves")
@@ -524,11 +525,11 @@ def test_no_copy_has_its_name_before_the_vault_knows_its_hash(place, tmp_path, m
 
         monkeypatch.setattr(Path, "replace", dies_later)
         with pytest.raises(KeyboardInterrupt):
-            issuing.issue(desk, "net", chosen, out)
+            issuing.issue(models.get(desk, "net"), chosen, out)
         assert len(hashes(out)) == 2
         assert set(hashes(out).values()) <= known(desk)
         monkeypatch.setattr(Path, "replace", replace)
-        assert issuing.issue(desk, "net", chosen, out).written == 1
+        assert issuing.issue(models.get(desk, "net"), chosen, out).written == 1
         assert set(hashes(out).values()) == known(desk)
         assert [path for path in out.iterdir() if path.suffix != ".safetensors"] == []
 
@@ -568,24 +569,24 @@ def test_a_commitment_covers_every_customer_and_the_settings(full):
     with vault.opened(full / "vault", SECRET) as desk:
         newest = commitments.latest(desk, "net")
         model = models.get(desk, "net")
-        opened = commitments.open_leaves(desk, model, customers.registered(desk)[:4])
+        opened = commitments.open_leaves(model, customers.registered(desk)[:4])
         first = commitments.get(desk, "net", 1)
         carrier_key = models.carrier_key(desk, "net").to_bytes()
         with pytest.raises(ValueError, match="newest is number 2"):
             commitments.get(desk, "net", 3)
     header = newest.header
     canonical = lambda value: json.dumps(value, sort_keys=True, separators=(",", ":")).encode()  # noqa: E731
-    leaves = [hashlib.sha256(b"\0header " + canonical(header)).digest()]
-    leaves += [hashlib.sha256(b"\0customer " + canonical(leaf)).digest() for leaf in opened]
+    leaves = [hashlib.sha256(b"\0header " + canonical(documents.plain(header))).digest()]
+    leaves += [hashlib.sha256(b"\0customer " + canonical(documents.plain(leaf))).digest() for leaf in opened]
     assert reference_root(leaves).hex() == newest.root
-    assert (header["customers"], header["previous"]) == (4, first.root)
-    assert header["carrier_key"] == hashlib.sha256(carrier_key).hexdigest()
-    assert header["base"] == files.content_hash(base())
-    assert len({leaf["salt"] for leaf in opened}) == 4
+    assert (header.customers, header.previous) == (4, first.root)
+    assert header.carrier_key == hashlib.sha256(carrier_key).hexdigest()
+    assert header.base == files.content_hash(base())
+    assert len({leaf.salt for leaf in opened}) == 4
     written = (full / "vault" / "commitments" / "net-2.json").read_bytes()
     assert written == newest.published
     for leaf in opened:
-        assert leaf["word"].encode() not in written
+        assert leaf.word.encode() not in written
 
 
 def test_a_changed_commitment_file_is_noticed_and_a_lost_one_written_again(full, tmp_path):
@@ -597,7 +598,7 @@ def test_a_changed_commitment_file_is_noticed_and_a_lost_one_written_again(full,
         pass
     path.unlink()
     with vault.opened(place, SECRET) as desk:
-        issuing.issue(desk, "net", customers.registered(desk)[:1], tmp_path / "out")
+        issuing.issue(models.get(desk, "net"), customers.registered(desk)[:1], tmp_path / "out")
     assert path.read_bytes() == original
 
 
@@ -628,16 +629,17 @@ def test_a_verdict_document_is_complete_and_kept(full):
         document = verdicts.get(desk, 1)
         with pytest.raises(ValueError, match="Verdicts 1 to 1"):
             verdicts.get(desk, 2)
-    assert json.loads(json.dumps(document, allow_nan=False)) == document
-    assert (document["number"], document["num_customers"], document["alpha"]) == (1, 4, 1e-6)
-    assert document["commitment"]["number"] == 2
-    traced, absent = document["suspects"]
-    assert (traced["verdict"], absent["verdict"]) == ("traced", "unreadable")
-    assert "cannot be opened" in absent["error"]
-    assert [accused["customer"] for accused in traced["accused"]] == ["Grace"]
-    assert traced["customers"] == ["Ada", "Grace", "王小明", "Emmy"]
-    assert len(traced["statistics"]) == 4
-    assert traced["sha256"] == hashlib.sha256((full / "copies" / "000001-Grace.safetensors").read_bytes()).hexdigest()
+    written = documents.plain(document)
+    assert json.loads(json.dumps(written, allow_nan=False)) == written
+    assert (document.number, document.num_customers, document.alpha) == (1, 4, 1e-6)
+    assert document.commitment.number == 2
+    traced, absent = document.suspects
+    assert (traced.verdict, absent.verdict) == ("traced", "unreadable")
+    assert "cannot be opened" in absent.error
+    assert [accused.customer for accused in traced.accused] == ["Grace"]
+    assert traced.customers == ["Ada", "Grace", "王小明", "Emmy"]
+    assert len(traced.statistics) == 4
+    assert traced.sha256 == hashlib.sha256((full / "copies" / "000001-Grace.safetensors").read_bytes()).hexdigest()
 
 
 def test_only_those_with_a_copy_are_compared_and_each_is_found(place, tmp_path):
@@ -645,24 +647,24 @@ def test_only_those_with_a_copy_are_compared_and_each_is_found(place, tmp_path):
         models.add(desk, "net", base(), num_chips=64)
         everybody = customers.add(desk, [f"c {i}" for i in range(9)])
         with pytest.raises(ValueError, match="Run 'smark issue' first"):
-            verdicts.trace(desk, "net", [tmp_path / "x"])
-        issued = issuing.issue(desk, "net", everybody[2::3], tmp_path / "out")  # serials 2, 5, 8: not dense
+            verdicts.trace(models.get(desk, "net"), [tmp_path / "x"])
+        issued = issuing.issue(models.get(desk, "net"), everybody[2::3], tmp_path / "out")  # serials 2, 5, 8: not dense
         files.write(tmp_path / "base", base())
         files.write(tmp_path / "other", {name: leaf[..., :50] for name, leaf in base().items()})
         nan = {name: leaf * np.float32("nan") for name, leaf in base().items()}
         files.write(tmp_path / "nan", nan)
         suspects = [*issued.files, tmp_path / "base", tmp_path / "nan", tmp_path / "other"]
-        document = verdicts.trace(desk, "net", suspects)
-        found = [[a["serial"] for a in suspect["accused"]] for suspect in document["suspects"]]
+        document = verdicts.trace(models.get(desk, "net"), suspects)
+        found = [[a.serial for a in suspect.accused] for suspect in document.suspects]
         assert found == [[2], [5], [8], [], [], []]
-        assert [suspect["verdict"] for suspect in document["suspects"][3:]] == ["nobody", "undecided", "undecided"]
-        assert document["num_customers"] == 3
-        assert document["suspects"][0]["num_suspects"] == 4
-        assert document["suspects"][0]["serials"] == [2, 5, 8]
-        again = verdicts.trace(desk, "net", suspects[:1], tried=2)
-        assert (again["number"], again["occasion"]) == (2, 2)
-        first, second = document["suspects"][0]["accused"][0], again["suspects"][0]["accused"][0]
-        assert second["log10_p"] == pytest.approx(first["log10_p"] - np.log10(2))  # 2 readings of 1, not 1 of 4
+        assert [suspect.verdict for suspect in document.suspects[3:]] == ["nobody", "undecided", "undecided"]
+        assert document.num_customers == 3
+        assert document.suspects[0].num_suspects == 4
+        assert document.suspects[0].serials == [2, 5, 8]
+        again = verdicts.trace(models.get(desk, "net"), suspects[:1], tried=2)
+        assert (again.number, again.occasion) == (2, 2)
+        first, second = document.suspects[0].accused[0], again.suspects[0].accused[0]
+        assert second.log10_p == pytest.approx(first.log10_p - np.log10(2))  # 2 readings of 1, not 1 of 4
     with vault.opened(place, SECRET):
         pass
 

@@ -201,10 +201,10 @@ def disk(num_copies: int, model: str, folder: str, scored: int, seed: int) -> Ar
             out = Path(name)
             vault.create(out / "vault", _PASSPHRASE)
             with vault.opened(out / "vault", _PASSPHRASE) as desk:
-                vault.models.add(desk, "mnist-cnn", files.flatten(base))
+                model = vault.models.add(desk, "mnist-cnn", files.flatten(base))
                 customers = vault.customers.add(desk, [f"customer {number}" for number in range(num_copies)])
                 began = time.perf_counter()
-                issued = vault.issuing.issue(desk, "mnist-cnn", customers, out / "copies")
+                issued = vault.issuing.issue(model, customers, out / "copies")
                 seconds = time.perf_counter() - began
             return {"seconds": seconds, **judge(list(issued.files))}
 

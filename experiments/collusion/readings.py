@@ -23,7 +23,7 @@ from scipy import optimize
 from experiments.collusion import common
 from experiments.common import intervals, sections
 from smark_jax import carriers, codes, errors, files, keys, tracing
-from smark_jax.vault import verdicts
+from smark_jax.vault import reading as desk
 
 ALPHA = 0.1
 _WIDTH = 16
@@ -50,7 +50,7 @@ class Case(NamedTuple):
     base: Leaves
     mark: carriers.Mark
     book: np.ndarray
-    aligner: verdicts.Aligner
+    aligner: desk.Aligner
     rows: np.ndarray
     rectify: bool
 
@@ -74,7 +74,7 @@ def case(config: Config, seed: int) -> Case:
     base = {f"layer{i}/kernel": _noise(rng) for i in range(config.layers)}
     mark = carriers.mark(common.master_key(seed, "readings"), files.nest(base), config.num_chips)
     book = np.empty((config.customers, config.num_chips))
-    aligner = verdicts.Aligner("network", _network, np.zeros((1, _WIDTH), np.float32))
+    aligner = desk.Aligner("network", _network, np.zeros((1, _WIDTH), np.float32))
     rows = np.stack([np.asarray(carriers.spread(chip, mark)) for chip in np.eye(config.num_chips, dtype=np.float32)])
     return Case(base, mark, book, aligner, rows, config.rectify)
 
@@ -83,11 +83,11 @@ def _noise(rng: np.random.Generator) -> np.ndarray:
     return rng.normal(size=(_WIDTH, _WIDTH)).astype(np.float32)
 
 
-def _read(leaves: Leaves, at: Case, reading: verdicts.Reading) -> Reads:
+def _read(leaves: Leaves, at: Case, reading: desk.Reading) -> Reads:
     """Chips by the desk's reading; none where nothing can be said of the suspect, who is then compared with nobody."""
     refused = (errors.NothingMatched, errors.Undecided)
     with contextlib.suppress(*refused):
-        found = verdicts.read(leaves, at.base, at.mark, reading)
+        found = desk.read(leaves, at.base, at.mark, reading)
         return Reads([found.chips], [found.log_maps])
     return Reads([], [])
 
@@ -96,13 +96,13 @@ def unrelated(at: Case, rng: np.random.Generator) -> Reads:
     return _read({name: _noise(rng) for name in at.base}, at, _reading(at, rng))
 
 
-def _reading(at: Case, rng: np.random.Generator) -> verdicts.Reading:
-    return verdicts.Reading(rectify=at.rectify and bool(rng.integers(2)))
+def _reading(at: Case, rng: np.random.Generator) -> desk.Reading:
+    return desk.Reading(rectify=at.rectify and bool(rng.integers(2)))
 
 
 def given_map(at: Case, rng: np.random.Generator) -> Reads:
     suspect = {f"x{place}": _noise(rng) for place in range(len(at.base))}
-    return _read(suspect, at, verdicts.Reading(given=best_map(suspect, at)))
+    return _read(suspect, at, desk.Reading(given=best_map(suspect, at)))
 
 
 def best_map(suspect: Leaves, at: Case) -> dict[str, str]:
@@ -137,7 +137,7 @@ def aligned(at: Case, rng: np.random.Generator) -> Reads:
         name: (leaf + 0.3 * _noise(rng))[orders[place]][:, orders[place + 1]]
         for place, (name, leaf) in enumerate(at.base.items())
     }
-    both = [_read(suspect, at, verdicts.Reading(aligner)) for aligner in (at.aligner, None)]
+    both = [_read(suspect, at, desk.Reading(aligner)) for aligner in (at.aligner, None)]
     return Reads(*(list(some[0]) + list(some[1]) for some in zip(*both, strict=True)))
 
 

@@ -16,6 +16,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -33,7 +34,7 @@ import numpy as np
 
 from experiments.fuzz import evidence as stage
 from smark_jax import errors, keys
-from smark_jax.vault import bundles, commitments, evidence, merkle, models, ranges, verification
+from smark_jax.vault import bundles, commitments, documents, evidence, merkle, ranges, verification
 
 _CASES = {"quick": 300, "full": 10_000}
 _SECONDS_PER_CASE = 20.0
@@ -193,7 +194,7 @@ def forge(seed: int, number: int) -> Case:
     for lie in before:
         lie(content, rng)
     commit(content)
-    roots = tuple(item["commitment"]["root"] for item in bundles.chain(content))
+    roots = tuple(item["commitment"]["root"] for item in committed(content))
     accuse(content, suspect, rng)
     for lie in after:
         with contextlib.suppress(
@@ -208,15 +209,15 @@ def forge(seed: int, number: int) -> Case:
 def commit(content: dict[str, Any]) -> None:
     """Makes the commitments anew, as the content and its first header now are, over true leaves; opens all of them."""
     leaves, shared, content["opened"] = stage.scene().leaves, content["commitment"]["header"], []
-    shared["spec"] = models.spec_digest(models.spec_from(content["spec"]))
+    shared["spec"] = hashlib.sha256(documents.canonical(content["spec"])).hexdigest()
     shared["carrier_key"] = keys.commitment(keys.from_bytes(bytes.fromhex(content["carrier_key"])))
     previous = shared["previous"]
-    for item in bundles.chain(content):
+    for item in committed(content):
         tree = item["commitment"]
         own = {name: tree["header"][name] for name in ("created", "customers", "number")}
         tree["header"] = {**shared, **own, "previous": previous}
         covered = leaves[: own["customers"]]
-        hashed = [commitments.header_leaf(tree["header"]), *map(commitments.leaf, covered)]
+        hashed = [_hashed("header", tree["header"]), *(_hashed("customer", leaf) for leaf in covered)]
         previous = tree["root"] = merkle.root(hashed).hex()
         tree["header_path"], *paths = [
             [node.hex() for node in path] for path in merkle.paths(hashed, range(len(hashed)))
@@ -227,10 +228,22 @@ def commit(content: dict[str, Any]) -> None:
             content["opened"].append(opened)
 
 
+def committed(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """A bundle's commitments with their time stamps, in JSON."""
+    return [{name: content[name] for name in ("commitment", "timestamps")}, *content["later"]]
+
+
+def _hashed(kind: str, leaf: dict[str, Any]) -> bytes:
+    """A leaf of a commitment's tree, whatever stands in it."""
+    return merkle.leaf_hash(f"{kind} ".encode() + documents.canonical(leaf))
+
+
 def accuse(content: dict[str, Any], suspect: stage.Suspect, rng: np.random.Generator) -> None:
     """Accuses one to three customers, with supports, and states what an arbiter will compute."""
     leaves = [opened["leaf"] for opened in content["opened"]]
-    words = {leaf["serial"]: commitments.word(leaf, len(suspect.chips)) for leaf in leaves}
+    words = {
+        leaf["serial"]: commitments.word(documents.parse(documents.Leaf, leaf), len(suspect.chips)) for leaf in leaves
+    }
     content["accused"] = []
     for serial in rng.permutation(list(words))[: int(rng.integers(1, 4))].tolist():
         others = [other for other in words if other != serial]
@@ -259,7 +272,7 @@ def verdict(case: Case, path: Path) -> str:
         return "refused"
     if not report.holds:
         return "fails"
-    named = {(accused["serial"], accused["customer"]) for accused in report.accused}
+    named = {(accused.serial, accused.customer) for accused in report.accused}
     guilty = {pair for pair in enumerate(stage.NAMES) if pair[1] in case.suspect.guilty}
     return "true" if named and named <= guilty else "FALSE"
 

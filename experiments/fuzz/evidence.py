@@ -11,7 +11,17 @@ from unittest import mock
 import numpy as np
 
 from smark_jax import errors, files, keys, vault
-from smark_jax.vault import commitments, customers, evidence, issuing, models, verdicts, verification
+from smark_jax.vault import (
+    commitments,
+    customers,
+    documents,
+    evidence,
+    issuing,
+    models,
+    reading,
+    verdicts,
+    verification,
+)
 
 NAMES = ("Ada", "Grace", "Emmy", "Linus", "Mary")
 """Customers in the order of their serials: three under commitment 1, two more under commitment 2."""
@@ -62,8 +72,8 @@ def scene() -> Scene:
         vault.create(path / "vault", secret)
     with vault.opened(path / "vault", secret) as desk:
         model = models.add(desk, "net", base, num_chips=_CHIPS)
-        first = issuing.issue(desk, "net", customers.resolve(desk, NAMES[:3]), path / "copies")
-        second = issuing.issue(desk, "net", customers.resolve(desk, NAMES[3:]), path / "copies")
+        first = issuing.issue(model, customers.resolve(desk, NAMES[:3]), path / "copies")
+        second = issuing.issue(model, customers.resolve(desk, NAMES[3:]), path / "copies")
         copies = [files.read(file).leaves for file in (*first.files, *second.files)]
         mixed = {name: (copies[1][name] + copies[4][name]) / 2 for name in base}
         found = [("Ada", copies[0]), ("Emmy", copies[2]), ("Grace Mary", mixed), ("", base)]
@@ -71,11 +81,11 @@ def scene() -> Scene:
         suspects = []
         for number, (guilty, leaves) in enumerate(found):
             files.write(file := path / f"suspect-{number}", leaves)
-            chips = verdicts.read(leaves, base, models.mark(desk, model), verdicts.Reading()).chips
+            chips = reading.read(leaves, base, model.mark, reading.Reading()).chips
             suspects.append(Suspect(file, frozenset(guilty.split()), files.content_hash(leaves), chips))
-        verdicts.trace(desk, "net", [suspects[0].path])
+        verdicts.trace(model, [suspects[0].path])
         bundle = evidence.export(desk, 1).content
-        opened = tuple(commitments.open_leaves(desk, model, customers.registered(desk)))
+        opened = tuple(map(documents.plain, commitments.open_leaves(model, customers.registered(desk))))
         roots = first.commitment.root, second.commitment.root
         return Scene(bundle, roots, path / "base", tuple(suspects), opened, desk.master, folder)
 

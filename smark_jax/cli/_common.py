@@ -16,7 +16,7 @@ from smark_jax.cli._console import Console, progress
 
 if TYPE_CHECKING:
     from smark_jax import vault
-    from smark_jax.vault.verdicts import Aligner
+    from smark_jax.vault.reading import Aligner
 
 VARIABLE = "SMARK_PASSPHRASE"
 
@@ -38,7 +38,7 @@ Align = Annotated[
     ),
 ]
 
-Verdict = Annotated[
+VerdictNumber = Annotated[
     int, typer.Argument(min=1, max=2**63 - 1, help="Its number, as trace printed it.", show_default=False)
 ]
 
@@ -131,7 +131,7 @@ def aligner(name: str | None) -> "Aligner | None":
     """What ``--align MODULE:FUNCTION`` names."""
     if name is None:
         return None
-    from smark_jax.vault.verdicts import Aligner
+    from smark_jax.vault.reading import Aligner
 
     return Aligner(name, *network("align", name)[:2])
 

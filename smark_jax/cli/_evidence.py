@@ -7,7 +7,7 @@ import typer
 
 from smark_jax import _io
 from smark_jax.cli import _common, _outputs
-from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, Verdict, say
+from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, VerdictNumber, say
 
 app = typer.Typer(no_args_is_help=True, help="Evidence for an arbiter: export a bundle, verify one, keep time stamps.")
 
@@ -15,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, help="Evidence for an arbiter: export a 
 @app.command(epilog="Example:\n\n  smark evidence export my-vault 1 --out evidence.json")
 def export(
     vault: VaultPath,
-    verdict: Verdict,
+    verdict: VerdictNumber,
     out: Annotated[Path, typer.Option(help="The bundle to write.", show_default=False)],
     suspect: Annotated[
         int | None, typer.Option(min=1, help="Which suspect of the verdict, where several were traced.")
@@ -93,13 +93,13 @@ def verify(
     document = {
         "holds": found.holds,
         "compared_with_published_root": found.compared,
-        "model": found.header["model"],
-        "alpha": found.header["alpha"],
+        "model": found.header.model,
+        "alpha": found.header.alpha,
         "largest_alpha": found.largest_alpha,
         "num_customers": found.num_customers,
         "root": found.root,
         "checks": [check._asdict() for check in found.checks],
-        "accused": list(found.accused),
+        "accused": [accused._asdict() for accused in found.accused],
         "statements": list(found.statements),
     }
 
@@ -107,7 +107,7 @@ def verify(
         for check in found.checks:
             sign = ("holds", "green") if check.holds else ("FAILS", "bold red")
             _common.out.item(sign, f"{check.name}: {check.detail}")
-        names = ", ".join(a["customer"] for a in found.accused)
+        names = ", ".join(a.customer for a in found.accused)
         say(
             f"Everything holds: the model is from the copy of {names}."
             if found.holds

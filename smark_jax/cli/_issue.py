@@ -65,7 +65,7 @@ def issue(
             import rfc3161_client  # noqa: F401 - which writes the request, once the copies are issued
     names = [*(customers or []), *_names.read(csv, column, heading)]
     with _common.desk(vault, passphrase_file) as desk:
-        from smark_jax.vault import commitments, evidence, issuing, models, queries, timestamps, trials
+        from smark_jax.vault import commitments, evidence, issuing, models, probes, timestamps, trials
         from smark_jax.vault import customers as registry
 
         model = models.get(desk, name)
@@ -75,7 +75,7 @@ def issue(
         runs = trials.Network(*_common.network("network", network)) if network else None
         teaching = _common.network("teach", teach) if teach else None
         runs = runs or (trials.Network(*teaching) if teaching else None)
-        trial = trials.Running(runs, models.base(desk, model)) if runs else None
+        trial = trials.Running(runs, model.base) if runs else None
         known = registry.registered(desk)
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
         everyone = sorted(set(chosen) | set(known if everybody else []))
@@ -86,7 +86,7 @@ def issue(
                 "another name for new customers."
             )
         waiting = lambda: _common.err.print("another smark issues from this vault; waiting for it")  # noqa: E731
-        if teach is None and queries.has_probes(desk, name):
+        if teach is None and probes.there(model):
             _common.warn(f"{name} has probes, but without --teach its copies cannot be traced by their answers.")
         with _common.bar(f"issuing {name}", len(everyone)) as done:
             copies = 0
@@ -98,10 +98,9 @@ def issue(
 
             teacher = None
             if teaching:
-                teacher = queries.teacher(desk, name, *teaching[:2], on_share=lambda share: done(copies + share))
+                teacher = probes.teacher(model, *teaching[:2], on_share=lambda share: done(copies + share))
             issued = issuing.issue(
-                desk,
-                name,
+                model,
                 everyone,
                 out,
                 strength=strength,
@@ -117,12 +116,12 @@ def issue(
                 f"are, such as {leaf} ({role}): copies may answer wrongly. Add the base again under another name, and "
                 "issue from that; copies of this one are still traced."
             )
-        commitment = issued.commitment
-        number = commitment.header["customers"]
-        if model.num_chips < (fewest := models.fewest_chips(model.alpha, number)):
+        commitment, settings = issued.commitment, model.settings
+        number = commitment.header.customers
+        if settings.num_chips < (fewest := models.fewest_chips(settings.alpha, number)):
             _common.warn(
-                f"{name} has {model.num_chips} chips, and to accuse one of {number:,} customers at alpha "
-                f"{model.alpha:g} takes {fewest}: no copy can be traced."
+                f"{name} has {settings.num_chips} chips, and to accuse one of {number:,} customers at alpha "
+                f"{settings.alpha:g} takes {fewest}: no copy can be traced."
             )
         path = commitments.file(desk, commitment)
         if timestamp_request:
@@ -137,7 +136,7 @@ def issue(
         "commitment": {
             "number": commitment.number,
             "root": commitment.root,
-            "created": commitment.header["created"],
+            "created": commitment.header.created,
             "file": str(path),
         },
         "trial": issued.trial._asdict() if issued.trial else None,
@@ -154,7 +153,7 @@ def issue(
             say(_answered(issued.trial))
         elif issued.written:
             say("They were not run: with --network MODULE:FUNCTION, issue says how often they answer as the base does.")
-        say(f"Commitment {commitment.number} to {commitment.header['customers']:,} customers; publish its root:")
+        say(f"Commitment {commitment.number} to {commitment.header.customers:,} customers; publish its root:")
         say(f"  {commitment.root}")
         say(f"  or the file {path}")
         if timestamp_request:

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from smark_jax.vault.documents import Verdict
 
 
 def check(option: str, out: Path, inputs: Iterable[Path | None] = (), vault: Path | None = None) -> None:
@@ -28,9 +31,9 @@ def check(option: str, out: Path, inputs: Iterable[Path | None] = (), vault: Pat
         raise typer.BadParameter(f"{out} is in the vault's own folder; name another", param_hint=option)
 
 
-def suspects(document: dict[str, Any]) -> list[Path]:
+def suspects(verdict: "Verdict") -> list[Path]:
     """The files that a verdict is about, which nothing written of it may replace."""
-    return [Path(part["file"]) for part in document["suspects"] if part.get("read") != "answers"]
+    return [Path(suspect.file) for suspect in verdict.suspects if suspect.read != "answers"]
 
 
 def _same(one: Path, other: Path) -> bool:

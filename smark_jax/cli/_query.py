@@ -70,22 +70,21 @@ def query(
     a query stopped.
     """
     with _common.desk(vault, passphrase_file) as desk:
-        from smark_jax.vault import queries
+        from smark_jax.vault import models, queries
 
+        model = models.get(desk, name)
         if target.startswith(("http://", "https://")):
             predict: Any = lambda images: [_post(target, _png(image), field) for image in images]  # noqa: E731
         else:
             predict = lambda images: _run(_command(target), images)  # noqa: E731
         ready = queries.prepare(
-            desk, name, target, predict, num_probes=num_probes, fresh=fresh, allow_seen=allow_seen, max_age=max_age
+            model, target, predict, num_probes=num_probes, fresh=fresh, allow_seen=allow_seen, max_age=max_age
         )
         if ready.kept:
             _common.warn(f"{ready.kept} answers of {target} are kept, since {ready.since}; --fresh asks again.")
         with _common.bar("asking", len(ready.probes) * repeats) as done:
-            document = queries.ask(
-                desk, ready, predict, repeats=repeats, alpha=alpha, batch_size=_BATCH, on_answer=done
-            )
-    _trace.show(document, as_json, vault)
+            found = queries.ask(ready, predict, repeats=repeats, alpha=alpha, batch_size=_BATCH, on_answer=done)
+    _trace.show(found, as_json, vault)
 
 
 def _command(command: str) -> list[str]:

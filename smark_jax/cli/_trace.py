@@ -1,12 +1,16 @@
 """``smark trace`` and ``smark report``."""
 
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from smark_jax.cli import _common, _outputs
-from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, Verdict, say
+from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, VerdictNumber, say
+
+if TYPE_CHECKING:
+    from smark_jax.vault.documents import Suspect, Verdict
 
 
 def trace(
@@ -37,110 +41,112 @@ def trace(
     """
     given = _common.pairs(leaf_map)
     with _common.desk(vault, passphrase_file) as desk:
-        from smark_jax.vault import models, verdicts
+        from smark_jax.vault import models, reading, verdicts
 
-        committed = models.get(desk, name).alpha
+        model = models.get(desk, name)
+        committed = model.settings.alpha
         if alpha is not None and alpha != committed:
             _common.warn(
                 f"alpha {alpha:g} is not the committed one: evidence will be judged at {committed:g} all the same."
             )
         with _common.err.status("reading the base") as status:
-            reading = verdicts.Reading(_common.aligner(align), rectify, given)
-            document = verdicts.trace(desk, name, suspects, reading, alpha=alpha, tried=tried, on_suspect=status.update)
-    show(document, as_json, vault)
+            how = reading.Reading(_common.aligner(align), rectify, given)
+            found = verdicts.trace(model, suspects, how, alpha=alpha, tried=tried, on_suspect=status.update)
+    show(found, as_json, vault)
 
 
 _MORE = ("error", "notes", "coverage", "left_out", "foreign", "log_maps")
 
 
-def show(document: dict[str, Any], as_json: bool, vault: Path) -> None:
+def show(verdict: "Verdict", as_json: bool, vault: Path) -> None:
     """Prints a verdict, and ends with exit code 1 when a suspect could not be read."""
-    wanted = ("customer", "serial", "statistic", "p_value", "log10_p", "share")
+    from smark_jax.vault import documents
+
     rows = []
-    for suspect in document["suspects"]:
-        accused = [{key: accusation[key] for key in wanted} for accusation in suspect["accused"]]
-        row = {"file": suspect["file"], "verdict": suspect["verdict"], "accused": accused}
-        row |= {key: suspect[key] for key in _MORE if suspect.get(key)}
-        rows.append(row)
-    short = {key: document[key] for key in ("number", "model", "num_customers", "alpha")}
-    _common.show({**short, "suspects": rows}, as_json, lambda: _words(document, vault))
-    if any(suspect["verdict"] == "unreadable" for suspect in document["suspects"]):
+    for suspect in verdict.suspects:
+        accused = [a._asdict() for a in suspect.accused]
+        row = {"file": suspect.file, "verdict": suspect.verdict, "accused": accused}
+        rows.append(row | {key: documents.plain(more) for key in _MORE if (more := getattr(suspect, key))})
+    short = {key: getattr(verdict, key) for key in ("number", "model", "num_customers", "alpha")}
+    _common.show({**short, "suspects": rows}, as_json, lambda: _words(verdict, vault))
+    if any(suspect.verdict == "unreadable" for suspect in verdict.suspects):
         raise typer.Exit(1)
 
 
-def _words(document: dict[str, Any], vault: Path) -> None:
-    for suspect in document["suspects"]:
-        _common.out.lines(_verdict(suspect, document))
-        if suspect.get("decoys", {}).get("alarm"):
+def _words(verdict: "Verdict", vault: Path) -> None:
+    for suspect in verdict.suspects:
+        _common.out.lines(_verdict(suspect, verdict.alpha))
+        if suspect.decoys and suspect.decoys.alarm:
             say("  Do not rely on it: a codeword that nobody received stands out as well, so an assumption is broken.")
-        for line in (*_reading(suspect), *suspect.get("notes", ())):
+        for line in (*_reading(suspect), *(suspect.notes or ())):
             say(f"  {line}")
-        if suspect.get("alignment"):
-            _common.out.lines(f"  {suspect['alignment']}")
-        if suspect["accused"]:
+        if suspect.alignment:
+            _common.out.lines(f"  {suspect.alignment}")
+        if suspect.accused:
             _table(suspect)
-    if document["number"] is None:
+    if verdict.number is None:
         say("No suspect was read: no verdict was kept, and this was no occasion.")
         return
     say(
-        f"Verdict {document['number']} on {document['model']}: {document['num_customers']:,} customers, alpha "
-        f"{document['alpha']:g}, occasion {document['occasion']} of tracing this model."
+        f"Verdict {verdict.number} on {verdict.model}: {verdict.num_customers:,} customers, alpha {verdict.alpha:g}, "
+        f"occasion {verdict.occasion} of tracing this model."
     )
-    if any(suspect["accused"] for suspect in document["suspects"]):
-        say(f"Next: smark report {vault} {document['number']} --out report.html")
-        say(f"      smark evidence export {vault} {document['number']} --out evidence.json")
+    if any(suspect.accused for suspect in verdict.suspects):
+        say(f"Next: smark report {vault} {verdict.number} --out report.html")
+        say(f"      smark evidence export {vault} {verdict.number} --out evidence.json")
 
 
-def _reading(suspect: dict[str, Any]) -> list[str]:
+def _reading(suspect: "Suspect") -> list[str]:
     """How the suspect was read, where that is more than its leaves as they are."""
-    lines = [f"{move['suspect']} was read as {move['base']} ({move['change']})" for move in suspect.get("layout") or []]
-    if left_out := suspect.get("left_out"):
-        coverage = suspect["coverage"]
-        parts = ", ".join(f"{left['leaf']} ({left['weights']:,}: {left['reason']})" for left in left_out)
-        lines.append(f"{coverage['read']:,} of {coverage['weights']:,} carrying weights were read; left out: {parts}")
-    if foreign := suspect.get("foreign"):
-        lines.append(f"left out, since they are no real numbers: {', '.join(foreign)}")
-    if (bounded := suspect.get("coverage", {}).get("bounded", 0)) > 0:
-        lines.append(f"{bounded:,} weights are too far from the base's to be a copy's, and count as little as others")
-    if log_maps := suspect.get("log_maps"):
-        from smark_jax.vault.verdicts import maps_in_words
+    lines = [f"{move.suspect} was read as {move.base} ({move.change})" for move in suspect.layout or ()]
+    if suspect.left_out and suspect.coverage:
+        coverage = suspect.coverage
+        parts = ", ".join(f"{left.leaf} ({left.weights:,}: {left.reason})" for left in suspect.left_out)
+        lines.append(f"{coverage.read:,} of {coverage.weights:,} carrying weights were read; left out: {parts}")
+    if suspect.foreign:
+        lines.append(f"left out, since they are no real numbers: {', '.join(suspect.foreign)}")
+    if suspect.coverage and suspect.coverage.bounded > 0:
+        bounded = f"{suspect.coverage.bounded:,} weights"
+        lines.append(f"{bounded} are too far from the base's to be a copy's, and count as little as others")
+    if suspect.log_maps:
+        from smark_jax.vault.reading import maps_in_words
 
-        lines.append(maps_in_words(log_maps))
+        lines.append(maps_in_words(suspect.log_maps))
     return lines
 
 
-def _verdict(suspect: dict[str, Any], document: dict[str, Any]) -> str:
-    file, accused = suspect["file"], suspect["accused"]
-    if suspect["verdict"] == "unreadable":
-        return f"{file}: could not be read. {suspect['error']}"
-    if suspect["verdict"] in ("not a copy", "undecided"):
-        words = {"not a copy": "not a copy of this base", "undecided": "undecided"}[suspect["verdict"]]
-        return f"{file}: {words}. {suspect['error']}"
+def _verdict(suspect: "Suspect", alpha: float) -> str:
+    file, accused = suspect.file, suspect.accused
+    if suspect.verdict == "unreadable":
+        return f"{file}: could not be read. {suspect.error}"
+    if suspect.verdict in ("not a copy", "undecided"):
+        words = {"not a copy": "not a copy of this base", "undecided": "undecided"}[suspect.verdict]
+        return f"{file}: {words}. {suspect.error}"
     if not accused:
-        return f"{file}: nobody. No customer's fingerprint stands out at alpha = {document['alpha']:g}."
-    worst = _common.below(max(a["log10_p"] for a in accused))
-    by_answers = suspect.get("read") == "answers"
+        return f"{file}: nobody. No customer's fingerprint stands out at alpha = {alpha:g}."
+    worst = _common.below(max(a.log10_p for a in accused))
+    by_answers = suspect.read == "answers"
     if len(accused) == 1:
-        whose = f"{accused[0]['customer']} (customer {accused[0]['serial']})"
+        whose = f"{accused[0].customer} (customer {accused[0].serial})"
         what = f"answers as the copy of {whose} does" if by_answers else f"a copy of {whose}"
         return f"{file}: {what}. The probability that an innocent customer is accused like this is {worst}."
-    names = ", ".join(f"{a['customer']} ({a['serial']})" for a in accused)
+    names = ", ".join(f"{a.customer} ({a.serial})" for a in accused)
     if by_answers:
         return f"{file}: answers as the copies of {len(accused)} customers do: {names}. Each p-value is {worst}."
     return f"{file}: mixed from the copies of {len(accused)} customers: {names}. Each p-value is {worst}."
 
 
-def _table(suspect: dict[str, Any]) -> None:
+def _table(suspect: "Suspect") -> None:
     rows = [
         (
-            accused["customer"],
-            str(accused["serial"]),
-            f"{abs(accused['statistic']):.1f}",
-            f"{suspect['threshold']:.1f}",
-            _common.below(accused["log10_p"]),
-            f"{accused['share']:.0%}",
+            accused.customer,
+            str(accused.serial),
+            f"{abs(accused.statistic):.1f}",
+            f"{suspect.threshold or math.inf:.1f}",
+            _common.below(accused.log10_p),
+            f"{accused.share:.0%}",
         )
-        for accused in suspect["accused"]
+        for accused in suspect.accused
     ]
     columns = ("customer", "serial", "|T|", "threshold", "p-value", "share")
     keep = ("customer", "serial", "p-value", "|T|", "threshold", "share")
@@ -149,7 +155,7 @@ def _table(suspect: dict[str, Any]) -> None:
 
 def report(
     vault: VaultPath,
-    verdict: Verdict,
+    verdict: VerdictNumber,
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
@@ -159,9 +165,9 @@ def report(
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax import _io
         from smark_jax import report as reports
-        from smark_jax.vault import verdicts
+        from smark_jax.vault import documents, verdicts
 
-        document = verdicts.get(desk, verdict)
-        _outputs.check("--out", out, _outputs.suspects(document))
-        _io.write(out, reports.render(document).encode(), private=True)
+        found = verdicts.get(desk, verdict)
+        _outputs.check("--out", out, _outputs.suspects(found))
+        _io.write(out, reports.render(documents.plain(found)).encode(), private=True)
     _common.show({"verdict": verdict, "report": str(out)}, as_json, lambda: say(f"Report: {out}"))

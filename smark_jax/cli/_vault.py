@@ -19,8 +19,8 @@ _SHOWN = 50
 def init(vault: VaultPath, passphrase_file: PassphraseFile = None, as_json: AsJson = False) -> None:
     """Make a vault: a folder with a new master key, sealed by your passphrase.
 
-    Every secret comes from that key. Nobody can open the vault without the passphrase, you neither: keep it, and a copy
-    of the folder, in a safe place.
+    Every secret comes from that key. Nobody can open the vault without the passphrase, not even you: keep it, and a
+    copy of the folder, in a safe place.
     """
     secret = _common.passphrase(passphrase_file, new=True)
     from smark_jax.vault import crypto, folder
@@ -85,18 +85,19 @@ def add_model(
         raise typer.BadParameter("--network goes with --probes", param_hint="--network")
     with _common.desk(vault, passphrase_file) as desk, _common.err.status("reading the base") as status:
         from smark_jax import carriers, files
-        from smark_jax.vault import models, queries
+        from smark_jax.vault import models
+        from smark_jax.vault import probes as images_to_ask
 
         weights = _base(base)
         leaves = weights.leaves
         source = models.Source(base, weights.sha256) if weights.format == "safetensors" else None
-        images = queries.images(probes) if probes else None
+        images = images_to_ask.images(probes) if probes else None
         apply_fn = _common.network("network", network)[0] if network else None
         models.refuse_taken(desk, name)
         made = None
         if images is not None:  # first, so that a model is not added without its probes when these fail
             status.update("making the probes")
-            made = queries.make_probes(desk, name, chips, images, files.nest(leaves), apply_fn)
+            made = images_to_ask.make(desk, name, chips, images, files.nest(leaves), apply_fn)
         model = models.add(
             desk,
             name,
@@ -109,8 +110,8 @@ def add_model(
             source=source,
         )
         if made is not None and classes is not None:
-            queries.keep_probes(desk, model, made, classes)
-        carrying = carriers.coverage(model.spec, chips)
+            images_to_ask.keep(model, made, classes)
+        carrying = carriers.coverage(model.settings.spec, chips)
         unmarked = {path: str(role) for path, role in carriers.roles(files.nest(leaves)).items() if not role.carries}
     if public is None:
         _common.warn(
@@ -119,8 +120,8 @@ def add_model(
         )
     document = {
         "model": name,
-        "base": model.base,
-        "public": model.public,
+        "base": model.settings.base,
+        "public": model.settings.public,
         "leaves": len(leaves),
         "weights": sum(leaf.size for leaf in leaves.values()),
         "carrying_leaves": carrying.leaves,
@@ -135,7 +136,7 @@ def add_model(
     def words() -> None:
         say(
             f"{name}: {carrying.weights:,} of {document['weights']:,} weights in {carrying.leaves} of {len(leaves)} "
-            f"leaves carry {chips} chips; alpha {alpha:g}, strength {strength:g}. Base: {model.base}"
+            f"leaves carry {chips} chips; alpha {alpha:g}, strength {strength:g}. Base: {model.settings.base}"
         )
         if unmarked:
             counts = collections.Counter(unmarked.values())

@@ -5,8 +5,8 @@
     vault.create(folder, passphrase)
     with vault.opened(folder, passphrase) as desk:
         model = models.add(desk, "mnist-cnn", files.flatten(base))
-        issuing.issue(desk, "mnist-cnn", customers.resolve(desk, ["Ada", "Grace"]), out)
-        document = verdicts.trace(desk, "mnist-cnn", [suspect])
+        issuing.issue(model, customers.resolve(desk, ["Ada", "Grace"]), out)
+        verdict = verdicts.trace(model, [suspect])
 
 Every change is one sqlite transaction that also writes an entry of the log, which is chained and authenticated with a
 key that only the passphrase opens; opening a vault checks all of it. Verifying evidence needs no vault.
@@ -16,16 +16,20 @@ from smark_jax.vault import (
     bundles,
     commitments,
     customers,
+    documents,
     evidence,
     issuing,
     merkle,
     models,
     names,
+    probes,
     queries,
+    reading,
     shown,
     timestamps,
     verdicts,
     verification,
+    versions,
 )
 from smark_jax.vault.folder import Vault, create, opened
 
@@ -35,15 +39,19 @@ __all__ = [
     "commitments",
     "create",
     "customers",
+    "documents",
     "evidence",
     "issuing",
     "merkle",
     "models",
     "names",
     "opened",
+    "probes",
     "queries",
+    "reading",
     "shown",
     "timestamps",
     "verdicts",
     "verification",
+    "versions",
 ]

@@ -15,7 +15,7 @@ from smark_jax import _validate, errors, keys
 from smark_jax.vault import _text
 
 SHORTEST_PASSPHRASE = 12
-"""Below so many characters a passphrase is weak: callers warn."""
+"""A passphrase of fewer characters is weak; callers warn."""
 # 128 MB and some third of a second for each guess (OWASP's recommendation for scrypt).
 _N, _R, _P = 2**17, 8, 1
 # What a key file may ask for, so that an edited one cannot exhaust the memory.
@@ -75,7 +75,7 @@ def unseal(path: Path, passphrase: str) -> keys.SecretKey:
 
 def _stretch(passphrase: str, kdf: dict[str, Any]) -> bytes:
     if not passphrase:
-        cause = "Choose a sentence that nobody guesses; without it the vault cannot be opened, by you neither."
+        cause = "Choose a sentence that nobody guesses; without it nobody can open the vault, not even you."
         raise _validate.fail("vault", "a passphrase", "an empty one", cause)
     scrypt = Scrypt(salt=bytes.fromhex(kdf["salt"]), length=keys.KEY_BYTES, n=kdf["n"], r=kdf["r"], p=kdf["p"])
     return scrypt.derive(passphrase.encode())

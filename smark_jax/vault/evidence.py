@@ -21,8 +21,35 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax import _validate, statistics
-from smark_jax.vault import _text, bundles, commitments, folder, log, merkle, models, store, timestamps, verdicts
+from smark_jax.vault import (
+    _text,
+    bundles,
+    commitments,
+    documents,
+    folder,
+    log,
+    merkle,
+    models,
+    store,
+    timestamps,
+    verdicts,
+)
 from smark_jax.vault.customers import Customer
+from smark_jax.vault.documents import (
+    MISSING,
+    Accused,
+    Bundle,
+    Claim,
+    Exhibit,
+    Leaf,
+    Opened,
+    Stamp,
+    Stamped,
+    Suspect,
+    Verdict,
+    VerdictNamed,
+)
+from smark_jax.vault.reading import base_alone
 
 _SMALLEST_RESIDUAL = 1e-6
 
@@ -116,75 +143,92 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
       SmarkError: when there is no such verdict or suspect, it was not traced by its weights, no accusation reaches
         the committed level on what an arbiter can check, or the commitment does not cover the accused.
     """
-    document = verdicts.get(vault, number)
-    where = _place(document, place)
-    suspect = document["suspects"][where]
-    model = models.get(vault, document["model"])
-    names = dict(zip(suspect["serials"], suspect["customers"], strict=True))
-    ranked = sorted(suspect["accused"], key=operator.itemgetter("share"), reverse=True)
-    customers = [Customer(a["serial"], names[a["serial"]], "") for a in ranked]
-    leaves = {leaf["serial"]: leaf for leaf in commitments.open_leaves(vault, model, customers)}
-    counts = {name: suspect[name] for name in ("num_suspects", "num_alignments")}
-    counts["num_customers"] = document["num_customers"]
-    price = {**counts, "log_maps": suspect.get("log_maps", 0.0)}
-    accused, left_out = _claims(vault, verdicts.chips(vault, number, where), ranked, leaves, model, price)
-    shown = sorted({serial for a in accused for serial in (a["serial"], *a["support"])})
-    newest = document["commitment"]["number"]
+    verdict = verdicts.get(vault, number)
+    where = _place(verdict, place)
+    suspect = verdict.suspects[where]
+    model = models.get(vault, verdict.model)
+    ranked = sorted(suspect.accused, key=operator.attrgetter("share"), reverse=True)
+    customers = [Customer(accused.serial, accused.customer, "") for accused in ranked]
+    leaves = {leaf.serial: leaf for leaf in commitments.open_leaves(model, customers)}
+    claims, left_out = _claims(model, verdicts.chips(vault, number, where), ranked, leaves, _price(verdict, suspect))
+    shown = sorted({serial for claim in claims for serial in (claim.serial, *claim.support)})
+    newest = verdict.commitment.number
     under = _under(vault, model.name, shown, newest, commitment)
-    opened = {leaf["leaf"]["serial"]: leaf for leaf in _opened(vault, model.name, [leaves[s] for s in shown], under)}
+    opened = {one.leaf.serial: one for one in _opened(vault, model.name, [leaves[s] for s in shown], under)}
     (first, *later) = [_stamped(vault, model.name, n) for n in range(min(under.values()), newest + 1)]
-    content = {
-        "format": bundles.FORMAT,
-        "version": bundles.VERSION,
-        "created": _text.now(),
-        "smark_version": document["smark_version"],
-        **first,
-        "later": later,
-        "carrier_key": models.carrier_key(vault, model.name).to_bytes().hex(),
-        "spec": models.spec_document(model.spec),
-        "verdict": {name: document[name] for name in ("number", "created", "occasion")},
-        "suspect": {name: suspect[name] for name in ("sha256", "content", "format", "layout", "alignment")}
-        | {"file": suspect["file"].rpartition("/")[2], "reading": document["reading"]}
-        | {name: suspect[name] for name in ("left_out", "log_maps") if suspect.get(name)},
-        **counts,
-        "opened": [opened[serial] for serial in shown],
-        "accused": accused,
-    }
+    bundle = Bundle(
+        format=bundles.FORMAT,
+        version=bundles.VERSION,
+        created=_text.now(),
+        smark_version=verdict.smark_version,
+        commitment=first.commitment,
+        timestamps=first.timestamps,
+        later=tuple(later),
+        carrier_key=models.carrier_key(vault, model.name).to_bytes().hex(),
+        spec=documents.rows(model.settings.spec),
+        verdict=VerdictNamed(number, verdict.created, verdict.occasion or 0),
+        suspect=_exhibit(verdict, suspect),
+        num_suspects=suspect.num_suspects or 0,
+        num_alignments=suspect.num_alignments or 0,
+        num_customers=verdict.num_customers,
+        opened=tuple(opened[serial] for serial in shown),
+        accused=tuple(claims),
+    )
     details = {"model": model.name, "verdict": number, "suspect": where + 1, "opened": shown}
     folder.record(vault, "evidence exported", {}, **details)
-    who = tuple(names[a["serial"]] for a in accused)
-    return Exported(bundles.signed(content, vault.master), who, tuple(left_out), tuple(sorted(set(under.values()))))
+    who = tuple(leaves[claim.serial].customer for claim in claims)
+    return Exported(bundles.signed(bundle, vault.master), who, tuple(left_out), tuple(sorted(set(under.values()))))
+
+
+def _price(verdict: Verdict, suspect: Suspect) -> dict[str, Any]:
+    """What p-values pay for, as :func:`test` takes it."""
+    counts = {"num_suspects": suspect.num_suspects, "num_alignments": suspect.num_alignments}
+    return {**counts, "num_customers": verdict.num_customers, "log_maps": suspect.log_maps or 0.0}
+
+
+def _exhibit(verdict: Verdict, suspect: Suspect) -> Exhibit:
+    """A suspect that was traced by its weights, as a bundle shows it: the name of its file without its folders."""
+    return Exhibit(
+        sha256=suspect.sha256 or "",
+        content=suspect.content or "",
+        format=suspect.format or "",
+        layout=suspect.layout or (),
+        alignment=suspect.alignment or None,
+        file=suspect.file.rpartition("/")[2],
+        reading=verdict.reading,
+        left_out=suspect.left_out or MISSING,
+        log_maps=suspect.log_maps or MISSING,
+    )
 
 
 def _claims(
-    vault: folder.Vault,
+    model: models.OpenModel,
     chips: np.ndarray,
-    ranked: Sequence[dict[str, Any]],
-    leaves: Mapping[int, dict[str, Any]],
-    model: models.Model,
+    ranked: Sequence[Accused],
+    leaves: Mapping[int, Leaf],
     price: Mapping[str, Any],
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[Claim], list[str]]:
     """The accusations that an arbiter will find significant, and the names of the others."""
-    words = {serial: commitments.word(leaf, model.num_chips) for serial, leaf in leaves.items()}
-    alone = verdicts.base_alone(models.base(vault, model), models.mark(vault, model))
-    accused, left_out = [], []
-    for claim in ranked:
-        others = [serial for serial in words if serial != claim["serial"]]
+    settings = model.settings
+    words = {serial: commitments.word(leaf, settings.num_chips) for serial, leaf in leaves.items()}
+    alone = base_alone(model.base, model.mark)
+    claims, left_out = [], []
+    for accused in ranked:
+        others = [serial for serial in words if serial != accused.serial]
         for size in range(len(others) + 1):
             support = others[:size]
             rest = [words[serial] for serial in support]
-            found, apart = (test(chips, words[claim["serial"]], rest, base=base, **price) for base in (None, alone))
-            if max(found.log10_p, apart.log10_p) <= math.log10(model.alpha):
-                proof = {"serial": claim["serial"], "support": support, "share": claim["share"]}
-                accused.append({**proof, **found._asdict()})
+            found, apart = (test(chips, words[accused.serial], rest, base=base, **price) for base in (None, alone))
+            if max(found.log10_p, apart.log10_p) <= math.log10(settings.alpha):
+                claims.append(Claim(accused.serial, tuple(support), *found, share=accused.share))
                 break
         else:
-            left_out.append(claim["customer"])
-    if not accused:
+            left_out.append(accused.customer)
+    if not claims:
         got = "none: the joint decoder found them, but what an arbiter can check alone is weaker"
         cause = "Trace more of what leaked; docs/evidence.md tells what an arbiter can check."
-        raise _validate.fail("evidence", f"an accusation that holds at alpha {model.alpha:g}", got, cause)
-    return accused, left_out
+        raise _validate.fail("evidence", f"an accusation that holds at alpha {settings.alpha:g}", got, cause)
+    return claims, left_out
 
 
 def _under(
@@ -206,9 +250,7 @@ def _under(
     return dict.fromkeys(shown, commitment)
 
 
-def _opened(
-    vault: folder.Vault, model: str, leaves: Sequence[dict[str, Any]], under: Mapping[int, int]
-) -> list[dict[str, Any]]:
+def _opened(vault: folder.Vault, model: str, leaves: Sequence[Leaf], under: Mapping[int, int]) -> list[Opened]:
     """The leaves with their paths to the roots of the commitments that they stand under."""
     licences = store.licences(vault.connection, model)
     opened = []
@@ -220,19 +262,18 @@ def _opened(
             cause = "Restore the vault from your backup."
             raise _validate.fail("evidence", "the leaves that were committed to", "others", cause)
         index = {licence.serial: place for place, licence in enumerate(covered, 1)}
-        some = [leaf for leaf in leaves if under[leaf["serial"]] == number]
-        places = [index[leaf["serial"]] for leaf in some]
+        some = [leaf for leaf in leaves if under[leaf.serial] == number]
+        places = [index[leaf.serial] for leaf in some]
         for leaf, place, path in zip(some, places, merkle.paths(tree, places), strict=True):
-            path_in_hex = [node.hex() for node in path]
-            opened.append({"leaf": leaf, "commitment": number, "index": place, "path": path_in_hex})
+            opened.append(Opened(leaf, place, tuple(node.hex() for node in path), number))
     return opened
 
 
-def _stamped(vault: folder.Vault, model: str, number: int) -> dict[str, Any]:
+def _stamped(vault: folder.Vault, model: str, number: int) -> Stamped:
     """A commitment and its time stamps, as a bundle holds them."""
     commitment = commitments.get(vault, model, number)
-    stamps = [{"time": time, "response": found.hex()} for time, found in timestamps.stored(vault, commitment)]
-    return {"commitment": commitment.content, "timestamps": stamps}
+    stamps = (Stamp(time, found.hex()) for time, found in timestamps.stored(vault, commitment))
+    return Stamped(commitment, tuple(stamps))
 
 
 def exports(vault: folder.Vault, model: str) -> list[str]:
@@ -241,17 +282,14 @@ def exports(vault: folder.Vault, model: str) -> list[str]:
     return [body["time"] for body in found if body["model"] == model]
 
 
-def _place(document: dict[str, Any], place: int | None) -> int:
-    suspects = document["suspects"]
-    traced = [
-        i for i, suspect in enumerate(suspects) if suspect["verdict"] == "traced" and suspect["read"] == "weights"
-    ]
-    listed = ", ".join(f"{i + 1} ({suspects[i]['file']})" for i in traced) or "none"
-    number = document["number"]
+def _place(verdict: Verdict, place: int | None) -> int:
+    suspects = verdict.suspects
+    traced = [i for i, suspect in enumerate(suspects) if suspect.verdict == "traced" and suspect.read == "weights"]
     if place is None and len(traced) == 1:
         return traced[0]
     if place is None or place - 1 not in traced:
-        expected = f"a suspect of verdict {number} that was traced by its weights"
+        listed = ", ".join(f"{i + 1} ({suspects[i].file})" for i in traced) or "none"
+        expected = f"a suspect of verdict {verdict.number} that was traced by its weights"
         got = f"number {place}" if place is not None else f"{len(traced)} of them"
         raise _validate.fail("evidence", expected, got, f"Say which one by --suspect: {listed}.")
     return place - 1

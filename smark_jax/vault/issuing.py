@@ -1,4 +1,4 @@
-"""Issuing: a copy for each customer, of which the vault always knows more than the disk.
+"""Issuing: a copy for each customer, which the vault has registered before the file gets its name.
 
 First one transaction licenses the customers and commits to their codewords. Then, a few copies at a time: they are
 written under hidden names, their hashes are registered, and only then do they get their names. So whenever the process
@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from smark_jax import _io, _validate, carriers, codes, embedding, errors, files
+from smark_jax import _io, _validate, carriers, embedding, errors, files
 from smark_jax._types import PyTree
 from smark_jax.vault import _text, commitments, folder, models, store, trials
 from smark_jax.vault.customers import Customer
 
 # A copy that has not got its name yet is called ".NAME.issuing".
 _HIDDEN = ".issuing"
-# A batch of copies: at most so many, and about so many bytes. Two are in memory together.
+# Limits of a batch of copies. Two batches are in memory together.
 _COPIES_PER_BATCH, _BYTES_PER_BATCH = 32, 1 << 27
 # Threads that hash and write, all of which lets other threads run, and flush files, for which they wait for the disk.
 _WRITERS = 4
@@ -62,8 +62,7 @@ class _Licence(NamedTuple):
 
 
 def issue(
-    vault: folder.Vault,
-    name: str,
+    model: models.OpenModel,
     customers: Sequence[Customer],
     out: Path,
     *,
@@ -83,8 +82,7 @@ def issue(
     in its last digits, and the vault knows it as well.
 
     Args:
-      vault: an open vault.
-      name: of the model.
+      model: of an open vault.
       customers: registered ones.
       out: folder for the files, made if absent.
       strength: of copies; the model's own by default.
@@ -95,37 +93,29 @@ def issue(
       on_wait: called when another process issues from this vault, and this one waits.
 
     Raises:
-      SmarkError: when there are no customers, no such model, a customer has a copy of another strength, or a copy
-        would not work.
+      SmarkError: when there are no customers, a customer has a copy of another strength, or a copy would not work.
     """
     _validate.positive("issue", "the number of customers", len(customers))
-    model = models.get(vault, name)
     if strength is not None:
         models.check_strength("issue", strength)
-    base = models.base(vault, model)
+    vault = model.vault
     out.mkdir(parents=True, exist_ok=True)
     with _alone(vault, on_wait):
-        new = _license(vault, model, customers, strength)
+        new = _license(model, customers, strength)
         commitments.write_all(vault)
-        licences = _licences(vault, model, customers, out)
+        licences = _licences(model, customers, out)
         _sweep(out, {licence.path.name for licence in licences})
-        done, missing = 0, []
-        for licence in licences:
-            if licence.path.is_file() and _file_hash(licence.path) in licence.known:
-                done += 1
-                on_copy(done)
-            else:
-                _refuse_base(licence.path, model)
-                _refuse_other(vault, licence.path, model)
-                missing.append(licence)
-        for written in _write(vault, model, base, missing, teach, trial):
+        missing = [licence for licence in licences if not _is_there(licence, model)]
+        done = len(licences) - len(missing)
+        on_copy(done)
+        for written in _write(model, missing, teach, trial):
             done += written
             on_copy(done)
-    newest = commitments.latest(vault, name)
+    newest = commitments.latest(vault, model.name)
     assert newest is not None  # it was made when the first customer was licensed
     tried = trial.found() if trial else None
     paths = tuple(licence.path for licence in licences)
-    return Issued(newest, new, len(missing), paths, tried, models.unfit(model, base))
+    return Issued(newest, new, len(missing), paths, tried, models.unfit(model))
 
 
 @contextlib.contextmanager
@@ -141,8 +131,9 @@ def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _license(vault: folder.Vault, model: models.Model, customers: Sequence[Customer], strength: float | None) -> int:
+def _license(model: models.OpenModel, customers: Sequence[Customer], strength: float | None) -> int:
     """Gives each customer who has none a licence, all under one new commitment; returns how many."""
+    vault = model.vault
     held = strengths(vault, model.name)
     other = [c.name for c in customers if strength is not None and held.get(c.serial, strength) != strength]
     if other:
@@ -152,16 +143,16 @@ def _license(vault: folder.Vault, model: models.Model, customers: Sequence[Custo
     new = sorted({customer for customer in customers if customer.serial not in held})
     if not new:
         return 0
-    hashed = commitments.leaves(vault, model, new)
+    hashed = commitments.leaves(model, new)
     rows = [
-        (model.name, customer.serial, model.strength if strength is None else strength, leaf)
+        (model.name, customer.serial, model.settings.strength if strength is None else strength, leaf)
         for customer, leaf in zip(new, hashed, strict=True)
     ]
     with store.transaction(vault.connection):
         tree = {licence.serial: licence.leaf for licence in store.licences(vault.connection, model.name)}
         tree |= {serial: leaf for _, serial, _, leaf in rows}
-        commitment = commitments.build(vault, model, [tree[serial] for serial in sorted(tree)])
-        added = {"commitments": [commitment], "licences": [(*row, commitment.number) for row in rows]}
+        commitment = commitments.build(model, [tree[serial] for serial in sorted(tree)])
+        added = {"commitments": [commitments.row(commitment)], "licences": [(*row, commitment.number) for row in rows]}
         folder.record(vault, "customers licensed", added, model=model.name, number=commitment.number)
     return len(new)
 
@@ -171,10 +162,10 @@ def strengths(vault: folder.Vault, model: str) -> dict[int, float]:
     return {licence.serial: licence.strength for licence in store.licences(vault.connection, model)}
 
 
-def _licences(vault: folder.Vault, model: models.Model, customers: Sequence[Customer], out: Path) -> list[_Licence]:
-    held = strengths(vault, model.name)
+def _licences(model: models.OpenModel, customers: Sequence[Customer], out: Path) -> list[_Licence]:
+    held = strengths(model.vault, model.name)
     known: dict[int, set[str]] = {}
-    for serial, sha256 in store.copies(vault.connection, model.name):
+    for serial, sha256 in store.copies(model.vault.connection, model.name):
         known.setdefault(serial, set()).add(sha256)
     return [
         _Licence(c, held[c.serial], frozenset(known.get(c.serial, ())), out / _text.file_name(c.serial, c.name))
@@ -183,9 +174,7 @@ def _licences(vault: folder.Vault, model: models.Model, customers: Sequence[Cust
 
 
 def _write(
-    vault: folder.Vault,
-    model: models.Model,
-    base: Mapping[str, np.ndarray],
+    model: models.OpenModel,
     licences: Sequence[_Licence],
     teach: Teacher | None,
     trial: trials.Running | None,
@@ -193,6 +182,7 @@ def _write(
     """Writes copies, a batch at a time; yields how many each batch had."""
     if not licences:
         return
+    base = model.base
     size = sum(leaf.nbytes for leaf in base.values())
     # The same number for all batches, so that a copy's bits never depend on who is issued along with it.
     # A taught copy has cost a minute: it is kept as soon as it is there.
@@ -201,8 +191,8 @@ def _write(
     for strength in sorted({licence.strength for licence in licences}):
         alike = [licence for licence in licences if licence.strength == strength]
         batches += [alike[start : start + count] for start in range(0, len(alike), count)]
-    copies = _maker(vault, model, base, teach, count)
-    hidden = functools.partial(_write_hidden, like=models.base_file(vault, model))
+    copies = _maker(model, teach, count)
+    hidden = functools.partial(_write_hidden, like=model.base_file)
     with (
         concurrent.futures.ThreadPoolExecutor(1) as maker,
         concurrent.futures.ThreadPoolExecutor(_WRITERS) as writers,
@@ -225,7 +215,7 @@ def _write(
                 if sha256 not in licence.known
             ]
             if rows:
-                folder.record(vault, "copies made", {"copies": rows}, model=model.name)
+                folder.record(model.vault, "copies made", {"copies": rows}, model=model.name)
             for part, licence in zip(parts, some, strict=True):
                 part.replace(licence.path)
             _io.flush_folder(some[0].path.parent)
@@ -233,11 +223,11 @@ def _write(
 
 
 def _maker(
-    vault: folder.Vault, model: models.Model, base: Mapping[str, np.ndarray], teach: Teacher | None, count: int
+    model: models.OpenModel, teach: Teacher | None, count: int
 ) -> Callable[[list[_Licence]], dict[str, np.ndarray]]:
-    """What makes a batch of copies: the leaves in which they differ from the base, with a leading axis of ``count``."""
-    mark, key = models.mark(vault, model), models.code_key(vault, model.name)
-    mark = mark._replace(spec=carriers.with_ties(model.spec, base))
+    """A function that computes a batch: the leaves in which copies differ from the base, with an axis of ``count``."""
+    base = model.base
+    mark = model.mark._replace(spec=carriers.with_ties(model.settings.spec, base))
     marked = {name for leaf in mark.spec.leaves for name in (leaf.path, *leaf.tied)}
     above = {name for name in marked if base[name].min() >= 0}
     roles = carriers.roles(dict(base)) if teach else {}
@@ -245,8 +235,8 @@ def _maker(
 
     def copies(some: list[_Licence]) -> dict[str, np.ndarray]:
         serials = [licence.customer.serial for licence in some]
-        words = np.ones((count, model.num_chips), np.int8)
-        words[: len(some)] = codes.codebook(key, serials, model.num_chips)
+        words = np.ones((count, model.settings.num_chips), np.int8)
+        words[: len(some)] = model.words(serials)
         made: dict[str, Any] = embedding.embed_batch(dict(base), mark, words, some[0].strength)
         for name in sorted(above):
             for leaf, licence in zip(np.asarray(made[name]), some, strict=False):
@@ -276,17 +266,26 @@ def _write_hidden(part: Path, leaves: Mapping[str, np.ndarray], like: Path) -> t
 
 
 def _sweep(out: Path, names: set[str]) -> None:
-    """Removes what killed runs left half-written of these copies."""
+    """Removes the half-written files of these copies that killed runs left."""
     for path in out.iterdir():
         hidden, mark, _ = path.name.partition(_HIDDEN)
         if mark and hidden.startswith(".") and hidden.lstrip(".") in names:  # older versions put a second dot before it
             path.unlink(missing_ok=True)
 
 
-def _refuse_base(path: Path, model: models.Model) -> None:
+def _is_there(licence: _Licence, model: models.OpenModel) -> bool:
+    """Whether the customer's copy stands under its name; refuses what must not be written over."""
+    if licence.path.is_file() and _file_hash(licence.path) in licence.known:
+        return True
+    _refuse_base(licence.path, model)
+    _refuse_other(licence.path, model)
+    return False
+
+
+def _refuse_base(path: Path, model: models.OpenModel) -> None:
     """A damaged copy is written again, but the owner's base is not written over because it has a copy's name."""
     try:
-        is_base = path.is_file() and files.content_hash(files.read(path).leaves) == model.base
+        is_base = path.is_file() and files.content_hash(files.read(path).leaves) == model.settings.base
     except errors.Unreadable:
         return
     if is_base:
@@ -294,10 +293,10 @@ def _refuse_base(path: Path, model: models.Model) -> None:
         raise _validate.fail("issue", f"a copy, or nothing, in {path}", f"the base of {model.name}", cause)
 
 
-def _refuse_other(vault: folder.Vault, path: Path, model: models.Model) -> None:
-    """Nor is a copy of another model written over: copies of all models have the same names."""
+def _refuse_other(path: Path, model: models.OpenModel) -> None:
+    """A copy of another model is not written over either: copies of all models have the same names."""
     if path.is_file():
-        if other := store.model_of_copy(vault.connection, _file_hash(path), but=model.name):
+        if other := store.model_of_copy(model.vault.connection, _file_hash(path), but=model.name):
             cause = "Name a folder for each model by --out."
             raise _validate.fail("issue", f"a copy of {model.name}, or nothing, in {path}", f"one of {other}", cause)
 

@@ -1,21 +1,19 @@
 """The owner's models: the base that copies are made from, and all that is fixed before the first copy is sold."""
 
+import dataclasses
+import functools
 import hashlib
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from smark_jax import _io, _validate, carriers, files, keys
-from smark_jax.vault import _text, folder, store
+from smark_jax.vault import _text, documents, folder, store, versions
 from smark_jax.vault import public as publicity
-
-DECODER, DECODER_VERSION = "joint", 1
-"""How verdicts are reached; committed to, since choosing it after a look at the suspect would void the p-values."""
 
 
 class Model(NamedTuple):
@@ -30,6 +28,7 @@ class Model(NamedTuple):
       strength: of copies, unless another one is asked for at issue.
       created: when it was added.
       public: content hash of the public model whose weights carry nothing, if one was named.
+      versions: the algorithms that copies are made and traced with.
     """
 
     name: str
@@ -40,6 +39,67 @@ class Model(NamedTuple):
     strength: float
     created: str
     public: str | None = None
+    versions: documents.Versions = versions.NEW
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+    """A model of an open vault. What is costly is made when it is first asked for, and kept.
+
+    Attributes:
+      vault: the vault.
+      settings: what is fixed of the model.
+    """
+
+    vault: folder.Vault
+    settings: Model
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.settings.name
+
+    @property
+    def base_file(self) -> Path:
+        """The safetensors file of the base."""
+        return _base_path(self.vault, self.name, self.settings.base)
+
+    @functools.cached_property
+    def base(self) -> dict[str, np.ndarray]:
+        """The leaves of the base.
+
+        Raises:
+          SmarkError: when the file in the vault is not the one that was added.
+        """
+        path = self.base_file
+        cause = "Restore it from your backup, or copy the base there as safetensors."
+        if not path.is_file():
+            raise _validate.fail("vault", f"the base of {self.name} in {path}", "no such file", cause)
+        leaves = files.read(path, max_bytes=path.stat().st_size + 1).leaves
+        if files.content_hash(leaves) != self.settings.base:
+            raise _validate.fail("vault", f"the base of {self.name} in {path}", "another content", cause)
+        return leaves
+
+    @functools.cached_property
+    def mark(self) -> carriers.Mark:
+        """The mark: the carrying leaves that the vault keeps, and the carrier drawn anew."""
+        key, settings = carrier_key(self.vault, self.name), self.settings
+        draw = versions.CARRIERS[settings.versions.carrier]
+        return carriers.Mark(settings.spec, draw(key, settings.spec, settings.num_chips))
+
+    @property
+    def code(self) -> versions.Code:
+        """The code of its codewords."""
+        return versions.CODES[self.settings.versions.code]
+
+    @property
+    def decoder(self) -> str:
+        """The name of the decoder by which its verdicts are reached."""
+        return versions.DECODERS[self.settings.versions.decoder]
+
+    def words(self, serials: Sequence[int]) -> np.ndarray:
+        """The codewords of these customers, int8, shape [K, m]."""
+        return np.asarray(self.code.words(code_key(self.vault, self.name), serials, self.settings.num_chips))
 
 
 class Source(NamedTuple):
@@ -60,7 +120,7 @@ def add(
     match: str | None = None,
     public: Mapping[str, np.ndarray] | None = None,
     source: Source | None = None,
-) -> Model:
+) -> OpenModel:
     """Adds a model: its base is written into the vault, the carrying leaves are chosen, its settings fixed.
 
     Which leaves can carry is told by :func:`smark_jax.carriers.roles`.
@@ -98,11 +158,11 @@ def add(
     refuse_taken(vault, name)
     path = _base_path(vault, name, model.base)
     _keep(path, leaves, source)
-    document = _text.canonical(model._replace(spec=spec_document(spec))._asdict()).decode()  # pyright: ignore[reportArgumentType]
+    document = documents.text(documents.Model(**{**model._asdict(), "spec": documents.rows(spec)}))
     with store.transaction(vault.connection):
         refuse_taken(vault, name)
         folder.record(vault, "model added", {"models": [(name, document)]}, model=name, base=model.base)
-    return model
+    return OpenModel(vault, model)
 
 
 def _choose(
@@ -139,14 +199,14 @@ def _keep(path: Path, leaves: Mapping[str, np.ndarray], source: Source | None) -
     path.chmod(0o600)
 
 
-def unfit(model: Model, leaves: Mapping[str, np.ndarray]) -> dict[str, carriers.Role]:
+def unfit(model: OpenModel) -> dict[str, carriers.Role]:
     """Carrying leaves of a model that should carry nothing, by name: older versions marked them."""
-    roles = carriers.roles(dict(leaves))
-    return {leaf.path: roles[leaf.path] for leaf in model.spec.leaves if not roles[leaf.path].carries}
+    roles = carriers.roles(dict(model.base))
+    return {leaf.path: roles[leaf.path] for leaf in model.settings.spec.leaves if not roles[leaf.path].carries}
 
 
 def fewest_chips(alpha: float, num_customers: int) -> int:
-    r"""How many chips it takes to accuse anybody among N customers at all.
+    r"""The fewest chips with which anybody among N customers can be accused.
 
     The statistic is largest where all m chips agree, :math:`T = \sqrt m`, which chance does with the two-sided
     probability :math:`2 \cdot 2^{-m}`; so :math:`m \ge 1 + \log_2(N / \alpha)`.
@@ -183,50 +243,29 @@ def names(vault: folder.Vault) -> list[str]:
     return store.model_names(vault.connection)
 
 
-def get(vault: folder.Vault, name: str) -> Model:
-    """A model's settings.
+def get(vault: folder.Vault, name: str) -> OpenModel:
+    """The model of this name. Look it up once in a command, and pass it on.
 
     Raises:
-      SmarkError: when there is no such model.
+      SmarkError: when there is no such model, or it needs a newer version of smark-jax.
     """
     text = store.model_document(vault.connection, name)
     if text is None:
         known = ", ".join(names(vault)) or "none yet"
         cause = f"Models in this vault: {known}. 'smark add-model' adds one."
         raise _validate.fail("vault", "the name of a model", repr(name), cause)
-    document = json.loads(text)
-    return Model(**{**document, "spec": spec_from(document["spec"])})
-
-
-def base(vault: folder.Vault, model: Model) -> dict[str, np.ndarray]:
-    """The leaves of a model's base.
-
-    Raises:
-      SmarkError: when the file in the vault is not the one that was added.
-    """
-    path = base_file(vault, model)
-    cause = "Restore it from your backup, or copy the base there as safetensors."
-    if not path.is_file():
-        raise _validate.fail("vault", f"the base of {model.name} in {path}", "no such file", cause)
-    leaves = files.read(path, max_bytes=path.stat().st_size + 1).leaves
-    if files.content_hash(leaves) != model.base:
-        raise _validate.fail("vault", f"the base of {model.name} in {path}", "another content", cause)
-    return leaves
-
-
-def base_file(vault: folder.Vault, model: Model) -> Path:
-    """The safetensors file of a model's base."""
-    return _base_path(vault, model.name, model.base)
+    found = documents.stored(documents.Model, text)
+    used = found.versions or documents.Versions()
+    if unknown := versions.unknown(used):
+        cause = "A newer smark-jax added the model: upgrade smark-jax."
+        raise _validate.fail("vault", f"algorithms of {name} that this version knows", unknown, cause)
+    changed = {"spec": documents.spec(found.spec), "public": found.public or None, "versions": used}
+    return OpenModel(vault, Model(**{**found._asdict(), **changed}))
 
 
 def _base_path(vault: folder.Vault, name: str, content: str) -> Path:
     # With its hash, so that of two processes that add different bases under one name none overwrites the other's.
     return vault.folder / folder.MODELS / f"{name}.{content[:16]}.safetensors"
-
-
-def mark(vault: folder.Vault, model: Model) -> carriers.Mark:
-    """The model's mark: the spec that the vault keeps, and the carrier drawn anew."""
-    return carriers.Mark(model.spec, carriers.draw(carrier_key(vault, model.name), model.spec, model.num_chips))
 
 
 def carrier_key(vault: folder.Vault, name: str) -> keys.SecretKey:
@@ -244,17 +283,6 @@ def probes_key(vault: folder.Vault, name: str) -> keys.SecretKey:
     return keys.derive(vault.master, name, "probes")
 
 
-def spec_document(spec: carriers.Spec) -> list[list[Any]]:
-    """The carrying leaves as JSON holds them: ``[path, shape, scale]`` each."""
-    return [[leaf.path, list(leaf.shape), scale] for leaf, scale in zip(spec.leaves, spec.scales, strict=True)]
-
-
-def spec_from(document: Any) -> carriers.Spec:
-    """The carrying leaves of a document."""
-    leaves = tuple(carriers.Leaf(path, tuple(shape)) for path, shape, _ in document)
-    return carriers.Spec(leaves, tuple(scale for _, _, scale in document))
-
-
-def spec_digest(spec: carriers.Spec) -> str:
+def spec_digest(spec: tuple[documents.LeafRow, ...]) -> str:
     """The SHA-256 of the carrying leaves' document."""
-    return hashlib.sha256(_text.canonical(spec_document(spec))).hexdigest()
+    return hashlib.sha256(documents.canonical(spec)).hexdigest()

@@ -1,4 +1,4 @@
-"""Customers' names out of a CSV file. Each name gets a codeword for ever, so a file that leaves doubt is refused."""
+"""Customers' names from a CSV file. Each name gets a codeword for good, so an ambiguous file is refused."""
 
 import codecs
 import csv

@@ -1,4 +1,4 @@
-"""What of a model everybody has: leaves that are those of a public one, from which a mark could be subtracted.
+"""Which leaves of a model everybody has: those of a public model, from which a mark could be subtracted.
 
 Whoever has the base of a copy reads the mark off the difference and takes it away. Of a model that was trained from
 public weights everybody has the leaves that training left alone, so only the others are worth marking.
@@ -12,7 +12,7 @@ import numpy as np
 from smark_jax import _validate
 
 MOST = 0.5
-"""A leaf of which this share of weights or more is public carries nothing: the leaker puts those back unseen."""
+"""A leaf carries nothing when this share of its weights or more is public: the leaker could put those back."""
 
 
 def shares(leaves: Mapping[str, np.ndarray], public: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -46,9 +46,9 @@ def history(vault: folder.Vault, model: str, num_chips: int) -> list[Shown]:
     everything = tuple(range(num_chips))
     found = [Shown("", _UNKNOWN, "", everything) for _ in unrecorded_files(vault, model)]
     for number in store.verdict_numbers(vault.connection, model):
-        document = verdicts.get(vault, number)
-        old = [row for row in document["suspects"] if row.get("read") == "answers" and "answers" not in row]
-        found += [Shown("", row["file"], document["created"], everything) for row in old]
+        verdict = verdicts.get(vault, number)
+        old = [row for row in verdict.suspects if row.read == "answers" and not row.answers]
+        found += [Shown("", row.file, verdict.created, everything) for row in old]
     recorded = (e.body for e in log.entries(vault.connection) if e.body["event"] == _EVENT)
     ours = (body for body in recorded if body["model"] == model)
     return found + [Shown(b["session"], _target(vault, b["target"]), b["time"], tuple(b["probes"])) for b in ours]
@@ -84,8 +84,8 @@ def needed(num_customers: int, alpha: float, agreement: float = _AGREEMENT) -> i
       agreement: a, above one half.
     """
     threshold = math.sqrt(2 * math.log(2 * num_customers / alpha))
-    spread = _DEVIATIONS * 2 * math.sqrt(agreement * (1 - agreement))
-    return math.ceil(((threshold + spread) / (2 * agreement - 1)) ** 2)
+    margin = _DEVIATIONS * 2 * math.sqrt(agreement * (1 - agreement))
+    return math.ceil(((threshold + margin) / (2 * agreement - 1)) ** 2)
 
 
 def record(

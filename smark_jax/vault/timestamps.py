@@ -3,7 +3,8 @@
 import hashlib
 
 from smark_jax import _validate
-from smark_jax.vault import commitments, folder, store
+from smark_jax.vault import folder, store
+from smark_jax.vault.documents import Commitment
 
 _LARGEST = 1_000_000
 # DER's tags of a SET OF, and of the two that CMS tags [0] and [1]: certificates and signed attributes, revocation lists
@@ -12,7 +13,7 @@ _SETS = (0x31, 0xA0, 0xA1)
 _CONSTRUCTED, _DEEPEST = 0x20, 50
 
 
-def request(commitment: commitments.Commitment) -> bytes:
+def request(commitment: Commitment) -> bytes:
     """A time-stamp request (DER) over the SHA-256 of the commitment's file, to be sent to an authority."""
     with _validate.needs("timestamp", "timestamps"):
         import rfc3161_client
@@ -21,7 +22,7 @@ def request(commitment: commitments.Commitment) -> bytes:
     return builder.data(commitment.published).build().as_bytes()
 
 
-def add(vault: folder.Vault, commitment: commitments.Commitment, response: bytes) -> str:
+def add(vault: folder.Vault, commitment: Commitment, response: bytes) -> str:
     """Keeps an authority's response with the commitment it is about, and returns the time it states.
 
     The authority's signature is not checked here, since that takes its certificate: ``openssl ts -verify`` does it.
@@ -35,7 +36,7 @@ def add(vault: folder.Vault, commitment: commitments.Commitment, response: bytes
     return time
 
 
-def stored(vault: folder.Vault, commitment: commitments.Commitment) -> list[store.Stamp]:
+def stored(vault: folder.Vault, commitment: Commitment) -> list[store.Stamp]:
     """The time stamps that are kept with a commitment."""
     return store.stamps(vault.connection, commitment.model, commitment.number)
 

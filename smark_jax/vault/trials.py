@@ -1,4 +1,4 @@
-"""Running copies beside their base before they are handed over: they answer, and how often as the base does."""
+"""Running copies beside their base before they are handed over: do they answer, and how often as the base does?"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,0 +1,177 @@
+"""What an arbiter checks before a suspect is read: commitments, models, carrier, leaves and codewords."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from smark_jax import carriers, errors, files, keys
+from smark_jax.vault import commitments, documents, merkle, models, timestamps
+from smark_jax.vault.documents import Bundle, Commitment, Header, Stamp
+
+# How far a leaf's root mean square may differ between the owner's computer and the arbiter's.
+_ROUNDING = 1e-2
+# What may differ between two commitments to a model.
+_PASSING = ("created", "customers", "number", "previous")
+# Nothing is computed from a suspect unless all of these hold.
+_BEFORE_READING = ("level", "numbers", "commitment", "base", "carrier", "carrying leaves", "customers")
+
+
+class Check(NamedTuple):
+    """One thing that was checked: what it is, whether it holds, and more about it in words."""
+
+    name: str
+    holds: bool
+    detail: str
+
+
+class Fails(Exception):
+    """A check that does not hold; the text says why."""
+
+
+class Checks(list[Check]):
+    """The checks made so far."""
+
+    @contextlib.contextmanager
+    def check(self, name: str, detail: str) -> Iterator[list[str]]:
+        """Adds one, which holds unless the block raises :class:`Fails`; the block may add to the details."""
+        details = [detail]
+        try:
+            yield details
+        except Fails as error:
+            self.append(Check(name, False, str(error)))
+        else:
+            self.append(Check(name, True, ", ".join(details)))
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """Fails the check at hand, saying why, unless it holds."""
+    if not holds:
+        raise Fails(otherwise)
+
+
+class Proved(NamedTuple):
+    """What a bundle proves to be committed to: carrying leaves, codewords by serial, and the carrier's key."""
+
+    spec: carriers.Spec
+    words: dict[int, np.ndarray]
+    key: keys.SecretKey
+
+
+def check_commitments(checks: Checks, bundle: Bundle, roots: Sequence[str]) -> None:
+    """The chain of commitments, their time stamps, and the roots that were published."""
+    chain = bundle.chain
+    for before, item in zip([None, *chain], chain, strict=False):
+        tree = item.commitment
+        with checks.check("commitment", f"number {tree.number} to {tree.model}, root {tree.root}"):
+            _follow(tree, before.commitment if before else None)
+        for stamp in item.timestamps:
+            detail = f"{stamp.time}; check the authority's signature with 'openssl ts -verify'"
+            with checks.check("time stamp", detail):
+                require(_stamped(tree, stamp), "it is about another commitment, or states another time")
+    if roots:
+        with checks.check("published root", "the same as the commitment's"):
+            _check_published(bundle, roots)
+
+
+def check_contents(
+    checks: Checks, bundle: Bundle, suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]
+) -> Proved | None:
+    """Models, carrier, leaves and codewords against the commitment; None when the suspect cannot be read by them."""
+    header = bundle.header
+    key = keys.from_bytes(bytes.fromhex(bundle.carrier_key))
+    spec, words = None, {}
+    with checks.check("base", f"content hash {header.base}"):
+        require(files.content_hash(base) == header.base, "it is not the model that was committed to")
+    with checks.check("suspect", f"content hash {bundle.suspect.content}"):
+        same = files.content_hash(suspect) == bundle.suspect.content
+        require(same, "it is not the model that was accused")
+    with checks.check("carrier", "its key is the one that was committed to"):
+        require(keys.commitment(key) == header.carrier_key, "its key was not committed to: it is forged")
+    with checks.check("carrying leaves", f"{len(bundle.spec)} leaves, as committed to, and as the base has them"):
+        spec = _spec(bundle, base)
+    with checks.check("customers", f"{len(bundle.opened)} of {header.customers:,} opened, each under the root"):
+        words = _words(bundle)
+    if spec is None or not all(check.holds for check in checks if check.name in _BEFORE_READING):
+        return None
+    return Proved(spec, words, key)
+
+
+def _follow(tree: Commitment, before: Commitment | None) -> None:
+    """That the header leads to the root, and that the commitment follows the one before."""
+    header, path = tree.header, [bytes.fromhex(node) for node in tree.header_path]
+    found = merkle.root_of_path(commitments.header_leaf(header), 0, header.customers + 1, path)
+    require(found == bytes.fromhex(tree.root), "the header does not lead to the root")
+    if before is not None:
+        follows = (header.previous, header.number) == (before.root, before.number + 1)
+        require(follows, f"it does not name the commitment of number {before.number} as the one before")
+        ours, theirs = _lasting(header), _lasting(before.header)
+        other = [name for name in ours if ours[name] != theirs[name]]
+        require(not other, f"it is not to the same model: {', '.join(other)}")
+        require(header.customers > before.header.customers, "it has no more customers than the one before")
+
+
+def _lasting(header: Header) -> dict[str, object]:
+    """What all commitments to a model share; headers of older versions name the decoder in other fields."""
+    missing = documents.MISSING
+    same = header._replace(versions=header.algorithms, decoder=missing, decoder_version=missing)
+    return {name: value for name, value in same._asdict().items() if name not in _PASSING}
+
+
+def _check_published(bundle: Bundle, roots: Sequence[str]) -> None:
+    """That all published roots are the bundle's, and that every opened codeword is under one of them or an earlier."""
+    numbers = {item.commitment.root: item.commitment.number for item in bundle.chain}
+    for root in roots:
+        require(root in numbers, f"{root} was published: keys or customers were chosen afterwards")
+    newest = max(numbers[root] for root in roots)
+    for opened in bundle.opened:
+        number, customer = bundle.proved_by(opened), opened.leaf.customer
+        require(number <= newest, f"the root of commitment {number}, with the codeword of {customer!r}, was not given")
+
+
+def _stamped(tree: Commitment, stamp: Stamp) -> bool:
+    try:
+        return timestamps.check(tree.published, bytes.fromhex(stamp.response)) == stamp.time
+    except errors.MissingExtra:
+        raise
+    except errors.SmarkError:
+        return False
+
+
+def _spec(bundle: Bundle, base: Mapping[str, np.ndarray]) -> carriers.Spec:
+    """The carrying leaves, when they were committed to and are the base's."""
+    spec, header = documents.spec(bundle.spec), bundle.header
+    require(models.spec_digest(bundle.spec) == header.spec, "others were committed to")
+    for leaf, (_, _, committed) in zip(spec.leaves, bundle.spec, strict=True):
+        there = base.get(leaf.path)
+        require(there is not None and there.shape == leaf.shape, f"the base has no leaf {leaf.path!r} of that shape")
+        scale = float(np.sqrt(np.mean(np.square(np.asarray(there, np.float64)))))
+        require(abs(scale - committed) <= _ROUNDING * scale, f"the base's {leaf.path!r} is of another size")
+    require(len({leaf.path for leaf in spec.leaves}) == len(spec.leaves) > 0, "one is named twice, or none at all")
+    require(0 < header.num_chips <= spec.num_weights, "there are more chips than weights")
+    return spec
+
+
+def _words(bundle: Bundle) -> dict[int, np.ndarray]:
+    """The opened codewords by serial, when each is under its root and each accusation has the words it needs."""
+    trees = {item.commitment.number: item.commitment for item in bundle.chain}
+    num_chips = bundle.header.num_chips
+    words = {}
+    for opened in bundle.opened:
+        leaf, path = opened.leaf, [bytes.fromhex(node) for node in opened.path]
+        number = bundle.proved_by(opened)
+        require(number in trees, f"the commitment with the leaf of {leaf.customer!r} is not in the bundle")
+        tree = trees[number]
+        found = merkle.root_of_path(commitments.leaf(leaf), opened.index_, tree.header.customers + 1, path)
+        there = found == bytes.fromhex(tree.root)
+        require(there, f"the leaf of {leaf.customer!r} is not under the root: it is another one")
+        require(len(leaf.word) == 2 * -(-num_chips // 8), "a codeword is of another length")
+        words[leaf.serial] = commitments.word(leaf, num_chips)
+    require(len(words) == len(bundle.opened), "a serial was opened twice")
+    serials = [claim.serial for claim in bundle.accused]
+    require(0 < len(serials) == len(set(serials)), "nobody is accused, or somebody twice")
+    for claim in bundle.accused:
+        used = [claim.serial, *claim.support]
+        require(words.keys() >= set(used) and len(set(used)) == len(used), "an accusation uses words not opened")
+    return words

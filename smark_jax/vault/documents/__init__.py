@@ -1,0 +1,60 @@
+"""The documents that a vault stores, publishes and signs: JSON in a file, a NamedTuple in the program.
+
+:func:`parse` is strict, since bundles and commitments come from foreign hands: each field is there and of its kind, and
+no other field is. :func:`canonical` is what is hashed and signed. A document that is parsed and dumped again has the
+same bytes: a field whose default is :data:`MISSING` may be missing, and is then not written either.
+"""
+
+from smark_jax.vault.documents.codec import (
+    MISSING,
+    Hash,
+    Hex,
+    Missing,
+    Signature,
+    Wrong,
+    canonical,
+    parse,
+    plain,
+    stored,
+    text,
+)
+from smark_jax.vault.documents.evidence import Bundle, Claim, Exhibit, Opened, Signed, Stamp, Stamped, VerdictNamed
+from smark_jax.vault.documents.settings import Commitment, Header, Leaf, LeafRow, Model, Versions, rows, spec
+from smark_jax.vault.documents.verdicts import Accused, Answers, CommitmentNamed, Coverage, Reading, Suspect, Verdict
+
+__all__ = [
+    "MISSING",
+    "Accused",
+    "Answers",
+    "Bundle",
+    "Claim",
+    "Commitment",
+    "CommitmentNamed",
+    "Coverage",
+    "Exhibit",
+    "Hash",
+    "Header",
+    "Hex",
+    "Leaf",
+    "LeafRow",
+    "Missing",
+    "Model",
+    "Opened",
+    "Reading",
+    "Signature",
+    "Signed",
+    "Stamp",
+    "Stamped",
+    "Suspect",
+    "Verdict",
+    "VerdictNamed",
+    "Versions",
+    "Wrong",
+    "canonical",
+    "parse",
+    "plain",
+    "rows",
+    "spec",
+    "stored",
+    "text",
+]

@@ -1,0 +1,147 @@
+"""NamedTuples from JSON and back: strict, since some are from foreign hands, and the same bytes again."""
+
+import functools
+import json
+import math
+import types
+import typing
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+from smark_jax import _validate
+from smark_jax.vault import _text
+
+T = TypeVar("T")
+
+Hex = Annotated[str, 0]
+"""Bytes in hexadecimal."""
+Hash = Annotated[str, 32]
+"""32 bytes in hexadecimal."""
+Signature = Annotated[str, 64]
+"""64 bytes in hexadecimal."""
+
+
+class Missing:
+    """The kind of :data:`MISSING`."""
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+MISSING = Missing()
+"""The value of a field that a document does without: an older version wrote it, or there is nothing to say."""
+
+
+class Wrong(Exception):
+    """A field that a document should not have, or not like this: its name and, in words, what is wrong."""
+
+    def __init__(self, name: str, what: str = "is missing or invalid") -> None:
+        super().__init__(f"field {name[:100]!r} {what}")
+
+
+def parse(kind: type[T], value: Any) -> T:
+    """The document of this kind that JSON holds.
+
+    Whole numbers are of 0 to 2^63 - 1, and real ones finite.
+
+    Raises:
+      Wrong: naming the first field that is missing, unknown or of another kind.
+    """
+    return _parse(kind, value, "")
+
+
+def stored(kind: type[T], text: str | bytes, **more: Any) -> T:
+    """The document that the vault holds as this text, with more fields that it holds elsewhere.
+
+    Raises:
+      SmarkError: when a newer version of smark-jax wrote it.
+    """
+    try:
+        return parse(kind, {**json.loads(text), **more})
+    except Wrong as error:
+        cause = "A newer smark-jax wrote it: upgrade smark-jax."
+        raise _validate.fail(
+            "vault", f"a {kind.__name__.lower()} as this version writes it", f"one whose {error}", cause
+        ) from None
+
+
+def plain(document: Any) -> Any:
+    """The document as JSON has it: what :func:`parse` was given. Lists are taken as they are."""
+    if isinstance(document, tuple):
+        names = getattr(document, "_fields", None)
+        if names is None:
+            return [plain(item) for item in document]
+        items = zip(names, document, strict=True)
+        return {name.rstrip("_"): plain(item) for name, item in items if item is not MISSING}
+    if isinstance(document, dict):
+        return {name: plain(item) for name, item in document.items()}
+    return document
+
+
+def canonical(document: Any) -> bytes:
+    """The one JSON text of a document, which is hashed and signed."""
+    return _text.canonical(plain(document))
+
+
+def text(document: Any) -> str:
+    """The same as the vault stores it."""
+    return canonical(document).decode()
+
+
+@functools.cache
+def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """The fields of a document by their names in JSON, and those that it needs."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    needed = frozenset(name.rstrip("_") for name in kind._fields if kind._field_defaults.get(name) is not MISSING)
+    return {name.rstrip("_"): hints[name] for name in kind._fields}, needed
+
+
+def _parse(kind: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in arguments:
+            return None
+        (kind,) = (one for one in arguments if one not in (Missing, types.NoneType))
+        return _parse(kind, value, name)
+    if origin is tuple:
+        endless = arguments[-1] is Ellipsis
+        if not isinstance(value, list) or not (endless or len(value) == len(arguments)):
+            raise Wrong(name)
+        kinds = arguments[:1] * len(value) if endless else arguments
+        return tuple(_parse(one, item, name) for one, item in zip(kinds, value, strict=True))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise Wrong(name)
+        return {key: _parse(arguments[1], item, name) for key, item in value.items()}
+    if hasattr(kind, "_fields"):
+        return _parse_fields(kind, value, name)
+    if not _fits(value, kind):
+        raise Wrong(name)
+    return value
+
+
+def _parse_fields(kind: Any, value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise Wrong(name or "content")
+    fields, needed = _fields(kind)
+    full = {key: f"{name}.{key}".removeprefix(".") for key in (*value, *needed)}
+    if lacks := needed - value.keys():
+        raise Wrong(full[min(lacks)])
+    if unknown := value.keys() - fields.keys():
+        raise Wrong(full[min(unknown)], "is unknown to this version of smark-jax")
+    found = {key: _parse(fields[key], item, full[key]) for key, item in value.items()}
+    return kind(**{field: found[key] for field in kind._fields if (key := field.rstrip("_")) in found})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**63
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+    if typing.get_origin(kind) is Annotated:
+        (_, size) = typing.get_args(kind)
+        hexadecimal = isinstance(value, str) and set(value) <= set("0123456789abcdef") and len(value) % 2 == 0
+        return hexadecimal and size in (0, len(value) // 2)
+    return isinstance(value, kind)

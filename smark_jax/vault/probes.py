@@ -1,0 +1,164 @@
+"""The probes of a model: images that its copies are taught to answer by their codewords, sealed in the vault."""
+
+import hashlib
+import io
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from jaxtyping import UInt8
+
+from smark_jax import _io, _validate, blackbox, files, keys
+from smark_jax._types import ApplyFn, PyTree
+from smark_jax.blackbox import answers as records
+from smark_jax.vault import folder, issuing, models, store, trials
+
+_EPOCHS, _BATCH = 4, 64  # of teaching a copy
+
+
+def images(path: Path) -> np.ndarray:
+    """The owner's images in an npz file, under the name ``images``: uint8, shape [N, H, W, C].
+
+    Raises:
+      SmarkError: when there are none.
+    """
+    return _images(path, path)
+
+
+def _images(path: Path, source: Path | io.BytesIO) -> np.ndarray:
+    cause = "Save them with NumPy, as an npz file that holds them under the name 'images'."
+    try:
+        with np.load(source, allow_pickle=False) as archive:
+            found = archive["images"]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise _validate.fail("probes", f"an npz file with 'images' in {path}", type(error).__name__, cause) from None
+    if found.ndim != 4 or found.dtype != np.uint8:
+        got = f"shape {found.shape}, dtype {found.dtype}"
+        raise _validate.fail("probes", "uint8 images of shape [N, H, W, C]", got, cause)
+    return found
+
+
+def make(
+    vault: folder.Vault,
+    name: str,
+    num_chips: int,
+    pictures: UInt8[np.ndarray, "N H W C"],
+    base: PyTree = None,
+    apply_fn: ApplyFn | None = None,
+) -> UInt8[np.ndarray, "m H W C"]:
+    """Probes for a model, one for each chip. Copies have to be taught to answer them (:func:`teacher`).
+
+    Args:
+      vault: an open vault.
+      name: of the model, which may be added later.
+      num_chips: m.
+      pictures: the owner's images.
+      base: the base's parameters.
+      apply_fn: its network. Probes are then those on which the base is undecided, which costs copies least accuracy.
+
+    Raises:
+      SmarkError: as :func:`smark_jax.blackbox.probes`, or when the network does not take the images.
+    """
+    shape = (pictures.shape[1], pictures.shape[2], pictures.shape[3])
+    scores = None
+    if apply_fn is not None:
+        compiled = jax.jit(apply_fn)
+        scores = lambda asked: trials.run("probes", compiled, base, asked)  # noqa: E731
+    return blackbox.probes(models.probes_key(vault, name), num_chips, shape, pictures, scores)
+
+
+def keep(model: models.OpenModel, made: UInt8[np.ndarray, "m H W C"], num_classes: int) -> None:
+    """Keeps a model's probes, sealed: who has them has customers' codewords from their services.
+
+    Raises:
+      SmarkError: when ``num_classes`` is no positive number.
+    """
+    _validate.positive("probes", "num_classes", num_classes)
+    vault, content = model.vault, io.BytesIO()
+    np.savez_compressed(content, images=made)
+    _io.write(_path(vault, model.name), records.seal(_file_key(vault, model.name), content.getvalue()), private=True)
+    rows = {"probes": [(model.name, hashlib.sha256(made.tobytes()).hexdigest(), num_classes)]}
+    folder.record(vault, "probes made", rows, model=model.name)
+
+
+def load(model: models.OpenModel) -> tuple[np.ndarray, int]:
+    """A model's probe images and its number of classes.
+
+    Raises:
+      SmarkError: when it was added without, or the file in the vault is another.
+    """
+    vault, name = model.vault, model.name
+    known = store.probes(vault.connection, name)
+    if known is None:
+        cause = "'smark add-model --probes FILE.npz --classes N' makes them, before copies are issued."
+        raise _validate.fail("query", f"probes of {name}", "none", cause)
+    path = _path(vault, name)
+    content = path.read_bytes()
+    plain = not content.startswith(records.SEALED)  # as an older version wrote them
+    try:
+        content = content if plain else records.unseal(_file_key(vault, name), content)
+        made = _images(path, io.BytesIO(content))
+    except InvalidTag:
+        made = np.zeros(0, np.uint8)
+    if hashlib.sha256(made.tobytes()).hexdigest() != known.sha256:
+        cause = "Restore the file from your backup."
+        raise _validate.fail("vault", f"the probes of {name} in {path}", "another content", cause)
+    if plain:
+        _io.write(path, records.seal(_file_key(vault, name), content), private=True)
+    return made, known.num_classes
+
+
+def teacher(
+    model: models.OpenModel,
+    apply_fn: ApplyFn,
+    pictures: UInt8[np.ndarray, "N H W C"],
+    on_share: Callable[[float], None] = lambda share: None,
+) -> issuing.Teacher:
+    """What :func:`smark_jax.vault.issuing.issue` takes to issue copies that answer the model's probes.
+
+    Args:
+      model: one that was added with probes.
+      apply_fn: ``apply_fn(params, images) -> logits`` of the model's network.
+      pictures: training images, without labels; of the probes' shape.
+      on_share: called with the share of the copy at hand that is done, from 0 to 1.
+
+    Raises:
+      SmarkError: when the model has no probes, or as :func:`smark_jax.blackbox.train_copies`.
+    """
+    made, num_classes = load(model)
+    base = files.nest(model.base)
+    batch_size = min(_BATCH, len(pictures))
+    steps = _EPOCHS * (len(pictures) // batch_size)
+
+    def teach(copies: PyTree, words: np.ndarray) -> PyTree:
+        count = itertools.count(1)
+        return blackbox.train_copies(
+            copies,
+            base,
+            apply_fn,
+            pictures,
+            made,
+            words,
+            num_classes,
+            epochs=_EPOCHS,
+            batch_size=batch_size,
+            on_step=lambda: on_share(next(count) / (steps * len(words))),
+        ).params
+
+    return teach
+
+
+def there(model: models.OpenModel) -> bool:
+    """Whether a model was added with probes."""
+    return store.probes(model.vault.connection, model.name) is not None
+
+
+def _file_key(vault: folder.Vault, name: str) -> keys.SecretKey:
+    return keys.derive(vault.master, name, "probes file")
+
+
+def _path(vault: folder.Vault, name: str) -> Path:
+    return vault.folder / folder.MODELS / f"{name}.probes.npz"

@@ -1,0 +1,142 @@
+"""Reading a suspect's chips, as the owner does and an arbiter does again: layout, alignment, extraction."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from smark_jax import _validate, alignment, carriers, errors, extraction, files
+from smark_jax._types import ApplyFn, PyTree
+from smark_jax.vault import documents
+
+# Bundles say by which read-out chips were read: 1, which they did not say, had no bounds.
+_READOUT = 2
+
+
+class Aligner(NamedTuple):
+    """How suspects are aligned: what the caller named it, the base's pure network, and example images."""
+
+    name: str
+    apply_fn: ApplyFn
+    images: Any
+
+
+class Reading(NamedTuple):
+    """How a suspect is read; fixed before looking, or counted in ``tried``.
+
+    Attributes:
+      aligner: undo rewrites first.
+      rectify: as :func:`smark_jax.extraction.extract` takes it.
+      given: leaves whose place the caller states, as :func:`smark_jax.files.match_layout` takes them.
+    """
+
+    aligner: Aligner | None = None
+    rectify: bool = False
+    given: Mapping[str, str] = {}
+
+    @property
+    def document(self) -> documents.Reading:
+        """The reading as verdicts and evidence state it."""
+        name = self.aligner.name if self.aligner else None
+        return documents.Reading(name, dict(self.given), self.rectify, _READOUT)
+
+
+class Read(NamedTuple):
+    """A suspect's chips, and how they were read.
+
+    Attributes:
+      chips: float64, shape [m].
+      layout: leaves that had another name or layout.
+      alignment: its report.
+      coverage: how many weights were read, and which were not.
+      log_maps: natural logarithm of the maps that the given one was chosen from; p-values count them.
+      nothing: the chips that zeros in place of all weights that were read would give: those of the base alone.
+    """
+
+    chips: np.ndarray
+    layout: tuple[files.Move, ...]
+    alignment: str | None
+    coverage: extraction.Coverage
+    log_maps: float
+    nothing: np.ndarray | None = None
+
+
+def read(
+    leaves: Mapping[str, np.ndarray],
+    base: Mapping[str, np.ndarray],
+    mark: carriers.Mark,
+    reading: Reading,
+    control: bool = False,
+) -> Read:
+    """A suspect's chips: layout, alignment where it is asked for, extraction. Arbiters call it too.
+
+    With ``control``, zeros are read in the suspect's place as well.
+
+    Raises:
+      NothingMatched: when alignment finds that it is no copy of this base.
+      Undecided: when nothing can be said.
+      SmarkError: when the map given is no map, or contradicts content.
+    """
+    spec = carriers.with_ties(mark.spec, base)
+    mark = mark._replace(spec=spec)
+    layout = files.match_layout(*_once(leaves, base, spec), reading.given)
+    params: PyTree = files.nest(carriers.with_tied(layout.leaves, spec))
+    report = None
+    if reading.aligner:
+        aligned = alignment.align(params, files.nest(base), reading.aligner.apply_fn, reading.aligner.images)
+        params, report = _without(aligned.params, aligned.report.left_out), str(aligned.report)
+    original: PyTree = files.nest({leaf.path: base[leaf.path] for leaf in spec.leaves})
+    coverage = extraction.coverage(params, original, mark)
+    if not coverage.read:
+        expected = "weights that carry the fingerprint"
+        got = f"none of the base's {coverage.weights:,} carrying weights"
+        raise _validate.fail("trace", expected, got, f"{str(coverage).capitalize()}.", kind=errors.Undecided)
+    chips = extraction.extract(params, original, mark, reading.rectify)
+    nothing = base_alone(files.flatten(params), mark, original) if control else None
+    return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)
+
+
+def _once(
+    leaves: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], spec: carriers.Spec
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Suspect and base as :func:`files.match_layout` takes them: it cannot tell the places of a tied tensor apart.
+
+    Where the suspect has other names, both have each tied tensor once.
+    """
+    leaves = carriers.with_tied(leaves, spec)
+    tied = {name for leaf in spec.leaves for name in leaf.tied}
+    if tied <= leaves.keys():
+        return leaves, dict(base)
+    sizes = {base[name].size for name in tied}
+    first: dict[tuple[str, bytes], str] = {}
+    for name, leaf in leaves.items():
+        if leaf.size in sizes:
+            first.setdefault((str((leaf.shape, leaf.dtype)), leaf.tobytes()), name)
+    once = set(first.values())
+    kept = {name: leaf for name, leaf in leaves.items() if leaf.size not in sizes or name in once}
+    return kept, {name: leaf for name, leaf in base.items() if name not in tied}
+
+
+def base_alone(like: Mapping[str, np.ndarray], mark: carriers.Mark, original: PyTree | None = None) -> np.ndarray:
+    """The chips that zeros in place of these weights would give, float64, shape [m]: those of the base alone.
+
+    Args:
+      like: leaves; what is NaN or infinite in them is left out here too.
+      mark: the model's mark.
+      original: the base; ``like`` itself by default.
+    """
+    with np.errstate(invalid="ignore"):  # NaN stays NaN, and what is infinite becomes it
+        zeros = files.nest({name: leaf * 0 for name, leaf in like.items()})
+    original = files.nest({leaf.path: like[leaf.path] for leaf in mark.spec.leaves}) if original is None else original
+    return np.asarray(extraction.extract(zeros, original, mark), np.float64)
+
+
+def _without(params: PyTree, names: Sequence[str]) -> PyTree:
+    return files.nest({name: leaf for name, leaf in files.flatten(params).items() if name not in names})
+
+
+def maps_in_words(log_maps: float) -> str:
+    """How many maps of leaves a given one was chosen from."""
+    number = f"{round(math.exp(log_maps)):,}" if log_maps < math.log(1e6) else f"10^{log_maps / math.log(10):.1f}"
+    return f"the map given is one of {number} that content would allow: p-values count them all"
