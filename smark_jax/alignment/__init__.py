@@ -10,9 +10,10 @@ suspect and the base and at nothing else: an innocent's codeword cannot enter, s
 (aligning to a customer's own copy would break them).
 """
 
-from smark_jax.alignment.align import Alignment, Report, SpaceReport, align
+from smark_jax.alignment.align import align
 from smark_jax.alignment.graph import FIXED, Graph, Segment
 from smark_jax.alignment.graph import trace as trace_graph
+from smark_jax.alignment.report import Alignment, Report, SpaceReport
 
 __all__ = [
     "FIXED",

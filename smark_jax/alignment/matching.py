@@ -19,10 +19,6 @@ from smark_jax.alignment.graph import Graph
 _ROUNDS = 30
 _TOLERANCE = 1e-4
 _SWEEPS = 20
-_PARALLEL = 1e-2
-"""One minus the cosine between incoming weights below which two units are copies of one."""
-_DEAD = 1e-8
-"""Share of outgoing power, relative to an average unit's, below which a unit reaches nothing."""
 
 Leaves = dict[str, np.ndarray]
 
@@ -82,129 +78,6 @@ def balanced(graph: Graph, path: str, leaf: np.ndarray, sizes: Sequence[int]) ->
     for axis, factor in balance(graph, path, leaf, sizes).items():
         leaf = leaf * along(factor, axis, leaf.ndim)
     return leaf
-
-
-class Merged(NamedTuple):
-    """A suspect whose units with parallel incoming weights were added up.
-
-    Attributes:
-      leaves: by path; the units that were added to another have no outgoing weights any more.
-      alive: for each space, which units are left to be matched.
-      members: for each space, by unit, those that were added to it.
-    """
-
-    leaves: Leaves
-    alive: tuple[np.ndarray, ...]
-    members: tuple[dict[int, list[int]], ...]
-
-
-def merge_duplicates(graph: Graph, leaves: Leaves, sizes: Sequence[int]) -> Merged:
-    """Leaves out units that reach nothing, and adds up the outgoing weights of units with parallel incoming weights.
-
-    Only where a space is wider than the base's, and no more units than it is wider: a base may have such units of its
-    own. What a unit with incoming weights c w adds through its outgoing weights v is what a unit with w adds through
-    c v; after a normalisation, which takes c out again, the gain's ratio counts. That is good enough to match the sum;
-    :func:`smark_jax.alignment.align` then fits the factors. A split unit's copies are parallel only once the
-    parts before them are added up, so that spaces take turns.
-    """
-    leaves, alive = dict(leaves), [np.ones(size, bool) for size in sizes]
-    members: list[dict[int, list[int]]] = [{} for _ in sizes]
-    wide = [s for s, size in enumerate(sizes) if size > graph.sizes[s] and _consumers(graph, s) and _makers(graph, s)]
-    changed = True
-    while changed:
-        changed = False
-        for space in wide:
-            for first, second in _parallel(graph, leaves, space, sizes, alive[space]):
-                ratio = _ratio(graph, leaves, space, sizes, first, second)
-                alive[space][second] = False
-                members[space].setdefault(first, []).extend([second, *members[space].pop(second, [])])
-                for place in _consumers(graph, space):
-                    entries = graph.entries(*place, sizes)[space]
-                    leaf = np.moveaxis(leaves[place[0]].copy(), place[1], 0)
-                    leaf[entries[first]] += ratio * leaf[entries[second]]
-                    leaf[entries[second]] = 0
-                    leaves[place[0]] = np.moveaxis(leaf, 0, place[1])
-                changed = True
-            _bury(graph, leaves, space, sizes, alive[space])
-    return Merged(leaves, tuple(alive), tuple(members))
-
-
-def _makers(graph: Graph, space: int) -> list[tuple[str, int]]:
-    """Where a space's units have incoming weights."""
-    return [p for p in graph.places(space) if p not in graph.consumed and len(graph.shapes[p[0]]) > 1]
-
-
-def _consumers(graph: Graph, space: int) -> list[tuple[str, int]]:
-    """Where a space's units have outgoing weights."""
-    return [p for p in graph.places(space) if p in graph.consumed]
-
-
-def _bury(graph: Graph, leaves: Leaves, space: int, sizes: Sequence[int], alive: np.ndarray) -> None:
-    """Marks units whose outgoing weights are nothing beside the others', no more than the space is too wide."""
-    consumers = _consumers(graph, space)
-    power = [_flat(graph, leaves, place, space, sizes) for place in consumers]
-    power = [np.square(rows).sum(axis=1) / max(float(np.square(rows).sum()), 1e-30) for rows in power]
-    reach = np.sum(power, axis=0) * sizes[space]
-    weakest = np.flatnonzero(alive)[np.argsort(reach[alive], kind="stable")]
-    for unit in weakest[: int(alive.sum()) - graph.sizes[space]]:
-        alive[unit] = bool(reach[unit] > _DEAD)
-
-
-def _parallel(
-    graph: Graph, leaves: Leaves, space: int, sizes: Sequence[int], alive: np.ndarray
-) -> list[tuple[int, int]]:
-    """Disjoint pairs of units with parallel incoming weights in every kernel, the most alike first."""
-    _bury(graph, leaves, space, sizes, alive)
-    excess = int(alive.sum()) - graph.sizes[space]
-    if excess <= 0:
-        return []
-    rows = [_flat(graph, leaves, place, space, sizes) for place in _makers(graph, space)]
-    if not graph.normalised(space):  # a bias belongs to the direction
-        single = [p for p in graph.places(space) if len(graph.shapes[p[0]]) == 1]
-        rows = [np.concatenate([*rows, *(_flat(graph, leaves, p, space, sizes) for p in single)], axis=1)]
-    cosines = np.ones((sizes[space], sizes[space]), np.float32)
-    for row in rows:
-        norms = np.linalg.norm(row, axis=1, keepdims=True)
-        unit = row / np.where(norms > 0, norms, 1)
-        cosines = np.minimum(cosines, unit @ unit.T)
-    cosines[~alive] = cosines[:, ~alive] = -1
-    first, second = np.nonzero(np.triu(cosines > 1 - _PARALLEL, 1))
-    pairs: list[tuple[int, int]] = []
-    taken: set[int] = set()
-    for at in np.argsort(-cosines[first, second], kind="stable"):
-        pair = int(first[at]), int(second[at])
-        if taken.isdisjoint(pair) and len(pairs) < excess:
-            pairs.append(pair)
-            taken |= set(pair)
-    return pairs
-
-
-def _ratio(graph: Graph, leaves: Leaves, space: int, sizes: Sequence[int], first: int, second: int) -> float:
-    """By how much more one of two parallel units puts out than the other.
-
-    Without a normalisation, the ratio of their incoming weights. With one, the ratio of what follows it: a gain's and a
-    bias' entries. Mean and variance go with the kernel instead, with the ratio and its square.
-    """
-    norms = [
-        np.linalg.norm(_flat(graph, leaves, p, space, sizes)[[first, second]], axis=1) for p in _makers(graph, space)
-    ]
-    made = [float(b / a) if a > 0 else 1.0 for a, b in norms]
-    if not graph.normalised(space):
-        return made[0]
-    vectors = [leaves[p[0]] for p in graph.places(space) if len(graph.shapes[p[0]]) == 1]
-    where = [graph.entries(p[0], 0, sizes)[space] for p in graph.places(space) if len(graph.shapes[p[0]]) == 1]
-    ratios = []
-    for vector, entries in zip(vectors, where, strict=True):
-        a, b = float(vector[entries[first]].mean()), float(vector[entries[second]].mean())
-        if abs(a) > 1e-3 * float(np.abs(vector).mean()):
-            ratios.append(b / a)
-    free = [r for r in ratios if all(abs(r / m**power - 1) > 0.02 for m in made for power in (1, 2))]
-    return float(np.median(free or [1.0]))
-
-
-def _flat(graph: Graph, leaves: Leaves, place: tuple[str, int], space: int, sizes: Sequence[int]) -> np.ndarray:
-    """The slices of a space's units as rows, shape [units, entries]."""
-    return _slices(graph, leaves[place[0]], place, space, sizes).reshape(sizes[space], -1)
 
 
 def match(graph: Graph, suspect: Leaves, base: Leaves, sizes: Sequence[int], alive: Sequence[np.ndarray]) -> Match:
@@ -287,7 +160,7 @@ class _Search:
         signed = np.zeros_like(total)
         norm = 0.0
         for place in places:
-            ours = _slices(self.graph, self.ours[place[0]], place, space, self.graph.sizes).reshape(size, -1)
+            ours = slices(self.graph, self.ours[place[0]], place, space, self.graph.sizes).reshape(size, -1)
             products = [
                 ours @ self.carried(place, space, done, flips).reshape(self.sizes[space], -1).T
                 for flips in (True, False)[: 1 + any((done[s][1] < 0).any() for s in done if s != space)]
@@ -314,7 +187,7 @@ class _Search:
         for other in range(leaf.ndim):
             if other != axis and self.graph.spaces(path, other):
                 leaf = reorder(self.graph, leaf, (path, other), self.sizes, done, flips)
-        return _slices(self.graph, leaf, place, space, self.sizes)
+        return slices(self.graph, leaf, place, space, self.sizes)
 
 
 def reorder(
@@ -348,7 +221,7 @@ def _fixed(graph: Graph, place: tuple[str, int], sizes: Sequence[int]) -> np.nda
     return np.flatnonzero(everything)
 
 
-def _slices(graph: Graph, leaf: np.ndarray, place: tuple[str, int], space: int, sizes: Sequence[int]) -> np.ndarray:
+def slices(graph: Graph, leaf: np.ndarray, place: tuple[str, int], space: int, sizes: Sequence[int]) -> np.ndarray:
     """The slices of a space's units along an axis, shape [units, entries of each, ...]."""
     path, axis = place
     return np.moveaxis(leaf, axis, 0)[graph.entries(path, axis, sizes)[space]]

@@ -1,0 +1,88 @@
+"""What alignment hands back: the aligned suspect and a report, or the reason why there is none."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
+
+from smark_jax import _validate, errors
+from smark_jax._types import PyTree
+
+Refusal = TypeVar("Refusal", errors.NothingMatched, errors.Undecided)
+
+
+class SpaceReport(NamedTuple):
+    """What happened to one set of interchangeable channels.
+
+    Attributes:
+      places: path and axis of its entries, as ``"path[axis]"``.
+      units: of the base.
+      suspect_units: of the suspect.
+      matched: how many of the base's were found.
+      moved: how many of these stood elsewhere.
+    """
+
+    places: tuple[str, ...]
+    units: int
+    suspect_units: int
+    matched: int
+    moved: int
+
+
+class Report(NamedTuple):
+    """What alignment found.
+
+    Attributes:
+      spaces: each set of interchangeable channels.
+      similarity: cosine between the aligned suspect's kernels and the base's, weighted by size; 1 for the base itself.
+      similarities: that of each kernel.
+      scale_range: smallest and largest factor that was taken out of a channel's weights.
+      from_base: leaves that told nothing and were taken from the base: they read as unchanged.
+      renamed: the suspect's name of each leaf that has another one.
+      unfollowed: operations that the pass over the network could not follow; channels they touch were left alone.
+      left_out: leaves that the suspect lacks, or has in a shape that no width explains; the base's stand there.
+    """
+
+    spaces: tuple[SpaceReport, ...]
+    similarity: float
+    similarities: Mapping[str, float]
+    scale_range: tuple[float, float]
+    from_base: tuple[str, ...]
+    renamed: Mapping[str, str]
+    unfollowed: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        units, theirs = sum(s.units for s in self.spaces), sum(s.suspect_units for s in self.spaces)
+        matched, moved = sum(s.matched for s in self.spaces), sum(s.moved for s in self.spaces)
+        lines = [
+            f"{matched} of {units} channels matched, {moved} of them moved, {theirs - matched} others left out; "
+            f"similarity {self.similarity:.3f}; scales {self.scale_range[0]:.3g} to {self.scale_range[1]:.3g}"
+        ]
+        lines += [f"renamed: {theirs} is {ours}" for ours, theirs in self.renamed.items()]
+        lines += [f"taken from the base: {', '.join(self.from_base)}"] if self.from_base else []
+        lines += [f"left out: {', '.join(self.left_out)}"] if self.left_out else []
+        lines += [f"not followed: {', '.join(self.unfollowed)}"] if self.unfollowed else []
+        return "\n".join(lines)
+
+
+class Alignment(NamedTuple):
+    """An aligned suspect.
+
+    Attributes:
+      params: the suspect's weights in the base's structure, order and scale.
+      report: what was found.
+    """
+
+    params: PyTree
+    report: Report
+
+
+def undecided(expected: str, got: str, cause: str, attempt: Alignment | None = None) -> errors.Undecided:
+    """An error that says why alignment cannot tell; ``attempt`` is the best it found."""
+    return refused(errors.Undecided, expected, got, cause, attempt)
+
+
+def refused(kind: type[Refusal], expected: str, got: str, cause: str, attempt: Alignment | None) -> Refusal:
+    """An error of alignment; ``attempt`` is the best it found."""
+    refusal = _validate.fail("align", expected, got, cause, kind=kind)
+    refusal.attempt = attempt
+    return refusal

@@ -1,0 +1,196 @@
+"""The suspect's leaves in the base's order, scale and sign, once it is known which unit is which."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from smark_jax.alignment import duplicates, matching
+from smark_jax.alignment.graph import Graph
+from smark_jax.alignment.matching import Leaves
+
+ALIKE = 0.2
+"""Cosine between a leaf and the base's below which it tells nothing about copies of the base; chance is near 0."""
+_REFITS = 5
+_CLOSE = 0.5
+"""Distance of a bias or a statistic from the base's, relative to its norm, above which it tells nothing."""
+
+
+def read(
+    graph: Graph,
+    leaves: Leaves,
+    merged: duplicates.Merged,
+    ours: Leaves,
+    sizes: Sequence[int],
+    match: matching.Match,
+) -> tuple[Leaves, dict[str, Any]]:
+    """The suspect's leaves in the base's order and scale, and what the report says of them."""
+    done = {space: both for space, both in enumerate(zip(match.units, match.signs, strict=True))}
+    kernels = set(matching.kernels(graph))
+    aligned: Leaves = {}
+    similarities: dict[str, float] = {}
+    scales: dict[int, list[np.ndarray]] = {space: [] for space in done}
+    from_base: list[str] = []
+    lowest, highest = 1.0, 1.0
+    for path, mine in ours.items():
+        leaf, present = merged.leaves[path], np.ones(mine.shape, bool)
+        for axis in range(mine.ndim):
+            if graph.spaces(path, axis):
+                leaf = matching.reorder(graph, leaf, (path, axis), sizes, done)
+                for space, entries in graph.entries(path, axis, graph.sizes).items():
+                    gone = entries[match.units[space] < 0].reshape(-1)
+                    np.moveaxis(present, axis, 0)[gone] = False
+        if path in kernels:
+            leaf, factors = _unscaled(graph, path, leaf, leaves[path], mine, sizes, merged, match)
+            for axis, factor in factors.items():
+                for space, entries in graph.entries(path, axis, graph.sizes).items():
+                    scales[space].append(1 / factor[entries[:, 0]])
+                    some = np.abs(factor[entries[:, 0]][match.units[space] >= 0])
+                    lowest, highest = min(lowest, *(1 / some)), max(highest, *(1 / some))
+        aligned[path] = np.where(present, leaf, mine).astype(mine.dtype)
+        if mine.ndim > 1:
+            norms = float(np.linalg.norm(leaf)) * float(np.linalg.norm(mine))
+            similarities[path] = float(np.vdot(leaf, mine)) / norms if norms > 0 else 0.0
+            if similarities[path] < ALIKE and norms > 0:
+                from_base.append(path)
+    for path, mine in ours.items():
+        if mine.ndim == 1 and graph.spaces(path, 0):
+            aligned[path], far = _vector(graph, path, aligned[path], mine, scales)
+            from_base += [path] if far else []
+    weights = [ours[path].size for path in similarities]
+    similarity = float(np.average(list(similarities.values()), weights=weights)) if weights else 1.0
+    if similarity >= ALIKE:
+        aligned |= {path: ours[path] for path in from_base}
+    return aligned, {
+        "similarity": similarity,
+        "similarities": similarities,
+        "scale_range": (float(lowest), float(highest)),
+        "from_base": tuple(from_base),
+    }
+
+
+def _unscaled(
+    graph: Graph,
+    path: str,
+    leaf: np.ndarray,
+    raw: np.ndarray,
+    mine: np.ndarray,
+    sizes: Sequence[int],
+    merged: duplicates.Merged,
+    match: matching.Match,
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """A kernel in the base's scale, its split units added up, and by axis what each entry was multiplied with."""
+    splits = [a for a in range(mine.ndim) if (path, a) in graph.consumed and _split(graph, path, a, merged, match)]
+    factors = {a: np.ones(mine.shape[a], np.float32) for a in range(mine.ndim) if graph.spaces(path, a)}
+    for _ in range(_REFITS if splits else 1):  # scales and sums depend on each other
+        for axis, factor in _factors(graph, path, leaf, mine, match).items():
+            factors[axis] = factors[axis] * factor
+            leaf = leaf * matching.along(factor, axis, leaf.ndim)
+        for axis in splits:
+            leaf = _refit(graph, leaf, raw, mine, (path, axis), sizes, merged, match, factors)
+    return leaf, factors
+
+
+def _split(
+    graph: Graph, path: str, axis: int, merged: duplicates.Merged, match: matching.Match
+) -> dict[int, list[int]]:
+    """By space, the base's units to which several of the suspect's belong."""
+    found = {
+        s: [b for b, u in enumerate(match.units[s]) if int(u) in merged.members[s]] for s in graph.spaces(path, axis)
+    }
+    return {space: units for space, units in found.items() if units}
+
+
+def _factors(
+    graph: Graph, path: str, leaf: np.ndarray, mine: np.ndarray, match: matching.Match
+) -> dict[int, np.ndarray]:
+    """By axis, what each entry is multiplied with to have the base's scale and sign."""
+    theirs = matching.balance(graph, path, leaf, graph.sizes)
+    base = matching.balance(graph, path, mine, graph.sizes)
+    product = leaf * mine
+    for factors in (theirs, base):
+        for axis, factor in factors.items():
+            product = product * matching.along(factor, axis, leaf.ndim)
+    plain = {axis: np.ones(mine.shape[axis], np.float32) for axis in theirs}
+    flipped = {axis: sign.copy() for axis, sign in plain.items()}
+    for axis, sign in flipped.items():
+        for space, entries in graph.entries(path, axis, graph.sizes).items():
+            sign[entries] = match.signs[space][:, None]
+    signs = max((_signs(graph, path, product, start) for start in (plain, flipped)), key=lambda both: both[1])[0]
+    return {axis: theirs[axis] / base[axis] * signs[axis] for axis in theirs}
+
+
+def _refit(
+    graph: Graph,
+    leaf: np.ndarray,
+    raw: np.ndarray,
+    mine: np.ndarray,
+    place: tuple[str, int],
+    sizes: Sequence[int],
+    merged: duplicates.Merged,
+    match: matching.Match,
+    factors: Mapping[int, np.ndarray],
+) -> np.ndarray:
+    """The aligned leaf, the outgoing weights of split units added up with the factors that come closest to the base's.
+
+    What a unit's parts contribute depends on what stands between them and this kernel; the base's own weights tell.
+    """
+    path, axis = place
+    ours, theirs = graph.entries(path, axis, graph.sizes), graph.entries(path, axis, sizes)
+    done = dict(enumerate(zip(match.units, match.signs, strict=True)))
+    for other, factor in factors.items():
+        if other != axis:
+            raw = matching.reorder(graph, raw, (path, other), sizes, done)
+            raw = raw * matching.along(factor, other, raw.ndim)
+    raw, target, leaf = np.moveaxis(raw, axis, 0), np.moveaxis(mine, axis, 0), np.moveaxis(leaf, axis, 0).copy()
+    for space, units in _split(graph, path, axis, merged, match).items():
+        for unit in units:
+            first = int(match.units[space][unit])
+            parts = np.stack([raw[theirs[space][u]] for u in (first, *merged.members[space][first])])
+            wanted = target[ours[space][unit]]
+            weights, *_ = np.linalg.lstsq(parts.reshape(len(parts), -1).T, wanted.reshape(-1), rcond=1e-6)
+            leaf[ours[space][unit]] = np.tensordot(weights.astype(np.float32), parts, 1)
+    return np.moveaxis(leaf, 0, axis)
+
+
+def _signs(
+    graph: Graph, path: str, product: np.ndarray, start: dict[int, np.ndarray]
+) -> tuple[dict[int, np.ndarray], float]:
+    """Signs of channels under which suspect and base agree best, by turns, and how well they agree."""
+    signs = dict(start)
+    total = 0.0
+    for axis in (*signs, *signs):
+        weighted = product
+        for other in set(signs) - {axis}:
+            weighted = weighted * matching.along(signs[other], other, product.ndim)
+        sums = weighted.sum(axis=tuple(a for a in range(product.ndim) if a != axis))
+        sign = np.ones_like(signs[axis])
+        for entries in graph.entries(path, axis, graph.sizes).values():
+            sign[entries] = np.where(sums[entries].sum(axis=1) < 0, -1, 1)[:, None]
+        signs[axis] = sign
+        total = float((sign * sums).sum())
+    return signs, total
+
+
+def _vector(
+    graph: Graph, path: str, leaf: np.ndarray, mine: np.ndarray, scales: Mapping[int, list[np.ndarray]]
+) -> tuple[np.ndarray, bool]:
+    """A bias, gain or statistic in the base's scale: divided by the power of a kernel's scales that fits best.
+
+    A bias scales as its kernel does, a variance as its square, a gain perhaps not at all.
+    """
+    fits = [leaf]
+    entries = graph.entries(path, 0, graph.sizes)
+    if len(entries) == 1:
+        ((space, where),) = entries.items()
+        for scale in scales[space]:
+            for power in (1, 2, -1):
+                factor = np.ones_like(mine)
+                factor[where] = (scale**power)[:, None]
+                fit = leaf / factor
+                size = float(np.vdot(fit, fit))
+                # A kernel's incoming and outgoing scales are known up to a common factor: it is fitted.
+                fits.append(fit * (float(np.vdot(fit, mine)) / size) if size > 0 else fit)
+    best = min(fits, key=lambda fit: float(np.linalg.norm(fit - mine)))
+    norm = float(np.linalg.norm(mine))
+    return best, norm > 0 and float(np.linalg.norm(best - mine)) > _CLOSE * norm
