@@ -4,6 +4,7 @@ Each call is one occasion: the bound alpha covers all its suspects together (and
 tried, ``tried``), not other occasions. A verdict says how many occasions there were for its model so far.
 """
 
+import functools
 import importlib.metadata
 import math
 import warnings
@@ -209,15 +210,15 @@ def _trace(
     asked: np.ndarray | None,
     on_progress: Callable[[int, int], None],
 ) -> tuple[tracing.Verdict, ...]:
-    counts: Any = {"num_alignments": tried, "log_maps": log_maps, "on_progress": on_progress}
+    trace = functools.partial(tracing.trace_batch, num_alignments=tried, log_maps=log_maps, on_progress=on_progress)
     if asked is None and serials == list(range(len(serials))):
         key = models.code_key(model.vault, model.name)
         book = model.code.book(key, len(serials), model.settings.num_chips)
-        return tracing.trace_batch(chips, book, alpha, model.decoder, **counts)
+        return trace(chips, book, alpha, model.decoder)
     columns = slice(None) if asked is None else asked
     blocks = (serials[start : start + _WORDS_PER_BLOCK] for start in range(0, len(serials), _WORDS_PER_BLOCK))
     words = np.concatenate([model.words(some)[:, columns] for some in blocks])
-    return tracing.trace_batch(chips[:, columns], words, alpha, model.decoder, serials=serials, **counts)
+    return trace(chips[:, columns], words, alpha, model.decoder, serials=serials)
 
 
 def _judged(row: Suspect, found: tracing.Verdict, chips: np.ndarray, names: Mapping[int, str]) -> Judged:
