@@ -51,9 +51,9 @@ def test_fine_tune_lowers_the_loss_and_calls_back():
         epochs=20,
         batch_size=5,
         learning_rate=0.05,
-        on_step=lambda: steps.append(1),
+        on_progress=lambda done, total, loss: steps.append((done, total)),
     )
-    assert len(steps) == 40
+    assert steps == [(done, 40) for done in range(1, 41)]
 
     def loss(p):
         return float(parallel.cross_entropy(apply_linear(p, images[0]), labels[0]))

@@ -31,7 +31,7 @@ import time_stamps
 from PIL import Image
 
 from experiments.crash import kills
-from smark_jax import alignment, attacks, blackbox, cli, codes, data, files, keys, models, vault
+from smark_jax import alignment, attacks, blackbox, cli, codes, data, files, keys, models, training, vault
 from smark_jax.vault import crypto
 from smark_jax.vault import models as vault_models
 from smark_jax.vault import probes as vault_probes
@@ -105,17 +105,11 @@ def base(tmp_path_factory):
     apply_fn, params = models.apply_fn(network), models.init(network, jax.random.key(0), (28, 28, 1))
     optimizer = optax.adam(2e-3)
 
-    @jax.jit
-    def step(params, state, x, y):
-        loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(apply_fn(p, x), y).mean()  # noqa: E731
-        updates, state = optimizer.update(jax.grad(loss)(params), state)
-        return optax.apply_updates(params, updates), state
+    def loss(params, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(apply_fn(params, x), y).mean()
 
-    state = optimizer.init(params)
-    order = np.random.default_rng(0).permutation(len(train.labels))
-    for start in range(0, len(order) - 63, 64):
-        index = order[start : start + 64]
-        params, state = step(params, state, train.images[index], train.labels[index])
+    batches = training.minibatches((train.images, train.labels), batch_size=64, epochs=1, seed=0)
+    params = training.minimise(loss, optimizer, training.begin(params, optimizer), batches)[0].params
     test = data.load("mnist_5k", "test")
     assert models.accuracy(apply_fn, params, test.images, test.labels) > 0.85
     return params

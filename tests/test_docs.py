@@ -6,6 +6,7 @@ what it prints. Two HTML comments, which readers do not see, change that: ``<!--
 """
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -100,6 +101,14 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
     pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.parts[-2:] != (ROOT.name, "README.md")}
     assert set(re.findall(r"\S+\.md", navigation)) == pages
+
+
+def test_a_page_shows_the_file_that_the_demo_runs():
+    from smark_jax.cli import _demo
+
+    shown = re.findall(r'^--8<-- "(.+)"$', (ROOT / "docs" / "demo.md").read_text(), flags=re.MULTILINE)
+    assert [ROOT / path for path in shown] == [Path(_demo.__file__)]
+    assert "pymdownx.snippets" in (ROOT / "mkdocs.yml").read_text()
 
 
 def test_the_reference_has_every_command():

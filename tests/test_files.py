@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smark_jax import errors, files, models
-from smark_jax.files import _torch
+from smark_jax.files import _torch, formats
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 PLAIN = [np.dtype(name) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")]
@@ -126,6 +126,39 @@ def test_content_hash_is_of_the_content_alone(tmp_path):
     assert files.content_hash({"a/b": kernel.astype(">f4").copy(order="F")}) == expected
     others = [{"a/c": kernel}, {"a/b": kernel.reshape(4)}, {"a/b": kernel.view("<i4")}, {"a/b": kernel + 1}]
     assert len({files.content_hash(other) for other in others} | {expected}) == 5
+
+
+def test_a_new_format_is_one_entry(tmp_path, monkeypatch):
+    """Text like ``w 1 2 3``, asked for before msgpack; it bounds what it reads, and writes too."""
+
+    def read(content, max_bytes):
+        name, *values = content.decode().split()
+        return {name: np.array(values, np.float32)}
+
+    def write(file, leaves, like):
+        text = " ".join(["w", *map(str, leaves["w"])]).encode()
+        file.write(text)
+        return hashlib.sha256(text).hexdigest()
+
+    lines = formats.Format("line", lambda content: content.startswith(b"w "), read, write)
+    monkeypatch.setattr(formats, "FORMATS", (lines, *formats.FORMATS))
+    path = tmp_path / "weights"
+    path.write_bytes(b"w 1 2 3")
+    found = files.read(path)
+    assert found.format == "line"
+    np.testing.assert_array_equal(found.leaves["w"], [1, 2, 3])
+    with path.open("wb") as file:
+        digest = formats.writer("line")(file, {"w": found.leaves["w"] + 1}, None)
+    assert files.read(path).sha256 == digest
+    np.testing.assert_array_equal(files.read(path).leaves["w"], [2, 3, 4])
+
+
+def test_each_format_is_asked_in_an_order_in_which_no_other_takes_its_files():
+    names = [format.name for format in formats.FORMATS]
+    assert len(set(names)) == len(names)
+    assert names.index("torch") < names.index("npz")
+    assert names[-1] == "msgpack"
+    assert [format.name for format in formats.FORMATS if format.write] == ["safetensors"]
 
 
 def test_flatten_and_nest_are_inverse_and_refuse_what_has_no_name():

@@ -36,7 +36,7 @@ def tiny_networks(monkeypatch):
     monkeypatch.setitem(common.DATA, "mnist_5k", small)
     train, test = data.load("mnist_5k", "train[:128]"), data.load("mnist_5k", "test[:100]")
 
-    def untrained(network, config, seed, on_step=lambda: None):
+    def untrained(network, config, seed, on_progress=None):
         apply_fn, base = models.apply_fn(network), models.init(network, jax.random.key(seed), train.images.shape[1:])
         return networks.Subject(apply_fn, apply_fn, base, train.images, train.labels, test.images, test.labels)
 

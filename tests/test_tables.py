@@ -5,7 +5,7 @@ import re
 import pytest
 import terminal
 
-from smark_jax.cli import _common, _demo
+from smark_jax.cli import _common, _demo, _demo_show
 
 WIDTHS = [40, 60, 80, 120, None]  # None: into a pipe, where nobody says how wide it is
 
@@ -35,7 +35,7 @@ def result(customers: int = 20, accused: dict[int, list[int]] | None = None) -> 
 
 
 def demo_table(tmp_path, **changes):
-    return lambda: _demo._print(_common.out, _demo.Config(tmp_path, 4, 20, 15, 0), result(**changes))
+    return lambda: _demo_show.table(_common.out, _demo.Config(tmp_path, 4, 20, 15, 0), result(**changes))
 
 
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)

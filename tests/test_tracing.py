@@ -178,7 +178,9 @@ def test_a_shortlist_gives_what_the_whole_codebook_gives(monkeypatch):
     whole = tracing.trace(y, book)
     monkeypatch.setattr(tracing.scoring, "_SHORTLIST_CHIPS", 500 * M)
     monkeypatch.setattr(tracing.scoring, "_ROWS_PER_CALL", 3000)
-    short = tracing.trace(y, book)
+    told = []
+    short = tracing.trace(y, book, on_progress=lambda done, total: told.append((done, total)))
+    assert told == [(min(done, 20_000), 20_000) for done in range(3000, 23_000, 3000)]
     assert {a.serial for a in short.accused} == guilty
     assert [(a.serial, round(a.statistic, 4)) for a in short.accused] == [
         (a.serial, round(a.statistic, 4)) for a in whole.accused

@@ -1,5 +1,7 @@
 """Other ways to hide the same bits, for comparison: spread spectrum, and an encoder and a decoder that are learned."""
 
+from collections.abc import Iterator
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from smark_jax import _batches, carriers, keys
+from smark_jax import _batches, carriers, keys, training
 from smark_jax._types import PyTree
 from smark_jax.blackbox import PAYLOAD_BITS
 
@@ -65,7 +67,7 @@ class _Decoder(nn.Module):
 
 
 def learned(
-    training: np.ndarray, images: np.ndarray, payload: np.ndarray, steps: int, seed: int
+    training_images: np.ndarray, images: np.ndarray, payload: np.ndarray, steps: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Marked images and the bits read from them, after ``steps`` of joint training on other images."""
     encoder, decoder = _Encoder(), _Decoder()
@@ -87,17 +89,14 @@ def learned(
         wrong = optax.sigmoid_binary_cross_entropy(read(params, marked + rounding), bits).mean()
         return wrong + 0.002 * jnp.square(marked - x).mean()
 
-    @jax.jit
-    def step(params: PyTree, state: PyTree, x: Array, bits: Array, rounding: Array) -> tuple[PyTree, PyTree]:
-        updates, state = optimizer.update(jax.grad(loss)(params, x, bits, rounding), state, params)
-        return optax.apply_updates(params, updates), state
+    def drawn() -> Iterator[tuple[np.ndarray, ...]]:
+        rng = np.random.default_rng(seed)
+        for _ in range(steps):
+            x = training_images[rng.choice(len(training_images), _BATCH)].astype(np.float32)
+            bits = rng.integers(0, 2, (_BATCH, PAYLOAD_BITS)).astype(np.float32)
+            yield x, bits, rng.uniform(-0.5, 0.5, x.shape).astype(np.float32)
 
-    rng, state = np.random.default_rng(seed), optimizer.init(params)
-    for _ in range(steps):
-        x = training[rng.choice(len(training), _BATCH)].astype(np.float32)
-        drawn = rng.integers(0, 2, (_BATCH, PAYLOAD_BITS)).astype(np.float32)
-        rounding = rng.uniform(-0.5, 0.5, x.shape).astype(np.float32)
-        params, state = step(params, state, x, drawn, rounding)
+    params = training.minimise(loss, optimizer, training.begin(params, optimizer), drawn())[0].params
     marked = _batches.apply(
         jax.jit(lambda x, bits: jnp.round(mark(params, x.astype(jnp.float32), bits)).astype(jnp.uint8)),
         _BATCH,

@@ -60,7 +60,7 @@ class _Owner:
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     size = config.train_images or 4000
     meter.start(networks.steps(config.epochs, size))
-    subject = networks.train(models.CNN(), seed, config.epochs, lambda: meter.step("the base"), config.train_images)
+    subject = networks.train(models.CNN(), seed, config.epochs, lambda *_: meter.step("the base"), config.train_images)
     owner = _owner(subject, config, seed)
     each = (config.teaching_epochs + config.attack_epochs) * (size // 64)
     tasks = config.copies * each + max(config.copies, 5) * config.teaching_epochs * (size // 64)
@@ -82,7 +82,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
             epochs=config.teaching_epochs,
             probe_weight=config.probe_weight,
             seed=seed + number,
-            on_step=lambda: meter.step(f"teach copy {number}"),
+            on_progress=lambda *_: meter.step(f"teach copy {number}"),
         )
         seconds = time.perf_counter() - began
         return jax.tree.map(lambda x: x[0], found.params), float(found.agreement[0]), seconds
@@ -159,7 +159,7 @@ def _copy(owner: _Owner, taught: Callable, number: int, config: Config, seed: in
         subject.labels,
         epochs=config.attack_epochs,
         seed=seed + 100 + number,
-        on_step=lambda: meter.step(f"fine-tune copy {number}"),
+        on_progress=lambda *_: meter.step(f"fine-tune copy {number}"),
     )
     suspects: dict[str, tuple[PyTree, Callable]] = {
         "none": (copy, lambda x: x),
@@ -208,7 +208,7 @@ def _distilled(
             models.init(models.CNN(), jax.random.key(seed + 50 + number), subject.images.shape[1:]),
             epochs=max(1, config.distillation_epochs * len(subject.images) // len(shown)),
             seed=seed + number,
-            on_step=lambda: meter.step(f"distil copy {number}"),
+            on_progress=lambda *_: meter.step(f"distil copy {number}"),
         )
         row = _trace(owner, student, (owner.serials[number],))
         found.append({"shown": name, "accuracy": subject.accuracy(student), **row})
@@ -270,7 +270,7 @@ def _cost(owner: _Owner, config: Config, seed: int) -> dict[str, float]:
             epochs=1,
             at_once=at_once,
             seed=seed,
-            on_step=lambda ticks=ticks: ticks.append(time.perf_counter()),
+            on_progress=lambda *_, ticks=ticks: ticks.append(time.perf_counter()),
         )
         found[f"{name}_step_seconds"] = float(np.median(np.diff(ticks))) / at_once
     return found

@@ -47,7 +47,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     key, rng = _key(seed), np.random.default_rng(seed)
     kinds = images.kinds(dict(config.counts), seed)
     meter.start(networks.steps(config.epochs, config.train_images or 4000))
-    train = lambda: meter.step("train the classifier")  # noqa: E731
+    train = lambda *_: meter.step("train the classifier")  # noqa: E731
     subject = networks.train(models.CNN(), seed, config.epochs, train, config.train_images)
     labels = subject.test_labels[: len(kinds[_DIGITS])]
 

@@ -57,7 +57,13 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     meter.start(steps + sum(case.colluders + len(case.attacks) for case in config.cases))
     start = models.init(network, jax.random.key(seed), images.shape[1:])
     base = attacks.fine_tune(
-        start, apply_fn, images, labels, epochs=config.epochs, seed=seed, on_step=lambda: meter.step("train base")
+        start,
+        apply_fn,
+        images,
+        labels,
+        epochs=config.epochs,
+        seed=seed,
+        on_progress=lambda *_: meter.step("train base"),
     )
     base_accuracy = accuracy(base)
     cases = []

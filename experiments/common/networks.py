@@ -1,6 +1,5 @@
 """The networks under attack, trained on digits, and what every section asks of them."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -11,7 +10,7 @@ import optax
 from jax import Array
 
 from experiments.common import sections
-from smark_jax import _batches, data, keys, models, parallel
+from smark_jax import data, keys, models, parallel, training
 from smark_jax._types import ApplyFn, PyTree
 
 CUSTOMERS = 10**6
@@ -58,7 +57,7 @@ def train(
     network: nn.Module,
     seed: int,
     epochs: int,
-    on_step: Callable[[], None] = lambda: None,
+    on_progress: training.OnProgress | None = None,
     train_images: int | None = None,
     dataset: str = "mnist_5k",
 ) -> Subject:
@@ -77,18 +76,16 @@ def train(
             logits, new = network.apply({"params": params, **rest}, x, train=True, mutable=["batch_stats"])
         return parallel.cross_entropy(logits, y), new  # pyright: ignore[reportArgumentType]
 
-    @jax.jit
-    def step(params: PyTree, rest: PyTree, state: optax.OptState, x: Array, y: Array) -> tuple[PyTree, ...]:
-        gradient, rest = jax.grad(loss, has_aux=True)(params, rest, x, y)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), rest, state
-
     params, rest = variables.pop("params"), variables
-    state, rng = optimizer.init(params), np.random.default_rng(seed)
-    for _ in range(epochs):
-        for index in _batches.shuffled(rng, len(images), 64):
-            params, rest, state = step(params, rest, state, images[index], labels[index])
-            on_step()
+    state, _ = training.minimise(
+        loss,
+        optimizer,
+        training.begin(params, optimizer, carried=rest),
+        training.minibatches((images, labels), batch_size=64, epochs=epochs, seed=seed),
+        total=training.num_batches(len(images), 64, epochs),
+        on_progress=on_progress,
+    )
+    params, rest = state.params, state.carried
     base = {"params": params, **rest} if statistics else params
     return Subject(
         models.apply_fn(network),

@@ -1,7 +1,7 @@
 """What the sections share: data sets and their networks, intervals, secrets, and what a read-out says."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +11,7 @@ from jax import Array
 from scipy import stats
 
 from experiments.common import networks, sections
-from smark_jax import codes, data, keys, models, statistics, tracing
+from smark_jax import codes, data, keys, models, statistics, tracing, training
 
 ALPHA = 1e-6
 
@@ -56,9 +56,11 @@ def steps(dataset: str, epochs: int, train_images: int | None) -> int:
     return networks.steps(epochs, len(data.load(dataset, "train").labels[:train_images]))
 
 
-def train(network: nn.Module, config: Any, seed: int, on_step: Callable[[], None] = lambda: None) -> networks.Subject:
+def train(
+    network: nn.Module, config: Any, seed: int, on_progress: training.OnProgress | None = None
+) -> networks.Subject:
     """A base model on the data set, for the epochs and with the images that the section's configuration says."""
-    return networks.train(network, seed, config.epochs, on_step, config.train_images, config.data)
+    return networks.train(network, seed, config.epochs, on_progress, config.train_images, config.data)
 
 
 def secret(seed: int, *names: str) -> keys.SecretKey:

@@ -79,7 +79,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         """Number -1 is for tuning: other secrets, another base."""
         own = seed + 1000 * number if number >= 0 else seed + 999
         network = common.DATA[config.data].with_norms
-        subject = common.train(network, config, own, lambda: meter.step("a base"))
+        subject = common.train(network, config, own, lambda *_: meter.step("a base"))
         return schemes.World(
             subject,
             trained(subject.apply_fn),
@@ -94,7 +94,9 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     def stranger(number: int) -> Subject:
         """A model of the same kind that somebody else trained."""
         own = seed + 1000 * number + 500
-        return common.train(common.DATA[config.data].with_norms, config, own, lambda: meter.step("an unrelated model"))
+        return common.train(
+            common.DATA[config.data].with_norms, config, own, lambda *_: meter.step("an unrelated model")
+        )
 
     @functools.cache
     def unmarked() -> list[Params]:

@@ -73,7 +73,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
 def _base(config: Config, seed: int, number: int, meter: sections.Meter) -> dict[str, Any]:
     """One base model and its copies at every length and strength."""
     own = seed + 1000 * number
-    subject = common.train(common.DATA[config.data].network, config, own, lambda: meter.step(f"base {number}"))
+    subject = common.train(common.DATA[config.data].network, config, own, lambda *_: meter.step(f"base {number}"))
     base = subject.base
     cells = []
     for length in config.lengths:

@@ -31,7 +31,19 @@ from scipy import stats
 from experiments.common import comparators
 from experiments.common.networks import Subject
 from experiments.paper import common
-from smark_jax import alignment, carriers, codes, embedding, errors, extraction, keys, losses, parallel, tracing
+from smark_jax import (
+    alignment,
+    carriers,
+    codes,
+    embedding,
+    errors,
+    extraction,
+    keys,
+    losses,
+    parallel,
+    tracing,
+    training,
+)
 
 Params = Any
 Aim = dict[str, Array]
@@ -82,24 +94,18 @@ def trainer(apply_fn: Callable, loss: Callable[[Params, Aim], Array]) -> Callabl
     """
     optimizer = optax.adam(1e-3)
 
-    @jax.jit
-    def step(params: Params, state: Any, x: Array, y: Array, weight: Array, aim: Aim) -> tuple[Params, Any]:
-        def total(p: Params) -> Array:
-            return parallel.cross_entropy(apply_fn(p, x), y) + weight * loss(p, aim)
-
-        updates, state = optimizer.update(jax.grad(total)(params), state, params)
-        return optax.apply_updates(params, updates), state
+    def total(params: Params, x: Array, y: Array, weight: Array, aim: Aim) -> Array:
+        return parallel.cross_entropy(apply_fn(params, x), y) + weight * loss(params, aim)
 
     def run(
         params: Params, images: np.ndarray, labels: np.ndarray, epochs: int, seed: int, weight: float, aim: Aim
     ) -> Params:
-        state, rng, size = optimizer.init(params), np.random.default_rng(seed), min(64, len(images))
-        for _ in range(epochs):
-            order = rng.permutation(len(images))
-            for start in range(0, len(images) - size + 1, size):
-                index = order[start : start + size]
-                params, state = step(params, state, images[index], labels[index], jnp.float32(weight), aim)
-        return params
+        size = min(64, len(images))
+        batches = training.minibatches((images, labels), batch_size=size, epochs=epochs, seed=seed)
+        arguments = (jnp.float32(weight), aim)
+        return training.minimise(total, optimizer, training.begin(params, optimizer), batches, arguments=arguments)[
+            0
+        ].params
 
     return run
 

@@ -47,7 +47,7 @@ _DAMAGE = {
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     meter.start(common.steps(config.data, config.epochs, config.train_images) + len(_DAMAGE) * config.copies)
-    subject = common.train(common.DATA[config.data].network, config, seed, lambda: meter.step("the base"))
+    subject = common.train(common.DATA[config.data].network, config, seed, lambda *_: meter.step("the base"))
     base = subject.base
     key = common.secret(seed, "uniqueness")
     mark = carriers.mark(key, base, config.num_chips)

@@ -167,7 +167,7 @@ def removals(subject: Subject, seed: int, most_epochs: int, strength: float) -> 
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     meter.start(networks.steps(config.epochs, config.train_images or 4000))
-    train = lambda: meter.step("train the base")  # noqa: E731
+    train = lambda *_: meter.step("train the base")  # noqa: E731
     subject = networks.train(models.CNN(), seed, config.epochs, train, config.train_images)
     rows, strengths = [], {}
     for number, num_chips in enumerate(config.chips):

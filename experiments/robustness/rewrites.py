@@ -65,7 +65,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     rows = []
     for number, (name, network) in enumerate(chosen.items()):
         subject = networks.train(
-            network, seed, config.epochs, lambda n=name: meter.step(f"train {n}"), config.train_images
+            network, seed, config.epochs, lambda *_, n=name: meter.step(f"train {n}"), config.train_images
         )
         rows.append({"network": name, **_one(name, network, subject, config, [seed, number], meter)})
     large = _large(seed) if config.large else None

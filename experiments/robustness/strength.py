@@ -48,7 +48,7 @@ FULL = Config((0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2), tuple(LAYERS), c
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     meter.start(networks.steps(config.epochs, config.train_images or 4000))
-    train = lambda: meter.step("train the base")  # noqa: E731
+    train = lambda *_: meter.step("train the base")  # noqa: E731
     subject = networks.train(models.CNN(), seed, config.epochs, train, config.train_images)
     base, base_accuracy = subject.base, subject.accuracy(subject.base)
     tune = functools.partial(
@@ -100,7 +100,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
 def _calibrate(name: str, config: Config, seed: int, meter: sections.Meter) -> dict[str, Any]:
     """What each strength costs a network, scored on its training images, and the drop on test images at the choice."""
     meter.start(networks.steps(config.epochs, config.train_images or 4000))
-    train = lambda: meter.step(f"train {name}")  # noqa: E731
+    train = lambda *_: meter.step(f"train {name}")  # noqa: E731
     subject = networks.train(networks.networks()[name], seed, config.epochs, train, config.train_images)
     rows: dict[str, Any] = {"network": name, "accuracy": subject.accuracy(subject.base)}
     for kind, match in (("all", None), ("kernels", "kernel")):

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from smark_jax import _batches, _trees, _validate, carriers
+from smark_jax import _batches, _trees, _validate, carriers, training
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 
 _IMAGES_PER_PASS = 500
@@ -36,7 +36,7 @@ def fine_tune(
     l2: float = 0.0,
     penalty: Callable[[PyTree], Array] | None = None,
     seed: int = 0,
-    on_step: Callable[[], None] = lambda: None,
+    on_progress: training.OnProgress | None = None,
 ) -> PyTree:
     """Trains the copy on with Adam, by default all layers: the first removal attack that anyone tries.
 
@@ -64,7 +64,7 @@ def fine_tune(
       l2: factor of half the sum of squares of the trained weights, added to the loss.
       penalty: ``penalty(params) -> scalar``, added to the loss.
       seed: of the shuffles.
-      on_step: called after each step: a progress bar.
+      on_progress: called with the steps done, their number in all, and the loss, after each step.
 
     Returns:
       The fine-tuned copy.
@@ -89,7 +89,9 @@ def fine_tune(
         optax.add_decayed_weights(l2), optax.adam(learning_rate), _hold_zeros() if hold_zeros else optax.identity()
     )
     moving = _trainable("fine_tune", params, trainable)
-    return _descend("fine_tune", loss, params, moving, optimizer, (images, labels), epochs, batch_size, seed, on_step)
+    return _descend(
+        "fine_tune", loss, params, moving, optimizer, (images, labels), epochs, batch_size, seed, on_progress
+    )
 
 
 def distil(
@@ -104,7 +106,7 @@ def distil(
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     seed: int = 0,
-    on_step: Callable[[], None] = lambda: None,
+    on_progress: training.OnProgress | None = None,
 ) -> PyTree:
     r"""Teaches a fresh network, of any architecture, to answer like the copy: knowledge distillation.
 
@@ -123,7 +125,7 @@ def distil(
       batch_size: examples in a step, at most N.
       learning_rate: Adam's.
       seed: of the shuffles.
-      on_step: called after each step.
+      on_progress: called with the steps done, their number in all, and the loss, after each step.
 
     Returns:
       The trained student.
@@ -143,7 +145,7 @@ def distil(
     moving = _trainable("distil", student, None)
     data = (images, _logits(params, apply_fn, images))
     optimizer = optax.adam(learning_rate)
-    return _descend("distil", loss, student, moving, optimizer, data, epochs, batch_size, seed, on_step)
+    return _descend("distil", loss, student, moving, optimizer, data, epochs, batch_size, seed, on_progress)
 
 
 def predicted_labels(params: PyTree, apply_fn: ApplyFn, images: AnyArray) -> Int[np.ndarray, " N"]:
@@ -217,7 +219,7 @@ def _descend(
     epochs: int,
     batch_size: int,
     seed: int,
-    on_step: Callable[[], None],
+    on_progress: training.OnProgress | None,
 ) -> PyTree:
     """Minimises ``loss_fn(params, *batch)`` over the leaves whose entry in ``moving`` is true."""
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
@@ -229,18 +231,19 @@ def _descend(
         raise _validate.fail(who, f"at least {batch_size} images with a label each", got, cause)
     moves, still = _trees.split(params, moving)
 
-    @jax.jit
-    def step(moves: PyTree, still: PyTree, state: optax.OptState, *batch: Array) -> tuple[PyTree, optax.OptState]:
-        gradient = jax.grad(lambda part: loss_fn(_trees.join(part, still), *batch))(moves)
-        updates, state = optimizer.update(gradient, state, moves)
-        return optax.apply_updates(moves, updates), state
+    def loss(moves: PyTree, x: Array, y: Array, still: PyTree) -> Array:
+        return loss_fn(_trees.join(moves, still), x, y)
 
-    rng, state = np.random.default_rng(seed), optimizer.init(moves)
-    for _ in range(epochs):
-        for index in _batches.shuffled(rng, sizes[0], batch_size):
-            moves, state = step(moves, still, state, *(array[index] for array in data))
-            on_step()
-    return _trees.join(moves, still)
+    state, _ = training.minimise(
+        loss,
+        optimizer,
+        training.begin(moves, optimizer),
+        training.minibatches(data, batch_size=batch_size, epochs=epochs, seed=seed),
+        arguments=(still,),
+        total=training.num_batches(sizes[0], batch_size, epochs),
+        on_progress=on_progress,
+    )
+    return _trees.join(state.params, still)
 
 
 def _hold_zeros() -> optax.GradientTransformation:

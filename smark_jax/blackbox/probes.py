@@ -14,7 +14,7 @@ commitment before sale cannot choose probes after a suspect has answered.
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ import optax
 from jax import Array
 from jaxtyping import Float, Int, Num, UInt8
 
-from smark_jax import _batches, _trees, _validate, carriers, keys
+from smark_jax import _batches, _trees, _validate, carriers, keys, training
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 from smark_jax.blackbox import payload
 
@@ -153,7 +153,7 @@ def train_copies(
     learning_rate: float = 1e-3,
     seed: int = 0,
     at_once: int = 1,
-    on_step: Callable[[], None] = lambda: None,
+    on_progress: training.OnProgress | None = None,
 ) -> Trained:
     r"""Teaches K copies at once to answer the probes, each by its own codeword, and all else as the base does.
 
@@ -181,7 +181,7 @@ def train_copies(
       learning_rate: Adam's at first; it falls to zero along a half cosine.
       seed: of the shuffles, the same for all copies.
       at_once: copies in a step.
-      on_step: called after each step of ``at_once`` copies.
+      on_progress: called with the steps done, their number in all, and the loss, after each step of ``at_once`` copies.
 
     Raises:
       SmarkError: when the codes are not one row for each copy and one column for each probe, images are not of the
@@ -202,33 +202,41 @@ def train_copies(
         cause = "Take smaller batches."
         raise _validate.fail("train_copies", f"a batch_size of 1 to {len(images)}", str(batch_size), cause)
     sides = halves(probe_images, num_classes)
-    steps = epochs * (len(images) // batch_size)
-    rates = np.asarray(optax.cosine_decay_schedule(learning_rate, max(steps, 1))(np.arange(steps)))
     wanted = _batches.apply(functools.partial(_probabilities, apply_fn, base), _IMAGES_PER_PASS, images)
-
+    steps = training.num_batches(len(images), batch_size, epochs)
+    loss_fn, optimizer = _task(apply_fn, probe_weight), _adam(learning_rate, max(steps, 1))
     still = _still(base)
 
-    def teach(copies: PyTree, codes: np.ndarray) -> PyTree:
-        moving = jax.tree.map(lambda kept, copy: copy if kept is None else None, still, copies, is_leaf=_is_none)
-        rng, state, each = np.random.default_rng(seed), _ADAM.init(moving), iter(rates)
+    def drawn(codes: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+        """For each step images with the base's probabilities, and probes with the classes that each copy may answer."""
+        rng = np.random.default_rng(seed)
         for _ in range(epochs):
             for index in _batches.shuffled(rng, len(images), batch_size):
                 asked = rng.choice(len(probe_images), min(probes_per_batch, len(probe_images)), replace=False)
-                allowed = sides[None, asked] == codes[:, asked, None]
-                batch = _Batch(images[index], wanted[index], probe_images[asked], allowed)
-                moving, state = _step(apply_fn, moving, still, state, batch, next(each), probe_weight)
-                jax.block_until_ready(moving)  # a progress bar that runs ahead of the work tells nothing
-                on_step()
-        return _join(moving, copies)
+                yield images[index], wanted[index], probe_images[asked], sides[None, asked] == codes[:, asked, None]
 
-    if at_once < count:
-        starts = range(0, count, at_once)
-        groups = [
-            teach(jax.tree.map(lambda x, i=i: x[i : i + at_once], copies), codes[i : i + at_once]) for i in starts
-        ]
-        copies = jax.tree.map(lambda *parts: jnp.concatenate(parts), *groups)
-    else:
-        copies = teach(copies, codes)
+    report = on_progress or (lambda done, total, loss: None)
+
+    def teach(first: int) -> PyTree:
+        some = jax.tree.map(lambda x: x[first : first + at_once], copies) if at_once < count else copies
+        moving = jax.tree.map(lambda kept, copy: copy if kept is None else None, still, some, is_leaf=_is_none)
+
+        def on_step(done: int, total: int, loss: Array) -> None:
+            jax.block_until_ready(loss)  # a progress bar that runs ahead of the work tells nothing
+            report(first // at_once * steps + done, -(-count // at_once) * steps, loss)
+
+        state, _ = training.minimise(
+            loss_fn,
+            optimizer,
+            training.begin(moving, optimizer),
+            drawn(codes[first : first + at_once]),
+            arguments=(still,),
+            on_progress=on_progress and on_step,
+        )
+        return _trees.join(state.params, some)
+
+    groups = [teach(first) for first in range(0, count, at_once)]
+    copies = jax.tree.map(lambda *parts: jnp.concatenate(parts), *groups) if len(groups) > 1 else groups[0]
     each = (jax.tree.map(lambda x, k=k: x[k], copies) for k in range(count))
     answers = np.stack([np.asarray(_probabilities(apply_fn, copy, probe_images)).argmax(axis=-1) for copy in each])
     chips = sides[np.arange(len(probe_images)), answers]
@@ -246,44 +254,29 @@ def _is_none(value: Any) -> bool:
     return value is None
 
 
-def _join(moving: PyTree, still: PyTree) -> PyTree:
-    return jax.tree.map(lambda moved, kept: kept if moved is None else moved, moving, still, is_leaf=_is_none)
-
-
-# These are compiled once for a network, however many copies are taught one after the other.
-_ADAM = optax.scale_by_adam()
-
-
-class _Batch(NamedTuple):
-    """What a step sees: images with the base's probabilities, probes with the classes that each copy may answer."""
-
-    images: AnyArray  # [B, H, W, C]
-    wanted: AnyArray  # [B, classes]
-    probes: AnyArray  # [b, H, W, C]
-    allowed: AnyArray  # [K, b, classes]
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _probabilities(apply_fn: ApplyFn, params: PyTree, images: Array) -> Array:
     return jax.nn.softmax(apply_fn(params, images).astype(jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _step(
-    apply_fn: ApplyFn,
-    copies: PyTree,
-    still: PyTree,
-    state: Any,
-    batch: _Batch,
-    rate: AnyArray,
-    probe_weight: AnyArray,
-) -> tuple[PyTree, Any]:
-    def loss(params: PyTree, allowed: Array) -> Array:
-        shown = jnp.concatenate([batch.images, batch.probes])
-        log_p = jax.nn.log_softmax(apply_fn(_join(params, still), shown).astype(jnp.float32))
-        of_images, of_probes = log_p[: len(batch.images)], log_p[len(batch.images) :]
-        task = -jnp.sum(batch.wanted * of_images, axis=-1).mean()
+# Kept for a network, so that a step is compiled once however many copies are taught one after the other.
+@functools.lru_cache(maxsize=8)
+def _task(apply_fn: ApplyFn, probe_weight: float) -> Callable[..., Array]:
+    """The copies' losses, summed: each has its own parameters, and so its own gradient."""
+
+    def of_copy(params: PyTree, allowed: Array, shown: Array, wanted: Array, still: PyTree) -> Array:
+        log_p = jax.nn.log_softmax(apply_fn(_trees.join(params, still), shown).astype(jnp.float32))
+        of_images, of_probes = log_p[: len(wanted)], log_p[len(wanted) :]
+        task = -jnp.sum(wanted * of_images, axis=-1).mean()
         return task - probe_weight * jax.nn.logsumexp(of_probes, axis=-1, where=allowed).mean()
 
-    updates, state = _ADAM.update(jax.vmap(jax.grad(loss))(copies, batch.allowed), state, copies)
-    return jax.tree.map(lambda copy, update: (copy - rate * update).astype(copy.dtype), copies, updates), state
+    def loss(copies: PyTree, images: Array, wanted: Array, probes: Array, allowed: Array, still: PyTree) -> Array:
+        shown = jnp.concatenate([images, probes])
+        return jnp.sum(jax.vmap(of_copy, in_axes=(0, 0, None, None, None))(copies, allowed, shown, wanted, still))
+
+    return loss
+
+
+@functools.lru_cache(maxsize=8)
+def _adam(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, steps))

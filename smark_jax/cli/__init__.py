@@ -106,9 +106,9 @@ def demo(
         raise typer.BadParameter(
             f"{out} is a folder of smark train, whose results would be replaced", param_hint="--out"
         )
-    from smark_jax.cli import _demo
+    from smark_jax.cli import _demo, _demo_show
 
-    _demo.run(_demo.Config(out, parties, customers, epochs, seed), _common.out)
+    _demo_show.run(_demo.Config(out, parties, customers, epochs, seed), _common.out)
 
 
 @app.command(

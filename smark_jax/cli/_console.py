@@ -142,18 +142,17 @@ def progress(console: Console, *, transient: bool = False) -> rich.progress.Prog
     )
 
 
-def training_bar(bars: rich.progress.Progress, label: str) -> Callable[[int, int, float], None]:
-    """An ``on_progress(done, total, loss)`` that shows a bar; where there is no terminal, a line now and then."""
-    task, printed = None, time.monotonic()
+def bar(bars: rich.progress.Progress, label: str) -> Callable[..., None]:
+    """An ``on_progress(done, total, loss=None)`` that shows a bar; without a terminal, a line now and then."""
+    task, printed = bars.add_task(label, total=None, note=""), time.monotonic()
 
-    def on_progress(done: int, total: int, loss: float) -> None:
-        nonlocal task, printed
-        if task is None:
-            task = bars.add_task(label, total=total, note="")
-        bars.update(task, completed=done, note="compiling ..." if math.isnan(loss) else f"loss {loss:.3f}")
+    def on_progress(done: int, total: int, loss: Any = None) -> None:
+        nonlocal printed
+        note = "" if loss is None else "compiling ..." if math.isnan(loss) else f"loss {float(loss):.3f}"
+        bars.update(task, completed=done, total=total, note=note)
         if not bars.console.is_terminal and time.monotonic() - printed > _SECONDS_PER_LOG_LINE:
             printed = time.monotonic()
-            bars.console.print(f"{label}: {done:,} of {total:,}, loss {loss:.3f}")
+            bars.console.print(", ".join(filter(None, (f"{label}: {done:,} of {total:,}", note))))
 
     return on_progress
 

@@ -36,7 +36,7 @@ def run(config: _train_config.Config, out: Path, console: Console) -> dict[str, 
             load,
             owner_mark=config.owner_mark,
             checkpoint_every=config.checkpoint_every,
-            on_progress=_console.training_bar(bars, f"train across {config.parties} parties"),
+            on_progress=_console.bar(bars, f"train across {config.parties} parties"),
             say=console.say,
         )
 

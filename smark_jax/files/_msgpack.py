@@ -42,13 +42,14 @@ class _Extension(NamedTuple):
     data: memoryview
 
 
-def looks_like(data: bytes) -> bool:
+def matches(data: bytes) -> bool:
     """Whether the content begins as a tree does: with a map or an array that is not empty."""
     return data[:1] != b"" and (0x81 <= data[0] <= 0x8F or 0x91 <= data[0] <= 0x9F or data[0] in {*_LISTS, *_MAPS})
 
 
-def read(data: bytes) -> dict[str, np.ndarray | Foreign]:
+def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     """The tree's arrays and numbers by path; text, ``None`` and the like are no weights and are left out."""
+    del max_bytes  # each leaf is a piece of the file, and together they are no larger
     walk = _Walk(memoryview(data))
     tree = walk.value(0)
     if walk.position != len(data):

@@ -1,23 +1,16 @@
 """npz: a zip of .npy files. Sizes are checked before anything is unpacked, and headers are matched, not evaluated."""
 
-import io
 import re
-import struct
 import zipfile
-import zlib
 
 import numpy as np
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _limits
+from smark_jax.files import _limits, _zip
 from smark_jax.files._limits import Foreign, shown
 
-_MAX_DIRECTORY = 4 * 2**20  # a zip's directory grows some twenty-fold when it is parsed
 _MAX_HEADER = 4096
 _CHUNK = 2**20
-_ADVICE = "The file is damaged or forged: ask for it again, as safetensors."
-# What zipfile raises at damaged files: RuntimeError for what it cannot do, ValueError for places outside the file.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError, RuntimeError, ValueError)
 _HEADER = re.compile(
     r"\{\s*'descr':\s*'([<>|=]?)([a-zA-NP-Z]\d+)',\s*'fortran_order':\s*(True|False),"
     r"\s*'shape':\s*\(([\d, ]{0,600})\),?\s*\}\s*"
@@ -26,51 +19,15 @@ _HEADER = re.compile(
 _KINDS = {dtype.str[1:]: dtype for name, dtype in _limits.DTYPES.items() if not name.startswith("F8")}
 
 
-class _ShortReads(io.BytesIO):
-    """Bytes as a file that refuses long reads: zipfile reads a whole directory at once, however long."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self._size = len(data)
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Up to ``size`` bytes."""
-        left = self._size - self.tell()
-        if (left if size is None or size < 0 else min(size, left)) > _MAX_DIRECTORY:
-            raise Unreadable("its directory is too long for a file of weights", _ADVICE)
-        return super().read(size)
+def matches(data: bytes) -> bool:
+    """Whether the content begins as a zip does; PyTorch's files, which do too, are asked for first."""
+    return _zip.matches(data)
 
 
-def looks_like(data: bytes) -> bool:
-    """Whether the content begins as a zip does, with a member or without any."""
-    return data[:4] in (b"PK\x03\x04", b"PK\x05\x06")
-
-
-def members(data: bytes, max_bytes: int) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
-    """The members of a zip by name, once they are known to be plain, few, and small when unpacked."""
-    try:
-        archive = zipfile.ZipFile(_ShortReads(data))
-    except Unreadable:
-        raise
-    except _DAMAGE:
-        raise Unreadable("its zip directory is damaged", _ADVICE) from None
-    found = archive.infolist()
-    _limits.check_names(info.filename for info in found)
-    for info in found:
-        _limits.check_name(info.filename)
-        steps = info.filename.replace("\\", "/").split("/")
-        if ".." in steps or steps[0] == "" or ":" in steps[0]:
-            raise Unreadable(f"its member {shown(info.filename)} points outside the file", _ADVICE)
-        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise Unreadable(f"its member {shown(info.filename)} is encrypted or compressed in a rare way", _ADVICE)
-    total = sum(info.file_size for info in found)
-    if total > max_bytes:
-        raise _limits.too_large(f"it unpacks to {total:,} bytes, more than {max_bytes:,}")
-    return archive, {info.filename: info for info in found}
-
-
-def read(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo]) -> dict[str, np.ndarray | Foreign]:
+def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     """The arrays by name."""
+    archive = _zip.bounded(data, max_bytes)
+    infos = {info.filename: info for info in archive.infolist()}
     other = next((name for name in infos if not name.endswith(".npy")), None)
     if other is not None:
         raise Unreadable(f"it is a zip with {shown(other)} in it, neither npz nor PyTorch", "Is it a file of weights?")
@@ -78,8 +35,8 @@ def read(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo]) -> dict[st
         leaves = {_limits.check_name(name[:-4]): _member(archive, info) for name, info in infos.items()}
     except Unreadable:
         raise
-    except _DAMAGE as error:
-        raise Unreadable(f"a member of it is damaged ({shown(str(error))})", _ADVICE) from None
+    except _zip.DAMAGE as error:
+        raise Unreadable(f"a member of it is damaged ({shown(str(error))})", _zip.ADVICE) from None
     return leaves
 
 
@@ -90,7 +47,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | For
         start = stream.read(8)
         version = start[6:7]
         if start[:6] != b"\x93NUMPY" or version not in (b"\1", b"\2"):
-            raise Unreadable(f"leaf {shown(name)} is no .npy file of version 1 or 2", _ADVICE)
+            raise Unreadable(f"leaf {shown(name)} is no .npy file of version 1 or 2", _zip.ADVICE)
         size = 2 if version == b"\1" else 4
         length = int.from_bytes(stream.read(size), "little")
         match = _HEADER.fullmatch(stream.read(length).decode("latin-1")) if length <= _MAX_HEADER else None
@@ -108,7 +65,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | For
             content[position : position + len(piece)] = np.frombuffer(piece, np.uint8)
             position += len(piece)
         if position < len(content):
-            raise Unreadable(f"leaf {shown(name)} has {position:,} bytes of {len(content):,}", _ADVICE)
+            raise Unreadable(f"leaf {shown(name)} has {position:,} bytes of {len(content):,}", _zip.ADVICE)
     if order == ">" and dtype.itemsize > 1:  # in place: as a copy it would be in memory once more
         content.view(f"u{dtype.itemsize}").byteswap(inplace=True)
     array = content.view(dtype).reshape(whole, order="F" if fortran == "True" else "C")

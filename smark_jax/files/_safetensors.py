@@ -1,16 +1,20 @@
 """safetensors: eight bytes of length, a JSON header, the leaves' bytes one after the other."""
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors
 
+from smark_jax import _validate
 from smark_jax.errors import Unreadable
-from smark_jax.files import _limits
+from smark_jax.files import _limits, trees
 from smark_jax.files._limits import Foreign, shown
 
+_KINDS = {dtype: kind for kind, dtype in _limits.DTYPES.items()}
 _MAX_HEADER = 8 * 2**20  # JSON grows some twenty-fold when it is parsed
 _ADVICE = "The file is damaged or forged: ask for it again."
 
@@ -25,13 +29,14 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-def looks_like(data: bytes) -> bool:
+def matches(data: bytes) -> bool:
     """Whether the content begins as safetensors do."""
     return len(data) >= 9 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 2**32
 
 
-def read(data: bytes) -> dict[str, np.ndarray | Foreign]:
+def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     """The leaves: the header is checked here, entry by entry, and then read once more by the library."""
+    del max_bytes  # the leaves fill the file, and are no larger
     entries = _check(data, len(data))
     first = 8 + int.from_bytes(data[:8], "little")
     dtypes = {name: dtype for name, dtype, *_ in entries if not isinstance(dtype, Foreign)}
@@ -47,6 +52,44 @@ def read(data: bytes) -> dict[str, np.ndarray | Foreign]:
     except safetensors.SafetensorError as error:  # our checks are the stricter ones; theirs stay as a second opinion
         raise Unreadable(f"safetensors refuses it: {shown(str(error))}", _ADVICE) from None
     return {name: np.frombuffer(leaf["data"], dtypes[name]).reshape(leaf["shape"]) for name, leaf in found}
+
+
+def write(file: BinaryIO, leaves: Mapping[str, np.ndarray], like: Path | None) -> str:
+    """Writes leaves, laid out as in the file ``like`` where one is named; returns the SHA-256 of what was written."""
+    header, names = _laid_out(leaves) if like is None else _as_in(like, leaves)
+    digest = hashlib.sha256()
+    for piece in (header, *(leaves[name] for name in names)):
+        content = trees.raw(piece) if isinstance(piece, np.ndarray) else piece
+        digest.update(content)
+        file.write(content)
+    return digest.hexdigest()
+
+
+def _as_in(path: Path, leaves: Mapping[str, np.ndarray]) -> tuple[bytes, list[str]]:
+    """Another file's header, and the leaves' names in the order of their bytes."""
+    header, entries = head(path)
+    theirs = {entry.name: (entry.dtype, entry.shape) for entry in entries}
+    ours = {name: (leaf.dtype.newbyteorder("="), leaf.shape) for name, leaf in leaves.items()}
+    if ours != theirs:
+        name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        got = f"{ours.get(name, 'none')} for {name!r}, where it has {theirs.get(name, 'none')}"
+        raise _validate.fail("write", f"leaves as in {path}", got, "Is it the file of the model's base?")
+    return header, [entry.name for entry in entries]
+
+
+def _laid_out(leaves: Mapping[str, np.ndarray]) -> tuple[bytes, list[str]]:
+    """The length and the JSON that precede the leaves, filled up with spaces to a multiple of eight bytes."""
+    # Widest first, so that every leaf begins at a multiple of its width.
+    names = sorted(leaves, key=lambda name: (-leaves[name].dtype.itemsize, name))
+    entries, end = {}, 0
+    for name in names:
+        leaf = leaves[name]
+        start, end = end, end + leaf.nbytes
+        kind = _KINDS[leaf.dtype.newbyteorder("=")]
+        entries[name] = {"dtype": kind, "shape": list(leaf.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, names
 
 
 def read_file(path: Path) -> dict[str, np.ndarray | Foreign]:

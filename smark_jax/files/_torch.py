@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _safetensors
+from smark_jax.files import _safetensors, _zip
 from smark_jax.files._limits import Foreign
 
 _SECONDS = 120
@@ -24,8 +24,18 @@ _PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR")
 _CONVERT = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'FILE.safetensors')"
 
 
+def matches(data: bytes) -> bool:
+    """Whether the content is a zip with a pickle in it, as ``torch.save`` writes.
+
+    Raises:
+      Unreadable: when it is a zip that is not safe to look into.
+    """
+    return _zip.matches(data) and any(name.endswith("data.pkl") for name in _zip.opened(data).namelist())
+
+
 def read(data: bytes, max_bytes: int) -> Mapping[str, np.ndarray | Foreign]:
     """The tensors of a state dict, or of a dict with one in it, by name."""
+    _zip.bounded(data, max_bytes)
     if importlib.util.find_spec("torch") is None:
         advice = f"Install smark-jax[torch], or convert it with {_CONVERT}."
         raise Unreadable("it is a PyTorch file, and PyTorch is not installed", advice)

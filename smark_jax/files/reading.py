@@ -1,29 +1,18 @@
-"""Reading a file of weights that may be hostile, its format told by its content."""
+"""Reading a file of weights that may be hostile, its format detected from its content."""
 
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from smark_jax import _validate
 from smark_jax.errors import Unreadable
-from smark_jax.files import _limits, _msgpack, _npz, _safetensors, _torch
+from smark_jax.files import _limits, formats
 from smark_jax.files._limits import shown
 
-# What a file that is not read begins with, what it is, and what to do.
-_OTHERS = (
-    (b"\x89HDF", "an HDF5 file", "Load it in Keras and save the weights with safetensors.numpy.save_file."),
-    (b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),
-    (b"\x1f\x8b", "compressed with gzip", "Unpack it first (gunzip)."),
-    (b"GGUF", "a GGUF file", "Convert it to safetensors."),
-    (b"version https://git-lfs", "a pointer to a file in Git LFS", "Fetch the file itself (git lfs pull)."),
-    (b"<", "text", "Was a web page saved in place of the file?"),
-)
 _FOLDER = "Orbax checkpoints are not read from others: restore your own with Orbax, and save it as safetensors."
-_PICKLE = "Pickle can run code and is never loaded: save the state dict with safetensors.torch.save_file."
 
 
 class Weights(NamedTuple):
@@ -31,7 +20,7 @@ class Weights(NamedTuple):
 
     Attributes:
       leaves: by name, the steps of a leaf's path joined by ``/`` (PyTorch's names are as PyTorch has them).
-      format: ``"safetensors"``, ``"msgpack"``, ``"npz"`` or ``"torch"``.
+      format: its name in :data:`smark_jax.files.formats.FORMATS`, such as ``"safetensors"``.
       sha256: of the file, in hex.
       foreign: names of leaves that are no arrays of real numbers (complex numbers, text) and were left out.
     """
@@ -46,7 +35,7 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, st
     """The weights in a file of any supported format; safe on hostile files.
 
     Args:
-      path: of the file. Its name says nothing: the format is told by the content.
+      path: of the file. Its name says nothing: the format is detected from the content.
       max_bytes: largest file, and largest sum of its leaves, that is read. Twice as much memory may be used.
       strict: whether to refuse a file with a leaf that is no array of real numbers. A suspect is read without it: one
         such leaf must not hide the others.
@@ -61,7 +50,8 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, st
     _validate.positive("read", "max_bytes", max_bytes)
     try:
         data = _content(path, max_bytes)
-        kind, found = _leaves(data, max_bytes)
+        format = formats.of(data)
+        found = format.read(data, max_bytes)
         leaves = {name: leaf for name, leaf in sorted(found.items()) if not isinstance(leaf, _limits.Foreign)}
         foreign = {name: leaf for name, leaf in sorted(found.items()) if isinstance(leaf, _limits.Foreign)}
         if foreign and (strict or not leaves):
@@ -69,7 +59,7 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, st
     except Unreadable as error:
         where = f"cannot read {shown(os.fspath(path))}: "
         raise Unreadable(f"{where}{error}", desk=f"{where}{error.desk}") from None
-    return Weights(leaves, kind, hashlib.sha256(data).hexdigest(), tuple(foreign))
+    return Weights(leaves, format.name, hashlib.sha256(data).hexdigest(), tuple(foreign))
 
 
 def _content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
@@ -94,22 +84,3 @@ def _content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     if not data:
         raise Unreadable("it is empty", "Was it copied to the end?")
     return data
-
-
-def _leaves(data: bytes, max_bytes: int) -> tuple[str, Mapping[str, np.ndarray | _limits.Foreign]]:
-    """The format of a file's content, and its leaves."""
-    if _npz.looks_like(data):
-        archive, infos = _npz.members(data, max_bytes)
-        if any(name.endswith("data.pkl") for name in infos):
-            return "torch", _torch.read(data, max_bytes)
-        return "npz", _npz.read(archive, infos)
-    if _safetensors.looks_like(data):
-        return "safetensors", _safetensors.read(data)
-    if data[0] == 0x80 and data[1:2] in (b"\2", b"\3", b"\4", b"\5"):
-        raise Unreadable("it is a pickle", _PICKLE)
-    for start, what, advice in _OTHERS:
-        if data.startswith(start):
-            raise Unreadable(f"it is {what}", advice)
-    if _msgpack.looks_like(data):
-        return "msgpack", _msgpack.read(data)
-    raise Unreadable("it is neither safetensors, Flax msgpack, npz nor PyTorch", "Convert it to safetensors.")

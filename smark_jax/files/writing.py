@@ -1,7 +1,5 @@
 """Writing safetensors so that a file under its name is whole, whatever happens."""
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,9 +7,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from smark_jax import _io, _validate
-from smark_jax.files import _limits, _safetensors, trees
-
-_KINDS = {dtype: kind for kind, dtype in _limits.DTYPES.items()}
+from smark_jax.files import formats, trees
 
 
 def write(path: str | os.PathLike[str], params: Any, *, like: str | os.PathLike[str] | None = None) -> str:
@@ -41,7 +37,7 @@ def write(path: str | os.PathLike[str], params: Any, *, like: str | os.PathLike[
     """
     leaves = _named("write", params)
     with _io.whole_file(Path(path)) as file:
-        return _write(file, leaves, like)
+        return formats.writer("safetensors")(file, leaves, None if like is None else Path(like))
 
 
 def dump(file: BinaryIO, params: Any, *, like: str | os.PathLike[str] | None = None) -> str:
@@ -65,7 +61,7 @@ def dump(file: BinaryIO, params: Any, *, like: str | os.PathLike[str] | None = N
       >>> hashlib.sha256(file.getvalue()).hexdigest() == digest
       True
     """
-    return _write(file, _named("dump", params), like)
+    return formats.writer("safetensors")(file, _named("dump", params), None if like is None else Path(like))
 
 
 def _named(who: str, params: Any) -> dict[str, np.ndarray]:
@@ -73,40 +69,3 @@ def _named(who: str, params: Any) -> dict[str, np.ndarray]:
     if not leaves:
         raise _validate.fail(who, "at least one leaf", "none", "Is the model empty?")
     return leaves
-
-
-def _write(file: BinaryIO, leaves: dict[str, np.ndarray], like: str | os.PathLike[str] | None) -> str:
-    header, names = _laid_out(leaves) if like is None else _as_in(Path(like), leaves)
-    digest = hashlib.sha256()
-    for piece in (header, *(leaves[name] for name in names)):
-        content = trees.raw(piece) if isinstance(piece, np.ndarray) else piece
-        digest.update(content)
-        file.write(content)
-    return digest.hexdigest()
-
-
-def _as_in(path: Path, leaves: dict[str, np.ndarray]) -> tuple[bytes, list[str]]:
-    """Another file's header, and the leaves' names in the order of their bytes."""
-    header, entries = _safetensors.head(path)
-    theirs = {entry.name: (entry.dtype, entry.shape) for entry in entries}
-    ours = {name: (leaf.dtype.newbyteorder("="), leaf.shape) for name, leaf in leaves.items()}
-    if ours != theirs:
-        name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        got = f"{ours.get(name, 'none')} for {name!r}, where it has {theirs.get(name, 'none')}"
-        raise _validate.fail("write", f"leaves as in {path}", got, "Is it the file of the model's base?")
-    return header, [entry.name for entry in entries]
-
-
-def _laid_out(leaves: dict[str, np.ndarray]) -> tuple[bytes, list[str]]:
-    """The length and the JSON that precede the leaves, filled up with spaces to a multiple of eight bytes."""
-    # Widest first, so that every leaf begins at a multiple of its width.
-    names = sorted(leaves, key=lambda name: (-leaves[name].dtype.itemsize, name))
-    entries, end = {}, 0
-    for name in names:
-        leaf = leaves[name]
-        start, end = end, end + leaf.nbytes
-        kind = _KINDS[leaf.dtype.newbyteorder("=")]
-        entries[name] = {"dtype": kind, "shape": list(leaf.shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, names

@@ -9,14 +9,12 @@ bits become a matrix. Two codewords that differ in d chips have the product m - 
 """
 
 import functools
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.progress
 from jaxtyping import Float, Int8, UInt32
 
 from smark_jax import _validate, codes
@@ -24,14 +22,12 @@ from smark_jax._types import AnyArray
 
 Book = AnyArray | codes.Codebook
 
-# Codewords of one step inside jit (fewer where they are long), and of one call of it: between calls a progress bar may
-# move.
+# Codewords of one step inside jit (fewer where they are long), and of one call of it: between calls progress is told.
 _ROWS_PER_STEP = 2048
 _ROWS_PER_CALL = 1 << 18
 # Joint decoding considers the customers whose words correlate best with the read-out: as many as have this many chips
 # together (40 MB packed), which is all of a million at 304 chips.
 _SHORTLIST_CHIPS = 320_000_000
-_SECONDS_BEFORE_A_BAR = 2.0
 # More vectors than this are scored faster by a matmul than by tables.
 _MOST_BY_TABLES = 4
 
@@ -84,14 +80,21 @@ class Scores(NamedTuple):
     best_scores: tuple[Float[np.ndarray, " L"], ...]
 
 
-def score(vectors: Float[np.ndarray, "R m"], book: Book, floors: Float[np.ndarray, " R"], keep: bool) -> Scores:
-    """One pass over all N customers, with a progress bar on a terminal once it has taken two seconds.
+def score(
+    vectors: Float[np.ndarray, "R m"],
+    book: Book,
+    floors: Float[np.ndarray, " R"],
+    keep: bool,
+    on_scored: Callable[[int], None] = lambda count: None,
+) -> Scores:
+    """One pass over all N customers.
 
     Args:
       vectors: R vectors of m chips.
       book: the codebook.
       floors: for each vector the absolute correlation below which nobody is shortlisted.
       keep: whether to keep all N correlations, which takes ``4 N R`` bytes.
+      on_scored: called again and again with how many customers were scored since.
 
     Returns:
       The correlations, and for each vector the shortlist of at most ``320e6 / m`` customers.
@@ -101,13 +104,14 @@ def score(vectors: Float[np.ndarray, "R m"], book: Book, floors: Float[np.ndarra
     device_vectors = jnp.asarray(vectors, jnp.float32)
     everything = np.empty((len(vectors), num_customers), np.float32) if keep else None
     best = [_Best(limit, floor) for floor in floors.tolist()]
-    for start in _with_bar(range(0, num_customers, _ROWS_PER_CALL), num_customers):
+    for start in range(0, num_customers, _ROWS_PER_CALL):
         count = min(_ROWS_PER_CALL, num_customers - start)
         found = np.asarray(_score_call(device_vectors, book, start, count))
         if everything is not None:
             everything[:, start : start + count] = found
         for keeper, row in zip(best, found, strict=True):
             keeper.add(start, row)
+        on_scored(count)
     return Scores(everything, *zip(*(keeper.result() for keeper in best), strict=True))
 
 
@@ -142,22 +146,6 @@ class _Best:
     def result(self) -> tuple[np.ndarray, Float[np.ndarray, " L"]]:
         self._cut()
         return self._customers[0], self._scores[0]
-
-
-def _with_bar(starts: range, num_customers: int) -> Iterator[int]:
-    began, bar, task = time.monotonic(), None, None
-    try:
-        for start in starts:
-            if bar is None and start and time.monotonic() - began > _SECONDS_BEFORE_A_BAR:
-                bar = rich.progress.Progress(transient=True)
-                task = bar.add_task("scoring customers", total=num_customers)
-                bar.start()
-            if bar is not None and task is not None:
-                bar.update(task, completed=start)
-            yield start
-    finally:
-        if bar is not None:
-            bar.stop()
 
 
 def _score_call(vectors: jax.Array, book: Book, start: int, count: int) -> jax.Array:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,9 @@ from jaxtyping import Float, Int8
 from smark_jax import _validate, codes, keys, statistics
 from smark_jax._types import AnyArray
 from smark_jax.tracing import decoders, scoring
+
+OnProgress = Callable[[int, int], None]
+"""``on_progress(done, total)``: customers scored, and their number in all."""
 
 NUM_DECOYS = 1024
 # A decoy this improbable means that an assumption is broken; sound verdicts raise the alarm once in a million.
@@ -109,6 +112,7 @@ def trace(
     num_suspects: int = 1,
     num_alignments: int = 1,
     keep_statistics: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> Verdict:
     """Accuses the customers whose codewords the chips carry; any innocent one with probability at most alpha.
 
@@ -124,6 +128,7 @@ def trace(
       num_suspects: how many suspects are examined on this occasion; :func:`trace_batch` counts them itself.
       num_alignments: how many alignments of the suspect were tried.
       keep_statistics: whether the verdict holds every customer's statistic.
+      on_progress: called with the customers scored and their number in all, some times in a long pass.
 
     Returns:
       The verdict. Chips of zero (the base model itself) accuse nobody.
@@ -148,7 +153,7 @@ def trace(
     """
     y = _validate.chips("trace", chips)
     case = _case(codebook, alpha, decoder, serials, num_suspects, num_alignments, y.size)
-    return _trace_rows(y[None], case, keep_statistics, np.zeros(1))[0]
+    return _trace_rows(y[None], case, keep_statistics, np.zeros(1), _counter(case.num_customers, on_progress))[0]
 
 
 def trace_batch(
@@ -161,6 +166,7 @@ def trace_batch(
     num_alignments: int = 1,
     log_maps: Sequence[float] | None = None,
     keep_statistics: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> tuple[Verdict, ...]:
     """:func:`trace` of M suspects together: one pass over the codebook serves many, and all p-values count all M.
 
@@ -174,6 +180,7 @@ def trace_batch(
       log_maps: for each suspect the natural logarithm of the number of maps of its leaves from which somebody chose
         (:attr:`smark_jax.files.Layout.log_maps`), which p-values count as well; by default nobody did.
       keep_statistics: whether each verdict holds every customer's statistic, ``4 N M`` bytes in all.
+      on_progress: as for :func:`trace`; every pass over the codebook counts all customers.
 
     Returns:
       A verdict for each suspect.
@@ -191,11 +198,24 @@ def trace_batch(
         got = f"shape {maps.shape}, smallest {maps.min(initial=math.inf):g}"
         cause = "It is 0 where nobody chose a map."
         raise _validate.fail("trace_batch", "a logarithm of at least 0 for each suspect", got, cause)
-    verdicts = []
-    for start in range(0, len(y), _SUSPECTS_PER_PASS):
+    passes = range(0, len(y), _SUSPECTS_PER_PASS)
+    on_scored, verdicts = _counter(len(passes) * case.num_customers, on_progress), []
+    for start in passes:
         rows = slice(start, start + _SUSPECTS_PER_PASS)
-        verdicts += _trace_rows(y[rows], case, keep_statistics, maps[rows])
+        verdicts += _trace_rows(y[rows], case, keep_statistics, maps[rows], on_scored)
     return tuple(verdicts)
+
+
+def _counter(total: int, on_progress: OnProgress | None) -> Callable[[int], None]:
+    """Adds up what passes over the codebook have scored."""
+    counts = [0]
+
+    def on_scored(count: int) -> None:
+        counts[0] += count
+        if on_progress is not None:
+            on_progress(counts[0], total)
+
+    return on_scored
 
 
 class _Case(NamedTuple):
@@ -253,7 +273,11 @@ def _case(
 
 
 def _trace_rows(
-    y: Float[np.ndarray, "R m"], case: _Case, keep: bool, log_maps: Float[np.ndarray, " R"]
+    y: Float[np.ndarray, "R m"],
+    case: _Case,
+    keep: bool,
+    log_maps: Float[np.ndarray, " R"],
+    on_scored: Callable[[int], None],
 ) -> list[Verdict]:
     directions = np.stack([statistics.direction(row) for row in y])
     log_levels = case.log_level - math.log(case.num_customers) - log_maps
@@ -262,7 +286,7 @@ def _trace_rows(
     )
     margin = decoders.DECODERS[case.decoder].margin
     floors = np.zeros(len(y)) if margin is None else levels - margin
-    scores = scoring.score(directions, case.book, floors, keep)
+    scores = scoring.score(directions, case.book, floors, keep, on_scored)
     kept = scores.all if scores.all is not None else np.empty((len(y), 0), np.float32)
     rows = zip(directions, levels.tolist(), scores.best, scores.best_scores, kept, log_maps.tolist(), strict=True)
     return [_verdict(u, level, best, best_scores, row, maps, case) for u, level, best, best_scores, row, maps in rows]

@@ -1,4 +1,6 @@
-"""Training across parties, composed from the pieces below: split the data, draw batches, run masked rounds.
+"""Training: across parties under masks, and by one loop on one device.
+
+Across parties it is composed from the pieces below: split the data, draw batches, run masked rounds.
 
 ::
 
@@ -8,20 +10,29 @@
 
 :func:`prepare` sets all that up from a :class:`Recipe`, with the owner's own mark where one is wanted, and :func:`run`
 trains in a folder, with checkpoints, so that a run that was killed goes on to the same model.
+
+Whatever is trained without parties, by a loss and an optimiser, is trained by :func:`minimise`.
 """
 
+from smark_jax.training.descent import Info, OnProgress, State, begin, minibatches, minimise
 from smark_jax.training.recipe import Owner, Recipe, Training, owner_log10_p, owner_mark, prepare
 from smark_jax.training.rounds import batches, fit, num_batches, partition
 from smark_jax.training.runs import OUTPUTS, Task, run
 
 __all__ = [
     "OUTPUTS",
+    "Info",
+    "OnProgress",
     "Owner",
     "Recipe",
+    "State",
     "Task",
     "Training",
     "batches",
+    "begin",
     "fit",
+    "minibatches",
+    "minimise",
     "num_batches",
     "owner_log10_p",
     "owner_mark",

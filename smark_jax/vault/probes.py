@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,10 +130,8 @@ def teacher(
     made, num_classes = load(model)
     base = files.nest(model.base)
     batch_size = min(_BATCH, len(pictures))
-    steps = _EPOCHS * (len(pictures) // batch_size)
 
     def teach(copies: PyTree, words: np.ndarray) -> PyTree:
-        count = itertools.count(1)
         return blackbox.train_copies(
             copies,
             base,
@@ -145,7 +142,7 @@ def teacher(
             num_classes,
             epochs=_EPOCHS,
             batch_size=batch_size,
-            on_step=lambda: on_share(next(count) / (steps * len(words))),
+            on_progress=lambda done, total, loss: on_share(done / total),
         ).params
 
     return teach

@@ -4,6 +4,7 @@ Each call is one occasion: the bound alpha covers all its suspects together (and
 tried, ``tried``), not other occasions. A verdict says how many occasions there were for its model so far.
 """
 
+import functools
 import importlib.metadata
 import math
 import warnings
@@ -165,12 +166,16 @@ def judge(
     serials = store.covered(vault.connection, model.name, commitment.number)
     level = settings.alpha if alpha is None else alpha
     on_suspect(f"comparing with {len(serials):,} customers")
+
+    def on_progress(done: int, total: int) -> None:
+        on_suspect(f"comparing with customers: {done:,} of {total:,}")
+
     found: Sequence[tracing.Verdict] = ()
     if chips:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the decoys' alarm, which the document states
             log_maps = [row.log_maps or 0.0 for row in rows if row.verdict == PENDING]
-            found = _trace(model, np.stack(chips), serials, level, tried, log_maps, asked)
+            found = _trace(model, np.stack(chips), serials, level, tried, log_maps, asked, on_progress)
     names = {customer.serial: customer.name for customer in store.customers(vault.connection)}
     judged = zip(found, chips, strict=True)
     parts = [_judged(row, *next(judged), names) if row.verdict == PENDING else Judged(row) for row in rows]
@@ -203,16 +208,17 @@ def _trace(
     tried: int,
     log_maps: Sequence[float],
     asked: np.ndarray | None,
+    on_progress: Callable[[int, int], None],
 ) -> tuple[tracing.Verdict, ...]:
-    counts = {"num_alignments": tried, "log_maps": log_maps}
+    trace = functools.partial(tracing.trace_batch, num_alignments=tried, log_maps=log_maps, on_progress=on_progress)
     if asked is None and serials == list(range(len(serials))):
         key = models.code_key(model.vault, model.name)
         book = model.code.book(key, len(serials), model.settings.num_chips)
-        return tracing.trace_batch(chips, book, alpha, model.decoder, **counts)
+        return trace(chips, book, alpha, model.decoder)
     columns = slice(None) if asked is None else asked
     blocks = (serials[start : start + _WORDS_PER_BLOCK] for start in range(0, len(serials), _WORDS_PER_BLOCK))
     words = np.concatenate([model.words(some)[:, columns] for some in blocks])
-    return tracing.trace_batch(chips[:, columns], words, alpha, model.decoder, serials=serials, **counts)
+    return trace(chips[:, columns], words, alpha, model.decoder, serials=serials)
 
 
 def _judged(row: Suspect, found: tracing.Verdict, chips: np.ndarray, names: Mapping[int, str]) -> Judged:

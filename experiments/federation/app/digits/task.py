@@ -63,35 +63,24 @@ def partition(index: int, config: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _stepper(hidden: int, learning_rate: float) -> tuple[optax.GradientTransformation, Any]:
-    apply_fn, optimizer = models.apply_fn(Digits(hidden)), optax.adam(learning_rate)
+def _descent(hidden: int, learning_rate: float) -> tuple[Any, optax.GradientTransformation]:
+    apply_fn = models.apply_fn(Digits(hidden))
 
-    @jax.jit
-    def step(params: Any, state: Any, x: Any, y: Any) -> Any:
-        def loss_fn(p: Any) -> Any:
-            return optax.softmax_cross_entropy_with_integer_labels(apply_fn(p, x), y).mean()
+    def loss_fn(params: Any, x: Any, y: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(apply_fn(params, x), y).mean()
 
-        loss, gradient = jax.value_and_grad(loss_fn)(params)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    return optimizer, step
+    return loss_fn, optax.adam(learning_rate)
 
 
 def train(record: ArrayRecord, index: int, round_: int, config: Any) -> tuple[ArrayRecord, int, float]:
     """Some epochs of Adam on the participant's own digits; arrays, examples and the mean loss."""
     images, labels = partition(index, config)
-    optimizer, step = _stepper(int(config["hidden"]), float(config["learning-rate"]))
-    params = from_record(record, config)
-    state, losses = optimizer.init(params), []
-    rng = np.random.default_rng([int(config["seed"]), index, round_])
-    for _ in range(int(config["epochs"])):
-        order = rng.permutation(len(labels))
-        for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
-            chosen = order[start : start + BATCH_SIZE]
-            params, state, loss = step(params, state, images[chosen], labels[chosen])
-            losses.append(loss)
-    return to_record(params), len(labels), float(np.mean(losses))
+    loss_fn, optimizer = _descent(int(config["hidden"]), float(config["learning-rate"]))
+    seed, epochs = [int(config["seed"]), index, round_], int(config["epochs"])
+    batches = training.minibatches((images, labels), batch_size=BATCH_SIZE, epochs=epochs, seed=seed)
+    start = training.begin(from_record(record, config), optimizer)
+    state, info = training.minimise(loss_fn, optimizer, start, batches)
+    return to_record(state.params), len(labels), float(info.losses.mean())
 
 
 def accuracy(record: ArrayRecord, config: Any) -> float:

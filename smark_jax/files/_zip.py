@@ -1,0 +1,69 @@
+"""Zip archives, of which npz and PyTorch files are made: checked before anything is unpacked."""
+
+import io
+import struct
+import zipfile
+import zlib
+
+from smark_jax.errors import Unreadable
+from smark_jax.files import _limits
+from smark_jax.files._limits import shown
+
+ADVICE = "The file is damaged or forged: ask for it again, as safetensors."
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError, RuntimeError, ValueError)
+"""What zipfile raises at damaged files: RuntimeError for what it cannot do, ValueError for places outside the file."""
+
+_MAX_DIRECTORY = 4 * 2**20  # a zip's directory grows some twenty-fold when it is parsed
+
+
+class _ShortReads(io.BytesIO):
+    """Bytes as a file that refuses long reads: zipfile reads a whole directory at once, however long."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._size = len(data)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Up to ``size`` bytes."""
+        left = self._size - self.tell()
+        if (left if size is None or size < 0 else min(size, left)) > _MAX_DIRECTORY:
+            raise Unreadable("its directory is too long for a file of weights", ADVICE)
+        return super().read(size)
+
+
+def matches(data: bytes) -> bool:
+    """Whether the content begins as a zip does, with a member or without any."""
+    return data[:4] in (b"PK\x03\x04", b"PK\x05\x06")
+
+
+def opened(data: bytes) -> zipfile.ZipFile:
+    """The archive, once its members are known to be few, named as files inside of it, and plainly packed.
+
+    Raises:
+      Unreadable: when they are not, or its directory is damaged or too long.
+    """
+    try:
+        archive = zipfile.ZipFile(_ShortReads(data))
+    except Unreadable:
+        raise
+    except DAMAGE:
+        raise Unreadable("its zip directory is damaged", ADVICE) from None
+    found = archive.infolist()
+    _limits.check_names(info.filename for info in found)
+    for info in found:
+        _limits.check_name(info.filename)
+        steps = info.filename.replace("\\", "/").split("/")
+        if ".." in steps or steps[0] == "" or ":" in steps[0]:
+            raise Unreadable(f"its member {shown(info.filename)} points outside the file", ADVICE)
+        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise Unreadable(f"its member {shown(info.filename)} is encrypted or compressed in a rare way", ADVICE)
+    return archive
+
+
+def bounded(data: bytes, max_bytes: int) -> zipfile.ZipFile:
+    """The archive as :func:`opened` gives it, once it is known to unpack to no more than ``max_bytes``."""
+    archive = opened(data)
+    total = sum(info.file_size for info in archive.infolist())
+    if total > max_bytes:
+        raise _limits.too_large(f"it unpacks to {total:,} bytes, more than {max_bytes:,}")
+    return archive

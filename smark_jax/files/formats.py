@@ -1,0 +1,80 @@
+"""All formats of weights files, in the order in which a file is asked whether it is one.
+
+A new format is a module with ``matches``, ``read`` and, where files of it are written, ``write``, and one entry here.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from smark_jax.errors import Unreadable
+from smark_jax.files import _msgpack, _npz, _safetensors, _torch
+from smark_jax.files._limits import Foreign
+
+Leaves = Mapping[str, np.ndarray | Foreign]
+Writer = Callable[[BinaryIO, Mapping[str, np.ndarray], Path | None], str]
+
+
+class Format(NamedTuple):
+    """One format of weights files.
+
+    Attributes:
+      name: as in :attr:`smark_jax.files.Weights.format`.
+      matches: ``matches(content)``, whether a file that is not empty is of this format: by its first bytes, never by
+        its name. It may raise :class:`Unreadable`.
+      read: ``read(content, max_bytes)``, the leaves by name, in no more than ``max_bytes`` beside the content. Whatever
+        the content is, it returns or raises :class:`Unreadable`, and runs no code of the file.
+      write: ``write(file, leaves, like)``, which writes and returns the SHA-256 of what was written, in hex; None for a
+        format that is only read.
+    """
+
+    name: str
+    matches: Callable[[bytes], bool]
+    read: Callable[[bytes, int], Leaves]
+    write: Writer | None = None
+
+
+def refused(start: bytes | tuple[bytes, ...], what: str, advice: str) -> Format:
+    """A format that is not read: what begins so is known, and what to do is said."""
+
+    def read(content: bytes, max_bytes: int) -> Leaves:
+        raise Unreadable(f"it is {what}", advice)
+
+    return Format(what, lambda content: content.startswith(start), read)
+
+
+_PICKLE = "Pickle can run code and is never loaded: save the state dict with safetensors.torch.save_file."
+
+FORMATS = (
+    Format("torch", _torch.matches, _torch.read),  # before npz: both are zips
+    Format("npz", _npz.matches, _npz.read),
+    Format("safetensors", _safetensors.matches, _safetensors.read, _safetensors.write),
+    refused(tuple(bytes((0x80, version)) for version in (2, 3, 4, 5)), "a pickle", _PICKLE),
+    refused(b"\x89HDF", "an HDF5 file", "Load it in Keras and save the weights with safetensors.numpy.save_file."),
+    refused(b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),
+    refused(b"\x1f\x8b", "compressed with gzip", "Unpack it first (gunzip)."),
+    refused(b"GGUF", "a GGUF file", "Convert it to safetensors."),
+    refused(b"version https://git-lfs", "a pointer to a file in Git LFS", "Fetch the file itself (git lfs pull)."),
+    refused(b"<", "text", "Was a web page saved in place of the file?"),
+    Format("msgpack", _msgpack.matches, _msgpack.read),  # last: it has one byte to be told by
+)
+
+
+def of(content: bytes) -> Format:
+    """The format of a file's content.
+
+    Raises:
+      Unreadable: when it is none of :data:`FORMATS`.
+    """
+    for format in FORMATS:
+        if format.matches(content):
+            return format
+    raise Unreadable("it is neither safetensors, Flax msgpack, npz nor PyTorch", "Convert it to safetensors.")
+
+
+def writer(name: str) -> Writer:
+    """What writes files of a format."""
+    (found,) = (format.write for format in FORMATS if format.name == name and format.write)
+    return found
