@@ -7,6 +7,7 @@ all codes therefore share; orthogonal words need more chips than customers.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -89,19 +90,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
                         count = common.caught(others[name].trace(chips, ALPHA), set(coalition.tolist()))
                         found.setdefault(name, []).append(count)
                 meter.step(f"{attack}, K = {size}")
-            for name, counts in found.items():
-                guilty, innocent = np.array(counts).T
-                rows.append(
-                    {
-                        "attack": attack,
-                        "colluders": size,
-                        "code": name,
-                        "caught_mean": float(guilty.mean()),
-                        "all_caught": float(np.mean(guilty == size)),
-                        "innocents_mean": float(innocent.mean()),
-                        "trials_with_innocents": float(np.mean(innocent > 0)),
-                    }
-                )
+            rows += [_row(attack, size, name, counts) for name, counts in found.items()]
     lengths = {name: words["ours" if name.startswith("ours") else name].shape[1] for name in STYLES}
     return {
         "alpha": ALPHA,
@@ -114,6 +103,20 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
             for name, n in lengths.items()
         },
         "rows": rows,
+    }
+
+
+def _row(attack: str, size: int, name: str, counts: list[tuple[int, int]]) -> dict[str, Any]:
+    """What became of one code's coalitions: for each trial, how many guilty and how many innocent were accused."""
+    guilty, innocent = np.array(counts).T
+    return {
+        "attack": attack,
+        "colluders": size,
+        "code": name,
+        "caught_mean": float(guilty.mean()),
+        "all_caught": float(np.mean(guilty == size)),
+        "innocents_mean": float(innocent.mean()),
+        "trials_with_innocents": float(np.mean(innocent > 0)),
     }
 
 

@@ -64,6 +64,12 @@ def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str,
         statistics.append({"largest": float(own.max()), "threshold": float(found.threshold)})
     accuracy = {"with": task.accuracy(marked[-1], config), "without": task.accuracy(plain[-1], config)}
 
+    result = {"leaks": rows, "coalitions": coalitions, "global": statistics, "accuracy": accuracy}
+    _show(console, result)
+    return result
+
+
+def _show(console: rich.console.Console, result: dict[str, Any]) -> None:
     table = rich.table.Table(
         "leaked in round",
         "traced",
@@ -72,7 +78,7 @@ def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str,
         title_justify="left",
         title="Leaks of participants' copies",
     )
-    for row, mix in zip(rows, coalitions, strict=True):
+    for row, mix in zip(result["leaks"], result["coalitions"], strict=True):
         table.add_row(
             str(row["round"]),
             f"{row['traced']} of {row['copies']}",
@@ -80,13 +86,13 @@ def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str,
             f"{mix['caught']} of 3, innocent {mix['innocent']}",
         )
     console.print(table)
-    for name, row in zip(("start", "round before"), statistics, strict=True):
+    for name, row in zip(("start", "round before"), result["global"], strict=True):
         console.print(
             f"global model against the {name}: largest participant's |T| {row['largest']:.2f}, "
             f"threshold {row['threshold']:.2f}"
         )
+    accuracy = result["accuracy"]
     console.print(f"accuracy {accuracy['with']:.4f} with fingerprints, {accuracy['without']:.4f} without")
-    return {"leaks": rows, "coalitions": coalitions, "global": statistics, "accuracy": accuracy}
 
 
 def _train(

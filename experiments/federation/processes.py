@@ -59,22 +59,7 @@ def start(folder: Path, clients: int, wait_seconds: float = 90.0) -> Iterator[Fe
     folder = folder.resolve()
     _certificates(folder)
     port, runtime = free_port(), [free_port() for _ in range(clients)]
-    home = folder / "flwr"
-    home.mkdir(exist_ok=True)
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "loopback"\n\n[superlink.loopback]\naddress = "127.0.0.1:{port}"\n'
-        f'root-certificates = "{folder / "ca.pem"}"\n'
-    )
-    bin_folder = Path(sys.executable).parent
-    environment = {
-        **os.environ,
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "JAX_PLATFORMS": "cpu",
-        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))),
-    }
+    environment = _environment(folder, port)
     roster = folder / "roster.txt"
     lines = []
     for index in range(clients):
@@ -116,6 +101,25 @@ def start(folder: Path, clients: int, wait_seconds: float = 90.0) -> Iterator[Fe
             if node.poll() is not None:
                 raise RuntimeError(f"SuperNode {index} ended at once; see {folder / f'node{index}.log'}")
         yield Federation(folder, environment, nodes, launch)
+
+
+def _environment(folder: Path, port: int) -> dict[str, str]:
+    """In which Flower's processes run; its settings lie in the folder."""
+    home = folder / "flwr"
+    home.mkdir(exist_ok=True)
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "loopback"\n\n[superlink.loopback]\naddress = "127.0.0.1:{port}"\n'
+        f'root-certificates = "{folder / "ca.pem"}"\n'
+    )
+    return {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "JAX_PLATFORMS": "cpu",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))),
+    }
 
 
 def submit(federation: Federation, aggregation: str, **config: object) -> str:

@@ -125,12 +125,8 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         "data": config.data,
         "customers": config.order**2 + config.order + 1,
         "alpha": common.ALPHA,
-        "embedding_epochs": config.embedding_epochs,
-        "attack_epochs": config.attack_epochs,
-        "tuning": tuning,
-        "chosen": chosen,
-        "rows": rows,
-        "controls": controls,
+        **{name: getattr(config, name) for name in ("embedding_epochs", "attack_epochs")},
+        **{"tuning": tuning, "chosen": chosen, "rows": rows, "controls": controls},
     }
 
 

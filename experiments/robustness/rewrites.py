@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +125,7 @@ def _one(
         meter.step(f"{name}: {sum(f['traced'] for f in found)} of {len(found)} traced")
     combined = _combined(subject, copy, graph, trace, leaker, rng)
     meter.step(f"{name}: fine-tuning and rewrites")
-    stranger = models.init(network, jax.random.key(seeds[0] + 999), images.shape[1:])
-    try:
-        attempt = alignment.align(stranger, base, subject.apply_fn, images)
-        refused = False
-    except (errors.NothingMatched, errors.Undecided) as error:
-        if error.attempt is None:
-            raise
-        attempt, refused = error.attempt, True
-    stranger_verdict, _, others = trace(attempt.params)
+    unrelated = _unrelated(models.init(network, jax.random.key(seeds[0] + 999), images.shape[1:]), subject, trace)
     meter.step(f"{name}: an unrelated model")
     return {
         "weights": sum(np.size(leaf) for leaf in jax.tree.leaves(base)),
@@ -145,13 +137,26 @@ def _one(
         "innocent_mean_largest": float(max(means, key=abs)),
         "standard_error": INNOCENTS**-0.5,
         "combined": combined,
-        "unrelated": {
-            "refused": refused,
-            "similarity": attempt.report.similarity,
-            "accused": len(stranger_verdict.accused),
-            "innocent_mean": float(others.mean()),
-            "largest": float(np.abs(others).max()),
-        },
+        "unrelated": unrelated,
+    }
+
+
+def _unrelated(stranger: PyTree, subject: Subject, trace: Callable[..., Any]) -> dict[str, Any]:
+    """What alignment and tracing make of a model of the same kind that is no copy."""
+    try:
+        attempt = alignment.align(stranger, subject.base, subject.apply_fn, subject.test_images[:64])
+        refused = False
+    except (errors.NothingMatched, errors.Undecided) as error:
+        if error.attempt is None:
+            raise
+        attempt, refused = error.attempt, True
+    verdict, _, others = trace(attempt.params)
+    return {
+        "refused": refused,
+        "similarity": attempt.report.similarity,
+        "accused": len(verdict.accused),
+        "innocent_mean": float(others.mean()),
+        "largest": float(np.abs(others).max()),
     }
 
 
@@ -219,6 +224,17 @@ def _large(seed: int) -> dict[str, Any]:
 
 
 def show(console: rich.console.Console, result: sections.Result) -> None:
+    for table in (_compositions(result), _innocents(result), _combinations(result)):
+        console.print(table)
+    if result["large"]:
+        large = result["large"]
+        console.print(
+            f"ResNet-18 of {large['weights']:,} weights: aligned in {large['seconds']:.0f} seconds, "
+            f"similarity {large['similarity']:.3f}, {'traced' if large['traced'] else 'not traced'}"
+        )
+
+
+def _compositions(result: sections.Result) -> rich.table.Table:
     table = rich.table.Table(
         *("network", "weights", "accuracy", "logits changed by at most", "similarity", "T aligned", "traced"),
         *("T unaligned", "traced", "wrongly accused", "seconds"),
@@ -240,7 +256,10 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
             str(sum(f["wrong"] for f in found)),
             f"{np.median([f['seconds'] for f in found]):.2f}",
         )
-    console.print(table)
+    return table
+
+
+def _innocents(result: sections.Result) -> rich.table.Table:
     table = rich.table.Table(
         *("network", "mean over compositions", "largest of one", "standard error", "unrelated model", "similarity"),
         *("mean", "largest |T|", "accused"),
@@ -260,7 +279,10 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
             f"{other['largest']:.2f}",
             str(other["accused"]),
         )
-    console.print(table)
+    return table
+
+
+def _combinations(result: sections.Result) -> rich.table.Table:
     table = rich.table.Table(
         *("network", "dummy neurons", "order", "accuracy", "similarity", "T", "p-value", "traced"),
         title="Fine-tuning, 30 % pruning, 20 % dummy neurons, permutation and scaling together",
@@ -278,13 +300,7 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
                 f"{line['p']:.1e}",
                 "yes" if line["traced"] else "no",
             )
-    console.print(table)
-    if result["large"]:
-        large = result["large"]
-        console.print(
-            f"ResNet-18 of {large['weights']:,} weights: aligned in {large['seconds']:.0f} seconds, "
-            f"similarity {large['similarity']:.3f}, {'traced' if large['traced'] else 'not traced'}"
-        )
+    return table
 
 
 def picture(path: Path, result: sections.Result) -> None:

@@ -1,4 +1,4 @@
-"""The leaves of a model that carry a fingerprint, as one vector of weights in units of their spread."""
+"""The leaves of a model that carry a fingerprint, as one vector of weights in units of their RMS."""
 
 import dataclasses
 import functools

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,13 +12,12 @@ from jaxtyping import Float, Int8
 from smark_jax import _validate, codes, keys, statistics
 from smark_jax._types import AnyArray
 from smark_jax.tracing import decoders, scoring
+from smark_jax.tracing.decoys import Decoys, score_decoys
 
 OnProgress = Callable[[int, int], None]
 """``on_progress(done, total)``: customers scored, and their number in all."""
 
 NUM_DECOYS = 1024
-# A decoy this improbable means that an assumption is broken; sound verdicts raise the alarm once in a million.
-_DECOY_LEVEL = 1e-6
 _SUSPECTS_PER_PASS = 16
 
 
@@ -41,20 +39,6 @@ class Accusation(NamedTuple):
     p_value: float
     log10_p: float
     share: float
-
-
-class Decoys(NamedTuple):
-    """How codewords fared that nobody received: a check of the assumptions, beside the proof.
-
-    Attributes:
-      number: how many were scored, in the place of customers.
-      largest: their largest absolute statistic, on what the accused leave unexplained; about 3.5 when all is well.
-      alarm: whether that is too large to be chance (probability below 1e-6): then trust no accusation of this verdict.
-    """
-
-    number: int
-    largest: float
-    alarm: bool
 
 
 class Verdict(NamedTuple):
@@ -318,7 +302,7 @@ def _verdict(
         decoder=case.decoder,
         num_suspects=case.num_suspects,
         num_alignments=case.num_alignments,
-        decoys=_score_decoys(rest, case.decoys),
+        decoys=score_decoys(rest, case.decoys),
         log_maps=log_maps,
     )
 
@@ -338,18 +322,3 @@ def _accusation(test: decoders.Test, shares: dict[int, float], log_maps: float, 
         log10_p=log_p / math.log(10),
         share=float(shares[test.customer] / sum(shares.values())),
     )
-
-
-def _score_decoys(rest: Float[np.ndarray, " m"], decoys: Float[np.ndarray, "D m"]) -> Decoys:
-    direction = statistics.direction(rest)
-    largest = float(np.abs(decoys @ direction).max())
-    alarm = bool(statistics.log_p_value(largest, rest) + math.log(len(decoys)) <= math.log(_DECOY_LEVEL))
-    if alarm:
-        warnings.warn(
-            f"trace: a codeword that nobody received scores {largest:.1f}, which chance does less than once in a "
-            "million verdicts. An assumption is broken (did codewords leak, or shape the carrier or the alignment?): "
-            "trust no accusation of this verdict.",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-    return Decoys(len(decoys), largest, alarm)
