@@ -1,4 +1,7 @@
+import itertools
+
 import conftest
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -90,3 +93,53 @@ def test_bad_input_is_refused():
         training.batches(images, labels, 11, 1, seed=0)
     with pytest.raises(ValueError, match="epochs"):
         training.batches(images, labels, 5, 0, seed=0)
+
+
+def squares(params, x, y, scale):
+    """Least squares of a line, whose gradient NumPy has in closed form."""
+    return scale * jnp.mean(jnp.square(x * params["w"] - y))
+
+
+def line():
+    x = np.linspace(-1, 1, 24, dtype=np.float32)
+    return x, 2 * x + np.float32(0.5)
+
+
+def test_minimise_takes_the_steps_that_numpy_takes():
+    batches = list(training.minibatches(line(), batch_size=8, epochs=3, seed=4))
+    optimizer, told = optax.sgd(0.1), []
+    state, info = training.minimise(
+        squares,
+        optimizer,
+        training.begin({"w": jnp.float32(0)}, optimizer),
+        batches,
+        arguments=(2.0,),
+        total=9,
+        on_progress=lambda done, total, loss: told.append((done, total, float(loss))),
+    )
+    w, losses = 0.0, []
+    for x, y in batches:
+        losses.append(2 * np.mean((x * w - y) ** 2, dtype=np.float64))
+        w -= 0.1 * 2 * np.mean(2 * x * (x * w - y), dtype=np.float64)
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+    np.testing.assert_allclose(info.losses, losses, rtol=1e-5)
+    assert told == [(done, 9, float(loss)) for done, loss in enumerate(info.losses, 1)]
+
+
+def test_minimise_goes_on_where_it_stopped_with_what_the_loss_carries():
+    def counting(params, seen, x, y):
+        return squares(params, x, y, 1.0), seen + x.size
+
+    def run(state, stop=None):
+        draws = training.minibatches(line(), batch_size=8, epochs=4, seed=1, start=state.steps)
+        return training.minimise(counting, optimizer, state, itertools.islice(draws, stop))[0]
+
+    optimizer = optax.adam(0.05)
+    start = training.begin({"w": jnp.float32(0)}, optimizer, carried=jnp.int32(0))
+    whole, half = run(start), run(start, 5)
+    assert (half.steps, whole.steps, int(whole.carried)) == (5, 12, 96)
+    again = run(half)
+    np.testing.assert_array_equal(again.params["w"], whole.params["w"])
+    assert int(again.carried) == 96
+    with pytest.raises(ValueError, match=r"minibatches: expected arrays of the same length, 25 or more"):
+        training.minibatches(line(), batch_size=25, epochs=1, seed=0)
