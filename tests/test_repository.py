@@ -116,3 +116,15 @@ def test_commands_write_through_the_console_alone():
                 called = ast.unparse(node.func)
                 assert called != "print" or plain.match(ast.unparse(node.args[0])), f"{name}:{node.lineno}"
                 assert called != "rich.console.Console", f"{name}:{node.lineno}"
+
+
+def test_the_files_that_contributing_names_are_there():
+    """A table that names a file which was moved would send a newcomer astray."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text.partition("## Ten changes")[2].partition("## Tests")[0]
+    paths = set(re.findall(r"`((?:smark_jax|experiments|tests)/[\w/.]+)`", table.replace("NAME", "_")))
+    missing = [path for path in paths if "/_." not in path and "/_/" not in path and not (ROOT / path).exists()]
+    assert len(paths) > 15 and not missing
+    defined = {"DECODERS": "tracing/decoders.py", "FORMATS": "files/formats.py", "_map_parties": "parallel.py"}
+    for name, path in defined.items():
+        assert name in table and name in (ROOT / "smark_jax" / path).read_text()
