@@ -128,3 +128,16 @@ def test_the_files_that_contributing_names_are_there():
     defined = {"DECODERS": "tracing/decoders.py", "FORMATS": "files/formats.py", "_map_parties": "parallel.py"}
     for name, path in defined.items():
         assert name in table and name in (ROOT / "smark_jax" / path).read_text()
+
+
+def test_modules_have_at_most_350_lines_and_functions_60_or_say_why():
+    for path in files():
+        if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in ("smark_jax", "experiments"):
+            text = path.read_text()
+            assert text.count("\n") <= 350, path
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    said = ast.get_docstring(node) or ""
+                    body = node.body[bool(said) :] or node.body
+                    lines = (node.end_lineno or 0) - body[0].lineno + 1
+                    assert lines <= 60 or "is long because" in said, f"{path}: {node.name}, {lines} lines"

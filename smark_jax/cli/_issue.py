@@ -1,7 +1,8 @@
 """``smark issue``."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,7 +11,8 @@ from smark_jax.cli import _common, _names, _outputs
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
 if TYPE_CHECKING:
-    from smark_jax.vault import trials
+    from smark_jax.vault import issuing, trials
+    from smark_jax.vault.models import OpenModel
 
 _SHOWN = 10
 
@@ -79,8 +81,7 @@ def issue(
         known = registry.registered(desk)
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
         everyone = sorted(set(chosen) | set(known if everybody else []))
-        opened = evidence.exports(desk, name)
-        if opened:
+        if opened := evidence.exports(desk, name):
             _common.warn(
                 f"evidence of {opened[-1]} opened this model's carrier to whoever saw it; add the model under "
                 "another name for new customers."
@@ -96,9 +97,8 @@ def issue(
                 copies = count
                 done(count)
 
-            teacher = None
-            if teaching:
-                teacher = probes.teacher(model, *teaching[:2], on_share=lambda share: done(copies + share))
+            share = lambda part: done(copies + part)  # noqa: E731
+            teacher = probes.teacher(model, *teaching[:2], on_share=share) if teaching else None
             issued = issuing.issue(
                 model,
                 everyone,
@@ -109,23 +109,10 @@ def issue(
                 on_copy=finished,
                 on_wait=waiting,
             )
-        if issued.unfit:
-            leaf, role = next(iter(issued.unfit.items()))
-            _common.warn(
-                f"{name} was added by an older version and marks {len(issued.unfit)} leaves that should stay as they "
-                f"are, such as {leaf} ({role}): copies may answer wrongly. Add the base again under another name, and "
-                "issue from that; copies of this one are still traced."
-            )
-        commitment, settings = issued.commitment, model.settings
-        number = commitment.header.customers
-        if settings.num_chips < (fewest := models.fewest_chips(settings.alpha, number)):
-            _common.warn(
-                f"{name} has {settings.num_chips} chips, and to accuse one of {number:,} customers at alpha "
-                f"{settings.alpha:g} takes {fewest}: no copy can be traced."
-            )
-        path = commitments.file(desk, commitment)
+        _warn(model, issued)
+        path = commitments.file(desk, issued.commitment)
         if timestamp_request:
-            _io.write(timestamp_request, timestamps.request(commitment), private=True)
+            _io.write(timestamp_request, timestamps.request(issued.commitment), private=True)
     document = {
         "model": name,
         "out": str(out),
@@ -134,35 +121,56 @@ def issue(
         "written": issued.written,
         "files": [str(file) for file in issued.files],
         "commitment": {
-            "number": commitment.number,
-            "root": commitment.root,
-            "created": commitment.header.created,
+            "number": issued.commitment.number,
+            "root": issued.commitment.root,
+            "created": issued.commitment.header.created,
             "file": str(path),
         },
         "trial": issued.trial._asdict() if issued.trial else None,
         "timestamp_request": str(timestamp_request) if timestamp_request else None,
     }
+    _common.show(document, as_json, lambda: _say(vault, issued, document))
 
-    def words() -> None:
-        say(f"{len(everyone):,} copies in {out}, {issued.written:,} of them written now:")
-        for file in issued.files[:_SHOWN]:
-            say(f"  {file.name}")
-        if len(issued.files) > _SHOWN:
-            say(f"  and {len(issued.files) - _SHOWN:,} more")
-        if issued.trial:
-            say(_answered(issued.trial))
-        elif issued.written:
-            say("They were not run: with --network MODULE:FUNCTION, issue says how often they answer as the base does.")
-        say(f"Commitment {commitment.number} to {commitment.header.customers:,} customers; publish its root:")
-        say(f"  {commitment.root}")
-        say(f"  or the file {path}")
-        if timestamp_request:
-            say(
-                f"Time-stamp request: {timestamp_request}. Then: smark evidence timestamp {vault} {name} "
-                f"{commitment.number} RESPONSE"
-            )
 
-    _common.show(document, as_json, words)
+def _warn(model: "OpenModel", issued: "issuing.Issued") -> None:
+    """Of what makes these copies of little use."""
+    from smark_jax.vault import models
+
+    settings, customers = model.settings, issued.commitment.header.customers
+    if issued.unfit:
+        leaf, role = next(iter(issued.unfit.items()))
+        _common.warn(
+            f"{settings.name} was added by an older version and marks {len(issued.unfit)} leaves that should stay as "
+            f"they are, such as {leaf} ({role}): copies may answer wrongly. Add the base again under another name, and "
+            "issue from that; copies of this one are still traced."
+        )
+    if settings.num_chips < (fewest := models.fewest_chips(settings.alpha, customers)):
+        _common.warn(
+            f"{settings.name} has {settings.num_chips} chips, and to accuse one of {customers:,} customers at alpha "
+            f"{settings.alpha:g} takes {fewest}: no copy can be traced."
+        )
+
+
+def _say(vault: Path, issued: "issuing.Issued", document: Mapping[str, Any]) -> None:
+    """What was issued, and what to do next."""
+    commitment = issued.commitment
+    say(f"{document['customers']:,} copies in {document['out']}, {issued.written:,} of them written now:")
+    for file in issued.files[:_SHOWN]:
+        say(f"  {file.name}")
+    if len(issued.files) > _SHOWN:
+        say(f"  and {len(issued.files) - _SHOWN:,} more")
+    if issued.trial:
+        say(_answered(issued.trial))
+    elif issued.written:
+        say("They were not run: with --network MODULE:FUNCTION, issue says how often they answer as the base does.")
+    say(f"Commitment {commitment.number} to {commitment.header.customers:,} customers; publish its root:")
+    say(f"  {commitment.root}")
+    say(f"  or the file {document['commitment']['file']}")
+    if document["timestamp_request"]:
+        say(
+            f"Time-stamp request: {document['timestamp_request']}. Then: smark evidence timestamp {vault} "
+            f"{document['model']} {commitment.number} RESPONSE"
+        )
 
 
 def _answered(trial: "trials.Trial") -> str:
