@@ -1,6 +1,6 @@
 """``smark issue``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,21 +74,14 @@ def issue(
         if not names and not everybody:
             raise typer.BadParameter("name customers, or pass --csv or --all", param_hint="CUSTOMER")
         # Networks first: one that fails must not leave customers registered.
-        runs = trials.Network(*_common.network("network", network)) if network else None
         teaching = _common.network("teach", teach) if teach else None
-        runs = runs or (trials.Network(*teaching) if teaching else None)
-        trial = trials.Running(runs, model.base) if runs else None
+        runs = _common.network("network", network) if network else teaching
+        trial = trials.Running(trials.Network(*runs), model.base) if runs else None
         known = registry.registered(desk)
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
         everyone = sorted(set(chosen) | set(known if everybody else []))
-        if opened := evidence.exports(desk, name):
-            _common.warn(
-                f"evidence of {opened[-1]} opened this model's carrier to whoever saw it; add the model under "
-                "another name for new customers."
-            )
         waiting = lambda: _common.err.print("another smark issues from this vault; waiting for it")  # noqa: E731
-        if teach is None and probes.there(model):
-            _common.warn(f"{name} has probes, but without --teach its copies cannot be traced by their answers.")
+        _warn_before(model, evidence.exports(desk, name), teach is None and probes.there(model))
         with _common.bar(f"issuing {name}", len(everyone)) as done:
             copies = 0
 
@@ -99,16 +92,8 @@ def issue(
 
             share = lambda part: done(copies + part)  # noqa: E731
             teacher = probes.teacher(model, *teaching[:2], on_share=share) if teaching else None
-            issued = issuing.issue(
-                model,
-                everyone,
-                out,
-                strength=strength,
-                teach=teacher,
-                trial=trial,
-                on_copy=finished,
-                on_wait=waiting,
-            )
+            settings = {"strength": strength, "teach": teacher, "trial": trial}
+            issued = issuing.issue(model, everyone, out, **settings, on_copy=finished, on_wait=waiting)
         _warn(model, issued)
         path = commitments.file(desk, issued.commitment)
         if timestamp_request:
@@ -130,6 +115,18 @@ def issue(
         "timestamp_request": str(timestamp_request) if timestamp_request else None,
     }
     _common.show(document, as_json, lambda: _say(vault, issued, document))
+
+
+def _warn_before(model: "OpenModel", exports: Sequence[str], untaught: bool) -> None:
+    """Of what the owner may want to stop for."""
+    name = model.settings.name
+    if exports:
+        _common.warn(
+            f"evidence of {exports[-1]} opened this model's carrier to whoever saw it; add the model under another "
+            "name for new customers."
+        )
+    if untaught:
+        _common.warn(f"{name} has probes, but without --teach its copies cannot be traced by their answers.")
 
 
 def _warn(model: "OpenModel", issued: "issuing.Issued") -> None:

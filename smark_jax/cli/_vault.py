@@ -139,9 +139,9 @@ def add_model(
 def _say_added(vault: Path, added: Mapping[str, Any]) -> None:
     """What carries in a model that was added, and what to do next."""
     say(
-        f"{added['model']}: {added['carrying_weights']:,} of {added['weights']:,} weights in {added['carrying_leaves']} "
-        f"of {added['leaves']} leaves carry {added['num_chips']} chips; alpha {added['alpha']:g}, strength "
-        f"{added['strength']:g}. Base: {added['base']}"
+        f"{added['model']}: {added['carrying_weights']:,} of {added['weights']:,} weights in "
+        f"{added['carrying_leaves']} of {added['leaves']} leaves carry {added['num_chips']} chips; "
+        f"alpha {added['alpha']:g}, strength {added['strength']:g}. Base: {added['base']}"
     )
     if added["unmarked"]:
         counts = collections.Counter(added["unmarked"].values())

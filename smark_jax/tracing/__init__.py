@@ -27,6 +27,7 @@ be accepted at level alpha / 2^k, without a second run.
 """
 
 from smark_jax.tracing.decoders import DECODERS
-from smark_jax.tracing.verdict import Accusation, Decoys, Verdict, trace, trace_batch
+from smark_jax.tracing.decoys import Decoys
+from smark_jax.tracing.verdict import Accusation, Verdict, trace, trace_batch
 
 __all__ = ["DECODERS", "Accusation", "Decoys", "Verdict", "trace", "trace_batch"]

@@ -1,24 +1,23 @@
 """The verdict: p-values and their corrections, decoys."""
 
+import hashlib
 import math
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int8
 
-from smark_jax import _validate, codes, statistics
+from smark_jax import _validate, codes, keys, statistics
 from smark_jax._types import AnyArray
 from smark_jax.tracing import decoders, scoring
-from smark_jax.tracing.occasion import Case, occasion
+from smark_jax.tracing.decoys import Decoys, score_decoys
 
 OnProgress = Callable[[int, int], None]
 """``on_progress(done, total)``: customers scored, and their number in all."""
 
-# A decoy this improbable means that an assumption is broken; sound verdicts raise the alarm once in a million.
-_DECOY_LEVEL = 1e-6
+NUM_DECOYS = 1024
 _SUSPECTS_PER_PASS = 16
 
 
@@ -40,20 +39,6 @@ class Accusation(NamedTuple):
     p_value: float
     log10_p: float
     share: float
-
-
-class Decoys(NamedTuple):
-    """How codewords fared that nobody received: a check of the assumptions, beside the proof.
-
-    Attributes:
-      number: how many were scored, in the place of customers.
-      largest: their largest absolute statistic, on what the accused leave unexplained; about 3.5 when all is well.
-      alarm: whether that is too large to be chance (probability below 1e-6): then trust no accusation of this verdict.
-    """
-
-    number: int
-    largest: float
-    alarm: bool
 
 
 class Verdict(NamedTuple):
@@ -151,7 +136,7 @@ def trace(
       [7, 42]
     """
     y = _validate.chips("trace", chips)
-    case = occasion(codebook, alpha, decoder, serials, num_suspects, num_alignments, y.size)
+    case = _case(codebook, alpha, decoder, serials, num_suspects, num_alignments, y.size)
     return _trace_rows(y[None], case, keep_statistics, np.zeros(1), _counter(case.num_customers, on_progress))[0]
 
 
@@ -191,7 +176,7 @@ def trace_batch(
         cause = "For a single suspect use trace."
         raise _validate.fail("trace_batch", "chips of shape [M, m] with M >= 1", f"shape {np.shape(chips)}", cause)
     y = np.stack([_validate.chips("trace_batch", row) for row in np.asarray(chips)])
-    case = occasion(codebook, alpha, decoder, serials, len(y), num_alignments, y.shape[1])
+    case = _case(codebook, alpha, decoder, serials, len(y), num_alignments, y.shape[1])
     maps = np.zeros(len(y)) if log_maps is None else np.asarray(log_maps, np.float64)
     if maps.shape != (len(y),) or not (np.isfinite(maps) & (maps >= 0)).all():
         got = f"shape {maps.shape}, smallest {maps.min(initial=math.inf):g}"
@@ -217,9 +202,63 @@ def _counter(total: int, on_progress: OnProgress | None) -> Callable[[int], None
     return on_scored
 
 
+class _Case(NamedTuple):
+    """What all suspects of one occasion have in common, validated."""
+
+    book: scoring.Book
+    alpha: float
+    decoder: str
+    serials: np.ndarray | None
+    num_customers: int
+    num_suspects: int
+    num_alignments: int
+    decoys: Float[np.ndarray, "D m"]
+
+    @property
+    def log_level(self) -> float:
+        """Logarithm of the level at which one suspect's customers are tested, before the correction for N."""
+        return math.log(self.alpha) - math.log(self.num_suspects) - math.log(self.num_alignments)
+
+
+def _case(
+    book: scoring.Book,
+    alpha: float,
+    decoder: str,
+    serials: Sequence[int] | None,
+    num_suspects: int,
+    num_alignments: int,
+    num_chips: int,
+) -> _Case:
+    _validate.probability("trace", "alpha", alpha)
+    _validate.positive("trace", "num_suspects", num_suspects)
+    _validate.positive("trace", "num_alignments", num_alignments)
+    if decoder not in decoders.DECODERS:
+        names = ", ".join(map(repr, decoders.DECODERS))
+        raise _validate.fail("trace", f"a decoder of {names}", repr(decoder), "Is the name spelt right?")
+    num_customers, length = scoring.size(book)
+    if num_chips != length:
+        cause = "Was the codebook made with another num_chips than the carrier?"
+        raise _validate.fail("trace", f"chips of shape ({length:,},)", f"shape ({num_chips:,},)", cause)
+    numbers = None
+    if serials is not None and isinstance(book, codes.Codebook):
+        cause = "Codebook(key, N) holds the words of serials 0 to N - 1; codes.codebook(key, serials) those of others."
+        raise _validate.fail("trace", "serials only with an array of codewords", "a Codebook with serials", cause)
+    if serials is not None:
+        numbers = _validate.serials("trace", serials)
+        _validate.vector("trace", "serials", numbers, num_customers, "One serial for each row of the codebook.")
+    if isinstance(book, codes.Codebook):
+        secret = book.key
+    else:  # as secret as the words are
+        secret = keys.from_bytes(hashlib.sha256(np.asarray(book, np.int8).tobytes()).digest())
+    decoys = codes.codebook(keys.derive(secret, "decoys"), range(NUM_DECOYS), length)
+    return _Case(
+        book, alpha, decoder, numbers, num_customers, num_suspects, num_alignments, np.asarray(decoys, np.float64)
+    )
+
+
 def _trace_rows(
     y: Float[np.ndarray, "R m"],
-    case: Case,
+    case: _Case,
     keep: bool,
     log_maps: Float[np.ndarray, " R"],
     on_scored: Callable[[int], None],
@@ -244,7 +283,7 @@ def _verdict(
     best_scores: Float[np.ndarray, " L"],
     kept: Float[np.ndarray, " N"],
     log_maps: float,
-    case: Case,
+    case: _Case,
 ) -> Verdict:
     tests, rest = [], u
     if u.any():
@@ -263,18 +302,18 @@ def _verdict(
         decoder=case.decoder,
         num_suspects=case.num_suspects,
         num_alignments=case.num_alignments,
-        decoys=_score_decoys(rest, case.decoys),
+        decoys=score_decoys(rest, case.decoys),
         log_maps=log_maps,
     )
 
 
-def _shares(u: Float[np.ndarray, " m"], customers: list[int], case: Case) -> dict[int, float]:
+def _shares(u: Float[np.ndarray, " m"], customers: list[int], case: _Case) -> dict[int, float]:
     """The parts of the accused: least-squares coefficients of the read-out on their words, in absolute value."""
     words = scoring.rows(case.book, np.array(customers, np.int64)).astype(np.float64)
     return dict(zip(customers, np.abs(np.linalg.lstsq(words.T, u, rcond=None)[0]).tolist(), strict=True))
 
 
-def _accusation(test: decoders.Test, shares: dict[int, float], log_maps: float, case: Case) -> Accusation:
+def _accusation(test: decoders.Test, shares: dict[int, float], log_maps: float, case: _Case) -> Accusation:
     log_p = min(0.0, test.log_p + math.log(case.num_suspects) + math.log(case.num_alignments) + log_maps)
     return Accusation(
         serial=int(case.serials[test.customer]) if case.serials is not None else test.customer,
@@ -283,18 +322,3 @@ def _accusation(test: decoders.Test, shares: dict[int, float], log_maps: float, 
         log10_p=log_p / math.log(10),
         share=float(shares[test.customer] / sum(shares.values())),
     )
-
-
-def _score_decoys(rest: Float[np.ndarray, " m"], decoys: Float[np.ndarray, "D m"]) -> Decoys:
-    direction = statistics.direction(rest)
-    largest = float(np.abs(decoys @ direction).max())
-    alarm = bool(statistics.log_p_value(largest, rest) + math.log(len(decoys)) <= math.log(_DECOY_LEVEL))
-    if alarm:
-        warnings.warn(
-            f"trace: a codeword that nobody received scores {largest:.1f}, which chance does less than once in a "
-            "million verdicts. An assumption is broken (did codewords leak, or shape the carrier or the alignment?): "
-            "trust no accusation of this verdict.",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-    return Decoys(len(decoys), largest, alarm)
