@@ -10,7 +10,6 @@ import io
 import json
 import os
 import pty
-import random
 import re
 import shutil
 import subprocess
@@ -30,7 +29,6 @@ import safetensors.numpy
 import time_stamps
 from PIL import Image
 
-from experiments.crash import kills
 from smark_jax import alignment, attacks, blackbox, cli, codes, data, files, keys, models, training, vault
 from smark_jax.vault import crypto
 from smark_jax.vault import models as vault_models
@@ -600,14 +598,3 @@ def test_a_taught_copy_is_traced_by_its_answers_and_by_its_weights(tmp_path):
     desk.run("add-model", "vault", "plain", "base.npz", "--chips", 40)
     desk.run("issue", "vault", "plain", "Ada", "--out", "plain", "--teach", "linear:teaching", code=1)
     assert "--probes" in desk.stderr
-
-
-# Crashes
-
-
-def test_kill_9_at_random_moments_loses_nothing(tmp_path):
-    rng = random.Random(1)
-    issued = kills.issue(tmp_path / "issue", 1, 60, rng)
-    traced = kills.trace(tmp_path / "trace", 1, 60, rng)
-    assert (issued["losses"], traced["losses"]) == ([], [])
-    assert (issued["kills"], traced["kills"]) == (1, 1)

@@ -693,33 +693,3 @@ def test_a_pytorch_network_is_read_from_its_file_to_the_same_logits(tmp_path, cn
         expected = net(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
     got = models.apply_fn(models.CNN())(files.nest(layout.leaves), images)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-
-
-# --- the fuzzer
-
-
-def test_the_fuzzer_finds_nothing_in_us_and_everything_in_a_careless_reader(tmp_path, monkeypatch):
-    from experiments.fuzz import targets, worker
-    from experiments.fuzz.__main__ import main
-
-    assert main(["--cases", "120", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "fuzz.json").read_text())
-    assert found["read"] + found["refused"] == 120 and found["refused"] > 60 and found["peak_bytes"] < 1e9
-
-    def careless(path):
-        content = path.read_bytes()
-        return pickle.loads(content) if content[:1] == b"\x80" else np.load(path, allow_pickle=True)["a"]
-
-    broken = targets.TARGETS[0]._replace(read=careless)
-    monkeypatch.setattr(worker, "TARGETS", (broken,))
-    failures = worker.run(0, 0, 300)["failures"]
-    assert any(failure["what"] == "it ran what the file holds" for failure in failures)
-    assert any("Error" in failure["what"] for failure in failures)
-
-
-def test_the_fuzzer_shows_examples(capsys):
-    from experiments.fuzz.__main__ import main
-
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "--cases 100000" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Kill the desk at random moments, and check that nothing is lost.
 
-    python -m experiments.crash
-    python -m experiments.crash --kills 200 --copies 1000 --out out/crash
+    PYTHONPATH=tests python -m stress.crash
+    PYTHONPATH=tests python -m stress.crash --kills 200 --copies 1000 --out out/crash
 
 Half of the kills hit ``smark issue``, half ``smark trace``. Writes crash.json after each; exit code 1 when anything was
 lost.
@@ -21,12 +21,12 @@ import rich.console
 import rich.progress
 
 from experiments.common import sections
-from experiments.crash import kills
+from stress.crash import kills
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.crash", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m stress.crash", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--copies", type=int, default=200)

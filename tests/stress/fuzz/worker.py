@@ -1,6 +1,6 @@
 """One process of the fuzzer: reads the cases of a range and says how each ended.
 
-``python -m experiments.fuzz.worker SEED FIRST LAST`` prints one JSON object.
+``python -m stress.fuzz.worker SEED FIRST LAST`` prints one JSON object.
 """
 
 import collections
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.fuzz import mutations
-from experiments.fuzz.targets import TARGETS, Target
+from stress.fuzz import mutations
+from stress.fuzz.targets import TARGETS, Target
 
 
 def case(target: Target, seed: int, number: int) -> tuple[str, bytes]:

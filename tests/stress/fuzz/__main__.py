@@ -10,6 +10,7 @@ output folder; the exit code is 1 when any case failed.
 import argparse
 import collections
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,10 +25,12 @@ _CASES = {"quick": 3_000, "full": 100_000}
 _BATCH = 2_500
 _SECONDS_PER_BATCH = 600
 _MOST_BYTES = 1_000_000_000
+_TESTS = str(Path(__file__).parents[2])  # where the package stress is
+_ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (_TESTS, os.environ.get("PYTHONPATH"))))}
 _EXAMPLES = """examples:
-  python -m experiments.fuzz
-  python -m experiments.fuzz --config full --out out/fuzz/full
-  python -m experiments.fuzz --cases 100000 --seed 1
+  PYTHONPATH=tests python -m stress.fuzz
+  PYTHONPATH=tests python -m stress.fuzz --config full --out out/fuzz/full
+  PYTHONPATH=tests python -m stress.fuzz --cases 100000 --seed 1
 """
 
 
@@ -39,9 +42,9 @@ def fuzz(cases: int, seed: int, console: rich.console.Console) -> dict[str, Any]
     began = time.perf_counter()
     for first in rich.progress.track(range(0, cases, _BATCH), "fuzz", console=console):
         last = min(first + _BATCH, cases)
-        command = [sys.executable, "-m", "experiments.fuzz.worker", str(seed), str(first), str(last)]
+        command = [sys.executable, "-m", "stress.fuzz.worker", str(seed), str(first), str(last)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_PER_BATCH)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_PER_BATCH, env=_ENVIRONMENT)
             found = json.loads(done.stdout) if done.returncode == 0 else None
             what = f"the process ended with {done.returncode}: {done.stderr[-500:]}"
         except subprocess.TimeoutExpired:
@@ -69,7 +72,7 @@ def fuzz(cases: int, seed: int, console: rich.console.Console) -> dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.fuzz",
+        prog="python -m stress.fuzz",
         description=__doc__,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

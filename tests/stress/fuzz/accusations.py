@@ -32,9 +32,9 @@ from unittest import mock
 
 import numpy as np
 
-from experiments.fuzz import evidence as stage
 from smark_jax import errors, keys
 from smark_jax.vault import bundles, commitments, documents, evidence, merkle, ranges, verification
+from stress.fuzz import evidence as stage
 
 _CASES = {"quick": 300, "full": 10_000}
 _SECONDS_PER_CASE = 20.0
@@ -42,8 +42,8 @@ _TRUE_EVERY = 100
 _SIZES = (0, 1, 2, 3, 8, 63, 64, 2**31, 2**62)
 _REALS = (-1e300, -1.0, 0.0, 1e-300, 1e-6, 0.011, 0.5, 0.9, 1.0, 2.0, 17.4, 1e300)
 _EXAMPLES = """examples:
-  python -m experiments.fuzz.accusations
-  python -m experiments.fuzz.accusations --config full --out experiments/fuzz/results
+  PYTHONPATH=tests python -m stress.fuzz.accusations
+  PYTHONPATH=tests python -m stress.fuzz.accusations --config full --out tests/stress/results
 """
 
 Lie = Callable[[dict[str, Any], np.random.Generator], None]
@@ -346,7 +346,7 @@ def together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.fuzz.accusations",
+        prog="python -m stress.fuzz.accusations",
         description=__doc__,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

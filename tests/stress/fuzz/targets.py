@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.fuzz import evidence, mutations
 from smark_jax import errors, files
+from stress.fuzz import evidence, mutations
 
 
 class Target(NamedTuple):
