@@ -116,3 +116,28 @@ def test_commands_write_through_the_console_alone():
                 called = ast.unparse(node.func)
                 assert called != "print" or plain.match(ast.unparse(node.args[0])), f"{name}:{node.lineno}"
                 assert called != "rich.console.Console", f"{name}:{node.lineno}"
+
+
+def test_the_files_that_contributing_names_are_there():
+    """A table that names a file which was moved would send a newcomer astray."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text.partition("## Ten changes")[2].partition("## Tests")[0]
+    paths = set(re.findall(r"`((?:smark_jax|experiments|tests)/[\w/.]+)`", table.replace("NAME", "_")))
+    missing = [path for path in paths if "/_." not in path and "/_/" not in path and not (ROOT / path).exists()]
+    assert len(paths) > 15 and not missing
+    defined = {"DECODERS": "tracing/decoders.py", "FORMATS": "files/formats.py", "_map_parties": "parallel.py"}
+    for name, path in defined.items():
+        assert name in table and name in (ROOT / "smark_jax" / path).read_text()
+
+
+def test_modules_have_at_most_350_lines_and_functions_60_or_say_why():
+    for path in files():
+        if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in ("smark_jax", "experiments"):
+            text = path.read_text()
+            assert text.count("\n") <= 350, path
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    said = ast.get_docstring(node) or ""
+                    body = node.body[bool(said) :] or node.body
+                    lines = (node.end_lineno or 0) - body[0].lineno + 1
+                    assert lines <= 60 or "is long because" in said, f"{path}: {node.name}, {lines} lines"

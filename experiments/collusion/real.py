@@ -56,15 +56,8 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     steps = config.epochs * (len(labels) // 64)
     meter.start(steps + sum(case.colluders + len(case.attacks) for case in config.cases))
     start = models.init(network, jax.random.key(seed), images.shape[1:])
-    base = attacks.fine_tune(
-        start,
-        apply_fn,
-        images,
-        labels,
-        epochs=config.epochs,
-        seed=seed,
-        on_progress=lambda *_: meter.step("train base"),
-    )
+    step = lambda *_: meter.step("train base")  # noqa: E731
+    base = attacks.fine_tune(start, apply_fn, images, labels, epochs=config.epochs, seed=seed, on_progress=step)
     base_accuracy = accuracy(base)
     cases = []
     for case in config.cases:

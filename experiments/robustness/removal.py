@@ -53,7 +53,7 @@ class Removal(NamedTuple):
 def removals(subject: Subject, seed: int, most_epochs: int, strength: float) -> list[Removal]:
     """Every attack; the leaker holds all training data, which is more than the usual suites grant.
 
-    The function is long because it is a list: an attack is one entry of ``found``.
+    It is long because it is a list: an attack is one entry of ``found``.
     """
     key = jax.random.key(seed + 1)
     fresh = models.init(models.CNN(), jax.random.key(seed + 2), subject.images.shape[1:])

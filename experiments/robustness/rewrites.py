@@ -87,16 +87,13 @@ def _one(
     copy = embedding.embed(base, mark, word, config.strength)
     logits = np.asarray(subject.any_width(copy, jnp.asarray(images)))
     innocents = np.setdiff1d(np.arange(INNOCENTS + 1), [leaker])[:INNOCENTS]
-    innocent_words = np.asarray(codes.codebook(book.key, innocents, config.num_chips), np.float64)
+    others_words = np.asarray(codes.codebook(book.key, innocents, config.num_chips), np.float64)
 
     def trace(params: PyTree) -> tuple[tracing.Verdict, float, np.ndarray]:
         chips = np.asarray(extraction.extract(params, base, mark, rectify=True), np.float64)
         norm = float(np.linalg.norm(chips)) or 1.0
-        return (
-            tracing.trace(chips, book, ALPHA),
-            float(chips @ np.asarray(word, np.float64)) / norm,
-            innocent_words @ chips / norm,
-        )
+        own = float(chips @ np.asarray(word, np.float64)) / norm
+        return tracing.trace(chips, book, ALPHA), own, others_words @ chips / norm
 
     found: list[dict[str, Any]] = []
     means = []

@@ -1,7 +1,8 @@
 """``smark issue``."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,7 +11,8 @@ from smark_jax.cli import _common, _names, _outputs
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
 if TYPE_CHECKING:
-    from smark_jax.vault import trials
+    from smark_jax.vault import issuing, trials
+    from smark_jax.vault.models import OpenModel
 
 _SHOWN = 10
 
@@ -72,22 +74,14 @@ def issue(
         if not names and not everybody:
             raise typer.BadParameter("name customers, or pass --csv or --all", param_hint="CUSTOMER")
         # Networks first: one that fails must not leave customers registered.
-        runs = trials.Network(*_common.network("network", network)) if network else None
         teaching = _common.network("teach", teach) if teach else None
-        runs = runs or (trials.Network(*teaching) if teaching else None)
-        trial = trials.Running(runs, model.base) if runs else None
+        runs = _common.network("network", network) if network else teaching
+        trial = trials.Running(trials.Network(*runs), model.base) if runs else None
         known = registry.registered(desk)
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
         everyone = sorted(set(chosen) | set(known if everybody else []))
-        opened = evidence.exports(desk, name)
-        if opened:
-            _common.warn(
-                f"evidence of {opened[-1]} opened this model's carrier to whoever saw it; add the model under "
-                "another name for new customers."
-            )
         waiting = lambda: _common.err.print("another smark issues from this vault; waiting for it")  # noqa: E731
-        if teach is None and probes.there(model):
-            _common.warn(f"{name} has probes, but without --teach its copies cannot be traced by their answers.")
+        _warn_before(model, evidence.exports(desk, name), teach is None and probes.there(model))
         with _common.bar(f"issuing {name}", len(everyone)) as done:
             copies = 0
 
@@ -96,36 +90,14 @@ def issue(
                 copies = count
                 done(count)
 
-            teacher = None
-            if teaching:
-                teacher = probes.teacher(model, *teaching[:2], on_share=lambda share: done(copies + share))
-            issued = issuing.issue(
-                model,
-                everyone,
-                out,
-                strength=strength,
-                teach=teacher,
-                trial=trial,
-                on_copy=finished,
-                on_wait=waiting,
-            )
-        if issued.unfit:
-            leaf, role = next(iter(issued.unfit.items()))
-            _common.warn(
-                f"{name} was added by an older version and marks {len(issued.unfit)} leaves that should stay as they "
-                f"are, such as {leaf} ({role}): copies may answer wrongly. Add the base again under another name, and "
-                "issue from that; copies of this one are still traced."
-            )
-        commitment, settings = issued.commitment, model.settings
-        number = commitment.header.customers
-        if settings.num_chips < (fewest := models.fewest_chips(settings.alpha, number)):
-            _common.warn(
-                f"{name} has {settings.num_chips} chips, and to accuse one of {number:,} customers at alpha "
-                f"{settings.alpha:g} takes {fewest}: no copy can be traced."
-            )
-        path = commitments.file(desk, commitment)
+            share = lambda part: done(copies + part)  # noqa: E731
+            teacher = probes.teacher(model, *teaching[:2], on_share=share) if teaching else None
+            settings = {"strength": strength, "teach": teacher, "trial": trial}
+            issued = issuing.issue(model, everyone, out, **settings, on_copy=finished, on_wait=waiting)
+        _warn(model, issued)
+        path = commitments.file(desk, issued.commitment)
         if timestamp_request:
-            _io.write(timestamp_request, timestamps.request(commitment), private=True)
+            _io.write(timestamp_request, timestamps.request(issued.commitment), private=True)
     document = {
         "model": name,
         "out": str(out),
@@ -134,35 +106,68 @@ def issue(
         "written": issued.written,
         "files": [str(file) for file in issued.files],
         "commitment": {
-            "number": commitment.number,
-            "root": commitment.root,
-            "created": commitment.header.created,
+            "number": issued.commitment.number,
+            "root": issued.commitment.root,
+            "created": issued.commitment.header.created,
             "file": str(path),
         },
         "trial": issued.trial._asdict() if issued.trial else None,
         "timestamp_request": str(timestamp_request) if timestamp_request else None,
     }
+    _common.show(document, as_json, lambda: _say(vault, issued, document))
 
-    def words() -> None:
-        say(f"{len(everyone):,} copies in {out}, {issued.written:,} of them written now:")
-        for file in issued.files[:_SHOWN]:
-            say(f"  {file.name}")
-        if len(issued.files) > _SHOWN:
-            say(f"  and {len(issued.files) - _SHOWN:,} more")
-        if issued.trial:
-            say(_answered(issued.trial))
-        elif issued.written:
-            say("They were not run: with --network MODULE:FUNCTION, issue says how often they answer as the base does.")
-        say(f"Commitment {commitment.number} to {commitment.header.customers:,} customers; publish its root:")
-        say(f"  {commitment.root}")
-        say(f"  or the file {path}")
-        if timestamp_request:
-            say(
-                f"Time-stamp request: {timestamp_request}. Then: smark evidence timestamp {vault} {name} "
-                f"{commitment.number} RESPONSE"
-            )
 
-    _common.show(document, as_json, words)
+def _warn_before(model: "OpenModel", exports: Sequence[str], untaught: bool) -> None:
+    """Of what the owner may want to stop for."""
+    name = model.settings.name
+    if exports:
+        _common.warn(
+            f"evidence of {exports[-1]} opened this model's carrier to whoever saw it; add the model under another "
+            "name for new customers."
+        )
+    if untaught:
+        _common.warn(f"{name} has probes, but without --teach its copies cannot be traced by their answers.")
+
+
+def _warn(model: "OpenModel", issued: "issuing.Issued") -> None:
+    """Of what makes these copies of little use."""
+    from smark_jax.vault import models
+
+    settings, customers = model.settings, issued.commitment.header.customers
+    if issued.unfit:
+        leaf, role = next(iter(issued.unfit.items()))
+        _common.warn(
+            f"{settings.name} was added by an older version and marks {len(issued.unfit)} leaves that should stay as "
+            f"they are, such as {leaf} ({role}): copies may answer wrongly. Add the base again under another name, and "
+            "issue from that; copies of this one are still traced."
+        )
+    if settings.num_chips < (fewest := models.fewest_chips(settings.alpha, customers)):
+        _common.warn(
+            f"{settings.name} has {settings.num_chips} chips, and to accuse one of {customers:,} customers at alpha "
+            f"{settings.alpha:g} takes {fewest}: no copy can be traced."
+        )
+
+
+def _say(vault: Path, issued: "issuing.Issued", document: Mapping[str, Any]) -> None:
+    """What was issued, and what to do next."""
+    commitment = issued.commitment
+    say(f"{document['customers']:,} copies in {document['out']}, {issued.written:,} of them written now:")
+    for file in issued.files[:_SHOWN]:
+        say(f"  {file.name}")
+    if len(issued.files) > _SHOWN:
+        say(f"  and {len(issued.files) - _SHOWN:,} more")
+    if issued.trial:
+        say(_answered(issued.trial))
+    elif issued.written:
+        say("They were not run: with --network MODULE:FUNCTION, issue says how often they answer as the base does.")
+    say(f"Commitment {commitment.number} to {commitment.header.customers:,} customers; publish its root:")
+    say(f"  {commitment.root}")
+    say(f"  or the file {document['commitment']['file']}")
+    if document["timestamp_request"]:
+        say(
+            f"Time-stamp request: {document['timestamp_request']}. Then: smark evidence timestamp {vault} "
+            f"{document['model']} {commitment.number} RESPONSE"
+        )
 
 
 def _answered(trial: "trials.Trial") -> str:

@@ -1,8 +1,9 @@
 """``smark init``, ``add-model`` and ``customers``."""
 
 import collections
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -132,18 +133,20 @@ def add_model(
         "strength": strength,
         "probes": images is not None,
     }
+    _common.show(document, as_json, lambda: _say_added(vault, document))
 
-    def words() -> None:
-        say(
-            f"{name}: {carrying.weights:,} of {document['weights']:,} weights in {carrying.leaves} of {len(leaves)} "
-            f"leaves carry {chips} chips; alpha {alpha:g}, strength {strength:g}. Base: {model.settings.base}"
-        )
-        if unmarked:
-            counts = collections.Counter(unmarked.values())
-            say("Left as they are: " + ", ".join(f"{role} ({count})" for role, count in counts.items()))
-        say(f"Next: smark issue {vault} {name} CUSTOMER... --out COPIES")
 
-    _common.show(document, as_json, words)
+def _say_added(vault: Path, added: Mapping[str, Any]) -> None:
+    """What carries in a model that was added, and what to do next."""
+    say(
+        f"{added['model']}: {added['carrying_weights']:,} of {added['weights']:,} weights in "
+        f"{added['carrying_leaves']} of {added['leaves']} leaves carry {added['num_chips']} chips; "
+        f"alpha {added['alpha']:g}, strength {added['strength']:g}. Base: {added['base']}"
+    )
+    if added["unmarked"]:
+        counts = collections.Counter(added["unmarked"].values())
+        say("Left as they are: " + ", ".join(f"{role} ({count})" for role, count in counts.items()))
+    say(f"Next: smark issue {vault} {added['model']} CUSTOMER... --out COPIES")
 
 
 def _base(path: Path) -> "files.Weights":

@@ -10,6 +10,11 @@ most alpha (plus the advantage of telling ChaCha20 from random bits), provided t
 
 It does not cover an insider who holds the code key, nor an owner who frames a customer on purpose.
 
+*One customer (T1, T1+).* With u the read-out at unit length, an innocent j's statistic T_j = <u, b_j> is a weighted
+sum of independent fair signs. T1 is Hoeffding's bound on it, P(|T_j| >= t) <= 2 exp(-t^2 / 2); T1+ is the smaller of
+two sharper bounds, Chernoff's and that of Bentkus and Dzindzalieta (:mod:`smark_jax.statistics`). All p-values come
+from T1+.
+
 *Joint decoding (T2).* Orthogonal matching pursuit explains the read-out y by few codewords: it adds the customer whose
 word correlates best with the residual, projects, and stops when no correlation exceeds what the best of N innocents
 would show. Each selected customer j is then tested on the residual r_j of the same pursuit run *without j in the
