@@ -5,7 +5,7 @@ import optax
 import pytest
 from flax import nnx
 
-from smark_jax import carriers, codes, embedding, extraction, keys, losses
+from smark_jax import carriers, codes, embedding, errors, extraction, keys, losses
 
 RNG = np.random.default_rng(0)
 BASE = {
@@ -185,7 +185,7 @@ def test_calibrate_stops_where_copies_cost_too_much():
     assert found.strengths == (0.01, 0.03, 0.05)  # in rising order, and none beyond the first that costs too much
     np.testing.assert_allclose(found.mean_drops, np.square(found.strengths), rtol=0.02)
     assert found.worst_drops >= found.mean_drops
-    with pytest.raises(ValueError, match=r"calibrate: expected a strength that costs at most 1e-06"):
+    with pytest.raises(errors.TooCostly, match=r"calibrate: expected a strength that costs at most 1e-06"):
         embedding.calibrate(base, mark, score, max_drop=1e-6)
     with pytest.raises(ValueError, match="max_drop"):
         embedding.calibrate(base, mark, score, max_drop=0)

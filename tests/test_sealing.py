@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from smark_jax import codes, vault
+from smark_jax import codes, errors, vault
 from smark_jax.vault import evidence, models, sealing, store, verdicts, verification
 
 SECRET = "correct horse battery staple"
@@ -147,7 +147,7 @@ def test_an_old_vault_that_was_tampered_with_is_not_sealed(old):
         connection.execute("DROP TRIGGER suspects_no_update")
         connection.execute("UPDATE suspects SET document = replace(document, 'Ada', 'Eve') WHERE verdict = 1")
         connection.execute(trigger)
-    with pytest.raises(ValueError, match="tampered or damaged"), vault.opened(place, SECRET):
+    with pytest.raises(errors.Tampered, match="tampered or damaged"), vault.opened(place, SECRET):
         pass
     assert len(plain_rows(place)) == 52
 

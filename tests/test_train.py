@@ -24,7 +24,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
-from smark_jax import data, files, keys, models
+from smark_jax import data, errors, files, keys, models
 from smark_jax.cli import _train, _train_config
 from smark_jax.cli._console import Console
 from smark_jax.training import checkpoints
@@ -350,7 +350,7 @@ def test_two_runs_do_not_share_a_folder(whole):
         [sys.executable, "-c", code, str(out / "private" / ".lock")], stdout=subprocess.PIPE
     ) as other:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match="another smark train at work"):
+        with pytest.raises(errors.InUse, match="another smark train at work"):
             run(out)
         other.kill()
 

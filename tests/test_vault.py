@@ -18,7 +18,7 @@ import pytest
 import time_stamps
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from smark_jax import files, vault
+from smark_jax import errors, files, vault
 from smark_jax.vault import (
     _text,
     commitments,
@@ -122,7 +122,7 @@ def test_the_key_file_opens_with_scrypt_and_chacha20_poly1305_of_other_libraries
 
 @pytest.mark.parametrize("secret", ["", "wrong", SECRET + " ", SECRET.upper()])
 def test_a_wrong_passphrase_opens_nothing(place, secret):
-    with pytest.raises(ValueError, match="passphrase") as error, vault.opened(place, secret):
+    with pytest.raises(errors.WrongPassphrase, match="passphrase") as error, vault.opened(place, secret):
         pass
     assert secret in ("", "wrong") or secret not in str(error.value)
 
@@ -226,7 +226,7 @@ def test_whatever_is_changed_in_the_database_is_noticed(full, tmp_path, what):
         pass
     edit(place, TAMPERING[what])
     with (
-        pytest.raises(ValueError, match=r"(?s)tampered or damaged (database|log).*backup"),
+        pytest.raises(errors.Tampered, match=r"(?s)tampered or damaged (database|log).*backup"),
         vault.opened(place, SECRET),
     ):
         pass
@@ -238,7 +238,7 @@ def test_another_schema_and_other_bytes_are_noticed(full, tmp_path):
     with pytest.raises(ValueError, match="not those that smark made"), vault.opened(place, SECRET):
         pass
     (place / "vault.sqlite").write_bytes(b"SQLite format 3\0" + bytes(4096))
-    with pytest.raises(ValueError, match="tampered or damaged database"), vault.opened(place, SECRET):
+    with pytest.raises(errors.Tampered, match="tampered or damaged database"), vault.opened(place, SECRET):
         pass
 
 
@@ -249,7 +249,7 @@ def test_damage_inside_the_file_is_noticed(full, tmp_path):
     where = content.rindex(b"Grace")
     content[where : where + 5] = b"Grade"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="tampered or damaged database"), vault.opened(place, SECRET):
+    with pytest.raises(errors.Tampered, match="tampered or damaged database"), vault.opened(place, SECRET):
         pass
 
 
@@ -389,7 +389,7 @@ def test_an_index_that_names_other_customers_than_its_table_is_noticed(full, tmp
     part = slice((page - 1) * size, page * size)
     content[part] = content[part].replace(b"Grace", b"Grade")
     (place / "vault.sqlite").write_bytes(content)
-    with pytest.raises(ValueError, match="tampered or damaged database"), vault.opened(place, SECRET):
+    with pytest.raises(errors.Tampered, match="tampered or damaged database"), vault.opened(place, SECRET):
         pass
 
 
