@@ -76,7 +76,7 @@ class Worker:
 
     def _ask(self, line: str) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout  # both are pipes
-        with contextlib.suppress(BrokenPipeError):  # its last words say more
+        with contextlib.suppress(BrokenPipeError):  # the exit status and the log, read below, say why
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
         answer = self._process.stdout.readline()

@@ -122,7 +122,7 @@ class Walk:
                 self.link(found[role.axes].ids, role.ids)
             else:
                 found[role.axes] = role
-        # A group's own entry beside its members' (group norm): the members' entries say more.
+        # Where a group's axis overlaps its members' (group norm), keep the members': they identify each channel.
         widest = sorted(found, key=len, reverse=True)
         kept: list[tuple[int, ...]] = []
         for axes in widest:

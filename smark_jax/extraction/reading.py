@@ -82,8 +82,8 @@ def extract(suspect: PyTree, base: PyTree, mark: carriers.Mark, rectify: bool = 
     one that was kept much; an intact copy reads as it does without, but for a share of bins over weights, below 1 %.
     Shifts are bounded leaf by leaf. A leaf is left out that moved a thousand times less than the weights typically did,
     or of which the base tells all (alignment takes from the base what has nothing in common with it).
-    It depends on suspect and base only, so the bound on accusing the innocent holds as it does without. Choose one way
-    before you look: where both are tried, say so to ``trace`` by ``num_alignments``.
+    It depends on suspect and base only, so the bound on accusing the innocent holds as it does without. Decide on
+    ``rectify`` before tracing; where both ways are tried, count them in ``num_alignments`` of ``trace``.
 
     Parameters that a mesh of devices holds (leaves split by a ``NamedSharding``) are read where they lie: only chips
     cross between devices, each of which holds the carrier beside them (about a byte per weight of the whole model). If
