@@ -1,4 +1,4 @@
-"""What commands write never takes the place of what they read, nor of anything in a vault."""
+"""Checks that a command's output overwrites neither its input nor anything in a vault."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check(option: str, out: Path, inputs: Iterable[Path | None] = (), vault: Path | None = None) -> None:
-    """Refuses, before anything is written, a file to write that is one of those to read or lies in the vault's folder.
+    """Refuses an output path that is one of the inputs or lies in the vault's folder; call it before writing.
 
     Links and other spellings of a path count as the path itself.
 
@@ -19,10 +19,10 @@ def check(option: str, out: Path, inputs: Iterable[Path | None] = (), vault: Pat
       option: the name of the argument or option.
       out: the file or folder to write.
       inputs: the files to read.
-      vault: its folder.
+      vault: the vault's folder.
 
     Raises:
-      typer.BadParameter: naming both.
+      typer.BadParameter: naming the output and what it would overwrite.
     """
     for read in inputs:
         if read is not None and _same(out, read):
@@ -32,7 +32,7 @@ def check(option: str, out: Path, inputs: Iterable[Path | None] = (), vault: Pat
 
 
 def suspects(verdict: "Verdict") -> list[Path]:
-    """The files that a verdict is about, which nothing written of it may replace."""
+    """The files that a verdict is about, which no output may overwrite."""
     return [Path(suspect.file) for suspect in verdict.suspects if suspect.read != "answers"]
 
 

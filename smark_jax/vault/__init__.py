@@ -8,8 +8,8 @@
         issuing.issue(model, customers.resolve(desk, ["Ada", "Grace"]), out)
         verdict = verdicts.trace(model, [suspect])
 
-Every change is one sqlite transaction that also writes an entry of the log, which is chained and authenticated with a
-key that only the passphrase opens; opening a vault checks all of it. Verifying evidence needs no vault.
+Every change is one sqlite transaction that also writes a log entry. The log is chained, and authenticated with a key
+that only the passphrase unlocks; opening a vault checks the whole log. Verifying evidence needs no vault.
 """
 
 from smark_jax.vault import (

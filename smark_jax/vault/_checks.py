@@ -1,4 +1,4 @@
-"""What an arbiter checks before a suspect is read: commitments, models, carrier, leaves and codewords."""
+"""The checks an arbiter makes before reading a suspect: commitments, models, carrier, leaves and codewords."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,16 +10,16 @@ from smark_jax import carriers, errors, files, keys
 from smark_jax.vault import commitments, documents, merkle, models, timestamps
 from smark_jax.vault.documents import Bundle, Commitment, Header, Stamp
 
-# How far a leaf's root mean square may differ between the owner's computer and the arbiter's.
+# The relative difference allowed between a leaf's RMS on the owner's computer and on the arbiter's.
 _ROUNDING = 1e-2
-# What may differ between two commitments to a model.
+# The header fields that may differ between two commitments to a model.
 _PASSING = ("created", "customers", "number", "previous")
 # Nothing is computed from a suspect unless all of these hold.
 _BEFORE_READING = ("level", "numbers", "commitment", "base", "carrier", "carrying leaves", "customers")
 
 
 class Check(NamedTuple):
-    """One thing that was checked: what it is, whether it holds, and more about it in words."""
+    """The result of one check: its name, whether it holds, and details in words."""
 
     name: str
     holds: bool
@@ -35,7 +35,7 @@ class Checks(list[Check]):
 
     @contextlib.contextmanager
     def check(self, name: str, detail: str) -> Iterator[list[str]]:
-        """Adds one, which holds unless the block raises :class:`Fails`; the block may add to the details."""
+        """Adds a check, which holds unless the block raises :class:`Fails`; the block may append details."""
         details = [detail]
         try:
             yield details
@@ -46,13 +46,13 @@ class Checks(list[Check]):
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """Fails the check at hand, saying why, unless it holds."""
+    """Fails the current check with the reason ``otherwise``, unless ``holds``."""
     if not holds:
         raise Fails(otherwise)
 
 
 class Proved(NamedTuple):
-    """What a bundle proves to be committed to: carrying leaves, codewords by serial, and the carrier's key."""
+    """What the bundle proves was committed to: carrying leaves, codewords by serial, and the carrier's key."""
 
     spec: carriers.Spec
     words: dict[int, np.ndarray]
@@ -60,7 +60,7 @@ class Proved(NamedTuple):
 
 
 def check_commitments(checks: Checks, bundle: Bundle, roots: Sequence[str]) -> None:
-    """The chain of commitments, their time stamps, and the roots that were published."""
+    """Checks the chain of commitments, their time stamps, and the published roots."""
     chain = bundle.chain
     for before, item in zip([None, *chain], chain, strict=False):
         tree = item.commitment
@@ -78,7 +78,7 @@ def check_commitments(checks: Checks, bundle: Bundle, roots: Sequence[str]) -> N
 def check_contents(
     checks: Checks, bundle: Bundle, suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]
 ) -> Proved | None:
-    """Models, carrier, leaves and codewords against the commitment; None when the suspect cannot be read by them."""
+    """Checks models, carrier, leaves and codewords against the commitment; None when they do not allow a reading."""
     header = bundle.header
     key = keys.from_bytes(bytes.fromhex(bundle.carrier_key))
     spec, words = None, {}
@@ -99,7 +99,7 @@ def check_contents(
 
 
 def _follow(tree: Commitment, before: Commitment | None) -> None:
-    """That the header leads to the root, and that the commitment follows the one before."""
+    """Requires that the header leads to the root, and that the commitment follows its predecessor."""
     header, path = tree.header, [bytes.fromhex(node) for node in tree.header_path]
     found = merkle.root_of_path(commitments.header_leaf(header), 0, header.customers + 1, path)
     require(found == bytes.fromhex(tree.root), "the header does not lead to the root")
@@ -113,14 +113,14 @@ def _follow(tree: Commitment, before: Commitment | None) -> None:
 
 
 def _lasting(header: Header) -> dict[str, object]:
-    """What all commitments to a model share; headers of older versions name the decoder in other fields."""
+    """The fields that all commitments to a model share; older headers name the decoder in other fields."""
     missing = documents.MISSING
     same = header._replace(versions=header.algorithms, decoder=missing, decoder_version=missing)
     return {name: value for name, value in same._asdict().items() if name not in _PASSING}
 
 
 def _check_published(bundle: Bundle, roots: Sequence[str]) -> None:
-    """That all published roots are the bundle's, and that every opened codeword is under one of them or an earlier."""
+    """Requires each published root to be in the bundle, and each opened codeword under one of them or an earlier."""
     numbers = {item.commitment.root: item.commitment.number for item in bundle.chain}
     for root in roots:
         require(root in numbers, f"{root} was published: keys or customers were chosen afterwards")
@@ -140,7 +140,7 @@ def _stamped(tree: Commitment, stamp: Stamp) -> bool:
 
 
 def _spec(bundle: Bundle, base: Mapping[str, np.ndarray]) -> carriers.Spec:
-    """The carrying leaves, when they were committed to and are the base's."""
+    """The carrying leaves; requires that they were committed to and belong to the base."""
     spec, header = documents.spec(bundle.spec), bundle.header
     require(models.spec_digest(bundle.spec) == header.spec, "others were committed to")
     for leaf, (_, _, committed) in zip(spec.leaves, bundle.spec, strict=True):
@@ -154,7 +154,7 @@ def _spec(bundle: Bundle, base: Mapping[str, np.ndarray]) -> carriers.Spec:
 
 
 def _words(bundle: Bundle) -> dict[int, np.ndarray]:
-    """The opened codewords by serial, when each is under its root and each accusation has the words it needs."""
+    """The opened codewords by serial; requires each under its root, and every codeword that an accusation uses."""
     trees = {item.commitment.number: item.commitment for item in bundle.chain}
     num_chips = bundle.header.num_chips
     words = {}

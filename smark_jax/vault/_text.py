@@ -1,4 +1,4 @@
-"""Texts that are hashed, signed or stored: one JSON for one value, one form of time, one form of names."""
+"""Canonical texts to hash, sign or store: one JSON text per value, one format for times, one form of each name."""
 
 import datetime
 import json
@@ -16,7 +16,7 @@ _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def canonical(value: Any) -> bytes:
-    """The one JSON text of a value in ASCII: sorted keys, no spaces, no NaN."""
+    """The canonical JSON text of a value, in ASCII: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -26,10 +26,10 @@ def now() -> str:
 
 
 def model_name(name: str) -> str:
-    """A model's name, which becomes a file's name too.
+    """Checks a model's name, which is also used as a file name.
 
     Raises:
-      SmarkError: when it has other characters than Latin letters, digits, ``.``, ``_`` and ``-``, or more than 64.
+      SmarkError: when it has characters other than Latin letters, digits, ``.``, ``_`` and ``-``, or more than 64.
     """
     if not _MODEL.fullmatch(name):
         cause = "Models' names become names of files: choose a short one such as mnist-cnn."
@@ -41,7 +41,7 @@ def customer_name(name: str) -> str:
     """A customer's name in any script, in Unicode's composed form (NFC), without spaces around it.
 
     Raises:
-      SmarkError: when it is empty, longer than 200 characters, or has characters that nobody sees.
+      SmarkError: when it is empty, longer than 200 characters, or has invisible characters.
     """
     name = unicodedata.normalize("NFC", name).strip()
     if not name:
@@ -57,7 +57,7 @@ def customer_name(name: str) -> str:
 
 
 def file_name(serial: int, name: str) -> str:
-    """What a customer's copy is called: serial and a form of the name that every file system takes."""
+    """The file name of a customer's copy: the serial, and the name in a form that every file system accepts."""
     safe = re.sub(r"[^\w-]+", "-", name).strip("-_")
     while len(safe.encode()) > 120:
         safe = safe[:-1]

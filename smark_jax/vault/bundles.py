@@ -1,4 +1,4 @@
-"""Evidence bundles as files: one JSON document with the owner's Ed25519 signature, read without trusting it."""
+"""Evidence bundles as files: a JSON document with the owner's Ed25519 signature. Reading one trusts nothing in it."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 FORMAT, VERSION = "smark evidence", 1
 LARGEST = 1 << 24
-"""Bytes of the largest bundle that is read."""
+"""The size in bytes of the largest bundle that is read."""
 
 
 _AGAIN = "Ask for the file again: it may have been cut short, or be another one."
@@ -23,7 +23,7 @@ _UPGRADE = "Upgrade smark-jax: a newer one wrote it. Ask for the file again if y
 
 
 def unreadable(what: str, got: str, advice: str = _AGAIN) -> errors.Unreadable:
-    """The error for a file that is no bundle or no commitment; the caller raises it."""
+    """The error for a file that is not a bundle or not a commitment; the caller raises it."""
     return errors.Unreadable(f"evidence: expected {what}, but got {got}", advice)
 
 
@@ -50,10 +50,10 @@ def _message(content: Any) -> bytes:
 
 
 def read(path: Path) -> documents.Signed:
-    """A bundle's file, every field of the kind it should be.
+    """Reads a bundle's file and checks the type of every field.
 
     Raises:
-      Unreadable: when the file is no bundle, or a newer version of smark-jax is needed to read it.
+      Unreadable: when the file is not a bundle, or a newer version of smark-jax is needed to read it.
     """
     found = read_json(path, documents.Signed, "an evidence bundle")
     bundle = found.bundle
@@ -64,10 +64,10 @@ def read(path: Path) -> documents.Signed:
 
 
 def read_commitment(path: Path) -> documents.Commitment:
-    """The file of a commitment as the owner published it.
+    """Reads a commitment's file as the owner published it.
 
     Raises:
-      Unreadable: when the file is none, or a newer version of smark-jax is needed to read it.
+      Unreadable: when the file is not a commitment, or a newer version of smark-jax is needed to read it.
     """
     commitment = read_json(path, documents.Commitment, "a commitment")
     _known(commitment)
@@ -75,7 +75,7 @@ def read_commitment(path: Path) -> documents.Commitment:
 
 
 def _known(commitment: documents.Commitment) -> None:
-    """Refuses a commitment of which this version could only guess what it binds."""
+    """Refuses a commitment with algorithms unknown to this version, which could only guess what it binds."""
     _expect(commitments.FORMAT, commitments.VERSION, commitment.format, commitment.version)
     if unknown := versions.unknown(commitment.header.algorithms):
         raise unreadable("a commitment to algorithms that this version knows", unknown, _UPGRADE)
@@ -88,10 +88,10 @@ def _expect(wanted: str, newest: int, name: str, version: int) -> None:
 
 
 def read_json(path: Path, kind: type[T], what: str) -> T:
-    """A JSON file that holds a document of this kind.
+    """Reads a JSON file that holds a document of this kind.
 
     Raises:
-      Unreadable: when it is larger than :data:`LARGEST`, no JSON, or has a field that is missing, unknown or wrong.
+      Unreadable: when it is larger than :data:`LARGEST`, is not JSON, or has a missing, unknown or invalid field.
     """
     with path.open("rb") as file:
         data = file.read(LARGEST + 1)
@@ -109,4 +109,4 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
 
 
 def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is no number")  # to the parser that calls it, as its own error
+    raise ValueError(f"{text} is no number")  # the JSON parser treats it like an error of its own

@@ -1,9 +1,9 @@
-"""What the owner publishes before a copy is sold: one hash over all that an accusation will rest on.
+"""The commitment that the owner publishes before selling a copy: one hash of everything an accusation will rest on.
 
-The root of a Merkle tree. Its first leaf is the header: the hashes of carrier key and base, the level, the versions of
-all algorithms, the number of customers and the key that will sign evidence. Each further leaf holds one customer's
-name, serial and codeword, salted, so that the root tells nothing about customers or codewords, and one leaf can be
-opened alone.
+The hash is the root of a Merkle tree. Its first leaf is the header: the hashes of carrier key and base, the level, the
+versions of all algorithms, the number of customers and the key that will sign evidence. Each further leaf holds one
+customer's name, serial and codeword with a salt. So the root reveals nothing about customers or codewords, and a leaf
+can be opened without the others.
 """
 
 from collections.abc import Sequence
@@ -112,7 +112,7 @@ def get(vault: folder.Vault, model: str, number: int) -> Commitment:
 
 
 def write_all(vault: folder.Vault) -> None:
-    """Writes the files for publication that are missing, into the vault's folder ``commitments``."""
+    """Writes any missing files for publication into the vault's folder ``commitments``."""
     for row in store.commitments(vault.connection):
         commitment = _stored(row)
         path = file(vault, commitment)

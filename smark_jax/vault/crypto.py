@@ -16,9 +16,9 @@ from smark_jax.vault import _text
 
 SHORTEST_PASSPHRASE = 12
 """A passphrase of fewer characters is weak; callers warn."""
-# 128 MB and some third of a second for each guess (OWASP's recommendation for scrypt).
+# 128 MB and about a third of a second per guess (OWASP's recommendation for scrypt).
 _N, _R, _P = 2**17, 8, 1
-# What a key file may ask for, so that an edited one cannot exhaust the memory.
+# The most that a key file may ask for, so that an edited file cannot exhaust memory.
 _LARGEST = {"n": 2**20, "r": 16, "p": 4}
 _LONGEST_FILE = 10_000
 
@@ -26,7 +26,7 @@ _LONGEST_FILE = 10_000
 def seal(master: keys.SecretKey, passphrase: str) -> bytes:
     """The content of a key file: JSON with the key under scrypt (RFC 7914) and ChaCha20-Poly1305 (RFC 8439).
 
-    All parameters are authenticated with the ciphertext, so that none can be changed unnoticed.
+    The ciphertext authenticates all parameters, so none can be changed unnoticed.
 
     Raises:
       SmarkError: when the passphrase is empty.
@@ -47,7 +47,7 @@ def unseal(path: Path, passphrase: str) -> keys.SecretKey:
     """The master key in a key file.
 
     Raises:
-      SmarkError: when the passphrase is wrong, the file was changed, or it is no key file.
+      SmarkError: when the passphrase is wrong, the file was changed, or it is not a key file.
     """
     broken = _validate.fail("vault", f"a whole key file {path}", "a damaged one", "Restore it from your backup.")
     with path.open("rb") as file:
@@ -87,6 +87,6 @@ def signing_key(master: keys.SecretKey) -> Ed25519PrivateKey:
 
 
 def public_key(master: keys.SecretKey) -> str:
-    """Its public half, 32 bytes in hex: every commitment names it, so that it is bound before sale."""
+    """The public half of the signing key, 32 bytes in hex; every commitment names it and so binds it before sale."""
     raw = signing_key(master).public_key()
     return raw.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw).hex()

@@ -1,4 +1,4 @@
-"""The registry of customers, one for all models: a name and a serial each, dense from 0."""
+"""The registry of customers, shared by all models: each has a name and a serial; serials count up from 0."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def add(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
     """Registers customers, all or none.
 
     Raises:
-      SmarkError: when a name is not one, stands there twice, or is registered already.
+      SmarkError: when a name is invalid, is given twice, or is already registered.
     """
     wanted = _distinct([_text.customer_name(name) for name in names])
     with store.transaction(vault.connection):
@@ -34,10 +34,10 @@ def add(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
 
 
 def resolve(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
-    """The customers of these names, in their order; unknown ones are registered, all or none.
+    """The customers with these names, in this order; unknown names are registered, all or none.
 
     Raises:
-      SmarkError: when a name is not one, or stands there twice.
+      SmarkError: when a name is invalid or is given twice.
     """
     wanted = _distinct([_text.customer_name(name) for name in names])
     with store.transaction(vault.connection):

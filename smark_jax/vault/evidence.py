@@ -1,16 +1,16 @@
-r"""Evidence: what an arbiter needs to compute an accusation again, and nothing that accuses anybody else.
+r"""Evidence: what an arbiter needs to recompute an accusation, and nothing that accuses anybody else.
 
-*What the arbiter tests.* Let y be the suspect's chips and b_j the accused's word. A lone leaker is tested as
-:mod:`smark_jax.statistics` does, T = <y, b_j> / \|y\|. In a coalition the others' words hide j's; they are projected
-out first, with the words of a support S of other accused, opened as well. The owner, not the arbiter, chose S, and may
-have looked at b_j. So the arbiter's p-value pays for all supports that could have been chosen:
+*What the arbiter tests.* Let y be the suspect's chips and b_j the accused's codeword. A lone leaker is tested as in
+:mod:`smark_jax.statistics`, T = <y, b_j> / \|y\|. In a coalition the other members' codewords hide that of j. So the
+codewords of a support S of other accused are opened too, and projected out first. The owner, not the arbiter, chose S,
+and may have looked at b_j. So the arbiter's p-value pays for all supports that could have been chosen:
 
 .. math:: p_j = p(T_j \mid r_S) \cdot N \cdot \binom{N - 1}{|S|} \cdot 2^{|S| + 1} \cdot \text{suspects} \cdot
           \text{alignments} \cdot \text{maps}
 
-For an innocent j and every fixed S, b_j is independent of the residual r_S; the sum over N customers, all S of each
-size and all sizes is at most alpha. No step of it trusts the owner's search. N counts all whom the verdict compared,
-also where the accused's own commitment had fewer customers.
+For an innocent j and every fixed S, b_j is independent of the residual r_S. Summed over N customers, all S of each
+size and all sizes, the probability of a false accusation is at most alpha. No step trusts the owner's search. N counts
+every customer whom the verdict compared, even when the accused's own commitment had fewer.
 """
 
 import math
@@ -72,17 +72,17 @@ def test(
     log_maps: float = 0.0,
     base: np.ndarray | None = None,
 ) -> Test:
-    """An accused's statistic and p-value as an arbiter computes them.
+    """Computes an accused's statistic and p-value as an arbiter does.
 
     Args:
       chips: the suspect's read-out y, shape [m].
       word: the accused's codeword in {-1, +1}, shape [m].
       support: the codewords of other customers that are projected out, each of shape [m].
-      num_customers: N, those compared and no fewer than were committed to.
-      num_suspects: examined together.
-      num_alignments: readings tried.
-      log_maps: natural logarithm of the maps of leaves from which the owner chose.
-      base: chips that are projected out as well, at no price, since nobody chose them.
+      num_customers: N, the customers compared; at least as many as were committed to.
+      num_suspects: how many suspects were examined together.
+      num_alignments: how many readings were tried.
+      log_maps: natural logarithm of the number of leaf maps from which the owner chose.
+      base: chips that are projected out too, without a correction, since nobody chose them.
 
     Raises:
       SmarkError: when a number is below 1.
@@ -96,7 +96,7 @@ def test(
         words = np.stack([*support, *fixed]).astype(np.float64)
         residual = direction - np.linalg.lstsq(words.T, direction, rcond=None)[0] @ words
     norm = float(np.linalg.norm(residual))
-    if norm < _SMALLEST_RESIDUAL:  # rounding is all that is left, or y was zero
+    if norm < _SMALLEST_RESIDUAL:  # only rounding error is left, or y was zero
         return Test(0.0, 0.0)
     statistic = float(residual @ word) / norm
     size = len(support)
@@ -111,10 +111,10 @@ class Exported(NamedTuple):
     """A bundle.
 
     Attributes:
-      content: of the file.
+      content: the bytes of the file.
       accused: the customers it accuses.
-      left_out: those accused whom it cannot prove.
-      commitments: the numbers of those under which it opens codewords.
+      left_out: accused customers against whom it proves nothing.
+      commitments: the numbers of the commitments under which it opens codewords.
     """
 
     content: bytes
@@ -124,24 +124,25 @@ class Exported(NamedTuple):
 
 
 def export(vault: folder.Vault, number: int, place: int | None = None, commitment: int | None = None) -> Exported:
-    """The bundle on one suspect of a verdict; the log says that it was made.
+    """Makes the bundle on one suspect of a verdict, and records in the log that it was made.
 
-    It opens the model's carrier key and the leaves of the accused. For each, the support is the smallest that suffices
-    of the other accused, those with the largest shares first.
+    The bundle opens the model's carrier key and the leaves of the accused. The support of each accused is the smallest
+    sufficient set of the other accused, taken in order of decreasing share.
 
     Each codeword is opened under the commitment with which its customer was licensed, so that it holds against the root
-    that was published before that sale. The bundle has all commitments from the oldest of these to the verdict's own:
-    each names the one before, so that a root published later proves it as well.
+    that was published before that sale. The bundle contains all commitments from the oldest of these to the verdict's
+    own. Each names its predecessor, so a root published later proves them too.
 
     Args:
       vault: an open vault.
-      number: of the verdict.
-      place: of the suspect in the verdict, from 1; may be left out when only one was traced.
-      commitment: number of the commitment under which all codewords are opened instead.
+      number: the verdict's number.
+      place: the suspect's place in the verdict, from 1; may be omitted when only one was traced.
+      commitment: number of a single commitment under which to open all codewords instead.
 
     Raises:
-      SmarkError: when there is no such verdict or suspect, it was not traced by its weights, no accusation reaches
-        the committed level on what an arbiter can check, or the commitment does not cover the accused.
+      SmarkError: when there is no such verdict or suspect, when the suspect was not traced by its weights, when no
+        accusation that an arbiter can check reaches the committed level, or when the commitment does not cover the
+        accused.
     """
     verdict = verdicts.get(vault, number)
     where = _place(verdict, place)
@@ -181,13 +182,13 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
 
 
 def _price(verdict: Verdict, suspect: Suspect) -> dict[str, Any]:
-    """What p-values pay for, as :func:`test` takes it."""
+    """The counts for which p-values are corrected, as arguments of :func:`test`."""
     counts = {"num_suspects": suspect.num_suspects, "num_alignments": suspect.num_alignments}
     return {**counts, "num_customers": verdict.num_customers, "log_maps": suspect.log_maps or 0.0}
 
 
 def _exhibit(verdict: Verdict, suspect: Suspect) -> Exhibit:
-    """A suspect that was traced by its weights, as a bundle shows it: the name of its file without its folders."""
+    """A suspect that was traced by its weights, as a bundle shows it; its file is named without its folders."""
     return Exhibit(
         sha256=suspect.sha256 or "",
         content=suspect.content or "",
@@ -251,7 +252,7 @@ def _under(
 
 
 def _opened(vault: folder.Vault, model: str, leaves: Sequence[Leaf], under: Mapping[int, int]) -> list[Opened]:
-    """The leaves with their paths to the roots of the commitments that they stand under."""
+    """The leaves with their paths to the roots of the commitments that cover them."""
     licences = store.licences(vault.connection, model)
     opened = []
     for number in sorted(set(under.values())):
@@ -277,7 +278,7 @@ def _stamped(vault: folder.Vault, model: str, number: int) -> Stamped:
 
 
 def exports(vault: folder.Vault, model: str) -> list[str]:
-    """When bundles were exported that open this model's carrier, for whoever thinks of issuing more copies."""
+    """When bundles that open this model's carrier were exported; check this before issuing more copies."""
     found = (e.body for e in log.entries(vault.connection) if e.body["event"] == "evidence exported")
     return [body["time"] for body in found if body["model"] == model]
 

@@ -1,4 +1,4 @@
-"""A vault's folder: made in one step, opened with the passphrase, checked before anything is read from it."""
+"""A vault's folder: created atomically, opened with the passphrase, and checked before anything is read from it."""
 
 import contextlib
 import secrets
@@ -14,7 +14,7 @@ KEY_FILE, DATABASE, MODELS, COMMITMENTS, ANSWERS = "master.key", "vault.sqlite",
 
 
 class Vault(NamedTuple):
-    """An open vault: its folder, the database, and the master key, which no text of ours ever shows."""
+    """An open vault: its folder, its database and its master key; no message or repr ever shows the key."""
 
     folder: Path
     connection: store.Connection
@@ -22,12 +22,12 @@ class Vault(NamedTuple):
 
 
 def create(folder: Path, passphrase: str) -> None:
-    """Makes a vault with a new master key, readable for its owner only.
+    """Creates a vault with a new master key, readable only by its owner.
 
-    It is made beside its place and renamed: after a crash there is a whole vault under its name, or none.
+    It is created under a temporary name and renamed, so that a crash leaves either a complete vault or none.
 
     Raises:
-      SmarkError: when the passphrase is empty, or something is there already.
+      SmarkError: when the passphrase is empty, or the name is taken.
     """
     there = _validate.fail(
         "vault", f"a new name for a vault, not {folder}", "one that is taken", "Name another folder, or use that vault."
@@ -60,13 +60,13 @@ def create(folder: Path, passphrase: str) -> None:
 
 @contextlib.contextmanager
 def opened(folder: Path, passphrase: str) -> Iterator[Vault]:
-    """The vault in a folder, after its log, its tables and its commitments were checked.
+    """Opens the vault in a folder and checks its log, tables and commitments.
 
-    What an older version kept in plain is sealed (:mod:`smark_jax.vault.sealing`).
+    Findings that an older version stored in plaintext are sealed (:mod:`smark_jax.vault.sealing`).
 
     Raises:
       SmarkError: when there is no vault, the passphrase is wrong, anything was tampered with, or the disk is full or
-        cannot be written, saying what.
+        not writable; the message states which.
     """
     missing = [name for name in (KEY_FILE, DATABASE) if not (folder / name).is_file()]
     if missing:
@@ -82,7 +82,9 @@ def opened(folder: Path, passphrase: str) -> Iterator[Vault]:
 
 
 def _verify(vault: Vault) -> None:
-    published = sorted((vault.folder / COMMITMENTS).glob("*.json"))  # before the database, to which others may add
+    published = sorted(
+        (vault.folder / COMMITMENTS).glob("*.json")
+    )  # listed before the database is read, to which others may add
     with store.snapshot(vault.connection):
         log.verify(vault.connection, _log_key(vault))
         roots = {f"{row.model}-{row.number}": row.document for row in store.commitments(vault.connection)}
@@ -96,7 +98,7 @@ def _verify(vault: Vault) -> None:
 
 
 def record(vault: Vault, event: str, rows: Mapping[str, Sequence[store.Row]], **details: Any) -> int:
-    """Writes rows and the log entry that vouches for them, in one transaction; joins one that is open.
+    """Writes rows and the log entry that vouches for them in one transaction; joins a transaction already open.
 
     Returns:
       The entry's number.

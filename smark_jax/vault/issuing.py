@@ -1,8 +1,8 @@
-"""Issuing: a copy for each customer, which the vault has registered before the file gets its name.
+"""Issues a copy to each customer; the vault registers each copy before its file gets its final name.
 
-First one transaction licenses the customers and commits to their codewords. Then, a few copies at a time: they are
-written under hidden names, their hashes are registered, and only then do they get their names. So whenever the process
-dies, no copy stands under its name whose hash the vault does not know, and running the same command again completes it.
+First, one transaction licenses the customers and commits to their codewords. Then the copies are processed in batches:
+they are written under hidden names, their hashes are registered, and only then are they renamed. So even if the process
+dies, the vault knows the hash of every copy under its final name. Running the same command again completes the issue.
 
 While a batch is hashed and written, a thread computes the next one.
 """
@@ -23,27 +23,27 @@ from smark_jax._types import PyTree
 from smark_jax.vault import _text, commitments, folder, models, store, trials
 from smark_jax.vault.customers import Customer
 
-# A copy that has not got its name yet is called ".NAME.issuing".
+# Until it gets its final name, a copy is called ".NAME.issuing".
 _HIDDEN = ".issuing"
-# Limits of a batch of copies. Two batches are in memory together.
+# Limits of a batch of copies. Two batches are in memory at once.
 _COPIES_PER_BATCH, _BYTES_PER_BATCH = 32, 1 << 27
-# Threads that hash and write, all of which lets other threads run, and flush files, for which they wait for the disk.
+# Threads that hash, write and flush files: hashing and writing release the GIL, and flushing waits for the disk.
 _WRITERS = 4
 
 Teacher = Callable[[PyTree, np.ndarray], PyTree]
-"""Teaches copies (leaves with a leading axis of K) to answer by their codewords, int8 [K, m]."""
+"""Teaches copies (leaves with a leading axis of K) to answer according to their codewords, int8 [K, m]."""
 
 
 class Issued(NamedTuple):
-    """What an issue did.
+    """What an issue did, in numbers and files.
 
     Attributes:
       commitment: the newest commitment, which covers all copies.
       new: how many customers got a licence, and so a codeword, for the first time.
-      written: how many files were written; the others were there.
+      written: how many files were written; the others existed already.
       files: each customer's file, in the order of serials.
-      trial: how the copies answered that were written, where a network was given and any were.
-      unfit: leaves that are marked and should not be, by name: an older version chose them.
+      trial: how the written copies answered; None when no network was given or no copy was written.
+      unfit: leaves that an older version marked although they should carry nothing, by name.
     """
 
     commitment: commitments.Commitment
@@ -57,7 +57,7 @@ class Issued(NamedTuple):
 class _Licence(NamedTuple):
     customer: Customer
     strength: float
-    known: frozenset[str]  # SHA-256 of files that were registered
+    known: frozenset[str]  # SHA-256 of the files registered so far
     path: Path
 
 
@@ -72,25 +72,24 @@ def issue(
     on_copy: Callable[[int], None] = lambda count: None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Issued:
-    """Issues a model to customers: one safetensors file each, the same again when issued again.
+    """Issues a model to customers, one safetensors file each; issuing again writes the same files.
 
-    A copy differs from the file of the base in the bytes of its carrying leaves and in no other. None is written whose
-    marked leaves are not finite, or fall below zero where the base's do not; nor, with ``trial``, one that answers
-    NaN.
+    A copy differs from the base's file only in the bytes of its carrying leaves. A copy is refused when its marked
+    leaves are not finite, or fall below zero where the base's do not, or when it answers NaN under ``trial``.
 
-    Where copies are taught, that is so on the same machine and software; elsewhere a copy that is written again differs
-    in its last digits, and the vault knows it as well.
+    A taught copy is reproduced exactly only with the same machine and software. Elsewhere, writing it again changes its
+    last digits; the vault registers both versions.
 
     Args:
       model: of an open vault.
-      customers: registered ones.
-      out: folder for the files, made if absent.
-      strength: of copies; the model's own by default.
-      teach: makes copies that can be traced by their answers, see :func:`smark_jax.vault.queries.teacher`. It changes
-        all leaves that gradients move.
+      customers: registered customers.
+      out: folder for the files, created if absent.
+      strength: of the copies; by default the model's own.
+      teach: makes copies that can be traced by their answers, see :func:`smark_jax.vault.probes.teacher`. It changes
+        every leaf that gradients can move.
       trial: runs each copy before it is written.
       on_copy: called with the number of copies done.
-      on_wait: called when another process issues from this vault, and this one waits.
+      on_wait: called when this process has to wait because another one is issuing from the same vault.
 
     Raises:
       SmarkError: when there are no customers, a customer has a copy of another strength, or a copy would not work.
@@ -120,7 +119,7 @@ def issue(
 
 @contextlib.contextmanager
 def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Only one process issues at a time; the system frees the lock of one that dies."""
+    """Lets only one process issue at a time; if that process dies, the operating system frees its lock."""
     path = vault.folder / "issue.lock"
     with contextlib.ExitStack() as held:
         try:
@@ -132,7 +131,7 @@ def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
 
 
 def _license(model: models.OpenModel, customers: Sequence[Customer], strength: float | None) -> int:
-    """Gives each customer who has none a licence, all under one new commitment; returns how many."""
+    """Gives a licence to each customer without one, all under one new commitment; returns how many."""
     vault = model.vault
     held = strengths(vault, model.name)
     other = [c.name for c in customers if strength is not None and held.get(c.serial, strength) != strength]
@@ -158,7 +157,7 @@ def _license(model: models.OpenModel, customers: Sequence[Customer], strength: f
 
 
 def strengths(vault: folder.Vault, model: str) -> dict[int, float]:
-    """By serial, the strength of the copy of each customer who has one, in the order of serials."""
+    """The strength of each issued copy by its customer's serial, in the order of serials."""
     return {licence.serial: licence.strength for licence in store.licences(vault.connection, model)}
 
 
@@ -179,13 +178,13 @@ def _write(
     teach: Teacher | None,
     trial: trials.Running | None,
 ) -> Iterator[int]:
-    """Writes copies, a batch at a time; yields how many each batch had."""
+    """Writes copies in batches; yields the size of each batch."""
     if not licences:
         return
     base = model.base
     size = sum(leaf.nbytes for leaf in base.values())
-    # The same number for all batches, so that a copy's bits never depend on who is issued along with it.
-    # A taught copy has cost a minute: it is kept as soon as it is there.
+    # All batches have the same size, so that a copy's bits never depend on which customers share its batch.
+    # A taught copy takes a minute to make, so each is saved as soon as it is ready.
     count = 1 if teach else max(1, min(_COPIES_PER_BATCH, _BYTES_PER_BATCH // size))
     batches: list[list[_Licence]] = []
     for strength in sorted({licence.strength for licence in licences}):
@@ -208,7 +207,7 @@ def _write(
                 for licence, leaves in zip(some, made, strict=True):
                     trial.add(f"the copy of {licence.customer.name}", leaves)
             hashed = list(writers.map(hidden, parts, made))
-            del batch, made  # or three batches would be in memory
+            del batch, made  # otherwise three batches would be in memory
             rows = [
                 (model.name, licence.customer.serial, sha256, content, _text.now())
                 for licence, (sha256, content) in zip(some, hashed, strict=True)
@@ -225,7 +224,7 @@ def _write(
 def _maker(
     model: models.OpenModel, teach: Teacher | None, count: int
 ) -> Callable[[list[_Licence]], dict[str, np.ndarray]]:
-    """A function that computes a batch: the leaves in which copies differ from the base, with an axis of ``count``."""
+    """Makes a function that computes a batch: the leaves that differ from the base, with an axis of ``count`` first."""
     base = model.base
     mark = model.mark._replace(spec=carriers.with_ties(model.settings.spec, base))
     marked = {name for leaf in mark.spec.leaves for name in (leaf.path, *leaf.tied)}
@@ -259,22 +258,22 @@ def _refuse_below(name: str, lowest: float, customer: Customer) -> None:
 
 
 def _write_hidden(part: Path, leaves: Mapping[str, np.ndarray], like: Path) -> tuple[str, str]:
-    """Writes a copy that has no name yet, flushed to the disk; returns the hashes of file and content."""
+    """Writes a copy under its hidden name and flushes it to disk; returns the hashes of file and content."""
     with _io.new_file(part) as file:
         sha256 = files.dump(file, leaves, like=like)
     return sha256, files.content_hash(leaves)
 
 
 def _sweep(out: Path, names: set[str]) -> None:
-    """Removes the half-written files of these copies that killed runs left."""
+    """Removes half-written files of these copies left by runs that were killed."""
     for path in out.iterdir():
         hidden, mark, _ = path.name.partition(_HIDDEN)
-        if mark and hidden.startswith(".") and hidden.lstrip(".") in names:  # older versions put a second dot before it
+        if mark and hidden.startswith(".") and hidden.lstrip(".") in names:  # older versions put a second dot in front
             path.unlink(missing_ok=True)
 
 
 def _is_there(licence: _Licence, model: models.OpenModel) -> bool:
-    """Whether the customer's copy stands under its name; refuses what must not be written over."""
+    """Whether the customer's copy exists under its final name; refuses to overwrite what must be kept."""
     if licence.path.is_file() and _file_hash(licence.path) in licence.known:
         return True
     _refuse_base(licence.path, model)
@@ -283,7 +282,7 @@ def _is_there(licence: _Licence, model: models.OpenModel) -> bool:
 
 
 def _refuse_base(path: Path, model: models.OpenModel) -> None:
-    """A damaged copy is written again, but the owner's base is not written over because it has a copy's name."""
+    """Refuses to overwrite the owner's base when it has a copy's name; a damaged copy is simply rewritten."""
     try:
         is_base = path.is_file() and files.content_hash(files.read(path).leaves) == model.settings.base
     except errors.Unreadable:
@@ -294,7 +293,7 @@ def _refuse_base(path: Path, model: models.OpenModel) -> None:
 
 
 def _refuse_other(path: Path, model: models.OpenModel) -> None:
-    """A copy of another model is not written over either: copies of all models have the same names."""
+    """Refuses to overwrite a copy of another model: copies of all models have the same names."""
     if path.is_file():
         if other := store.model_of_copy(model.vault.connection, _file_hash(path), but=model.name):
             cause = "Name a folder for each model by --out."

@@ -4,11 +4,12 @@ Entry n holds the authenticator of entry n - 1, what happened as JSON, and
 
     mac_n = HMAC-SHA256(log key, n || mac_{n-1} || body),
 
-n as eight bytes, big-endian. Without the master key no entry can be changed, inserted or removed but at the end. A
-vault that was rolled back as a whole to an older state is whole: only the commitments that were published tell.
+with n as eight bytes, big-endian. Without the master key nobody can change, insert or remove an entry, except to cut
+entries off at the end. A vault rolled back as a whole to an older state passes every check here; only published
+commitments reveal the rollback.
 
-An entry may name tables that it ``"replaces"``: earlier entries' rows in them are gone, after they were verified. That
-is how rows which older versions kept in plain were sealed (:mod:`smark_jax.vault.sealing`).
+An entry may list tables that it ``"replaces"``: the rows that earlier entries wrote there were verified and then
+removed. Rows that older versions stored in plaintext were sealed this way (:mod:`smark_jax.vault.sealing`).
 """
 
 import hmac
@@ -36,14 +37,14 @@ def append(
     rows: Mapping[str, Sequence[store.Row]],
     **details: Any,
 ) -> int:
-    """Writes an entry and the rows it vouches for; inside a transaction.
+    """Writes an entry and the rows it vouches for; call it inside a transaction.
 
     Args:
       connection: the database, in a transaction.
       key: the log key.
       event: what happened, in a few words.
-      rows: for each table the new rows, in the order of ``store.TABLES``.
-      **details: more about it, of what JSON can hold.
+      rows: the new rows of each table, in the order of ``store.TABLES``.
+      **details: further JSON-serialisable details.
 
     Returns:
       The entry's number.
@@ -63,10 +64,10 @@ def append(
 
 
 def verify(connection: store.Connection, key: keys.SecretKey) -> None:
-    """Checks every entry of the log, and that the tables hold what it says.
+    """Checks every entry of the log, and that the tables hold exactly the rows it vouches for.
 
     Raises:
-      SmarkError: saying what differs, and what to do.
+      SmarkError: stating what differs, and what to do.
     """
     said, previous, count = {}, _START, 0
     for number, before, body, mac in store.entries(connection):

@@ -1,6 +1,6 @@
-"""Merkle trees as Certificate Transparency has them (RFC 6962, section 2.1; checking of paths: RFC 9162, 2.1.3.2).
+"""Merkle trees as in Certificate Transparency (RFC 6962, section 2.1; path checking: RFC 9162, section 2.1.3.2).
 
-A leaf is hashed behind a byte 0, an inner node behind a byte 1, so that neither passes for the other.
+A byte 0 precedes a leaf before hashing, a byte 1 an inner node, so that neither can pass for the other.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ def root(leaves: Sequence[bytes]) -> bytes:
 
 
 def paths(leaves: Sequence[bytes], indices: Sequence[int]) -> list[list[bytes]]:
-    """For each index the siblings from the leaf to the root: what shows that the leaf is under the root."""
+    """For each index, the siblings from the leaf to the root, which prove that the leaf is under the root."""
     levels = _levels(leaves)
     found = []
     for index in indices:
@@ -60,7 +60,7 @@ def root_of_path(leaf: bytes, index: int, size: int, path: Sequence[bytes]) -> b
 
 
 def _levels(leaves: Sequence[bytes]) -> list[list[bytes]]:
-    """All levels from the leaves up; a node without a sibling goes up as it is, which gives RFC 6962's tree."""
+    """All levels from the leaves up; a node without a sibling moves up unchanged, which gives RFC 6962's tree."""
     _validate.positive("merkle", "the number of leaves", len(leaves))
     levels = [list(leaves)]
     while len(levels[-1]) > 1:

@@ -1,4 +1,4 @@
-"""The owner's models: the base that copies are made from, and all that is fixed before the first copy is sold."""
+"""The owner's models: the base that copies are made from, and the settings fixed before the first copy is sold."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from smark_jax.vault import public as publicity
 
 
 class Model(NamedTuple):
-    """What is fixed of a model, once and for all.
+    """The settings of a model, which never change.
 
     Attributes:
       name: of the model.
@@ -25,7 +25,7 @@ class Model(NamedTuple):
       spec: the carrying leaves.
       num_chips: m.
       alpha: bound on the probability of accusing anybody innocent on one occasion.
-      strength: of copies, unless another one is asked for at issue.
+      strength: of copies, unless another one is requested when they are issued.
       created: when it was added.
       public: content hash of the public model whose weights carry nothing, if one was named.
       versions: the algorithms that copies are made and traced with.
@@ -44,11 +44,11 @@ class Model(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class OpenModel:
-    """A model of an open vault. What is costly is made when it is first asked for, and kept.
+    """A model of an open vault. Costly parts are computed on first use and cached.
 
     Attributes:
       vault: the vault.
-      settings: what is fixed of the model.
+      settings: the model's settings, which never change.
     """
 
     vault: folder.Vault
@@ -82,19 +82,19 @@ class OpenModel:
 
     @functools.cached_property
     def mark(self) -> carriers.Mark:
-        """The mark: the carrying leaves that the vault keeps, and the carrier drawn anew."""
+        """The mark: the carrying leaves stored in the vault, and the carrier redrawn from its key."""
         key, settings = carrier_key(self.vault, self.name), self.settings
         draw = versions.CARRIERS[settings.versions.carrier]
         return carriers.Mark(settings.spec, draw(key, settings.spec, settings.num_chips))
 
     @property
     def code(self) -> versions.Code:
-        """The code of its codewords."""
+        """The code that the model's codewords come from."""
         return versions.CODES[self.settings.versions.code]
 
     @property
     def decoder(self) -> str:
-        """The name of the decoder by which its verdicts are reached."""
+        """The name of the decoder that the model's verdicts use."""
         return versions.DECODERS[self.settings.versions.decoder]
 
     def words(self, serials: Sequence[int]) -> np.ndarray:
@@ -121,9 +121,9 @@ def add(
     public: Mapping[str, np.ndarray] | None = None,
     source: Source | None = None,
 ) -> OpenModel:
-    """Adds a model: its base is written into the vault, the carrying leaves are chosen, its settings fixed.
+    """Adds a model: writes its base into the vault, chooses the carrying leaves, and fixes its settings.
 
-    Which leaves can carry is told by :func:`smark_jax.carriers.roles`.
+    :func:`smark_jax.carriers.roles` decides which leaves can carry.
 
     Args:
       vault: an open vault.
@@ -133,13 +133,13 @@ def add(
       alpha: bound on the probability of accusing anybody innocent on one occasion.
       strength: of copies, as :func:`smark_jax.embedding.embed` takes it.
       match: a regular expression; only leaves whose names match it carry.
-      public: the leaves of a public model that the base was trained from. Those of which half the weights or more are
-        still public carry nothing, since everybody could subtract them from a copy.
-      source: where the leaves are from, if that is a safetensors file: it is kept byte for byte, and copies have its
-        metadata and its order. Otherwise the vault lays them out itself.
+      public: the leaves of a public model that the base was trained from. Leaves of the base with at least half of
+        their weights still public carry nothing, since anybody could subtract them from a copy.
+      source: the safetensors file that the leaves were read from, if any. The vault keeps it byte for byte, and copies
+        have its metadata and its leaf order. Otherwise the vault chooses the layout.
 
     Raises:
-      SmarkError: when the name is taken or no file's name, a setting is out of range, or the base cannot carry.
+      SmarkError: when the name is taken or invalid as a file name, a setting is out of range, or the base cannot carry.
     """
     _text.model_name(name)
     _validate.probability("add-model", "alpha", alpha)
@@ -184,7 +184,7 @@ def _choose(
 
 
 def _keep(path: Path, leaves: Mapping[str, np.ndarray], source: Source | None) -> None:
-    """Writes the base into the vault: to the byte, where it was a safetensors file."""
+    """Writes the base into the vault, byte for byte if it was read from a safetensors file."""
     if source is None:
         files.write(path, dict(leaves))
     else:
@@ -200,7 +200,7 @@ def _keep(path: Path, leaves: Mapping[str, np.ndarray], source: Source | None) -
 
 
 def unfit(model: OpenModel) -> dict[str, carriers.Role]:
-    """Carrying leaves of a model that should carry nothing, by name: older versions marked them."""
+    """Leaves of a model that an older version marked although they should carry nothing, by name."""
     roles = carriers.roles(dict(model.base))
     return {leaf.path: roles[leaf.path] for leaf in model.settings.spec.leaves if not roles[leaf.path].carries}
 
@@ -208,17 +208,17 @@ def unfit(model: OpenModel) -> dict[str, carriers.Role]:
 def fewest_chips(alpha: float, num_customers: int) -> int:
     r"""The fewest chips with which anybody among N customers can be accused.
 
-    The statistic is largest where all m chips agree, :math:`T = \sqrt m`, which chance does with the two-sided
-    probability :math:`2 \cdot 2^{-m}`; so :math:`m \ge 1 + \log_2(N / \alpha)`.
+    The statistic is largest when all m chips agree, :math:`T = \sqrt m`. By chance this happens with two-sided
+    probability :math:`2 \cdot 2^{-m}`, so :math:`m \ge 1 + \log_2(N / \alpha)`.
     """
     return math.ceil(1 + math.log2(num_customers) - math.log2(alpha))
 
 
 def check_strength(who: str, strength: float) -> None:
-    """Refuses a strength that is no number above 0 and up to 1.
+    """Refuses a strength that is not a number above 0 and up to 1.
 
     Raises:
-      SmarkError: saying which strengths are of use.
+      SmarkError: stating which strengths are useful.
     """
     _validate.finite_number(who, "strength", strength)
     if strength > 1:
@@ -227,10 +227,10 @@ def check_strength(who: str, strength: float) -> None:
 
 
 def refuse_taken(vault: folder.Vault, name: str) -> None:
-    """Refuses a name that a model has.
+    """Refuses a name that another model has.
 
     Raises:
-      SmarkError: in that case, or when it cannot be a file's name.
+      SmarkError: when the name is taken, or is not valid as a file name.
     """
     _text.model_name(name)
     if name in names(vault):
@@ -244,7 +244,7 @@ def names(vault: folder.Vault) -> list[str]:
 
 
 def get(vault: folder.Vault, name: str) -> OpenModel:
-    """The model of this name. Look it up once in a command, and pass it on.
+    """The model with this name. A command should look it up once and pass it on.
 
     Raises:
       SmarkError: when there is no such model, or it needs a newer version of smark-jax.
@@ -264,7 +264,7 @@ def get(vault: folder.Vault, name: str) -> OpenModel:
 
 
 def _base_path(vault: folder.Vault, name: str, content: str) -> Path:
-    # With its hash, so that of two processes that add different bases under one name none overwrites the other's.
+    # With the hash in the name, two processes that add different bases under one name cannot overwrite each other's.
     return vault.folder / folder.MODELS / f"{name}.{content[:16]}.safetensors"
 
 
@@ -279,7 +279,7 @@ def code_key(vault: folder.Vault, name: str) -> keys.SecretKey:
 
 
 def probes_key(vault: folder.Vault, name: str) -> keys.SecretKey:
-    """The key of the images by which a model is traced through its answers."""
+    """The key of the probe images, by which a model is traced through its answers."""
     return keys.derive(vault.master, name, "probes")
 
 

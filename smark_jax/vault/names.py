@@ -1,4 +1,4 @@
-"""Customers' names from a CSV file. Each name gets a codeword for good, so an ambiguous file is refused."""
+"""Reads customers' names from a CSV file. A name gets its codeword for good, so an ambiguous file is refused."""
 
 import codecs
 import csv
@@ -12,7 +12,7 @@ from smark_jax import _validate, errors
 from smark_jax.vault import _text
 
 _DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
-# Headings, in lower case: of a column of customers' names, and of others that tables of customers have.
+# Lower-case headings: those of a column of customers' names, and those of other columns in customer tables.
 _OF_NAMES = frozenset(
     "client|clients|cliente|client name|company|company name|customer|customers|customer name|firma|full name|fullname|"
     "kunde|kunden|kundenname|licensee|name|names|nom|nombre|organisation|organization|客户|顧客|お客様".split("|")
@@ -28,11 +28,11 @@ _WHERE = "--column NAME-or-NUMBER says which"
 
 
 class Names(NamedTuple):
-    """What a file would register.
+    """The names that a file would register.
 
     Attributes:
       names: in the order of the file.
-      source: in words, the file and the column, how many they are, the first and the last.
+      source: a sentence that states the file, the column, the number of names, the first and the last.
     """
 
     names: list[str]
@@ -45,25 +45,25 @@ class _Row(NamedTuple):
 
 
 def from_csv(path: Path, column: str | None = None, heading: bool | None = None) -> Names:
-    """The customers' names in a CSV file in UTF-8 or UTF-16; nothing is registered.
+    """Reads the customers' names from a CSV file in UTF-8 or UTF-16; registers nothing.
 
-    The delimiter is the one of comma, semicolon, tab and bar that cuts every line into the same number of cells. Blank
-    lines are passed over.
+    The delimiter is whichever of comma, semicolon, tab and bar cuts every line into the same number of cells. Blank
+    lines are skipped.
 
     Args:
       path: of the file.
-      column: which column has the names, by its heading or by its number from 1. Where there are several columns and it
-        is left out, a heading must say so.
-      heading: whether the first line is one; where it is left out, the line must tell.
+      column: which column has the names, by its heading or by its number from 1. If a file has several columns and this
+        is omitted, exactly one heading must identify the names.
+      heading: whether the first line is a heading; if omitted, the line itself must make that clear.
 
     Raises:
-      SmarkError: when the delimiter, the column or the first line leaves doubt, and listing bad and repeated names with
-        their line numbers.
+      SmarkError: when the delimiter, the column or the first line is ambiguous, or when names are bad or repeated; it
+        lists those with their line numbers.
     """
-    # Excel writes its delimiter as a first line of its own: sep=;
+    # Excel may put a line of its own first that names the delimiter: sep=;
     delimiter, rows = _table(path, re.sub(r'\A"?sep=[,;|\t]"?[\r\n]+', "\n", _decoded(path)))
     if not rows:
-        raise _validate.fail("customers", f"at least one name in {path}", "none", "Write one name a line.")
+        raise _validate.fail("customers", f"at least one name in {path}", "none", "Write one name per line.")
     place, has_heading = _column(path, delimiter, rows, column, heading)
     names = _names(path, rows[has_heading:], place)
     ends = f"{names[0]!r}" if len(names) == 1 else f"{names[0]!r} to {names[-1]!r}"
@@ -91,7 +91,7 @@ def _decoded(path: Path) -> str:
 
 
 def _table(path: Path, text: str) -> tuple[str, list[_Row]]:
-    """The delimiter, which is empty where there is one column, and the rows that are not blank."""
+    """The delimiter, empty when there is only one column, and the rows that are not blank."""
     cut: dict[str, list[_Row]] = {}
     errors = []
     for delimiter in _DELIMITERS:
@@ -164,12 +164,12 @@ def _names(path: Path, rows: Sequence[_Row], place: int) -> list[str]:
             problems.append(f"line {row.line}: {error.desk.splitlines()[0]}")
             continue
         if name in names:
-            problems.append(f"line {row.line}: {name!r} stands in line {names[name]} already")
+            problems.append(f"line {row.line}: {name!r} is already in line {names[name]}")
         names.setdefault(name, row.line)
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         got = "; ".join(problems[:_SHOWN]) + more
         raise _validate.fail("customers", f"a name of its own in each row of {path}", got, "Nothing was imported.")
     if not names:
-        raise _validate.fail("customers", f"at least one name in {path}", "a heading alone", "Write one name a line.")
+        raise _validate.fail("customers", f"at least one name in {path}", "a heading alone", "Write one name per line.")
     return list(names)

@@ -1,4 +1,4 @@
-"""The probes of a model: images that its copies are taught to answer by their codewords, sealed in the vault."""
+"""The probes of a model: images, sealed in the vault, that each copy is taught to answer by its codeword."""
 
 import hashlib
 import io
@@ -19,10 +19,10 @@ _EPOCHS, _BATCH = 4, 64  # of teaching a copy
 
 
 def images(path: Path) -> np.ndarray:
-    """The owner's images in an npz file, under the name ``images``: uint8, shape [N, H, W, C].
+    """Loads the owner's images from an npz file, where they are named ``images``: uint8, shape [N, H, W, C].
 
     Raises:
-      SmarkError: when there are none.
+      SmarkError: when the file holds no such images.
     """
     return _images(path, path)
 
@@ -48,7 +48,7 @@ def make(
     base: PyTree = None,
     apply_fn: ApplyFn | None = None,
 ) -> UInt8[np.ndarray, "m H W C"]:
-    """Probes for a model, one for each chip. Copies have to be taught to answer them (:func:`teacher`).
+    """Makes the probes of a model, one per chip. Copies must then be taught to answer them (:func:`teacher`).
 
     Args:
       vault: an open vault.
@@ -56,10 +56,11 @@ def make(
       num_chips: m.
       pictures: the owner's images.
       base: the base's parameters.
-      apply_fn: its network. Probes are then those on which the base is undecided, which costs copies least accuracy.
+      apply_fn: the base's network. With it, probes are images on which the base is undecided, which costs the copies
+        the least accuracy.
 
     Raises:
-      SmarkError: as :func:`smark_jax.blackbox.probes`, or when the network does not take the images.
+      SmarkError: as for :func:`smark_jax.blackbox.probes`, or when the network does not accept the images.
     """
     shape = (pictures.shape[1], pictures.shape[2], pictures.shape[3])
     scores = None
@@ -70,10 +71,10 @@ def make(
 
 
 def keep(model: models.OpenModel, made: UInt8[np.ndarray, "m H W C"], num_classes: int) -> None:
-    """Keeps a model's probes, sealed: who has them has customers' codewords from their services.
+    """Stores a model's probes, sealed: anybody who has them can read a customer's codeword from its service.
 
     Raises:
-      SmarkError: when ``num_classes`` is no positive number.
+      SmarkError: when ``num_classes`` is not positive.
     """
     _validate.positive("probes", "num_classes", num_classes)
     vault, content = model.vault, io.BytesIO()
@@ -87,7 +88,7 @@ def load(model: models.OpenModel) -> tuple[np.ndarray, int]:
     """A model's probe images and its number of classes.
 
     Raises:
-      SmarkError: when it was added without, or the file in the vault is another.
+      SmarkError: when the model was added without probes, or the file in the vault does not hold them.
     """
     vault, name = model.vault, model.name
     known = store.probes(vault.connection, name)
@@ -116,16 +117,16 @@ def teacher(
     pictures: UInt8[np.ndarray, "N H W C"],
     on_share: Callable[[float], None] = lambda share: None,
 ) -> issuing.Teacher:
-    """What :func:`smark_jax.vault.issuing.issue` takes to issue copies that answer the model's probes.
+    """The function that teaches copies to answer the model's probes; :func:`smark_jax.vault.issuing.issue` takes it.
 
     Args:
       model: one that was added with probes.
       apply_fn: ``apply_fn(params, images) -> logits`` of the model's network.
       pictures: training images, without labels; of the probes' shape.
-      on_share: called with the share of the copy at hand that is done, from 0 to 1.
+      on_share: called with the finished share of the current copy, from 0 to 1.
 
     Raises:
-      SmarkError: when the model has no probes, or as :func:`smark_jax.blackbox.train_copies`.
+      SmarkError: when the model has no probes, or as for :func:`smark_jax.blackbox.train_copies`.
     """
     made, num_classes = load(model)
     base = files.nest(model.base)

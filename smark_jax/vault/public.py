@@ -1,7 +1,7 @@
-"""Which leaves of a model everybody has: those of a public model, from which a mark could be subtracted.
+"""Finds the leaves of a model that are public: anybody could subtract them from a copy and so remove the mark.
 
-Whoever has the base of a copy reads the mark off the difference and takes it away. Of a model that was trained from
-public weights everybody has the leaves that training left alone, so only the others are worth marking.
+Anybody who has the base of a copy can read the mark off the difference and remove it. When a model was trained from
+public weights, everybody has the leaves that training did not change, so only the others are worth marking.
 """
 
 import functools
@@ -12,15 +12,15 @@ import numpy as np
 from smark_jax import _validate
 
 MOST = 0.5
-"""A leaf carries nothing when this share of its weights or more is public: the leaker could put those back."""
+"""A leaf carries nothing when at least this share of its weights is public: a leaker could restore those."""
 
 
 def shares(leaves: Mapping[str, np.ndarray], public: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """By name, the share of a leaf's weights that are public ones; leaves that have none are left out.
+    """The share of each leaf's weights that are public, by name; leaves without public weights are omitted.
 
-    A weight is public when it equals the public one, or the rounding of it to the narrower of the two dtypes. Leaves
-    are paired by name, a prefix such as ``backbone.`` aside, where shapes agree; and whole leaves by content whatever
-    their name, also where another framework transposed them.
+    A weight is public when it equals the public one after both are rounded to the narrower of the two dtypes. Leaves of
+    equal shape are paired by name, ignoring a prefix such as ``backbone.``. Whole leaves are also paired by content,
+    whatever their names, even if another framework transposed them.
 
     Raises:
       SmarkError: when the models have nothing in common.
@@ -56,7 +56,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _bits(leaf: np.ndarray) -> tuple[int, int]:
-    """What two leaves share that have the same values in any order: sums over their bits, modulo 2^64."""
+    """A digest that two leaves share if they hold the same values in any order: sums over bits, modulo 2^64."""
     words = np.ascontiguousarray(leaf).reshape(-1).view(f"u{leaf.dtype.itemsize}").astype(np.uint64)
     words = words * np.uint64(0x9E3779B97F4A7C15) ^ words >> np.uint64(7)
     return int(words.sum()), int((words * words).sum())

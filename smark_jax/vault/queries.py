@@ -1,4 +1,4 @@
-"""Tracing a suspect by its answers alone: which probes it is asked, and the answers already paid for."""
+"""Traces a suspect by its answers alone: chooses the probes to ask, and reuses answers already received."""
 
 import datetime
 import hashlib
@@ -15,18 +15,18 @@ from smark_jax.vault.reading import Reading
 
 MAX_AGE = 7.0
 """Days after which answers no longer count."""
-_CHECKED = 16  # answers that are asked again before a query goes on
+_CHECKED = 16  # answered probes that are asked again before a query continues
 
 
 class Query(NamedTuple):
     """A query that is ready to ask.
 
     Attributes:
-      model: which was queried.
+      model: the model whose probes are asked.
       target: the address or command.
-      session: in the log, which says what probes it shows.
+      session: the query's name in the log, under which the log records the probes it shows.
       probes: their numbers, ascending.
-      kept: how many answers are there already.
+      kept: how many answers the vault already has.
       since: when the first of them came.
     """
 
@@ -48,23 +48,24 @@ def prepare(
     allow_seen: bool = False,
     max_age: float = MAX_AGE,
 ) -> Query:
-    """Decides which probes a suspect is shown, those that nobody was shown before, and writes that down.
+    """Chooses probes that nobody has been shown before, and records the choice before the suspect is asked.
 
-    Where the target was asked before, that query goes on: its answers count, if they are young enough and the target,
-    asked a few of the same probes again, still answers so.
+    If the target was asked before, that query continues. Its answers count if they are recent enough and the target
+    still gives the same answers to a few of the same probes.
 
     Args:
       model: one with probes and customers.
       target: the address or command; names the suspect.
       predict: the suspect.
-      num_probes: how many answers to judge by; as many as before, or as :func:`smark_jax.vault.shown.needed` says.
-      fresh: leave earlier answers aside, and begin anew with other probes.
-      allow_seen: take probes that were shown before where too few are left; the verdict then says so.
+      num_probes: how many answers to judge by. By default as many as before, or else as many as
+        :func:`smark_jax.vault.shown.needed` returns.
+      fresh: set earlier answers aside, and start again with other probes.
+      allow_seen: reuse probes that were shown before when too few are left; the verdict then says so.
       max_age: days after which answers no longer count.
 
     Raises:
-      SmarkError: when the model has no probes or no customers, too few probes are left, or earlier answers are too old,
-        are not authentic, or are no longer those of the target.
+      SmarkError: when the model has no probes or no customers, when too few probes are left, or when earlier answers
+        are too old, are not authentic, or differ from what the target answers now.
     """
     vault, name = model.vault, model.name
     pictures, num_classes = probes.load(model)
@@ -73,16 +74,16 @@ def prepare(
     _set_aside(vault, name, target, fresh)
     session = None if fresh else shown.last(vault, name, num_chips, target)
     if session and not _kept(vault, name, target, session).path.exists():
-        session = None  # what it was answered is lost, and its probes were shown
+        session = None  # its answers are lost, but its probes were shown
     answers = records.read(_kept(vault, name, target, session)) if session else []
     if answers:
         _check_age(answers, max_age)
         _check_unchanged(predict, pictures, num_classes, answers)
-    else:  # a grey picture first, so that a wrong address costs no probes
+    else:  # a plain grey image first, so that a wrong address uses up no probes
         blackbox.ask(predict, np.full_like(pictures[:1], 128), num_classes)
     before = shown.probes(shown.history(vault, name, num_chips), session) if session else []
     if num_probes is not None and not max(1, len(before)) <= num_probes <= num_chips:
-        cause = "--fresh begins anew, and may ask fewer." if before else "Each chip has one probe."
+        cause = "--fresh starts again, and may ask fewer." if before else "Each chip has one probe."
         raise _validate.fail("query", f"--probes of {max(1, len(before))} to {num_chips}", str(num_probes), cause)
     wanted = num_probes or len(before) or min(num_chips, shown.needed(customers, model.settings.alpha))
     if wanted > len(before):
@@ -104,15 +105,15 @@ def ask(
     alpha: float | None = None,
     on_answer: Callable[[int], None] = lambda count: None,
 ) -> Verdict:
-    """Asks a suspect about the probes of a query, traces the answers, and keeps the verdict.
+    """Asks a suspect the probes of a query, traces the answers, and keeps the verdict.
 
-    Answers are kept as they come: a query of the same target goes on where one failed.
+    Answers are saved as they arrive, so that a query that failed can be resumed by another of the same target.
 
     Returns:
       The verdict.
 
     Raises:
-      SmarkError: when the suspect's answers are no classes.
+      SmarkError: when the suspect's answers are not class numbers.
     """
     model, vault = query.model, query.model.vault
     pictures, num_classes = probes.load(model)
@@ -160,7 +161,7 @@ def _notes(details: Answers) -> tuple[str, ...]:
 
 
 def _kept(vault: folder.Vault, name: str, target: str, session: str) -> blackbox.Answers:
-    place = keys.derive(vault.master, name, "answers of", target).to_bytes()[:8].hex()  # tells nobody the target
+    place = keys.derive(vault.master, name, "answers of", target).to_bytes()[:8].hex()  # does not reveal the target
     file = f"{name}.{place}.{session}.json"
     about = {"model": name, "target": target, "session": session}
     return blackbox.Answers(vault.folder / folder.ANSWERS / file, keys.derive(vault.master, name, "answers"), about)
@@ -171,14 +172,14 @@ def _digest(target: str) -> str:
 
 
 def _set_aside(vault: folder.Vault, name: str, target: str, fresh: bool) -> None:
-    """Refuses answers that versions before kept without authentication; leaves them aside when asked to begin anew."""
+    """Refuses unauthenticated answers of older versions; with ``fresh``, sets them aside."""
     path = vault.folder / folder.ANSWERS / f"{name}.{_digest(target)}.json"
     if not path.exists():
         return
     if not fresh:
         cause = (
-            "It is from an older version of smark, or somebody put it there, so its answers count for nothing: --fresh "
-            "asks again, and leaves the file aside."
+            "It is from an older version of smark, or somebody put it there, so its answers do not count: --fresh asks "
+            "again, and sets the file aside."
         )
         raise _validate.fail("query", f"answers of {target} that this vault kept", f"{path}, unauthenticated", cause)
     path.replace(path.with_name(f"{path.name}.unauthenticated"))
@@ -190,14 +191,14 @@ def _check_age(answers: Sequence[blackbox.Answer], max_age: float) -> None:
     days = age.total_seconds() / 86400
     if not days <= max_age:
         expected = f"answers of the last {max_age:g} days"
-        cause = "What answers there may be another model by now: --fresh asks again, --max-age DAYS takes older ones."
+        cause = "Another model may be answering by now: --fresh asks again, --max-age DAYS accepts older answers."
         raise _validate.fail("query", expected, f"{len(answers)} since {oldest}, {days:.1f} days ago", cause)
 
 
 def _check_unchanged(
     predict: blackbox.Predict, pictures: np.ndarray, num_classes: int, answers: Sequence[blackbox.Answer]
 ) -> None:
-    """Asks a few probes again that the target has answered: another copy differs in half of them."""
+    """Repeats a few probes that the target has answered: a different copy would answer half of them differently."""
     number = {digest: place for place, digest in enumerate(blackbox.digests(pictures))}
     label = {number[answer.probe]: answer.label for answer in answers}
     few = np.random.default_rng().permutation(sorted(label))[:_CHECKED]

@@ -1,4 +1,4 @@
-"""Checks of a bundle's numbers: an owner may sign any number, and commit to any."""
+"""Checks the ranges of a bundle's numbers, since an owner can sign and commit to any number."""
 
 import math
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from smark_jax.vault.documents import Bundle, Missing
 
 LARGEST_ALPHA = 1e-3
 """The highest committed level that an arbiter accepts by default."""
-# More than the longest honest bundle needs, and little enough that an arbiter's computer is not kept busy for long.
+# More than the longest honest bundle needs, but few enough not to keep an arbiter's computer busy for long.
 _MOST_COMMITMENTS, _MOST_STAMPS, _MOST_MULTIPLICATIONS = 10_000, 100, 10**10
 _ANY = 2.0**63
 
 
 def level(bundle: Bundle, largest_alpha: float) -> str | None:
-    """What is wrong with the committed alpha; None when it lies above 0 and is not above ``largest_alpha``."""
+    """What is wrong with the committed alpha; None when it is above 0 and at most ``largest_alpha``."""
     alpha = bundle.header.alpha
     if not 0 < alpha <= largest_alpha:
         return f"alpha is {alpha:g}: more than 0 and at most {largest_alpha:g} is allowed"
@@ -21,7 +21,7 @@ def level(bundle: Bundle, largest_alpha: float) -> str | None:
 
 
 def numbers(bundle: Bundle) -> str | None:
-    """The first number of a bundle that is out of its range, in words; None when all are in theirs."""
+    """Describes the first number of a bundle that is out of range; None when all are in range."""
     for name, value, least, most in (*_of_model(bundle), *_of_commitments(bundle), *_of_claims(bundle)):
         if not least <= value <= most:
             bound = f"from {least:g} to {most:g}" if most < _ANY else f"at least {least:g}"
@@ -35,7 +35,7 @@ def numbers(bundle: Bundle) -> str | None:
 
 
 _Range = tuple[str, float, float, float]
-"""A number's name, the number, the least and the most it may be."""
+"""A number's name, the number, its minimum and its maximum."""
 
 
 def _of_model(bundle: Bundle) -> Iterator[_Range]:
@@ -71,14 +71,14 @@ def _of_commitments(bundle: Bundle) -> Iterator[_Range]:
         number = bundle.proved_by(opened)
         yield "the commitment of an opened leaf", number, bundle.header.number, max(customers)
         yield "the place of an opened leaf", opened.index_, 1, customers.get(number, 0)
-        # Serials grow with the place, and begin at 0.
+        # Serials begin at 0 and grow with the place, so a serial is at least its place less 1.
         yield "the serial of an opened leaf", opened.leaf.serial, opened.index_ - 1, _ANY
 
 
 def _of_claims(bundle: Bundle) -> Iterator[_Range]:
     num_chips = bundle.header.num_chips
     yield "the number of accused", len(bundle.accused), 1, num_chips
-    largest = 1.01 * num_chips**0.5  # |T| <= |b|, but for rounding
+    largest = 1.01 * num_chips**0.5  # |T| <= |b|, up to rounding
     others = max(item.commitment.header.customers for item in bundle.chain) - 1
     for claim in bundle.accused:
         yield "a statistic", claim.statistic, -largest, largest

@@ -1,4 +1,4 @@
-"""Reading a suspect's chips, as the owner does and an arbiter does again: layout, alignment, extraction."""
+"""Reads a suspect's chips, for the owner and again for an arbiter: layout, alignment, extraction."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from smark_jax import _validate, alignment, carriers, errors, extraction, files
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.vault import documents
 
-# Bundles say by which read-out chips were read: 1, which they did not say, had no bounds.
+# Bundles state the number of the read-out. Number 1, which older bundles leave unstated, had no bounds.
 _READOUT = 2
 
 
 class Aligner(NamedTuple):
-    """How suspects are aligned: what the caller named it, the base's pure network, and example images."""
+    """How suspects are aligned: the caller's name for the aligner, the base's pure network, and example images."""
 
     name: str
     apply_fn: ApplyFn
@@ -23,12 +23,12 @@ class Aligner(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How a suspect is read; fixed before looking, or counted in ``tried``.
+    """How a suspect is read. Decide on it before tracing, or count every reading in ``tried``.
 
     Attributes:
-      aligner: undo rewrites first.
-      rectify: as :func:`smark_jax.extraction.extract` takes it.
-      given: leaves whose place the caller states, as :func:`smark_jax.files.match_layout` takes them.
+      aligner: how to undo rewrites first; None leaves them.
+      rectify: as in :func:`smark_jax.extraction.extract`.
+      given: leaves whose place the caller states, as in :func:`smark_jax.files.match_layout`.
     """
 
     aligner: Aligner | None = None
@@ -48,10 +48,10 @@ class Read(NamedTuple):
     Attributes:
       chips: float64, shape [m].
       layout: leaves that had another name or layout.
-      alignment: its report.
+      alignment: the alignment report.
       coverage: how many weights were read, and which were not.
-      log_maps: natural logarithm of the maps that the given one was chosen from; p-values count them.
-      nothing: the chips that zeros in place of all weights that were read would give: those of the base alone.
+      log_maps: natural logarithm of the number of maps that the given one was chosen from; p-values count them.
+      nothing: the chips of the base alone, read from zeros in place of all weights that were read.
     """
 
     chips: np.ndarray
@@ -69,14 +69,14 @@ def read(
     reading: Reading,
     control: bool = False,
 ) -> Read:
-    """A suspect's chips: layout, alignment where it is asked for, extraction. Arbiters call it too.
+    """Reads a suspect's chips: layout, alignment if requested, extraction. Arbiters use it too.
 
-    With ``control``, zeros are read in the suspect's place as well.
+    With ``control``, zeros in place of the suspect are read as well.
 
     Raises:
-      NothingMatched: when alignment finds that it is no copy of this base.
-      Undecided: when nothing can be said.
-      SmarkError: when the map given is no map, or contradicts content.
+      NothingMatched: when alignment finds that the suspect is no copy of this base.
+      Undecided: when the suspect allows no conclusion.
+      SmarkError: when the given map names leaves that do not exist, or contradicts content.
     """
     spec = carriers.with_ties(mark.spec, base)
     mark = mark._replace(spec=spec)
@@ -100,9 +100,9 @@ def read(
 def _once(
     leaves: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], spec: carriers.Spec
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Suspect and base as :func:`files.match_layout` takes them: it cannot tell the places of a tied tensor apart.
+    """Suspect and base for :func:`files.match_layout`, which cannot tell the places of a tied tensor apart.
 
-    Where the suspect has other names, both have each tied tensor once.
+    When the suspect uses other names, both keep only one place of each tied tensor.
     """
     leaves = carriers.with_tied(leaves, spec)
     tied = {name for leaf in spec.leaves for name in leaf.tied}
@@ -119,14 +119,14 @@ def _once(
 
 
 def base_alone(like: Mapping[str, np.ndarray], mark: carriers.Mark, original: PyTree | None = None) -> np.ndarray:
-    """The chips that zeros in place of these weights would give, float64, shape [m]: those of the base alone.
+    """The chips of the base alone, read from zeros in place of these weights: float64, shape [m].
 
     Args:
-      like: leaves; what is NaN or infinite in them is left out here too.
+      like: leaves; entries that are NaN or infinite in them are left out here too.
       mark: the model's mark.
       original: the base; ``like`` itself by default.
     """
-    with np.errstate(invalid="ignore"):  # NaN stays NaN, and what is infinite becomes it
+    with np.errstate(invalid="ignore"):  # times 0, NaN stays NaN and infinity becomes NaN
         zeros = files.nest({name: leaf * 0 for name, leaf in like.items()})
     original = files.nest({leaf.path: like[leaf.path] for leaf in mark.spec.leaves}) if original is None else original
     return np.asarray(extraction.extract(zeros, original, mark), np.float64)
@@ -137,6 +137,6 @@ def _without(params: PyTree, names: Sequence[str]) -> PyTree:
 
 
 def maps_in_words(log_maps: float) -> str:
-    """How many maps of leaves a given one was chosen from."""
+    """States how many leaf maps the given one was chosen from."""
     number = f"{round(math.exp(log_maps)):,}" if log_maps < math.log(1e6) else f"10^{log_maps / math.log(10):.1f}"
     return f"the map given is one of {number} that content would allow: p-values count them all"

@@ -1,11 +1,12 @@
-"""What verdicts found, sealed at rest: who steals the database without the passphrase learns no codeword from it.
+"""Seals the findings of verdicts: a database stolen without the passphrase reveals no codeword.
 
-A lone leaker's chips *are* its codeword. Everybody's statistics are one linear equation in each customer's codeword,
-and some 190 verdicts suffice to solve them. So documents, statistics and chips of suspects are kept under a key derived
-from the master key (ChaCha20-Poly1305, RFC 8439, with a random nonce), bound to verdict, place and column.
+A lone leaker's chips *are* its codeword. Each verdict's statistics give one linear equation in each customer's
+codeword, and about 190 verdicts suffice to solve for it. So each suspect's document, statistics and chips are encrypted
+under a key derived from the master key (ChaCha20-Poly1305, RFC 8439, with a random nonce) and bound to their verdict,
+place and column.
 
-Older versions kept them in plain. The first opening moves those rows, after they were verified, and then rewrites the
-file, so that their bytes are gone from it. Backups made before still hold them.
+Older versions stored them in plaintext. The first time this version opens such a vault, it verifies those rows, seals
+them and rewrites the file, so that no plaintext bytes remain in it. Earlier backups still hold them.
 """
 
 from cryptography.exceptions import InvalidTag
@@ -27,10 +28,10 @@ def row(
 
 
 def unseal(master: keys.SecretKey, finding: store.Finding, column: str) -> bytes:
-    """What a column of ``findings`` holds: ``"document"``, ``"statistics"`` or ``"chips"``.
+    """The plaintext of one column of ``findings``: ``"document"``, ``"statistics"`` or ``"chips"``.
 
     Raises:
-      SmarkError: when it was sealed with another key, or as something else.
+      SmarkError: when it was sealed with another key, or for another verdict, place or column.
     """
     try:
         about = _about(finding.verdict, finding.place, column)
@@ -46,9 +47,10 @@ def _about(verdict: int, place: int, column: str) -> bytes:
 
 
 def seal_plain_rows(connection: store.Connection, master: keys.SecretKey, log_key: keys.SecretKey) -> None:
-    """Seals what an older version wrote in plain, and removes its bytes from the file; otherwise does nothing.
+    """Seals rows that an older version stored in plaintext and removes the plaintext from the file.
 
-    A process that dies on the way leaves rows either plain or sealed, and the next opening goes on.
+    Does nothing when there are no such rows. If the process dies midway, every row is either plain or sealed, and the
+    next opening continues.
 
     Raises:
       SmarkError: when the rows are not those that the log vouches for.
@@ -59,7 +61,7 @@ def seal_plain_rows(connection: store.Connection, master: keys.SecretKey, log_ke
     with store.transaction(connection):
         rows = [row(master, *found) for found in store.plain_findings(connection)]
         if rows:
-            log.verify(connection, log_key)  # or a changed row would be vouched for from now on
+            log.verify(connection, log_key)  # otherwise the log would vouch for a tampered row
             log.append(connection, log_key, "findings sealed", {"findings": rows}, replaces=["suspects"])
             store.clear(connection, "suspects")
     if store.rebuild(connection):

@@ -1,7 +1,8 @@
-"""Which probes were shown to whom: kept in the vault's log, written before a suspect is asked.
+"""Records in the vault's log which probes were shown to whom, before a suspect is asked.
 
-Whoever runs a suspect can ask an innocent customer's service about probes that they have seen, and give its answers the
-next time. So a query asks probes that nobody has been shown, drawn by the master key, and the log knows which are left.
+Somebody who runs a suspect service can put probes that they have seen to an innocent customer's service, and give its
+answers the next time. So a query asks probes that nobody has been shown, drawn with the master key, and the log records
+which ones are left.
 """
 
 import math
@@ -17,16 +18,17 @@ from smark_jax.vault import folder, log, store, verdicts
 
 _EVENT = "probes shown"
 _UNKNOWN = "an unknown target"
-# What a suspect is expected to do: answer so many probes as its copy was taught, and no fewer than so many standard
-# deviations less.
+# The expected share of probes that a suspect answers as its copy was taught, and how many standard deviations below
+# that share the number of probes allows for.
 _AGREEMENT, _DEVIATIONS = 0.9, 2.0
 
 
 class Shown(NamedTuple):
-    """One time that probes were shown.
+    """One occasion on which probes were shown.
 
     Attributes:
-      session: the query, in hex; a query that asks more probes later keeps its name. Empty before there were sessions.
+      session: the query's name, in hex; a query that asks more probes later keeps it. Empty in records made before
+        sessions existed.
       target: the address or command that was asked.
       time: when.
       probes: their numbers.
@@ -39,9 +41,10 @@ class Shown(NamedTuple):
 
 
 def history(vault: folder.Vault, model: str, num_chips: int) -> list[Shown]:
-    """All times that a model's probes were shown, in order.
+    """Every occasion on which a model's probes were shown, in order.
 
-    Queries of versions that kept no record showed all probes; they left verdicts, and files of answers.
+    Older versions kept no record, and each of their queries showed all probes. Those queries are found by the verdicts
+    and the answer files that they left.
     """
     everything = tuple(range(num_chips))
     found = [Shown("", _UNKNOWN, "", everything) for _ in unrecorded_files(vault, model)]
@@ -59,12 +62,12 @@ def _target(vault: folder.Vault, sealed: str) -> str:
 
 
 def _key(vault: folder.Vault) -> keys.SecretKey:
-    """Addresses and commands may hold passwords, and the log lies open: there they are sealed."""
+    """The key that seals targets in the log: addresses and commands may hold passwords, and the log is not secret."""
     return keys.derive(vault.master, "targets")
 
 
 def unrecorded_files(vault: folder.Vault, model: str) -> list[str]:
-    """Names of files of answers as versions before wrote them, unauthenticated: ``MODEL.0123456789abcdef.json``."""
+    """Names of the unauthenticated answer files of older versions: ``MODEL.0123456789abcdef.json``."""
     names = (path.name for path in (vault.folder / folder.ANSWERS).glob(f"{model}.*"))
     digits = "0123456789abcdef"
     stems = [(name, name[len(model) + 1 :].partition(".json")[0]) for name in names]
@@ -74,9 +77,9 @@ def unrecorded_files(vault: folder.Vault, model: str) -> list[str]:
 def needed(num_customers: int, alpha: float, agreement: float = _AGREEMENT) -> int:
     r"""How many probes suffice to accuse a suspect that answers a share a of them as its copy was taught.
 
-    With s probes T has the mean :math:`(2 a - 1) \sqrt s` and the standard deviation :math:`2 \sqrt{a (1 - a)}`. The
-    number is the smallest whose mean lies two deviations above Hoeffding's threshold
-    :math:`\sqrt{2 \ln(2 N / \alpha)}`, so that some 98 of 100 such suspects pass it.
+    With s probes, T has mean :math:`(2 a - 1) \sqrt s` and standard deviation :math:`2 \sqrt{a (1 - a)}`. The result is
+    the smallest s whose mean lies two standard deviations above Hoeffding's threshold
+    :math:`\sqrt{2 \ln(2 N / \alpha)}`, so that about 98 of 100 such suspects exceed it.
 
     Args:
       num_customers: N.
@@ -98,7 +101,7 @@ def record(
     *,
     allow_seen: bool = False,
 ) -> str:
-    """Chooses probes to show a target, those that nobody has been shown first, and writes it down.
+    """Chooses probes to show a target and records the choice; probes that nobody has seen come first.
 
     Args:
       vault: an open vault.
@@ -106,8 +109,8 @@ def record(
       num_chips: m, the number of its probes.
       target: who is asked.
       count: how many probes.
-      session: of the query that asks more; a new one otherwise.
-      allow_seen: whether to take probes that were shown before, where there are no others.
+      session: the session of a query that asks more probes; by default a new one.
+      allow_seen: whether to reuse probes that were shown before when there are no others.
 
     Returns:
       The session.
@@ -115,7 +118,7 @@ def record(
     Raises:
       SmarkError: when fewer than ``count`` probes are left that nobody has been shown.
     """
-    with store.transaction(vault.connection):  # two queries at once must not choose the same
+    with store.transaction(vault.connection):  # two concurrent queries must not choose the same probes
         before = history(vault, model, num_chips)
         own = {probe for shown in before if session and shown.session == session for probe in shown.probes}
         seen = {probe for shown in before for probe in shown.probes}
@@ -141,8 +144,8 @@ def _too_few(vault: folder.Vault, model: str, num_chips: int, count: int, left: 
     old = unrecorded_files(vault, model)
     if old:
         cause += (
-            f" Of all of them it is not known who saw them, since {folder.ANSWERS}/{old[0]} is from before that was "
-            "recorded (remove it if no query of yours left it)."
+            f" It is unknown who has seen which probes, since {folder.ANSWERS}/{old[0]} dates from before that was "
+            "recorded (remove the file if no query of yours left it)."
         )
     return _validate.fail("query", expected, f"{left} that are left", cause)
 
@@ -160,7 +163,7 @@ def probes(before: list[Shown], session: str) -> list[int]:
 
 
 def overlap(before: list[Shown], session: str) -> dict[str, int]:
-    """Of a session's probes, how many were shown to whom before."""
+    """How many of a session's probes had been shown to each other target before."""
     found: Counter[str] = Counter()
     earlier: list[tuple[str, set[int]]] = []
     for shown in before:

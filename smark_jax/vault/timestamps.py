@@ -1,4 +1,4 @@
-"""RFC 3161 time stamps of commitments: what shows an arbiter that a commitment existed before a sale."""
+"""RFC 3161 time stamps of commitments, which show an arbiter that a commitment existed before a sale."""
 
 import hashlib
 
@@ -7,8 +7,8 @@ from smark_jax.vault import folder, store
 from smark_jax.vault.documents import Commitment
 
 _LARGEST = 1_000_000
-# DER's tags of a SET OF, and of the two that CMS tags [0] and [1]: certificates and signed attributes, revocation lists
-# and unsigned attributes (RFC 5652, sections 5.1 and 5.3).
+# DER's tag of a SET OF, and the tags [0] and [1] that CMS gives to its own sets: [0] to certificates and signed
+# attributes, [1] to revocation lists and unsigned attributes (RFC 5652, sections 5.1 and 5.3).
 _SETS = (0x31, 0xA0, 0xA1)
 _CONSTRUCTED, _DEEPEST = 0x20, 50
 
@@ -23,12 +23,12 @@ def request(commitment: Commitment) -> bytes:
 
 
 def add(vault: folder.Vault, commitment: Commitment, response: bytes) -> str:
-    """Keeps an authority's response with the commitment it is about, and returns the time it states.
+    """Stores an authority's response with the commitment it is about, and returns the time it states.
 
-    The authority's signature is not checked here, since that takes its certificate: ``openssl ts -verify`` does it.
+    The authority's signature is not checked here, because that needs its certificate; use ``openssl ts -verify``.
 
     Raises:
-      SmarkError: when it is no granted response, or one about something else.
+      SmarkError: when it is not a granted response, or is about something else.
     """
     time = check(commitment.published, response)
     rows = {"timestamps": [(commitment.model, commitment.number, time, response)]}
@@ -45,7 +45,7 @@ def check(published: bytes, response: bytes) -> str:
     """The time that a response states for a commitment's file.
 
     Raises:
-      SmarkError: when it is no granted response, or one about something else.
+      SmarkError: when it is not a granted response, or is about something else.
     """
     with _validate.needs("timestamp", "timestamps"):
         import rfc3161_client
@@ -70,11 +70,11 @@ def check(published: bytes, response: bytes) -> str:
 
 
 def _with_sorted_sets(response: bytes) -> bytes:
-    """The response with the elements of its sets in DER's order, or as it is when it is no DER.
+    """The response with the elements of its sets in DER order; unchanged when it is not DER.
 
-    RFC 5652 lets an authority write its certificates in any order; rfc3161-client takes DER's only. What is read here,
-    hash and time, lies in a string of bytes, which stays as it is; the response is kept and handed on as it came, so
-    that the authority's signature can be checked.
+    RFC 5652 lets an authority write its certificates in any order, but rfc3161-client accepts only DER order. The hash
+    and the time that are read here lie in an octet string, which sorting does not change. The vault stores and passes
+    on the original response, so that the authority's signature can still be checked.
     """
     try:
         return b"".join(_elements(response, 0))
@@ -83,7 +83,7 @@ def _with_sorted_sets(response: bytes) -> bytes:
 
 
 def _elements(data: bytes, depth: int) -> list[bytes]:
-    """The DER elements that follow each other in some bytes, the sets in them sorted."""
+    """The consecutive DER elements in ``data``, with the sets inside them sorted."""
     found, place = [], 0
     while place < len(data):
         start, tag, size = place, data[place], data[place + 1]

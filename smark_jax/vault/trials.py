@@ -1,4 +1,4 @@
-"""Running copies beside their base before they are handed over: do they answer, and how often as the base does?"""
+"""Runs copies beside their base before they are delivered: are outputs finite, and how often do they agree?"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 from smark_jax import _validate, files
 from smark_jax._types import ApplyFn, PyTree
 
-# A copy is run on at most so many images.
+# The most images that a copy is run on.
 _IMAGES = 256
 _OF_BASE = "Nothing is marked yet: does the network belong to this base, and are the images as it takes them?"
 _OF_COPY = "Nothing was written of it. Mark fewer leaves or less: add the model again with --match or --strength."
@@ -24,15 +24,15 @@ class Network(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """How copies answered that were run.
+    """How the copies that were run answered.
 
     Attributes:
-      copies: how many.
-      images: on how many images each.
-      agreement: share of images that a copy puts into the base's class, over all copies.
-      least: that of the copy that agrees least.
-      accuracy: of the copies, over all, where labels are known.
-      base_accuracy: of the base on the same images.
+      copies: the number of copies.
+      images: the number of images that each was run on.
+      agreement: share of images for which a copy gives the base's class, averaged over all copies.
+      least: the agreement of the copy that agrees least.
+      accuracy: mean accuracy of the copies, if labels are known.
+      base_accuracy: accuracy of the base on the same images, if labels are known.
     """
 
     copies: int
@@ -44,14 +44,14 @@ class Trial(NamedTuple):
 
 
 def run(who: str, apply_fn: ApplyFn, params: PyTree, images: Any) -> np.ndarray:
-    """The logits of an owner's network.
+    """Runs an owner's network and returns its logits.
 
     Raises:
       SmarkError: when the network refuses the parameters or the images.
     """
     try:
         return np.asarray(apply_fn(params, images))
-    except Exception as error:  # whatever the owner's code raises, and JAX within it
+    except Exception as error:  # the owner's code, or JAX called by it, may raise anything
         got = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         cause = f"The images have the shape {np.shape(images)}: does the network belong to this base?"
         raise _validate.fail(who, "a network that takes the base and the images", got, cause) from error

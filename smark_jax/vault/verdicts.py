@@ -1,7 +1,8 @@
-"""Tracing suspects against all customers of a model, and the verdicts that the vault keeps.
+"""Traces suspects against all customers of a model, and keeps the verdicts in the vault.
 
-Each call is one occasion: the bound alpha covers all its suspects together (and the readings that the caller says were
-tried, ``tried``), not other occasions. A verdict says how many occasions there were for its model so far.
+Each call is one occasion. The bound alpha covers all suspects of that call together, and the number of readings that
+the caller reports in ``tried``; it does not cover other occasions. A verdict states how many occasions its model has
+had so far.
 """
 
 import functools
@@ -21,18 +22,18 @@ from smark_jax.vault.reading import Read, Reading, read
 
 _WORDS_PER_BLOCK = 1 << 16
 COMPARED = ("traced", "nobody")
-"""Verdicts on suspects that were compared with customers; only these make an occasion."""
+"""Verdicts on suspects that were compared with customers; only these count as an occasion."""
 PENDING = ""
 """The verdict of a suspect that was read and not yet judged."""
 
 
 class Judged(NamedTuple):
-    """A suspect's part of a verdict, with what is kept apart from its document.
+    """A suspect's part of a verdict, with the arrays that are stored apart from its document.
 
     Attributes:
       suspect: the document.
-      statistics: T of every customer, float32; empty where the suspect was not compared.
-      chips: what it read, float64, shape [m]; empty likewise.
+      statistics: T of every customer, float32; empty when the suspect was not compared.
+      chips: the suspect's chips, float64, shape [m]; empty when it was not compared.
     """
 
     suspect: Suspect
@@ -49,25 +50,26 @@ def trace(
     tried: int = 1,
     on_suspect: Callable[[str], None] = lambda text: None,
 ) -> Verdict:
-    """Traces suspects against everybody who was issued a copy, and keeps the verdict.
+    """Traces suspects against every customer who was issued a copy, and keeps the verdict.
 
     Args:
       model: of an open vault.
-      suspects: files of weights. One that cannot be read does not stop the others, and is no suspect: where none can
-        be read, no verdict is kept and no occasion counted.
+      suspects: files of weights. An unreadable file does not stop the others and does not count as a suspect. When no
+        file can be read, no verdict is kept and no occasion is counted.
       reading: how to read them.
-      alpha: level; the committed one by default. Evidence is judged at the committed one whatever this is.
-      tried: readings of these suspects that were tried on other occasions and this one; p-values count them.
-      on_suspect: called with what is done next.
+      alpha: the level; by default the committed one. Evidence is always judged at the committed level.
+      tried: how many readings of these suspects were tried in all, including this one; p-values count them.
+      on_suspect: called with a description of the next step.
 
     Returns:
-      The verdict, as :func:`get` has it; its number is None where none was kept. A suspect's ``verdict`` is
-      ``"traced"`` or ``"nobody"`` where it was compared with the customers; otherwise ``"not a copy"`` (alignment found
-      it to be none of this base), ``"undecided"`` (it was read, and nothing can be said of it) or ``"unreadable"``.
+      The verdict, as :func:`get` returns it; its number is None when it was not kept. A suspect's ``verdict`` is
+      ``"traced"`` or ``"nobody"`` when it was compared with the customers. Otherwise it is ``"not a copy"`` (alignment
+      found that it is no copy of this base), ``"undecided"`` (it was read but allows no conclusion) or
+      ``"unreadable"``.
 
     Raises:
-      SmarkError: when there are no suspects, no copy of the model was issued, or the map given is no map of a
-        suspect's leaves or contradicts their content.
+      SmarkError: when there are no suspects, no copy of the model was issued, or the given map names leaves that do not
+        exist or contradicts their content.
     """
     _validate.positive("trace", "the number of suspects", len(suspects))
     reading = reading or Reading()
@@ -83,7 +85,7 @@ def trace(
 
 
 def _examined(model: models.OpenModel, path: Path, reading: Reading, needed: int) -> tuple[Suspect, np.ndarray | None]:
-    """A suspect before it is compared with customers, and its chips; None where it is not."""
+    """A suspect before it is compared with customers, and its chips; None when it cannot be compared."""
     row = Suspect(str(path), None, None, None, read="weights", verdict=PENDING, error=None, accused=())
     try:
         weights = files.read(path, strict=False)
@@ -106,7 +108,7 @@ def _examined(model: models.OpenModel, path: Path, reading: Reading, needed: int
 
 
 def _described(row: Suspect, found: Read) -> Suspect:
-    """The suspect with how it was read."""
+    """The suspect, with a record of how it was read."""
     coverage = found.coverage
     return row._replace(
         layout=found.layout,
@@ -118,7 +120,7 @@ def _described(row: Suspect, found: Read) -> Suspect:
 
 
 def _needed(model: models.OpenModel, alpha: float) -> int:
-    """How many carrying weights must be left for anybody to be accused, were the suspect the only one."""
+    """The fewest carrying weights with which anybody could be accused, if this were the only suspect."""
     _validate.probability("trace", "alpha", alpha)
     customers = committed(model).header.customers
     num_chips = model.settings.num_chips
@@ -134,7 +136,7 @@ def _enough(coverage: extraction.Coverage, needed: int) -> None:
 
 
 def committed(model: models.OpenModel) -> documents.Commitment:
-    """The newest commitment to a model, whose customers are those that a suspect is compared with.
+    """The newest commitment to a model; suspects are compared with the customers it covers.
 
     Raises:
       SmarkError: when no copy was issued.
@@ -157,10 +159,10 @@ def judge(
     asked: np.ndarray | None = None,
     on_suspect: Callable[[str], None] = lambda text: None,
 ) -> Verdict:
-    """Verdicts on what was read, and their record.
+    """Judges suspects that were read, and records the verdict.
 
-    ``rows`` are the suspects; those whose verdict is :data:`PENDING` have chips. Where only some chips were ``asked``
-    for, these are compared with the same part of the codewords.
+    ``rows`` are the suspects; those whose verdict is :data:`PENDING` have chips. When only the chips in ``asked`` were
+    read, they are compared with the same part of each codeword.
     """
     vault, settings, commitment = model.vault, model.settings, committed(model)
     serials = store.covered(vault.connection, model.name, commitment.number)
@@ -173,7 +175,7 @@ def judge(
     found: Sequence[tracing.Verdict] = ()
     if chips:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # the decoys' alarm, which the document states
+            warnings.simplefilter("ignore", RuntimeWarning)  # the decoys' alarm: the document states it anyway
             log_maps = [row.log_maps or 0.0 for row in rows if row.verdict == PENDING]
             found = _trace(model, np.stack(chips), serials, level, tried, log_maps, asked, on_progress)
     names = {customer.serial: customer.name for customer in store.customers(vault.connection)}
@@ -222,7 +224,7 @@ def _trace(
 
 
 def _judged(row: Suspect, found: tracing.Verdict, chips: np.ndarray, names: Mapping[int, str]) -> Judged:
-    """A suspect that was read, with what was found of it."""
+    """A suspect that was read, completed with its verdict and arrays."""
     suspect = row._replace(
         verdict="traced" if found.accused else "nobody",
         accused=tuple(documents.Accused(names[accused.serial], *accused) for accused in found.accused),
@@ -286,6 +288,6 @@ def get(vault: folder.Vault, number: int) -> Verdict:
 
 
 def chips(vault: folder.Vault, number: int, place: int) -> np.ndarray:
-    """The chips that a suspect of a verdict read, float64, shape [m]; empty when it could not be read."""
+    """The chips read from a suspect of a verdict, float64, shape [m]; empty when it could not be read."""
     finding = store.finding(vault.connection, number, place)
     return np.frombuffer(sealing.unseal(vault.master, finding, "chips"), "<f8")

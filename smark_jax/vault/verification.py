@@ -1,4 +1,4 @@
-"""What an arbiter does with a bundle: compute everything again, from the suspect, the base and the published root."""
+"""How an arbiter verifies a bundle: everything is recomputed from the suspect, the base and the published root."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from smark_jax.vault import _checks, bundles, evidence, ranges, reading, version
 from smark_jax.vault._checks import Check, Checks, Fails, require
 from smark_jax.vault.documents import Bundle, Claim, Header, Missing
 
-# How far a statistic may differ between the owner's computer and the arbiter's.
+# The relative difference allowed between a statistic on the owner's computer and on the arbiter's.
 _ROUNDING = 1e-2
 
 
@@ -32,12 +32,12 @@ class Report(NamedTuple):
     Attributes:
       checks: in the order in which they were made.
       accused: each accused, as computed here.
-      header: of the commitment, the oldest where codewords were committed to one after another.
-      root: of that commitment.
+      header: the header of the commitment; of the oldest one when there are several.
+      root: the root of that commitment.
       compared: whether the codewords were compared with published roots.
-      statements: what the arbiter has the owner's word for.
-      num_customers: for which p-values are corrected.
-      largest_alpha: up to which the arbiter accepts a committed level.
+      statements: what the arbiter takes on the owner's word.
+      num_customers: the number of customers for which p-values are corrected.
+      largest_alpha: the highest committed level that the arbiter accepts.
     """
 
     checks: tuple[Check, ...]
@@ -51,15 +51,15 @@ class Report(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether everything that was checked holds."""
+        """Whether every check holds."""
         return all(check.holds for check in self.checks)
 
 
 def published_root(source: str) -> str:
-    """The root in a commitment's file, or given itself in hexadecimal.
+    """The root that ``source`` names: either a commitment's file or the root itself in hexadecimal.
 
     Raises:
-      SmarkError: when it is neither.
+      SmarkError: when ``source`` is neither.
     """
     if re.fullmatch("[0-9a-fA-F]{64}", source):
         return source.lower()
@@ -85,13 +85,13 @@ def verify(
       bundle: the evidence.
       suspect: the model in dispute.
       base: the model that copies were made from.
-      root: that was published before the sale, in hex; several where customers were licensed one after another.
+      root: the root published before the sale, in hex; several when customers were licensed one after another.
       largest_alpha: the highest committed level that the arbiter accepts.
-      aligner: how to align, where the owner did; the arbiter's own copy of the network.
-      on_step: called with what is done next.
+      aligner: how to align, if the owner did; it uses the arbiter's own copy of the network.
+      on_step: called with a description of the next step.
 
     Raises:
-      SmarkError: when a file cannot be read at all, or ``largest_alpha`` is no level.
+      SmarkError: when a file cannot be read at all, or ``largest_alpha`` is not a probability.
     """
     _validate.probability("evidence", "the largest alpha", largest_alpha)
     signed = bundles.read(bundle)
@@ -134,7 +134,7 @@ def verify(
 def _judge(
     checks: Checks, bundle: Bundle, claim: Claim, read: reading.Read, words: Mapping[int, np.ndarray]
 ) -> Accusation:
-    """One accusation, computed again."""
+    """Recomputes one accusation."""
     name = next(opened.leaf.customer for opened in bundle.opened if opened.leaf.serial == claim.serial)
     alpha, customers = bundle.header.alpha, bundle.customers
     found, apart = (
@@ -156,10 +156,10 @@ def _judge(
     with checks.check(f"accusation of {name!r}", detail):
         require(found.log10_p <= math.log10(alpha), f"not significant: {detail}")
         close = abs(found.statistic - claim.statistic) <= _ROUNDING * max(1.0, abs(claim.statistic))
-        # Before read-outs were numbered, shifts had no bound: T may differ then, and what is found here counts.
+        # Bundles without a read-out number bounded no shifts, so their T may differ; the value found here counts.
         close |= isinstance(bundle.suspect.reading.readout, Missing)
         require(close, f"T is {found.statistic:.2f} here and {claim.statistic:.2f} in the bundle")
-        # Zeros in the suspect's place read as the base alone does: what it shares with that speaks for nobody.
+        # Zeros in place of the suspect read like the base alone. What the suspect shares with them is no evidence.
         lost = f"the base alone reads as this codeword (T is {apart.statistic:.2f} without what it adds)"
         require(apart.log10_p <= math.log10(alpha), lost)
     return Accusation(name, claim.serial, *found)
@@ -189,7 +189,7 @@ def _read(
 
 
 def _misstated(bundle: Bundle, read: reading.Read) -> str | None:
-    """What the bundle says of the reading that is not so; None when all is, or an older version wrote it."""
+    """What the bundle misstates about the reading; None when nothing, or when an older version wrote the bundle."""
     suspect = bundle.suspect
     if isinstance(suspect.reading.readout, Missing):
         return None

@@ -1,7 +1,7 @@
 """Which algorithm a name of :class:`smark_jax.vault.documents.Versions` means.
 
-A model names its algorithms when it is added, and commitments bind them. To change one, add an entry under a new name
-here and put that name into :data:`NEW`: models that are there go on with the entry that they name, so keep it.
+A model names its algorithms when it is added, and commitments bind them. To change an algorithm, add an entry under a
+new name here and put that name into :data:`NEW`. Keep the old entry: existing models still use the one they name.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,25 +11,25 @@ from smark_jax import carriers, chacha, codes
 from smark_jax.vault.documents import Versions
 
 NEW = Versions()
-"""What a new model is added with."""
+"""The algorithms of a new model."""
 
 
 class Code(NamedTuple):
-    """A code: the codewords of some serials, and the codebook of serials 0 to N - 1, both from the code key."""
+    """A code: from the code key, the codewords of given serials, and the codebook of serials 0 to N - 1."""
 
     words: Callable[..., Any]
     book: Callable[..., Any]
 
 
 CIPHERS = {"chacha20/1": chacha.keystream}
-"""Keystreams. A second one becomes an argument of the carriers and codes, which draw from ChaCha20 themselves."""
+"""Keystreams. Carriers and codes call ChaCha20 directly; a second cipher would become an argument of theirs."""
 CARRIERS = {"hadamard/1": carriers.draw}
 CODES = {"signs/1": Code(codes.codebook, codes.Codebook)}
 DECODERS = {"joint/1": "joint"}
-"""By the names of :data:`smark_jax.tracing.DECODERS`. Verdicts are reached by the one that was committed to: to choose
-it after a look at the suspect would void the p-values."""
+"""Names in :data:`smark_jax.tracing.DECODERS`. Verdicts use the decoder that was committed to: choosing one after
+looking at the suspect would void the p-values."""
 SHAPES: dict[str | None, None] = {None: None}
-"""How strongly which weights are marked: all leaves alike."""
+"""How marking strength is distributed over the weights: None marks all leaves alike."""
 
 _KNOWN: dict[str, Mapping[Any, object]] = {
     "cipher": CIPHERS,
@@ -41,7 +41,7 @@ _KNOWN: dict[str, Mapping[Any, object]] = {
 
 
 def unknown(named: Versions) -> str | None:
-    """The first algorithm that this version of smark-jax does not know, in words; None when it knows them all."""
+    """Describes the first algorithm that this version of smark-jax does not know; None when it knows them all."""
     for kind, name in named._asdict().items():
         if name not in _KNOWN[kind]:
             return f"the {kind} {name!r}"

@@ -1,8 +1,9 @@
 """The documents that a vault stores, publishes and signs: JSON in a file, a NamedTuple in the program.
 
-:func:`parse` is strict, since bundles and commitments come from foreign hands: each field is there and of its kind, and
-no other field is. :func:`canonical` is what is hashed and signed. A document that is parsed and dumped again has the
-same bytes: a field whose default is :data:`MISSING` may be missing, and is then not written either.
+:func:`parse` is strict, since bundles and commitments may come from strangers: every field must be present and of the
+right type, and no other field is allowed. Hashes and signatures cover the output of :func:`canonical`. Parsing a
+document and writing it again gives the same bytes: a field whose default is :data:`MISSING` may be absent, and is then
+not written either.
 """
 
 from smark_jax.vault.documents.codec import (

@@ -1,4 +1,4 @@
-"""NamedTuples from JSON and back: strict, since some are from foreign hands, and the same bytes again."""
+"""Converts NamedTuples to and from JSON: strictly, since some come from strangers, and back to the same bytes."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ Signature = Annotated[str, 64]
 
 
 class Missing:
-    """The kind of :data:`MISSING`."""
+    """The type of :data:`MISSING`."""
 
     def __bool__(self) -> Literal[False]:
         return False
@@ -31,29 +31,29 @@ class Missing:
 
 
 MISSING = Missing()
-"""The value of a field that a document does without: an older version wrote it, or there is nothing to say."""
+"""The value of an absent field: an older version wrote the document, or there is nothing to state."""
 
 
 class Wrong(Exception):
-    """A field that a document should not have, or not like this: its name and, in words, what is wrong."""
+    """An error in one field of a document; the message gives the field's name and what is wrong with it."""
 
     def __init__(self, name: str, what: str = "is missing or invalid") -> None:
         super().__init__(f"field {name[:100]!r} {what}")
 
 
 def parse(kind: type[T], value: Any) -> T:
-    """The document of this kind that JSON holds.
+    """Parses a JSON value as a document of this kind.
 
-    Whole numbers are of 0 to 2^63 - 1, and real ones finite.
+    Whole numbers must lie from 0 to 2^63 - 1, and real numbers must be finite.
 
     Raises:
-      Wrong: naming the first field that is missing, unknown or of another kind.
+      Wrong: naming the first field that is missing, unknown or of another type.
     """
     return _parse(kind, value, "")
 
 
 def stored(kind: type[T], text: str | bytes, **more: Any) -> T:
-    """The document that the vault holds as this text, with more fields that it holds elsewhere.
+    """Parses a document that the vault stores as text, with additional fields that it stores elsewhere.
 
     Raises:
       SmarkError: when a newer version of smark-jax wrote it.
@@ -68,7 +68,7 @@ def stored(kind: type[T], text: str | bytes, **more: Any) -> T:
 
 
 def plain(document: Any) -> Any:
-    """The document as JSON has it: what :func:`parse` was given. Lists are taken as they are."""
+    """The document as a JSON value, the inverse of :func:`parse`. Lists are left as they are."""
     if isinstance(document, tuple):
         names = getattr(document, "_fields", None)
         if names is None:
@@ -81,18 +81,18 @@ def plain(document: Any) -> Any:
 
 
 def canonical(document: Any) -> bytes:
-    """The one JSON text of a document, which is hashed and signed."""
+    """The canonical JSON text of a document, for hashing and signing."""
     return _text.canonical(plain(document))
 
 
 def text(document: Any) -> str:
-    """The same as the vault stores it."""
+    """The canonical text as a string, which is what the vault stores."""
     return canonical(document).decode()
 
 
 @functools.cache
 def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
-    """The fields of a document by their names in JSON, and those that it needs."""
+    """The fields of a document by their JSON names, and the names of required fields."""
     hints = typing.get_type_hints(kind, include_extras=True)
     needed = frozenset(name.rstrip("_") for name in kind._fields if kind._field_defaults.get(name) is not MISSING)
     return {name.rstrip("_"): hints[name] for name in kind._fields}, needed

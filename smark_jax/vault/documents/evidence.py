@@ -45,7 +45,7 @@ class Exhibit(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A customer's leaf with its path to the root of a commitment, the bundle's oldest where none is named."""
+    """A customer's leaf with its path to the root of a commitment; by default the bundle's oldest one."""
 
     leaf: Leaf
     index_: int
@@ -54,7 +54,7 @@ class Opened(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """An accusation that the arbiter computes again, with the others whose parts are taken out first."""
+    """An accusation for the arbiter to recompute, with the other customers whose codewords are projected out first."""
 
     serial: int
     support: tuple[int, ...]
@@ -90,16 +90,16 @@ class Bundle(NamedTuple):
 
     @property
     def chain(self) -> tuple[Stamped, ...]:
-        """The commitments with their time stamps, each one the ``previous`` of the next."""
+        """The commitments with their time stamps; each is the ``previous`` of the next."""
         return (Stamped(self.commitment, self.timestamps), *(self.later or ()))
 
     @property
     def customers(self) -> int:
-        """How many customers p-values count: those whom the verdict compared, and no fewer than are committed to."""
+        """How many customers p-values count: all that the verdict compared, and at least all that are committed to."""
         return max(self.num_customers or 0, *(item.commitment.header.customers for item in self.chain))
 
     def proved_by(self, opened: Opened) -> int:
-        """The number of the commitment that an opened leaf stands under."""
+        """The number of the commitment that covers an opened leaf."""
         return self.header.number if isinstance(opened.commitment, Missing) else opened.commitment
 
 

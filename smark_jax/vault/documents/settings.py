@@ -1,4 +1,4 @@
-"""What a model fixes once and for all, and the commitments that bind it."""
+"""A model's settings, which never change, and the commitments that bind them."""
 
 from typing import NamedTuple
 
@@ -7,16 +7,16 @@ from smark_jax.vault.documents.codec import MISSING, Hash, Hex, Missing, canonic
 
 
 class Versions(NamedTuple):
-    """The algorithms that a model's copies are made and traced with, ``"name/version"`` each.
+    """The algorithms that make and trace a model's copies, each as ``"name/version"``.
 
-    A document that names none is of the time when there was one of each, which are the defaults.
+    A document that names none dates from when there was only one of each; these are the defaults.
 
     Attributes:
-      cipher: draws codewords, carriers and all other secrets.
-      carrier: which direction of weight space is which chip.
-      code: codewords from the code key.
-      decoder: how verdicts are reached.
-      shape: how strongly which weights are marked; null where all leaves are marked alike.
+      cipher: the cipher that codewords, carriers and all other secrets are drawn with.
+      carrier: assigns a direction of weight space to each chip.
+      code: derives codewords from the code key.
+      decoder: reaches verdicts.
+      shape: how marking strength is distributed over the weights; null when all leaves are marked alike.
     """
 
     cipher: str = "chacha20/1"
@@ -45,7 +45,7 @@ class Model(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The first leaf of a commitment's tree: all that an accusation rests on but the codewords."""
+    """The first leaf of a commitment's tree: everything that an accusation rests on, except the codewords."""
 
     alpha: float
     base: Hash
@@ -66,7 +66,7 @@ class Header(NamedTuple):
 
     @property
     def algorithms(self) -> Versions:
-        """The versions that are committed to; older headers named the decoder's alone."""
+        """The committed versions; older headers named only the decoder's."""
         if self.versions:
             return self.versions
         decoder = f"{self.decoder}/{self.decoder_version}" if self.decoder else Versions().decoder
@@ -89,7 +89,7 @@ class Commitment(NamedTuple):
 
     @property
     def number(self) -> int:
-        """From 1, one more with each issue."""
+        """The number of the commitment, from 1; each issue with new customers adds one."""
         return self.header.number
 
     @property
@@ -99,7 +99,7 @@ class Commitment(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """A customer's leaf in the clear; the codeword has a bit of 1 for a chip of -1."""
+    """A customer's leaf in plaintext; in its codeword, a bit of 1 stands for a chip of -1."""
 
     customer: str
     salt: Hash

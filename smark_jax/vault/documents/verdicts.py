@@ -1,4 +1,4 @@
-"""Verdicts: what was found of each suspect."""
+"""Verdicts: what tracing found about each suspect."""
 
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ class Coverage(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What a suspect was asked: probes of all, from when to when, and how many of them had been shown to whom."""
+    """What a suspect was asked: how many of all probes, from when to when, and how many each target had seen before."""
 
     asked: int
     of: int
@@ -50,28 +50,28 @@ class Suspect(NamedTuple):
 
     Attributes:
       file: its path, or the address or command that answered.
-      sha256: of the file; null where it could not be read.
-      content: hash of its leaves; null where there are none.
+      sha256: of the file; null when it could not be read.
+      content: hash of its leaves; null when there are none.
       format: of the file, or ``"answers"``.
       read: ``"weights"`` or ``"answers"``.
       verdict: ``"traced"``, ``"nobody"``, ``"not a copy"``, ``"undecided"`` or ``"unreadable"``.
       error: why it was not compared with customers.
       accused: the accused, most significant first.
-      foreign: tensors that were left out, since they are no real numbers.
+      foreign: tensors that were left out because they do not hold real numbers.
       layout: leaves that had another name or layout.
-      alignment: the report of alignment.
+      alignment: the alignment report.
       coverage: how many weights were read.
-      left_out: which were not.
-      log_maps: natural logarithm of the maps of leaves that the given one was chosen from.
+      left_out: the weights that were not read.
+      log_maps: natural logarithm of the number of leaf maps that the given one was chosen from.
       answers: what was asked.
       notes: what a reader of the verdict must know.
-      threshold: the absolute T from which a customer alone is accused; null where nobody can be.
-      decoys: how codewords fared that nobody received.
-      num_suspects: examined together.
-      num_alignments: readings tried.
-      assumptions: in words, what the bound assumes.
+      threshold: the absolute T at which a customer acting alone is accused; null when nobody can be.
+      decoys: the statistics of codewords that nobody received.
+      num_suspects: how many suspects were examined together.
+      num_alignments: how many readings were tried.
+      assumptions: what the bound assumes, in words.
       statistics: T of every customer. It is stored apart, as are ``serials`` and ``customers``.
-      serials: whose statistics these are.
+      serials: the serials of those customers, in the same order.
       customers: their names.
     """
 
@@ -110,7 +110,7 @@ class CommitmentNamed(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A verdict; its number and occasion are null where no suspect could be read and none was kept."""
+    """A verdict; its number and occasion are null when no suspect could be read, so that it was not kept."""
 
     number: int | None
     created: str

@@ -1,7 +1,7 @@
-"""The vault's sqlite database, and all SQL: tables that only grow, each row vouched for by an entry of the log.
+"""The vault's sqlite database and all its SQL: tables that only grow, with a log entry that vouches for each row.
 
 Every row names the log entry that wrote it, and the entry holds the number of its rows in each table and their SHA-256.
-So the tables are as authentic as the log, every column of them, and no row can be added, changed or removed apart.
+So every column of every table is as authentic as the log: no row can be added, changed or removed without it.
 """
 
 from smark_jax.vault.store.lookups import (

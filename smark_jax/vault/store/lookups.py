@@ -1,4 +1,4 @@
-"""What the vault asks its database: one function per question, and a small row for each answer of several columns."""
+"""The vault's queries: one function per question, and a small NamedTuple for answers of several columns."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -50,10 +50,10 @@ class Licence(NamedTuple):
     """A customer's licence of a model.
 
     Attributes:
-      serial: of the customer.
-      strength: of the copy.
+      serial: the customer's serial.
+      strength: the strength of the copy.
       leaf: the hash of the customer's leaf, which all later commitments cover.
-      number: of the first commitment that covers it.
+      number: the number of the first commitment that covers it.
     """
 
     serial: int
@@ -70,7 +70,7 @@ class Copy(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A verdict without what it found."""
+    """A verdict without its findings."""
 
     number: int
     model: str
@@ -79,7 +79,7 @@ class Verdict(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What was found of one suspect of a verdict, each column sealed (:mod:`smark_jax.vault.sealing`)."""
+    """What a verdict found about one suspect, each of its three columns sealed (:mod:`smark_jax.vault.sealing`)."""
 
     verdict: int
     place: int
@@ -89,7 +89,7 @@ class Finding(NamedTuple):
 
 
 class PlainFinding(NamedTuple):
-    """The same as older versions kept it."""
+    """A finding as older versions stored it, in plaintext."""
 
     verdict: int
     place: int
@@ -164,7 +164,7 @@ def covered(connection: Connection, model: str, number: int) -> list[int]:
 
 
 def covered_names(connection: Connection, model: str, number: int) -> dict[int, str]:
-    """By serial, in order, the names of the customers whom a model's commitment of this number covers."""
+    """The names of the customers that a model's commitment of this number covers, by serial, in order."""
     query = (
         "SELECT serial, name FROM licences JOIN customers USING (serial) WHERE model = ? AND number <= ? "
         "ORDER BY serial"
@@ -173,7 +173,7 @@ def covered_names(connection: Connection, model: str, number: int) -> dict[int, 
 
 
 def licensed_models(connection: Connection) -> dict[int, list[str]]:
-    """By serial, the models of which a customer has a licence, in the order of their names."""
+    """The models for which each customer has a licence, by serial and in the order of the models' names."""
     found: dict[int, list[str]] = {}
     for serial, model in connection.execute("SELECT serial, model FROM licences ORDER BY model"):
         found.setdefault(serial, []).append(model)
@@ -230,7 +230,7 @@ def last_verdict(connection: Connection) -> int:
 
 
 def last_occasion(connection: Connection, model: str) -> int:
-    """How many occasions of tracing a model there were."""
+    """How many occasions of tracing a model there have been."""
     query = "SELECT max(json_extract(document, '$.occasion')) FROM verdicts WHERE model = ?"
     (last,) = connection.execute(query, (model,)).fetchone()
     return last or 0
@@ -253,12 +253,12 @@ _FINDING = "SELECT verdict, place, document, statistics, chips FROM"
 
 
 def findings(connection: Connection, number: int) -> Iterator[Finding]:
-    """What was found of each suspect of a verdict, in their order; one at a time, since statistics are large."""
+    """The findings on a verdict's suspects, in order; yielded one at a time, since statistics are large."""
     return map(Finding._make, connection.execute(f"{_FINDING} findings WHERE verdict = ? ORDER BY place", (number,)))
 
 
 def finding(connection: Connection, number: int, place: int) -> Finding:
-    """What was found of one suspect, at this place from 0 of a verdict that has it."""
+    """The finding on the suspect at this place, from 0, in a verdict; it must exist."""
     query = f"{_FINDING} findings WHERE verdict = ? AND place = ?"
     return Finding(*connection.execute(query, (number, place)).fetchone())
 

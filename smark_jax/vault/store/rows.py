@@ -1,4 +1,4 @@
-"""Rows and the log entries that vouch for them: writing both, and comparing all rows with what the log says."""
+"""Writes rows that a log entry vouches for, and compares all rows with what the log says."""
 
 import hashlib
 import itertools
@@ -22,7 +22,7 @@ def insert(connection: Connection, table: str, rows: Iterable[Row], entry: int) 
 
 
 def summary(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
-    """What a log entry says of its rows: for each table how many there are, and their SHA-256."""
+    """What a log entry states about its rows: their number in each table, and their SHA-256."""
     return {table: _summary(some) for table, some in rows.items() if len(some)}
 
 
@@ -40,16 +40,16 @@ def _plain(value: Any) -> Any:
 
 
 def verify(connection: Connection, said: Mapping[int, Mapping[str, Any]]) -> None:
-    """Compares all rows of all tables with what the log entries say of them, and indices with their tables.
+    """Compares all rows of all tables with the summaries in the log, and indices with their tables.
 
     Args:
       connection: the database.
-      said: by the number of an entry, the summary of its rows; without those that later entries replaced.
+      said: the summary of each entry's rows, by the entry's number; without rows that later entries replaced.
 
     Raises:
       SmarkError: naming the table, and the entry with which its rows disagree.
     """
-    # Queries may read names and numbers from an index alone.
+    # Queries may read names and numbers from an index alone, so the indices must be intact too.
     (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     if found != "ok":
         raise tampered(found)

@@ -10,7 +10,7 @@ from smark_jax import _validate, errors
 
 Connection = sqlite3.Connection
 
-# One script per version; a database of version n has seen the first n. Never change one that was released: add another.
+# One script per version; a database of version n has run the first n. Never change a released script: add another.
 MIGRATIONS = (
     """
 CREATE TABLE log (
@@ -46,14 +46,15 @@ CREATE TABLE suspects (
   statistics BLOB NOT NULL, chips BLOB NOT NULL, entry INTEGER NOT NULL REFERENCES log,
   PRIMARY KEY (verdict, place));
 """,
-    # What "suspects" held in plain: smark_jax.vault.sealing moves its rows here, and nothing is written there any more.
+    # Replaces "suspects", which held plaintext: smark_jax.vault.sealing moves its rows here, sealed.
     """
 CREATE TABLE findings (
   verdict INTEGER NOT NULL REFERENCES verdicts, place INTEGER NOT NULL, document BLOB NOT NULL,
   statistics BLOB NOT NULL, chips BLOB NOT NULL, entry INTEGER NOT NULL REFERENCES log,
   PRIMARY KEY (verdict, place));
 """,
-    # Models and commitments name the versions of their algorithms: a smark that would not look for them stays out.
+    # Models and commitments now name the versions of their algorithms. The new number keeps out older versions of
+    # smark, which would ignore those names.
     "",
 )
 TABLES = {
@@ -70,12 +71,12 @@ TABLES = {
 }
 """The columns of each table in order, without the entry that every row names."""
 SEALED = 0x736D6B32
-"""sqlite's field for the kind of file, once everything in it is sealed that is sealed today."""
+"""The application_id of a database file without a plaintext row from before findings were sealed."""
 _SECONDS_TO_WAIT = 60.0
 _UNWRITABLE = "Is the disk mounted read-only? Make the folder writable for you, or copy it to a disk that is."
 _NO_ROOM = "Free some space on that disk, and run this again: nothing was half written."
 _IN_USE = "Wait until the other smark that uses this vault has ended, and run this again."
-# What sqlite cannot do for reasons outside the database, by the code of its error. All other errors are damage.
+# Advice for sqlite errors whose cause lies outside the database, by error code. All other errors mean damage.
 _ADVICE = {
     sqlite3.SQLITE_PERM: _UNWRITABLE,
     sqlite3.SQLITE_READONLY: _UNWRITABLE,
@@ -90,14 +91,14 @@ _ADVICE = {
 
 
 def connect(path: Path, *, create: bool = False) -> Connection:
-    """Opens the database, brings an older one up to date, and refuses a newer one, a damaged one or another schema.
+    """Opens the database and migrates an older one to the current version.
 
     Raises:
-      SmarkError: in those cases, and when there is none.
+      SmarkError: when there is no database, or it is newer, damaged or of another schema.
     """
     mode = "rwc" if create else "rw"
     with errors_explained(path):
-        # Autocommit: transactions begin and end where `transaction` says so.
+        # Autocommit mode: only `transaction` and `snapshot` begin and end transactions.
         connection = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode={mode}", timeout=_SECONDS_TO_WAIT, isolation_level=None, uri=True
         )
@@ -116,10 +117,10 @@ def connect(path: Path, *, create: bool = False) -> Connection:
 
 @contextlib.contextmanager
 def errors_explained(path: Path) -> Iterator[None]:
-    """Raises sqlite's errors as ours: a disk that is full or read-only is no tampering.
+    """Translates sqlite's errors into ours: a full or read-only disk is not tampering.
 
     Raises:
-      SmarkError: naming the file, what is wrong with it and what to do.
+      SmarkError: stating the file, what is wrong with it and what to do.
     """
     try:
         yield
@@ -136,7 +137,7 @@ def _migrate(connection: Connection) -> None:
     if _version(connection) == len(MIGRATIONS):
         return
     with transaction(connection):
-        version = _version(connection)  # again, now that nobody else writes
+        version = _version(connection)  # read again, now that nobody else can write
         if version > len(MIGRATIONS):
             cause = "Upgrade smark-jax; a newer one wrote this vault."
             raise _validate.fail("vault", f"a database of version {len(MIGRATIONS)}", f"version {version}", cause)
@@ -156,17 +157,17 @@ def _forbid_changes(connection: Connection) -> None:
 
 
 def clear(connection: Connection, table: str) -> None:
-    """Removes all rows of a table that others replace; inside a transaction."""
+    """Removes all rows of a table after other rows replaced them; call it inside a transaction."""
     connection.execute(f"DROP TRIGGER {table}_no_delete")
     connection.execute(f"DELETE FROM {table}")
     _forbid_changes(connection)
 
 
 def rebuild(connection: Connection) -> bool:
-    """Writes the file anew, so that no bytes of removed rows are left in it nor in the write-ahead log beside it.
+    """Rewrites the file, so that no bytes of removed rows remain in it or in the write-ahead log beside it.
 
     Returns:
-      Whether that was possible: while another process reads, the write-ahead log stays.
+      Whether it succeeded: while another process reads, the write-ahead log cannot be truncated.
     """
     connection.execute("VACUUM")
     (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -189,14 +190,14 @@ def _expected_schema() -> set[tuple[str, str, str | None]]:
 
 @contextlib.contextmanager
 def transaction(connection: Connection) -> Iterator[None]:
-    """All or nothing. The write lock is taken at once, so that what is read inside stays true until the end."""
+    """Commits all changes or none. It takes the write lock at once, so that values read inside stay valid."""
     with _between(connection, "BEGIN IMMEDIATE"):
         yield
 
 
 @contextlib.contextmanager
 def snapshot(connection: Connection) -> Iterator[None]:
-    """One state of the database, whoever writes meanwhile."""
+    """Reads one consistent state of the database, even while others write."""
     with _between(connection, "BEGIN"):
         yield
 
@@ -220,17 +221,17 @@ def is_sealed(connection: Connection) -> bool:
 
 
 def mark_sealed(connection: Connection) -> None:
-    """States that the database holds nothing in plain that is sealed today."""
+    """Marks the database as free of plaintext findings."""
     connection.execute(f"PRAGMA application_id = {SEALED}")
 
 
 def overwrite_removed(connection: Connection) -> None:
-    """From here on, bytes of removed rows are overwritten by zeros."""
+    """Makes sqlite overwrite removed rows with zeros from now on."""
     connection.execute("PRAGMA secure_delete = ON")
 
 
 def tampered(what: str) -> errors.Tampered:
-    """The error of a database that sqlite or the log finds to be damaged."""
+    """The error for a database that sqlite or the log finds damaged; the caller raises it."""
     cause = "Somebody or something changed it outside smark: restore the vault's folder from your backup."
     return _validate.fail(
         "vault",
