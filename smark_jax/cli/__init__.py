@@ -1,4 +1,4 @@
-"""The ``smark`` command. Each command is a module of this folder; they are imported when they run."""
+"""The ``smark`` command line. Each subcommand lives in a module of this folder; heavy imports wait until it runs."""
 
 import io
 import itertools
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fingerprint every copy of an image classifier, and trace a leaked one.\n\n"
     "Example: [bold]smark demo --out out/demo[/bold]",
-    epilog="An owner's way: init, add-model, issue, trace, report, evidence export.\n\n"
+    epilog="An owner's usual order: init, add-model, issue, trace, report, evidence export.\n\n"
     "Exit codes: 0 done (trace: every suspect was read; evidence verify: everything holds); 1 refused, failed, "
     "or not so; 2 wrong usage. With --json an error is JSON too, on stdout.",
 )
@@ -91,16 +91,16 @@ def demo(
         "out/demo"
     ),
     parties: Annotated[int, typer.Option(min=1, max=64, help="Data holders that train together.")] = 4,
-    customers: Annotated[int, typer.Option(min=3, max=1_000_000, help="Copies to issue, one for each customer.")] = 20,
+    customers: Annotated[int, typer.Option(min=3, max=1_000_000, help="Copies to issue, one per customer.")] = 20,
     epochs: Annotated[int, typer.Option(min=1, max=1_000_000, help="Passes over the training data.")] = 15,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of initialisation, shuffles and the demo's keys.")
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of initialisation, shuffles and the demo's keys.")
     ] = 0,
 ) -> None:
     """Train across parties, issue fingerprinted copies, leak four of them, and trace the leaks; about two minutes.
 
-    Real digits (MNIST-5k, shipped with a package; nothing is downloaded), real training. Parties are accelerators where
-    there are enough of them, and virtual CPU devices otherwise.
+    It trains on real digits (MNIST-5k, shipped with a package; nothing is downloaded). Parties run on accelerators if
+    there are enough of them, and otherwise on virtual CPU devices.
     """
     if (out / "private").exists():
         raise typer.BadParameter(
@@ -113,23 +113,23 @@ def demo(
 
 @app.command(
     epilog="Examples:\n\n  smark train --example > train.toml\n\n  smark train train.toml --out out/base\n\n"
-    "Killed? The same command again goes on after the last checkpoint.",
+    "Killed? Run the same command again: it continues from the last checkpoint.",
 )
 def train(
     config: Annotated[Path | None, typer.Argument(help="TOML file; --example prints one.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Folder for base.safetensors and results; made if absent.")] = Path(
         "out/base"
     ),
-    example: Annotated[bool, typer.Option("--example", help="Print a configuration with comments, and stop.")] = False,
+    example: Annotated[bool, typer.Option("--example", help="Print a commented configuration, and stop.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON; progress goes to stderr.")
     ] = False,
 ) -> None:
-    """Train a base model across parties under masks, and go on where a killed run stopped.
+    """Train a base model across parties under masks, or resume a run that was killed.
 
-    Writes base.safetensors, which add-model takes, results.json and training.png.
+    Writes base.safetensors (the input of add-model), results.json and training.png.
 
-    The folder "private" in it holds what proves the owner's mark, and checkpoints while it runs: it goes to nobody.
+    The subfolder "private" holds the proof of the owner's mark and, during training, checkpoints. Give it to nobody.
     """
     from smark_jax.cli import _train_config
 
@@ -154,20 +154,19 @@ def train(
 
 _REPORT = "Please report it to the project's issue tracker: the command, what you expected, and the traceback below."
 
-# click's, or those of the copy of it that newer versions of typer hold; either way typer's own are made of them.
+# These are click's classes, or those of the copy of click inside newer versions of typer; typer's derive from either.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 _ClickException: Any = typer.BadParameter.__mro__[2]
 
 
 def main() -> None:
-    """Entry point of the console script: errors that were foreseen are printed in one piece, exit code 1.
+    """Entry point of the console script: prints an expected error as one message and exits with code 1.
 
-    Whatever text an error carries, it is printed as plain text behind the program's name; with ``--json``, as one
-    document on stdout, where the result would have been. An error that nobody foresaw is a bug of ours, and its
-    traceback is printed.
+    The text of an error is printed as plain text after the program's name. With ``--json`` it becomes a JSON document
+    on stdout, in place of the result. An unexpected error is a bug of ours, so its traceback is printed.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end the program
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot encode must not crash the program
             stream.reconfigure(errors="backslashreplace")
     settings = {"verbose": False}
     try:
@@ -175,7 +174,7 @@ def main() -> None:
     except _ClickException as error:
         if _as_json():
             _refuse("Usage", error.format_message())
-        elif type(error).__name__ != "NoArgsIsHelpError":  # then the help was printed
+        elif type(error).__name__ != "NoArgsIsHelpError":  # in that case the help was printed already
             usage = _UsageError(_foreign.clean(error.format_message()), getattr(error, "ctx", None))
             typer.rich_utils.rich_format_error(usage)
         sys.exit(error.exit_code)
@@ -193,12 +192,12 @@ def main() -> None:
 
 
 def _as_json() -> bool:
-    """Whether the command was asked for JSON; read before its options are parsed, since that may fail."""
+    """Whether ``--json`` was given; looked up without parsing the options, since parsing may fail."""
     return "--json" in itertools.takewhile(lambda word: word != "--", sys.argv[1:])
 
 
 def _at_desk(error: errors.SmarkError | OSError) -> str:
-    """What an error says to somebody who gives commands."""
+    """The wording of an error for command-line users."""
     if isinstance(error, errors.SmarkError):
         return error.desk
     if error.filename is not None and error.strerror:
@@ -207,7 +206,7 @@ def _at_desk(error: errors.SmarkError | OSError) -> str:
 
 
 def _refuse(kind: str, message: str, trace: str = "") -> None:
-    """Prints an error on stderr, or as JSON on stdout; a traceback goes to stderr in any case."""
+    """Prints an error on stderr, or as JSON on stdout; a traceback always goes to stderr."""
     if _as_json():
         print(_foreign.dumps({"error": {"kind": kind, "message": message}}))
     else:

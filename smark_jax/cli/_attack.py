@@ -1,4 +1,4 @@
-"""``smark attack``: what a leaker may do to a copy, to try how far it is traced."""
+"""``smark attack``: damages a copy as a leaker might, to find out whether it can still be traced."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,19 +10,19 @@ from smark_jax.cli._common import AsJson, say
 
 
 def attack(
-    copy: Annotated[Path, typer.Argument(help="A copy, of any format.", show_default=False)],
+    copy: Annotated[Path, typer.Argument(help="A copy, in any format.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The safetensors file to write.", show_default=False)],
     mix: Annotated[
-        list[Path] | None, typer.Option(help="Average with this other copy first: a coalition; repeatable.")
+        list[Path] | None, typer.Option(help="First average with this other copy, as a coalition would; repeatable.")
     ] = None,
     prune: Annotated[float | None, typer.Option(help="Set this share of each kernel's weights to zero.")] = None,
-    quantise: Annotated[int | None, typer.Option(help="Round each kernel to so many bits.")] = None,
-    noise: Annotated[float | None, typer.Option(help="Add noise, relative to a leaf's root mean square.")] = None,
+    quantise: Annotated[int | None, typer.Option(help="Round each kernel to this many bits.")] = None,
+    noise: Annotated[float | None, typer.Option(help="Add noise of this strength, relative to a leaf's RMS.")] = None,
     cast: Annotated[str | None, typer.Option(help="Round to this type and back, such as bfloat16.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Damage a copy as a leaker would, and write it; several attacks apply in the order of the options here."""
+    """Damage a copy as a leaker would, and write it; several attacks are applied in the order of the options here."""
     chosen = {"mix": mix, "prune": prune, "quantise": quantise, "noise": noise, "cast": cast}
     done = [name for name, value in chosen.items() if value]
     if not done:
@@ -34,7 +34,7 @@ def attack(
         from smark_jax import _io, attacks, files
         from smark_jax.aggregation import stack
 
-        with jax.enable_x64(True):  # leaves of 64 bits keep them
+        with jax.enable_x64(True):  # so that 64-bit leaves keep their precision
             copies = [
                 jax.tree.map(jax.numpy.asarray, files.nest(files.read(path).leaves)) for path in (copy, *(mix or []))
             ]
@@ -47,7 +47,7 @@ def attack(
                 tree = attacks.add_noise(tree, jax.random.key(seed), noise)
             if cast is not None:
                 tree = attacks.cast(tree, cast)
-        with _io.private_files():  # it is still a customer's copy
+        with _io.private_files():  # the result is still a customer's copy
             sha256 = files.write(out, tree)
     document = {"out": str(out), "sha256": sha256, "attacks": done}
     _common.show(document, as_json, lambda: say(f"{out}: {', '.join(done)}"))

@@ -1,4 +1,4 @@
-"""``smark bench``: how long the desk's work takes on this machine."""
+"""``smark bench``: times marking, reading and tracing on this machine."""
 
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def bench(
     customers: Annotated[int, typer.Option(min=2, max=2**31, help="Customers to compare with.")] = 100_000,
     as_json: AsJson = False,
 ) -> None:
-    """Time marking, reading and tracing on this machine: medians of five runs, compilation not counted."""
+    """Time marking, reading and tracing on this machine: medians of five runs, without compilation."""
     with _common.err.status("starting") as status:
         found = _measure(weights, chips, customers, status.update)
 

@@ -1,4 +1,4 @@
-"""What the commands around a vault share: options, the passphrase, progress, and how results are printed."""
+"""What the vault commands share: options, the passphrase, progress bars, and the printing of results."""
 
 import contextlib
 import getpass
@@ -39,7 +39,7 @@ Align = Annotated[
 ]
 
 VerdictNumber = Annotated[
-    int, typer.Argument(min=1, max=2**63 - 1, help="Its number, as trace printed it.", show_default=False)
+    int, typer.Argument(min=1, max=2**63 - 1, help="The verdict's number, as printed by trace.", show_default=False)
 ]
 
 out = Console()
@@ -47,9 +47,9 @@ err = Console(stderr=True)
 
 
 def passphrase(file: Path | None, *, new: bool = False) -> str:
-    """The passphrase from a file, the environment or a prompt; never from an argument, which other users could see.
+    """Gets the passphrase from a file, the environment or a prompt, never from an argument, which other users can see.
 
-    The variable is taken out of the environment, so that no process started from here inherits it.
+    The variable is removed from the environment, so that no child process inherits it.
     """
     from_variable = os.environ.pop(VARIABLE, None)
     if file is not None:
@@ -71,7 +71,7 @@ def passphrase(file: Path | None, *, new: bool = False) -> str:
 
 @contextlib.contextmanager
 def desk(folder: Path, file: Path | None) -> Iterator["vault.Vault"]:
-    """An open vault."""
+    """Opens the vault in a folder, and checks it."""
     secret = passphrase(file)
     with err.status("opening and checking the vault") as status:
         from smark_jax import vault
@@ -83,14 +83,14 @@ def desk(folder: Path, file: Path | None) -> Iterator["vault.Vault"]:
 
 @contextlib.contextmanager
 def bar(text: str, total: int) -> Iterator[Callable[[float], None]]:
-    """A progress bar on stderr; the function it gives takes how many are done."""
+    """Shows a progress bar on stderr; yields a function to call with the number done."""
     with progress(err, transient=True) as bars:
         task = bars.add_task(text, total=total, note="")
         yield lambda done: bars.update(task, completed=done)
 
 
 def before_training(parties: int) -> None:
-    """Keeps memory that is freed, and asks JAX, before it computes, for a CPU device for each party."""
+    """Keeps freed memory for reuse, and asks JAX for one CPU device per party before it computes anything."""
     import jax
 
     from smark_jax import _memory, parallel
@@ -98,7 +98,7 @@ def before_training(parties: int) -> None:
     _memory.keep_freed()
     try:
         jax.config.update("jax_num_cpu_devices", parties)
-    except RuntimeError:  # a caller who has begun to compute brings their own devices
+    except RuntimeError:  # JAX has computed already: use the devices that there are
         parallel.devices(parties)
 
 
@@ -111,7 +111,7 @@ def show(document: Any, as_json: bool, otherwise: Callable[[], None]) -> None:
 
 
 def say(text: str) -> None:
-    """A line of result: whatever stands in it is plain text, and it stays one line."""
+    """Prints one line of a result, as plain text and unwrapped."""
     out.say(text)
 
 
@@ -128,7 +128,7 @@ def below(log10_p: float) -> str:
 
 
 def aligner(name: str | None) -> "Aligner | None":
-    """What ``--align MODULE:FUNCTION`` names."""
+    """The aligner that ``--align MODULE:FUNCTION`` names."""
     if name is None:
         return None
     from smark_jax.vault.reading import Aligner
@@ -137,7 +137,7 @@ def aligner(name: str | None) -> "Aligner | None":
 
 
 def network(option: str, name: str) -> tuple[Any, ...]:
-    """What an option's MODULE:FUNCTION returns: the network of a base, images, and their labels where it knows them."""
+    """Calls an option's MODULE:FUNCTION, which returns a base's network, images and, optionally, their labels."""
     module, colon, function = name.partition(":")
     advice = "FUNCTION() returns the base's network and images; MODULE is looked for in the current folder too."
     if not (module and colon and function):
@@ -154,7 +154,7 @@ def network(option: str, name: str) -> tuple[Any, ...]:
 
 
 def pairs(values: list[str] | None) -> dict[str, str]:
-    """What ``--map BASE=SUSPECT`` options say."""
+    """Parses the ``--map BASE=SUSPECT`` options."""
     given = {}
     for value in values or []:
         ours, equals, theirs = value.partition("=")

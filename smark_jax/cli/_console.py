@@ -1,8 +1,9 @@
-"""The terminal, on which text of others can do nothing: every string is plain text on one line.
+"""A console on which untrusted text does no harm: every string is printed as plain text on one line.
 
-Names, paths and fields of strangers' files reach a terminal through many doors: lines, cells, titles, progress. All of
-them are this console's, which cleans what it is given (:func:`smark_jax._foreign.clean`) and, once more, what it is
-about to write. So no caller can forget it. Styles come from :class:`rich.text.Text` alone, never from markup.
+Names, paths and fields of strangers' files reach a terminal in many ways: lines, table cells, titles, progress bars.
+All output goes through this console. It cleans every string it is given (:func:`smark_jax._foreign.clean`) and again
+everything it is about to write, so no caller can forget to. Styles come only from :class:`rich.text.Text`, never from
+markup.
 """
 
 import math
@@ -25,18 +26,18 @@ Styled = tuple[str, str]
 """A text and its style."""
 
 _SECONDS_PER_LOG_LINE = 20
-_LEAST = 10  # characters to which a line is folded at least
-_LONGEST_WORD = 24  # that keeps a column of text as wide as itself; a longer one is broken
+_LEAST = 10  # a line is never folded to fewer characters
+_LONGEST_WORD = 24  # a text column is at least as wide as its longest word, up to this; longer words are broken
 
 
 class Console(rich.console.Console):
-    """A terminal, or the file or pipe in its place."""
+    """A terminal, or a file or pipe in its place."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
 
     def render_str(self, text: str, *, style: Any = "", **options: Any) -> rich.text.Text:
-        """Every string that is printed, a cell's included, as plain text on one line."""
+        """Turns a string into plain text on one line; Rich calls this for all printed strings, table cells included."""
         plain = rich.text.Text(_foreign.clean(text), style=style)
         plain.justify, plain.overflow = options.get("justify"), options.get("overflow")
         return plain
@@ -44,41 +45,41 @@ class Console(rich.console.Console):
     def render(
         self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
     ) -> Iterable[rich.segment.Segment]:
-        """What is about to be written; the moves of the cursor in it are Rich's own."""
+        """Cleans every segment about to be written, except Rich's own control codes, which move the cursor."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=_foreign.blanked(segment.text))
 
     def status(self, status: Any, **options: Any) -> rich.status.Status:
-        """A line that says what is being done."""
+        """A status line with a spinner for the current step."""
         return _Status(self.plain(status), console=self, **options)
 
     def plain(self, text: str | Styled) -> rich.text.Text:
-        """A string, or one and its style, as Rich's own text, which it looks for no markup in."""
+        """Turns a string, with or without a style, into a Rich text, in which Rich looks for no markup."""
         return self.render_str(text) if isinstance(text, str) else self.render_str(text[0], style=text[1])
 
     @property
     def room(self) -> int | None:
-        """Columns of the terminal, or as ``COLUMNS`` says; None for a pipe or a file, which have no edge."""
+        """The width in columns: ``COLUMNS`` if set, else the terminal's; None for a pipe or file, which has none."""
         said = self._environ.get("COLUMNS", "")
         return int(said) if said.isdigit() and int(said) else self.width if self.is_terminal else None
 
     def say(self, text: str, *, style: str = "") -> None:
-        """One line, which nothing but a terminal's edge breaks: paths and hashes can be copied whole."""
+        """Prints one line without wrapping it, so that paths and hashes can be copied whole."""
         self.print(text, style=style, soft_wrap=True)
 
     def lines(self, text: str, start: Styled = ("", "")) -> None:
-        """A message of several lines behind ``start``. All but the first are indented: none can pass for another's."""
+        """Prints a message after ``start``; all lines but the first are indented, so none looks like a new message."""
         first, *rest = text.split("\n")
         self._hang(rich.text.Text.assemble(start, _foreign.clean(first)), 2)
         for line in rest:
             self._hang(rich.text.Text(f"  {_foreign.clean(line)}"), 4)
 
     def item(self, sign: Styled, text: str) -> None:
-        """A sign and what it stands for, one of a list: only signs stand at the left edge."""
+        """Prints one list item: a sign, then its text. Only signs appear at the left edge."""
         self._hang(rich.text.Text.assemble(sign, "  ", _foreign.clean(text)), len(sign[0]) + 2)
 
     def _hang(self, text: rich.text.Text, indent: int) -> None:
-        """One line; on a terminal folded here, since what the terminal folds itself begins at the left edge."""
+        """Prints a line with a hanging indent; folded here, since a terminal would continue it at the left edge."""
         if not self.is_terminal:
             self.print(text, soft_wrap=True)
             return
@@ -94,17 +95,17 @@ class Console(rich.console.Console):
         figures: Sequence[str] = (),
         title: str | None = None,
     ) -> None:
-        """A table whose most important column stands there whole, however narrow the terminal.
+        """Prints a table whose most important column is always complete, however narrow the terminal.
 
-        Where there is too little room, columns of text are folded, and then columns are left out, the least important
-        one first; a line below says which.
+        If there is too little room, columns of text are folded first. Then columns are left out, the least important
+        first; a line below the table names them.
 
         Args:
-          columns: their headings, in order.
-          rows: a cell for each of them, a style beside its text where it has one.
-          keep: all headings from the most important one down.
-          figures: headings of columns of figures: to the right, and never folded.
-          title: above the table.
+          columns: the headings, in order.
+          rows: one cell per column; a styled cell is a pair of text and style.
+          keep: all headings, the most important one first.
+          figures: headings of number columns, which are right-aligned and never folded.
+          title: printed above the table.
         """
         cells = [[self.plain(cell) for cell in row] for row in rows]
         natural = {name: max(map(_wide, [name, *(row[k].plain for row in cells)])) for k, name in enumerate(columns)}
@@ -129,7 +130,7 @@ class Console(rich.console.Console):
 
 
 def progress(console: Console, *, transient: bool = False) -> rich.progress.Progress:
-    """Progress bars; each of their tasks has a ``note``."""
+    """Progress bars; each task has a field ``note``."""
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
@@ -143,7 +144,7 @@ def progress(console: Console, *, transient: bool = False) -> rich.progress.Prog
 
 
 def bar(bars: rich.progress.Progress, label: str) -> Callable[..., None]:
-    """An ``on_progress(done, total, loss=None)`` that shows a bar; without a terminal, a line now and then."""
+    """Makes an ``on_progress(done, total, loss=None)`` that shows a bar, or an occasional line without a terminal."""
     task, printed = bars.add_task(label, total=None, note=""), time.monotonic()
 
     def on_progress(done: int, total: int, loss: Any = None) -> None:
@@ -162,12 +163,12 @@ def _wide(text: str) -> int:
 
 
 def _rules(columns: int) -> int:
-    """What blanks and rules between so many columns take."""
+    """The width that blanks and rules take in a table of so many columns."""
     return 3 * columns + 1
 
 
 def _widths(natural: dict[str, int], least: dict[str, int], keep: Sequence[str], room: int | None) -> dict[str, int]:
-    """The width of each column that is shown; the most important one gets room first."""
+    """The width of each shown column; more important columns get spare room first."""
     if room is None:
         return natural
     shown = list(keep)
@@ -187,7 +188,7 @@ def _widths(natural: dict[str, int], least: dict[str, int], keep: Sequence[str],
 
 
 class _Status(rich.status.Status):
-    """Rich's own would look for markup in what it is told."""
+    """A status line without markup, which Rich's own would interpret."""
 
     def update(self, status: Any = None, **options: Any) -> None:
         super().update(None if status is None else rich.text.Text(_foreign.clean(status)), **options)

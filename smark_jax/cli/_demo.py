@@ -1,7 +1,7 @@
-"""``smark demo``: the whole job on real digits, from training across parties to naming who leaked.
+"""``smark demo``: the whole workflow on real digits, from training across parties to naming who leaked.
 
-This file is an example too, of the public interface from the first weights to the verdicts; :func:`run` is the story.
-Progress, the table and the picture are elsewhere (``_demo_show.py``).
+This file is also an example of the public interface, from the first weights to the verdicts; start at :func:`run`.
+Progress, the table and the plot are in ``_demo_show.py``.
 """
 
 import functools
@@ -32,12 +32,12 @@ from smark_jax._types import ApplyFn, PyTree
 NUM_CHIPS = 304
 STRENGTH = 0.03
 ALPHA = 1e-6
-BATCH = 32  # examples of one party in a round
+BATCH = 32  # examples per party and round
 LEARNING_RATE = 2e-3
 CLIP = 1.0  # bound on the norm of a party's gradient
 
 Bar = Callable[[str], Callable[..., None]]
-"""``bar(label)`` begins a progress bar, and gives what is called with the steps done, their number, and a loss."""
+"""``bar(label)`` starts a progress bar and returns a function to call with steps done, total steps, and a loss."""
 
 
 class Config(NamedTuple):
@@ -60,7 +60,7 @@ class Digits(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What the owner keeps of a model to issue and trace its copies."""
+    """What the owner keeps to issue and trace copies of a model."""
 
     key: keys.SecretKey
     base: PyTree
@@ -69,9 +69,9 @@ class Model(NamedTuple):
 
 
 class Suspect(NamedTuple):
-    """A model that turned up: what it is, whose copy it was (None: nobody's), its parameters and accuracy.
+    """A model that turned up: its description, whose copy it was (None: nobody's), its parameters and accuracy.
 
-    Of one behind an API (``probes`` are given) the owner sees no parameters: it is asked about the probes.
+    If ``probes`` are given, the model is behind an API: the owner cannot see its parameters and asks it the probes.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Suspect(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the demo leaves: the suspects, the verdict on each, and what ``results.json`` says."""
+    """The demo's outcome: the suspects, the verdict on each, and the content of ``results.json``."""
 
     suspects: list[Suspect]
     verdicts: list[tracing.Verdict]
@@ -90,10 +90,10 @@ class Found(NamedTuple):
 
 
 def run(config: Config, bar: Bar) -> Found:
-    """Trains, issues copies, leaks some, and traces all of them."""
+    """Trains a base, issues copies, leaks some, and traces every suspect."""
     digits = load()
-    # All secrets follow from the seed, so that the demo repeats itself. In earnest the master key is keys.new(),
-    # and each party draws a secret of its own, of which only aggregation.public_key leaves it.
+    # All secrets derive from the seed, so that the demo is reproducible. In production, use keys.new() as the master
+    # key, and let each party draw its own secret and share nothing of it but aggregation.public_key.
     master = keys.derive(keys.from_bytes(config.seed.to_bytes(32, "big")), "demo")
 
     start = first_weights(digits, config.seed)
@@ -124,7 +124,7 @@ def run(config: Config, bar: Bar) -> Found:
 
 
 def load() -> Digits:
-    """The digits that are embedded in a package, and a network for them."""
+    """Loads the embedded digits, and a network for them."""
     train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")
     network = models.CNN()
     apply_fn = models.apply_fn(network)
@@ -133,7 +133,7 @@ def load() -> Digits:
 
 
 def first_weights(digits: Digits, seed: int) -> PyTree:
-    """What training starts from."""
+    """The initial weights of a training run."""
     return models.init(digits.network, jax.random.key(seed), digits.train.images.shape[1:])
 
 
@@ -145,7 +145,7 @@ def train(
     key: keys.SecretKey,
     on_progress: Callable[..., None],
 ) -> PyTree:
-    """Parties train together under masks; the owner's mark, where there is one, enters after aggregation."""
+    """Trains across parties under masks; the owner's mark, if any, is added after aggregation."""
     batch = min(BATCH, len(digits.train.labels) // config.parties)
     recipe = training.Recipe(config.parties, config.epochs, batch, LEARNING_RATE, CLIP, config.seed)
     ready = training.prepare(recipe, digits.apply_fn, digits.train, owner)
@@ -158,14 +158,14 @@ def train(
 
 
 def own(base: PyTree, key: keys.SecretKey, customers: int) -> Model:
-    """Draws where the marks lie, and a codeword for each customer."""
+    """Draws the carrier of the marks, and a codeword for each customer."""
     mark = carriers.mark(keys.derive(key, "carrier"), base, NUM_CHIPS)
     codebook = codes.codebook(keys.derive(key, "code"), range(customers), NUM_CHIPS)
     return Model(key, base, mark, codebook)
 
 
 def issue(model: Model, digits: Digits, on_progress: Callable[..., None]) -> list[Suspect]:
-    """A copy for each customer, who may leak it."""
+    """Issues a copy to each customer."""
     copies = embedding.embed_batch(model.base, model.mark, model.codebook, STRENGTH)
     issued = []
     for customer in range(len(model.codebook)):
@@ -176,7 +176,7 @@ def issue(model: Model, digits: Digits, on_progress: Callable[..., None]) -> lis
 
 
 def leak(issued: list[Suspect], digits: Digits, seed: int, bar: Bar) -> list[Suspect]:
-    """Three customers leak: one fine-tunes first, one prunes, one quantises."""
+    """Makes three customers leak: one fine-tunes first, one prunes, one quantises."""
     tuner, pruner, quantiser = (len(issued) * part // 20 for part in (7, 11, 13))
     images, labels = digits.train.images, digits.train.labels
     tuned = attacks.fine_tune(
@@ -197,7 +197,7 @@ def leak(issued: list[Suspect], digits: Digits, seed: int, bar: Bar) -> list[Sus
 
 
 def serve(issued: list[Suspect], model: Model, digits: Digits, seed: int, bar: Bar) -> Suspect:
-    """A copy that was also taught to answer probes, then put behind an API, where nobody sees its weights."""
+    """Teaches one copy to answer probes and puts it behind an API, where nobody sees its weights."""
     customer, images = len(issued) * 17 // 20, np.asarray(digits.train.images)
     scores = lambda x: digits.apply_fn(model.base, x)  # noqa: E731
     probes = blackbox.probes(keys.derive(model.key, "probes"), NUM_CHIPS, images.shape[1:], images, scores)
@@ -218,14 +218,14 @@ def serve(issued: list[Suspect], model: Model, digits: Digits, seed: int, bar: B
 
 
 def read(model: Model, suspects: list[Suspect], digits: Digits) -> np.ndarray:
-    """Each suspect's chips, shape [M, m]: from its weights, or from the labels that its API gives."""
+    """Reads each suspect's chips, shape [M, m], from its weights or from the labels of its API."""
     with_weights = aggregation.stack([suspect.params for suspect in suspects if suspect.probes is None])
     by_weights = iter(np.asarray(extraction.extract_batch(with_weights, model.base, model.mark)))
     return np.stack([next(by_weights) if s.probes is None else ask(s.params, s.probes, digits) for s in suspects])
 
 
 def ask(params: PyTree, probes: np.ndarray, digits: Digits) -> np.ndarray:
-    """Chips from the labels that an API gives, behind which a copy runs."""
+    """Reads chips from the labels of the API behind which a copy runs."""
     answer = lambda images: np.asarray(digits.apply_fn(params, images).argmax(axis=-1))  # noqa: E731
     return blackbox.query(answer, probes, digits.train.num_classes)
 
@@ -242,7 +242,7 @@ def trace(model: Model, chips: np.ndarray, on_progress: Callable[..., None]) -> 
 def summary(
     config: Config, base_accuracy: float, suspects: list[Suspect], verdicts: list[tracing.Verdict], *, wrong_bits: int
 ) -> dict[str, Any]:
-    """What ``results.json`` says of them."""
+    """The content of ``results.json``."""
     rows = []
     for suspect, verdict in zip(suspects, verdicts, strict=True):
         accused = [accusation.serial for accusation in verdict.accused]

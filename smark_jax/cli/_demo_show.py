@@ -1,4 +1,4 @@
-"""What ``smark demo`` shows of its story: progress, a table, a picture of what the tracer sees."""
+"""The output of ``smark demo``: progress bars, a table of verdicts, and a plot of the statistics."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ def run(config: _demo.Config, console: Console) -> dict[str, Any]:
     """Runs the demo, prints its table, writes ``results.json`` and ``statistics.png``, and returns the results."""
     began = time.perf_counter()
     with _validate.needs("demo", "demo"):
-        import matplotlib  # noqa: F401 - the picture comes last, after minutes
+        import matplotlib  # noqa: F401 - checked now, since the plot comes only after minutes
     _common.before_training(config.parties)
     config.out.mkdir(parents=True, exist_ok=True)
     with _console.progress(console) as bars:
@@ -31,7 +31,7 @@ def run(config: _demo.Config, console: Console) -> dict[str, Any]:
 
 
 def table(console: Console, config: _demo.Config, results: dict[str, Any]) -> None:
-    """The verdicts on the weakest intact copy and on all others, and a summary."""
+    """Prints the verdicts on the weakest intact copy and on all other suspects, and a summary."""
     rows = results["suspects"]
     weakest = max(rows[: config.customers], key=lambda row: row["p_value"])
     shown = ({**weakest, "suspect": f"weakest intact copy, {weakest['customer']}"}, *rows[config.customers :])
@@ -67,7 +67,7 @@ def _row(row: dict[str, Any]) -> tuple[str | Styled, ...]:
 
 
 def picture(path: Path, suspects: list[_demo.Suspect], verdicts: list[tracing.Verdict]) -> None:
-    """All customers' statistics for each leak, with the threshold, and the intact copies against all codewords."""
+    """Plots all customers' statistics for each leak, with the threshold, and intact copies against all codewords."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -18,20 +18,21 @@ def export(
     verdict: VerdictNumber,
     out: Annotated[Path, typer.Option(help="The bundle to write.", show_default=False)],
     suspect: Annotated[
-        int | None, typer.Option(min=1, help="Which suspect of the verdict, where several were traced.")
+        int | None, typer.Option(min=1, help="Which suspect of the verdict, if several were traced.")
     ] = None,
     commitment: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Open all codewords under this one, not each under that with which its customer was licensed."
+            min=1,
+            help="Open all codewords under this commitment, not each under the one its customer was licensed with.",
         ),
     ] = None,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write what an arbiter needs to compute an accusation again, signed; only the accused's codewords are opened.
+    """Write a signed bundle with which an arbiter can recompute an accusation; it opens only the accused's codewords.
 
-    The bundle opens the model's carrier key as well: add the model under another name before issuing more copies.
+    The bundle also opens the model's carrier key: add the model under another name before issuing more copies.
     """
     _outputs.check("--out", out, (passphrase_file,), vault)
     with _common.desk(vault, passphrase_file) as desk:
@@ -49,7 +50,7 @@ def export(
         say(f"FILE-or-ROOT is commitment {numbers} as you published it before the sale{several}.")
 
     for name in exported.left_out:
-        _common.warn(f"{name} was left out: that accusation rests on a search which an arbiter cannot repeat.")
+        _common.warn(f"{name} was left out: an arbiter cannot repeat the search on which that accusation rests.")
     document = {
         "bundle": str(out),
         "accused": exported.accused,
@@ -76,7 +77,7 @@ def verify(
     align: Align = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compute an accusation again, without a vault. Exit code 0 when everything holds, else 1."""
+    """Recompute an accusation, without a vault. Exit code 0 if everything holds, otherwise 1."""
     with _common.err.status("reading the bundle") as status:
         from smark_jax.vault import verification
 
@@ -131,15 +132,15 @@ def verify(
 def timestamp(
     vault: VaultPath,
     name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
-    number: Annotated[int, typer.Argument(min=1, max=2**63 - 1, help="Of the commitment.", show_default=False)],
+    number: Annotated[int, typer.Argument(min=1, max=2**63 - 1, help="The commitment's number.", show_default=False)],
     response: Annotated[Path, typer.Argument(help="What the authority answered (DER).", show_default=False)],
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Keep an RFC 3161 time stamp with its commitment, for later evidence.
 
-    It must be about the file in the vault's folder "commitments". The authority's signature is checked by 'openssl ts
-    -verify', with the authority's certificate.
+    It must be about the file in the vault's folder "commitments". To check the authority's signature, use 'openssl ts
+    -verify' with the authority's certificate.
     """
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import commitments, timestamps

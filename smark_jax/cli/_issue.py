@@ -1,4 +1,4 @@
-"""``smark issue``."""
+"""``smark issue``: writes a copy for each customer."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ def issue(
     column: _names.Column = None,
     heading: _names.Heading = None,
     everybody: Annotated[bool, typer.Option("--all", help="Issue to all registered customers.")] = False,
-    strength: Annotated[float | None, typer.Option(help="Of these copies; the model's own by default.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Strength of these copies; by default the model's.")] = None,
     teach: Annotated[
         str | None,
         typer.Option(
@@ -42,7 +42,7 @@ def issue(
         typer.Option(
             metavar="MODULE:FUNCTION",
             help="Run each copy before it is written. FUNCTION() returns (apply_fn, images) of the base's network, or "
-            "(apply_fn, images, labels). --teach does so with its own.",
+            "(apply_fn, images, labels). By default the function of --teach, if any.",
         ),
     ] = None,
     timestamp_request: Annotated[
@@ -51,20 +51,20 @@ def issue(
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Issue a model: a safetensors file for each customer, named by serial and customer.
+    """Issue a model: write one safetensors file per customer, named by serial and customer.
 
-    A run that was killed is completed by the same command. A customer who has a copy gets the same one again. Before
-    the first new copy is written, a commitment to all customers' codewords is made: publish its root, or have it
+    To complete a run that was killed, repeat the command. A customer who has a copy gets the same one again. Before the
+    first new copy is written, a commitment to all customers' codewords is made: publish its root, or have it
     time-stamped, before you hand the copies over. With --teach a copy takes longer, and 'smark query' can trace it.
 
-    A copy is the base's file but for the bytes of its carrying leaves. With --network, each is run on up to 256 images,
-    and one that answers NaN is not written.
+    A copy differs from the base's file only in the bytes of its carrying leaves. With --network, each copy is run on up
+    to 256 images, and a copy that answers NaN is not written.
     """
     _outputs.check("--out", out, vault=vault, folder=True)
     if timestamp_request:
         _outputs.check("--timestamp-request", timestamp_request, (csv, passphrase_file), vault)
         with _validate.needs("issue", "timestamps"):
-            import rfc3161_client  # noqa: F401 - which writes the request, once the copies are issued
+            import rfc3161_client  # noqa: F401 - checked now; it writes the request after the copies
     names = [*(customers or []), *_names.read(csv, column, heading)]
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import commitments, evidence, issuing, models, probes, timestamps, trials
@@ -73,7 +73,7 @@ def issue(
         model = models.get(desk, name)
         if not names and not everybody:
             raise typer.BadParameter("name customers, or pass --csv or --all", param_hint="CUSTOMER")
-        # Networks first: one that fails must not leave customers registered.
+        # Load networks first: if one fails, no customer must have been registered.
         teaching = _common.network("teach", teach) if teach else None
         runs = _common.network("network", network) if network else teaching
         trial = trials.Running(trials.Network(*runs), model.base) if runs else None
@@ -118,19 +118,19 @@ def issue(
 
 
 def _warn_before(model: "OpenModel", exports: Sequence[str], untaught: bool) -> None:
-    """Of what the owner may want to stop for."""
+    """Warns of reasons for which the owner may want to stop."""
     name = model.settings.name
     if exports:
         _common.warn(
-            f"evidence of {exports[-1]} opened this model's carrier to whoever saw it; add the model under another "
-            "name for new customers."
+            f"evidence of {exports[-1]} opened this model's carrier to everybody who saw it; add the model under "
+            "another name for new customers."
         )
     if untaught:
         _common.warn(f"{name} has probes, but without --teach its copies cannot be traced by their answers.")
 
 
 def _warn(model: "OpenModel", issued: "issuing.Issued") -> None:
-    """Of what makes these copies of little use."""
+    """Warns of problems that make these copies of little use."""
     from smark_jax.vault import models
 
     settings, customers = model.settings, issued.commitment.header.customers
@@ -143,13 +143,13 @@ def _warn(model: "OpenModel", issued: "issuing.Issued") -> None:
         )
     if settings.num_chips < (fewest := models.fewest_chips(settings.alpha, customers)):
         _common.warn(
-            f"{settings.name} has {settings.num_chips} chips, and to accuse one of {customers:,} customers at alpha "
+            f"{settings.name} has {settings.num_chips} chips, but accusing one of {customers:,} customers at alpha "
             f"{settings.alpha:g} takes {fewest}: no copy can be traced."
         )
 
 
 def _say(vault: Path, issued: "issuing.Issued", document: Mapping[str, Any]) -> None:
-    """What was issued, and what to do next."""
+    """Prints what was issued, and what to do next."""
     commitment = issued.commitment
     say(f"{document['customers']:,} copies in {document['out']}, {issued.written:,} of them written now:")
     for file in issued.files[:_SHOWN]:
@@ -171,7 +171,7 @@ def _say(vault: Path, issued: "issuing.Issued", document: Mapping[str, Any]) -> 
 
 
 def _answered(trial: "trials.Trial") -> str:
-    """How copies answered that were run."""
+    """A sentence on how the copies that were run answered."""
     text = (
         f"They were run on {trial.images} images: all outputs are finite, and {trial.agreement:.1%} of the classes are "
     )

@@ -22,7 +22,7 @@ Heading = Annotated[
 
 
 def read(csv: Path | None, column: str | None, heading: bool | None) -> list[str]:
-    """The names in a file, of which the first and the last are shown; none without a file."""
+    """Reads the names in a CSV file and prints their number, first and last; without a file, an empty list."""
     if csv is None:
         if column is not None or heading is not None:
             raise typer.BadParameter("--column and --heading go with --csv", param_hint="--csv")

@@ -1,4 +1,4 @@
-"""What commands write never takes the place of what they read, nor of anything in a vault."""
+"""Checks that a command's output overwrites neither its input nor anything in a vault."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def check(
     option: str, out: Path, inputs: Iterable[Path | None] = (), vault: Path | None = None, *, folder: bool = False
 ) -> None:
-    """Refuses, before anything is written, an output that is an input, lies in the vault, or is a folder by mistake.
+    """Refuses an output that is an input, lies in the vault, or is a folder by mistake; call it before writing.
 
     Links and other spellings of a path count as the path itself.
 
@@ -21,11 +21,11 @@ def check(
       option: the name of the argument or option.
       out: the file or folder to write.
       inputs: the files to read.
-      vault: its folder.
+      vault: the vault's folder.
       folder: whether ``out`` is a folder to write into.
 
     Raises:
-      typer.BadParameter: naming both.
+      typer.BadParameter: naming the output and what it would overwrite.
     """
     if not folder and out.is_dir():
         raise typer.BadParameter(f"'{out}' is a folder; name a file", param_hint=option)
@@ -37,7 +37,7 @@ def check(
 
 
 def suspects(verdict: "Verdict") -> list[Path]:
-    """The files that a verdict is about, which nothing written of it may replace."""
+    """The files that a verdict is about, which no output may overwrite."""
     return [Path(suspect.file) for suspect in verdict.suspects if suspect.read != "answers"]
 
 

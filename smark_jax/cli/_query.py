@@ -1,4 +1,4 @@
-"""``smark query``: tracing a suspect that only answers."""
+"""``smark query``: traces a suspect that can only be queried."""
 
 import io
 import json
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SECONDS = 60
-_BATCH = 16  # probes in a call, after which answers are kept
+_BATCH = 16  # probes per call; answers are saved after each call
 _LARGEST_ANSWER = 1 << 20
 _PLACES = ("label", "class", "prediction", "scores")
 
@@ -37,21 +37,21 @@ def query(
         typer.Option(
             "--probes",
             min=1,
-            help="Answers to judge by; more than before asks the same target more. By default what suffices for a "
+            help="Answers to judge by; with more than before, the same target is asked more. By default enough for a "
             "copy that answers nine of ten as taught.",
         ),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Leave earlier answers of this target aside, and ask other probes.")
+        bool, typer.Option("--fresh", help="Set earlier answers of this target aside, and ask other probes.")
     ] = False,
     allow_seen: Annotated[
         bool,
         typer.Option(
-            "--allow-seen", help="Ask probes that were shown before where too few are left; the verdict says so."
+            "--allow-seen", help="Reuse probes that were shown before if too few are left; the verdict says so."
         ),
     ] = False,
     max_age: Annotated[float, typer.Option(min=0, help="Days after which earlier answers no longer count.")] = 7.0,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that each probe is asked.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each probe is asked.")] = 1,
     field: Annotated[
         str | None, typer.Option(help="Send images as this field of a multipart form, not as the body.")
     ] = None,
@@ -59,15 +59,15 @@ def query(
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Trace a suspect by its answers alone: probes are asked, and the labels are read as a fingerprint.
+    """Trace a suspect by its answers alone: ask it probes, and read the labels as a fingerprint.
 
-    A URL gets one POST for each image, a PNG; it answers with JSON: a class number, a list of scores, or an object with
-    one of these as "label", "class", "prediction" or "scores". A command gets the paths of PNG files on stdin, one a
-    line, and prints a class number for each. Copies must have been taught to answer ('smark issue --teach').
+    A URL gets one POST per image, a PNG, and must answer with JSON: a class number, a list of scores, or an object with
+    one of these as "label", "class", "prediction" or "scores". A command gets the paths of PNG files on stdin, one per
+    line, and must print a class number for each. Copies must have been taught to answer ('smark issue --teach').
 
-    Each query asks probes that nobody was shown before, as long as there are any: whoever has seen a probe may have
-    asked an innocent customer's service about it. Answers are kept in the vault, so that the same command goes on where
-    a query stopped.
+    Each query asks probes that nobody was shown before, while there are any left: anybody who has seen a probe may have
+    asked an innocent customer's service about it. Answers are kept in the vault, so that the same command resumes a
+    query that stopped.
     """
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import models, queries
@@ -88,14 +88,14 @@ def query(
 
 
 def _command(command: str) -> list[str]:
-    """A command line's words, as a shell takes them apart."""
+    """Splits a command line into words as a shell does."""
     try:
         words = shlex.split(command)
     except ValueError as error:
         got = f"{command!r} ({error})"
         raise _validate.fail("query", "a command", got, "Is a quote left open?") from error
     if not words:
-        raise _validate.fail("query", "an address or a command", "nothing", "Say what is asked.")
+        raise _validate.fail("query", "an address or a command", "nothing", "Name what to ask.")
     return words
 
 
@@ -109,7 +109,7 @@ def _png(image: "np.ndarray") -> bytes:
 
 
 def _post(url: str, png: bytes, field: str | None) -> Any:
-    """One image's class number or scores, from a service."""
+    """Sends one image to a service and returns its class number."""
     body, kind = png, "image/png"
     if field is not None:
         edge = f"smark{secrets.token_hex(12)}"
@@ -133,7 +133,7 @@ def _post(url: str, png: bytes, field: str | None) -> Any:
 
 
 def _run(command: list[str], images: "np.ndarray") -> list[int]:
-    """The class numbers that a command prints."""
+    """Runs a command on images and returns the class numbers that it prints."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{place:04d}.png" for place in range(len(images))]
         for path, image in zip(paths, images, strict=True):
@@ -144,7 +144,7 @@ def _run(command: list[str], images: "np.ndarray") -> list[int]:
         except (OSError, ValueError) as error:
             advice = "Is its name right? A URL begins with http."
             raise _validate.fail("query", "a command that runs", str(error), advice) from error
-    advice = "It gets paths on stdin, one a line, and prints a class number for each. Answers so far are kept."
+    advice = "It gets paths on stdin, one per line, and prints a class number for each. Answers so far are kept."
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2][-200:]
         got = f"exit code {done.returncode} ({last})"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def trace(
     vault: VaultPath,
     name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
-    suspects: Annotated[list[Path], typer.Argument(help="Files of weights, of any format.", show_default=False)],
+    suspects: Annotated[list[Path], typer.Argument(help="Files of weights, in any format.", show_default=False)],
     alpha: Annotated[float | None, typer.Option(help="Another level than the committed one.")] = None,
     align: Align = None,
     rectify: Annotated[
@@ -24,20 +24,23 @@ def trace(
     ] = False,
     leaf_map: Annotated[
         list[str] | None,
-        typer.Option("--map", metavar="BASE=SUSPECT", help="Say which leaf is which, where smark asks; repeatable."),
+        typer.Option("--map", metavar="BASE=SUSPECT", help="State which leaf is which, if smark asks; repeatable."),
     ] = None,
     tried: Annotated[
         int,
-        typer.Option(min=1, help="Readings (--align, --rectify, --map) tried on these suspects, this one included."),
+        typer.Option(
+            min=1,
+            help="How many readings (--align, --rectify, --map) were tried on these suspects, including this one.",
+        ),
     ] = 1,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Trace suspects: whose copies are these, and how sure is that?
+    """Trace suspects: whose copies are these, and how certain is that?
 
-    A suspect is "traced", or "nobody" stands out, or alignment finds it to be "not a copy" of this base, or it is
-    "undecided" and the reason said. The verdict is kept in the vault under a number. Exit code 0 when every suspect was
-    read, 1 otherwise.
+    A suspect's verdict is "traced", "nobody" (no customer stands out), "not a copy" (alignment finds that it does not
+    come from this base) or "undecided" (with the reason). The vault keeps the verdict under a number. Exit code 0 if
+    every suspect was read, otherwise 1.
     """
     given = _common.pairs(leaf_map)
     with _common.desk(vault, passphrase_file) as desk:
@@ -46,9 +49,7 @@ def trace(
         model = models.get(desk, name)
         committed = model.settings.alpha
         if alpha is not None and alpha != committed:
-            _common.warn(
-                f"alpha {alpha:g} is not the committed one: evidence will be judged at {committed:g} all the same."
-            )
+            _common.warn(f"alpha {alpha:g} is not the committed one: evidence will still be judged at {committed:g}.")
         with _common.err.status("reading the base") as status:
             how = reading.Reading(_common.aligner(align), rectify, given)
             found = verdicts.trace(model, suspects, how, alpha=alpha, tried=tried, on_suspect=status.update)
@@ -59,7 +60,7 @@ _MORE = ("error", "notes", "coverage", "left_out", "foreign", "log_maps")
 
 
 def show(verdict: "Verdict", as_json: bool, vault: Path) -> None:
-    """Prints a verdict, and ends with exit code 1 when a suspect could not be read."""
+    """Prints a verdict, and exits with code 1 if a suspect could not be read."""
     from smark_jax.vault import documents
 
     rows = []
@@ -97,17 +98,17 @@ def _words(verdict: "Verdict", vault: Path) -> None:
 
 
 def _reading(suspect: "Suspect") -> list[str]:
-    """How the suspect was read, where that is more than its leaves as they are."""
+    """Lines on how the suspect was read; none if its leaves were read as they are."""
     lines = [f"{move.suspect} was read as {move.base} ({move.change})" for move in suspect.layout or ()]
     if suspect.left_out and suspect.coverage:
         coverage = suspect.coverage
         parts = ", ".join(f"{left.leaf} ({left.weights:,}: {left.reason})" for left in suspect.left_out)
         lines.append(f"{coverage.read:,} of {coverage.weights:,} carrying weights were read; left out: {parts}")
     if suspect.foreign:
-        lines.append(f"left out, since they are no real numbers: {', '.join(suspect.foreign)}")
+        lines.append(f"left out, since they are not real numbers: {', '.join(suspect.foreign)}")
     if suspect.coverage and suspect.coverage.bounded > 0:
         bounded = f"{suspect.coverage.bounded:,} weights"
-        lines.append(f"{bounded} are too far from the base's to be a copy's, and count as little as others")
+        lines.append(f"{bounded} are too far from the base's to be a copy's; their influence was bounded")
     if suspect.log_maps:
         from smark_jax.vault.reading import maps_in_words
 

@@ -1,4 +1,4 @@
-"""``smark train``: a base model from a configuration, with progress, and what to do with it next."""
+"""``smark train``: trains a base model from a configuration, shows progress, and prints the next step."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ _NETWORKS = {"cnn": models.CNN, "resnet18": models.ResNet18}
 
 
 def run(config: _train_config.Config, out: Path, console: Console) -> dict[str, Any]:
-    """Trains, or goes on, and returns the results (:func:`smark_jax.training.run`)."""
+    """Trains, or resumes training, and returns the results (:func:`smark_jax.training.run`)."""
 
     def load() -> training.Task:
         _common.before_training(config.parties)
@@ -42,10 +42,10 @@ def run(config: _train_config.Config, out: Path, console: Console) -> dict[str, 
 
 
 def show(console: Console, out: Path, results: dict[str, Any]) -> None:
-    """Prints what came of it, and what to do next."""
+    """Prints the results, and what to do next."""
     console.say(f"Accuracy {results['accuracy']:.4f} on {results['config']['test_split']}.")
     if results["owner_mark_log10_p"] is not None:
         odds = f"1e{math.floor(results['owner_mark_log10_p']) + 1}"
-        console.say(f"The owner's mark reads; chance would do that with a probability below {odds}.")
-        console.say(f"Keep {out / 'private'} secret, and back it up: the mark is proved with what lies there.")
+        console.say(f"The owner's mark can be read; by chance that happens with a probability below {odds}.")
+        console.say(f"Keep {out / 'private'} secret, and back it up: the proof of the mark needs it.")
     console.say(f"The base model, {out / 'base.safetensors'}, goes to nobody. Next: smark add-model VAULT NAME BASE")

@@ -1,4 +1,4 @@
-"""The configuration of ``smark train``: a TOML file with one key a setting, all of which may be left out."""
+"""The configuration of ``smark train``: a TOML file with one key per setting; every key is optional."""
 
 import difflib
 import math
@@ -10,30 +10,30 @@ from smark_jax import _validate
 
 EXAMPLE = """\
 # smark train train.toml --out out/base
-# Every key may be left out; these are the values that then hold.
+# Every key is optional; these are the defaults.
 
 network = "cnn"          # "cnn" (421,642 weights on 28 x 28 digits) or "resnet18" (11 million)
 dataset = "mnist_5k"     # the embedded digits, or any image classification set of TensorFlow Datasets: "cifar10"
 train_split = "train"    # in TFDS notation, such as "train[:90%]"
 test_split = "test"      # what the accuracy is measured on
 
-parties = 4              # data holders; their gradients leave them under masks only
+parties = 4              # data holders; their gradients leave them only under masks
 epochs = 15              # passes over the training data
-batch = 32               # examples of one party in a round
+batch = 32               # examples per party and round
 learning_rate = 2e-3     # of Adam; falls to zero along a cosine
 clip = 1.0               # bound on the norm of a party's gradient
 seed = 0                 # of initialisation, split and shuffles; never of a secret
 
 owner_mark = true        # mark the base as the owner's own while it is trained; needs the folder "private" to prove it
-checkpoint_every = 100   # rounds after which the training could go on if it were killed
+checkpoint_every = 100   # rounds between checkpoints, from which a killed run resumes
 """
 
 _NETWORKS = ("cnn", "resnet18")
-_RANGES = {"seed": (0, 2**32 - 1), "parties": (1, 1024), "epochs": (1, 1_000_000)}  # of others: 1 to 2^31 - 1
+_RANGES = {"seed": (0, 2**32 - 1), "parties": (1, 1024), "epochs": (1, 1_000_000)}  # all others: 1 to 2^31 - 1
 
 
 class Config(NamedTuple):
-    """The settings; :data:`EXAMPLE` says what they mean."""
+    """The settings; :data:`EXAMPLE` explains them."""
 
     network: str = "cnn"
     dataset: str = "mnist_5k"
@@ -53,12 +53,12 @@ def read(path: Path) -> Config:
     """The configuration in a file.
 
     Raises:
-      SmarkError: when the file is not TOML, or a key or a value is not one of ours.
+      SmarkError: when the file is not TOML, or a key or value is not allowed.
       OSError: when the file cannot be read.
     """
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of TOML, or of UTF-8
+    except ValueError as error:  # invalid TOML, or invalid UTF-8
         cause = "Compare it with the output of: smark train --example"
         raise _validate.fail("train", f"a TOML file in {path}", str(error), cause) from error
     for name, value in settings.items():

@@ -20,8 +20,8 @@ _SHOWN = 50
 def init(vault: VaultPath, passphrase_file: PassphraseFile = None, as_json: AsJson = False) -> None:
     """Make a vault: a folder with a new master key, sealed by your passphrase.
 
-    Every secret comes from that key. Nobody can open the vault without the passphrase, not even you: keep it, and a
-    copy of the folder, in a safe place.
+    Every secret is derived from that key. Without the passphrase nobody can open the vault, not even you. Keep it, and
+    a copy of the folder, in a safe place.
     """
     secret = _common.passphrase(passphrase_file, new=True)
     from smark_jax.vault import crypto, folder
@@ -48,37 +48,43 @@ def add_model(
     ],
     chips: Annotated[int, typer.Option(min=1, help="Length of a fingerprint in bits.")] = 304,
     alpha: Annotated[
-        float, typer.Option(help="Bound on the probability of accusing anybody innocent, in each tracing.")
+        float, typer.Option(help="Bound on the probability of a false accusation, in each tracing.")
     ] = 1e-6,
     strength: Annotated[
-        float, typer.Option(help="How far a copy's weights move, relative to their layer's root mean square.")
+        float, typer.Option(help="How far a copy's weights move, relative to their layer's RMS.")
     ] = 0.03,
-    match: Annotated[str | None, typer.Option(help="Mark only leaves whose names match this expression.")] = None,
+    match: Annotated[
+        str | None, typer.Option(help="Mark only leaves whose names match this regular expression.")
+    ] = None,
     public: Annotated[
         Path | None,
-        typer.Option(help="The public weights that the base was trained from. Leaves unchanged since carry nothing."),
+        typer.Option(
+            help="The public weights that the base was trained from. Leaves that training did not change carry nothing."
+        ),
     ] = None,
     probes: Annotated[
         Path | None,
-        typer.Option(help="npz with uint8 'images' [N, H, W, C], for tracing by answers: probes are made from them."),
+        typer.Option(help="npz file with uint8 'images' [N, H, W, C], to make probes from, for tracing by answers."),
     ] = None,
-    classes: Annotated[int | None, typer.Option(min=2, help="Classes of the model, along with --probes.")] = None,
+    classes: Annotated[
+        int | None, typer.Option(min=2, help="Number of the model's classes; required with --probes.")
+    ] = None,
     network: Annotated[
         str | None,
         typer.Option(
             metavar="MODULE:FUNCTION",
-            help="Take as probes what the base is undecided about. FUNCTION() returns (apply_fn, images) of its "
+            help="Choose probes about which the base is undecided. FUNCTION() returns (apply_fn, images) of its "
             "network.",
         ),
     ] = None,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add a base model. No architecture is needed; its settings are fixed from here on, since they are committed to.
+    """Add a base model. No architecture is needed. Its settings never change afterwards, since they are committed to.
 
-    Only trained weights are marked: not running statistics, counters, position tables or the scales of quantisers,
-    which are told by name and by content. Whoever has the base can take the mark out of a copy. Of a base that was
-    trained from public weights, --public leaves those unmarked that everybody has.
+    Only trained weights are marked. Running statistics, counters, position tables and scales of quantisers, which are
+    recognised by name and content, are left alone. Anybody who has the base can remove the mark from a copy. If the
+    base was trained from public weights, name them by --public, and the weights that everybody has stay unmarked.
     """
     if (probes is None) != (classes is None):
         raise typer.BadParameter("--probes and --classes go together", param_hint="--probes")
@@ -96,7 +102,7 @@ def add_model(
         apply_fn = _common.network("network", network)[0] if network else None
         models.refuse_taken(desk, name)
         made = None
-        if images is not None:  # first, so that a model is not added without its probes when these fail
+        if images is not None:  # before the model is added, so that a failure does not leave a model without its probes
             status.update("making the probes")
             made = images_to_ask.make(desk, name, chips, images, files.nest(leaves), apply_fn)
         model = models.add(
@@ -137,7 +143,7 @@ def add_model(
 
 
 def _say_added(vault: Path, added: Mapping[str, Any]) -> None:
-    """What carries in a model that was added, and what to do next."""
+    """Prints how much of an added model carries the mark, and what to do next."""
     say(
         f"{added['model']}: {added['carrying_weights']:,} of {added['weights']:,} weights in "
         f"{added['carrying_leaves']} of {added['leaves']} leaves carry {added['num_chips']} chips; "
@@ -150,7 +156,7 @@ def _say_added(vault: Path, added: Mapping[str, Any]) -> None:
 
 
 def _base(path: Path) -> "files.Weights":
-    """The owner's own file, of any size, or Orbax checkpoint, which has no hash."""
+    """Reads the owner's own file, of any size, or Orbax checkpoint, which has no hash."""
     from smark_jax import files
 
     if not path.is_dir():
@@ -160,9 +166,12 @@ def _base(path: Path) -> "files.Weights":
     with _validate.needs("add-model", "train"):
         import orbax.checkpoint
     try:
-        with jax.enable_x64(True), orbax.checkpoint.StandardCheckpointer() as checkpointer:  # or it would drop digits
+        with (
+            jax.enable_x64(True),
+            orbax.checkpoint.StandardCheckpointer() as checkpointer,
+        ):  # without x64, 64-bit leaves would lose precision
             tree = checkpointer.restore(path.absolute())
-    except Exception as error:  # orbax raises of every kind, and at length
+    except Exception as error:  # orbax raises errors of every type, with long messages
         got = f"one that orbax cannot read ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
         cause = "Name the folder that StandardCheckpointer wrote, or convert it to safetensors."
         raise _validate.fail("add-model", f"an Orbax checkpoint in {path}", got, cause) from error
@@ -174,14 +183,14 @@ def customers(
     csv: _names.Csv = None,
     column: _names.Column = None,
     heading: _names.Heading = None,
-    add: Annotated[list[str] | None, typer.Option(help="Register a customer; may be repeated.")] = None,
+    add: Annotated[list[str] | None, typer.Option(help="Register a customer; repeatable.")] = None,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """List customers, or register new ones first, all or none.
+    """List customers, after registering new ones, all or none.
 
-    One registry serves all models; names are text of any script. Where a CSV file leaves doubt which names are meant,
-    it is refused, and nobody is registered.
+    One registry serves all models; names may be in any script. A CSV file is refused, and nobody is registered, if it
+    is not clear which names are meant.
     """
     listed_names = _names.read(csv, column, heading) + (add or [])
     with _common.desk(vault, passphrase_file) as desk:

@@ -1,6 +1,6 @@
-"""All customers' statistics as inline SVG: a dot each for up to some two thousand, a histogram beyond.
+"""All customers' statistics as inline SVG: one dot per customer up to two thousand, a histogram beyond.
 
-Colours come from the page's style sheet by class, so that the picture follows light, dark and print.
+Colours come from classes in the page's style sheet, so that the picture suits light mode, dark mode and print.
 """
 
 import html
@@ -16,10 +16,10 @@ from smark_jax.report import words
 MAX_DOTS = 2_000
 _WIDTH, _LEFT, _RIGHT = 560, 40, 14
 _STRIP, _BARS = 72, 120  # heights of the plotting area
-_CHARACTER = 8.2  # width of one in bold print on a phone, where the style sheet makes text larger than elsewhere
+_CHARACTER = 8.2  # width of a bold character on a phone, where the style sheet makes text largest
 _LINE = 17
-_LABELS = 12  # accused with a name in the picture; the table has them all
-_NAME = 24  # characters of a name in the picture
+_LABELS = 12  # the most accused named in the picture; the table names all of them
+_NAME = 24  # the most characters of a name in the picture
 _BINS = 72
 
 
@@ -40,7 +40,7 @@ class _Frame(NamedTuple):
 
 
 class _Label(NamedTuple):
-    """A name: its text, the place of its diamond and its own middle, and its line counted from below."""
+    """A name in the picture: its text, the x of its diamond, the x of its centre, and its line counted from below."""
 
     text: str
     x: float
@@ -61,8 +61,8 @@ def statistics(
       values: every customer's statistic T, signed and finite, shape [N], N at least 1.
       accused: who is accused, shape [N].
       names: of the accused, in the order of ``values``; escaped here.
-      threshold: the absolute T from which a customer alone is accused; infinite when nobody can be.
-      description: what the picture shows, for who cannot see it.
+      threshold: the absolute T at which a customer acting alone is accused; infinite when nobody can be.
+      description: what the picture shows, for readers who cannot see it.
     """
     reach = threshold if math.isfinite(threshold) else 4.0
     ends = min(float(values.min()), -reach), max(float(values.max()), reach)
@@ -86,7 +86,7 @@ def _text(x: float, y: float, text: str, kind: str, anchor: str = "middle") -> s
 
 
 def _placed(x: float, text: str) -> tuple[float, float]:
-    """The middle of a text that belongs to x and stays within the picture, and half of its width."""
+    """The centre of a text, as near to x as the picture's edges allow, and half of the text's width."""
     half = _CHARACTER * len(text) / 2 + 3
     return min(max(x, half), _WIDTH - half), half
 
@@ -103,15 +103,17 @@ def _thresholds(threshold: float, frame: _Frame) -> str:
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{frame.top}" y2="{frame.floor}" class="limit"/>'
         )
         label = words.number(sign * threshold)
-        if sign > 0:  # the word stands once, so that the two never meet
+        if sign > 0:  # only one label has the word, so that the two labels never overlap
             label = f"threshold {label}"
         parts.append(_text(_placed(x, label)[0], frame.floor + 31, label, "limit-label"))
     return "".join(parts)
 
 
 def _dots(values: Float[np.ndarray, " n"], frame: _Frame) -> str:
-    """One path of round points: some 12 bytes each, where a circle element would take 60."""
-    spread = np.random.default_rng(0).uniform(0.2, 0.8, len(values))  # only so that dots do not hide one another
+    """Draws all dots as one path: about 12 bytes per dot instead of the 60 of a circle element."""
+    spread = np.random.default_rng(0).uniform(
+        0.2, 0.8, len(values)
+    )  # random heights, only so that dots do not hide one another
     points = "".join(
         f"M{frame.x(value):.1f} {frame.top + part * frame.height:.1f}h0"
         for value, part in zip(values.tolist(), spread.tolist(), strict=True)
@@ -121,10 +123,10 @@ def _dots(values: Float[np.ndarray, " n"], frame: _Frame) -> str:
 
 
 def _histogram(values: Float[np.ndarray, " n"], frame: _Frame) -> str:
-    """Bars on a logarithmic scale, on which single customers show beside millions, and what chance gives: a normal."""
+    """Draws bars, and the normal curve expected by chance, on a log scale that shows one customer beside millions."""
     counts, edges = np.histogram(values, _BINS, (frame.low, frame.high))
     top = math.ceil(math.log10(max(10, counts.max()) + 1) * 2) / 2
-    # One customer stands a little above the floor, none on it.
+    # The bar of one customer rises a little above the floor; an empty bar stays on it.
     unit = (frame.height - 4) / (top + 0.3)
 
     def height(number: float) -> float:
@@ -153,7 +155,7 @@ def _histogram(values: Float[np.ndarray, " n"], frame: _Frame) -> str:
 
 
 def _labels(values: Float[np.ndarray, " k"], names: list[str], low: float, high: float) -> list[_Label]:
-    """Names for the strongest of the accused, each on the lowest of three lines where it hides no other."""
+    """Places names for the strongest accused, each on the lowest of three lines on which it overlaps no other."""
     frame = _Frame(0, 0, low, high)
     taken, labels = [-math.inf] * 3, []
     strongest = np.argsort(-np.abs(values))[:_LABELS]

@@ -1,4 +1,4 @@
-"""From a verdict document to the page."""
+"""Renders a verdict document as an HTML page."""
 
 import functools
 import math
@@ -15,9 +15,9 @@ with _validate.needs("report", "report"):
     import jinja2
     import markupsafe
 
-_ALL_ROWS = 60  # customers up to whose number the table lists all
-_TOP_ROWS = 20  # how many it lists beyond
-_MOVES = 400  # rows of a layout table
+_ALL_ROWS = 60  # the table lists all customers if there are at most this many
+_TOP_ROWS = 20  # how many of the largest statistics it lists otherwise
+_MOVES = 400  # the most rows of a layout table
 _KINDS = {
     "traced": "traced",
     "nobody": "with nobody accused",
@@ -48,15 +48,15 @@ class Suspect(NamedTuple):
       verdict: ``"traced"``, ``"nobody"``, ``"not a copy"``, ``"undecided"`` or ``"unreadable"``.
       accused: the accusations, most significant first.
       weakest: the largest of their log10 p-values; 0 when nobody is accused.
-      picture: inline SVG, or nothing where statistics were not kept.
+      picture: inline SVG; None when statistics were not kept.
       binned: whether the picture is a histogram.
-      rows: of the table of statistics, the largest absolute one first.
+      rows: the rows of the table of statistics, largest absolute value first.
       complete: whether the table lists every customer.
       error: what went wrong and what to do about it, line by line.
       alignment: what was undone before reading, line by line.
-      moves: how the file's layers were assigned, those that were moved or renamed.
+      moves: the assignment of layers that were moved or renamed; at most the first 400.
       compared: whether it was compared with the customers.
-      left_out: leaves of which weights were not read, the first of them.
+      left_out: leaves with weights that were not read; at most the first 400.
     """
 
     document: Mapping[str, Any]
@@ -76,7 +76,7 @@ class Suspect(NamedTuple):
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """The report of a verdict: one HTML file that needs nothing else.
+    """Renders the report of a verdict as one self-contained HTML file.
 
     Args:
       document: the verdict document that ``smark trace`` stores. Statistics may be lists or arrays; beyond 2,000
@@ -86,7 +86,7 @@ def render(document: Mapping[str, Any]) -> str:
       The page as text; write it as UTF-8.
 
     Raises:
-      SmarkError: when the document lacks what every verdict holds, or a suspect's verdict has an unknown name.
+      SmarkError: when the document lacks a required field, or a suspect's verdict has an unknown name.
 
     Examples:
       >>> from smark_jax import report
@@ -138,12 +138,12 @@ def _template() -> jinja2.Template:
 
 
 def _shown(value: Any) -> Any:
-    """What the template puts into the page, every piece of it: text is cleaned here, so that no place can forget it."""
+    """Cleans every value that the template inserts into the page, so that no place in it can forget to."""
     return value if isinstance(value, markupsafe.Markup) or not isinstance(value, str) else _foreign.clean(value)
 
 
 def _names(parts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What to call each suspect: the file's name without its folders where that tells them apart."""
+    """A name for each suspect: the file name without folders, if that is unique."""
     files = [str(part["file"]) for part in parts]
     short = [
         file if part.get("read") == "answers" else PurePath(file).name or file
@@ -192,12 +192,12 @@ def _picture(part: Mapping[str, Any], values: np.ndarray, is_accused: np.ndarray
     description = (
         f"Statistics of {words.count(len(values), 'customer')}, threshold {words.number(threshold)}: {reached}{rest}."
     )
-    # All text in it was escaped where the picture was drawn.
+    # chart.statistics has escaped all text in the picture.
     return markupsafe.Markup(chart.statistics(values, is_accused, names, threshold, description))
 
 
 def _threshold(part: Mapping[str, Any]) -> float:
-    """JSON has no infinity, so that a threshold that nobody can reach may come as nothing at all."""
+    """The threshold; infinite when the document has none, since JSON has no infinity."""
     return float(part["threshold"]) if part.get("threshold") is not None else math.inf
 
 
@@ -213,7 +213,7 @@ def _rows(values: np.ndarray, serials: np.ndarray, customers: Any, is_accused: n
 
 
 def _headline(suspects: list[Suspect]) -> str:
-    """The whole verdict in one line of plain words."""
+    """The verdict in one line of plain words."""
     if len(suspects) == 1:
         (suspect,) = suspects
         if suspect.verdict == "unreadable":

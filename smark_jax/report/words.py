@@ -1,4 +1,4 @@
-"""Numbers, names and dates as the report says them: never more certain, and never more precise, than the verdict."""
+"""Numbers, names and dates as the report words them: never more certain or more precise than the verdict."""
 
 import datetime
 import math
@@ -8,7 +8,7 @@ from smark_jax import _foreign
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MONTHS = (
     "January February March April May June July August September October November December".split()
-)  # strftime would follow the machine's language
+)  # strftime would use the machine's language
 
 
 def power(exponent: int) -> str:
@@ -24,7 +24,7 @@ def one_in(log10_p: float) -> str:
     """
     if not log10_p < 0:
         return "1 in 1"
-    # A millionth more than the float says, so that 1e-6 is one in a million and not 999,999.
+    # The small tolerance corrects float rounding, so that 1e-6 gives one in 1,000,000 and not one in 999,999.
     if log10_p > -6:
         return f"1 in {math.floor(10**-log10_p * (1 + 1e-9)):,}"
     exponent = math.floor(-log10_p + 1e-9)
@@ -32,25 +32,25 @@ def one_in(log10_p: float) -> str:
 
 
 def spelt_out(log10_p: float) -> str:
-    """What a power of ten means to a reader who is not used to them; empty for numbers that are written in full."""
+    """A power of ten in words, for readers not used to them; empty for numbers that are written in full."""
     exponent = math.floor(-log10_p + 1e-9)
     return f"a one followed by {exponent} zeros" if exponent > 9 else ""
 
 
 def at_most(log10_p: float) -> str:
-    """The same bound in a table's column: ``≤ 10⁻⁷²``."""
+    """The bound as it appears in a table: ``≤ 10⁻⁷²``."""
     if log10_p > -6:
         return f"≤ {10**log10_p:.2g}"
     return f"≤ {power(-math.floor(-log10_p + 1e-9))}"
 
 
 def number(value: float) -> str:
-    """A signed statistic to one digit, with a true minus sign."""
+    """A signed statistic with one decimal, and a true minus sign."""
     return f"{value:+.1f}".replace("-", "−") if math.isfinite(value) else "not defined"
 
 
 def date(created: str) -> str:
-    """An ISO time stamp as ``25 November 2026, 18:00 UTC``; what is not one is shown as it is."""
+    """An ISO time stamp as ``25 November 2026, 18:00 UTC``; any other text is shown unchanged."""
     try:
         moment = datetime.datetime.fromisoformat(created)
     except (TypeError, ValueError):
