@@ -1,4 +1,4 @@
-"""Some examples at a time: the one shuffle and the one loop over batches that training and evaluation share."""
+"""Batches of examples: the shuffle and the batched loop that training and evaluation share."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def shuffled(rng: np.random.Generator, count: int, batch_size: int) -> Iterator[np.ndarray]:
-    """One epoch: the indices of full batches in a fresh order; what does not fill a batch is left out."""
+    """One epoch: the indices of full batches in a fresh order; a short last batch is dropped."""
     order = rng.permutation(count)
     for start in range(0, count - batch_size + 1, batch_size):
         yield order[start : start + batch_size]
@@ -16,8 +16,8 @@ def shuffled(rng: np.random.Generator, count: int, batch_size: int) -> Iterator[
 def apply(run: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> np.ndarray:
     """``run`` on all examples, ``batch_size`` at a time, the results joined along the first axis.
 
-    The last batch is filled up by its last example, and what comes of the filling is dropped: memory is bounded, and
-    one compilation serves all batches.
+    The last batch is padded with copies of its last example, and the results for the padding are dropped. So memory is
+    bounded, and one compilation serves all batches.
     """
     count = len(arrays[0])
     size, found = min(batch_size, count), []

@@ -1,9 +1,9 @@
-"""Text that others wrote: names, paths, fields of files, answers of services, messages of exceptions.
+"""Untrusted text: names, paths, fields of files, answers of services, messages of exceptions.
 
-A terminal obeys control characters, and a reader believes what stands at the beginning of a line: text that moves the
-cursor, turns the direction of writing or breaks the line can redraw a failed check as a passed one. So all text of
-others is cleaned where it leaves for a terminal, a log or a page (:mod:`smark_jax.cli`, :mod:`smark_jax.report`), and
-where it enters a message (``_validate.fail``).
+A terminal obeys control characters, and a reader trusts the beginning of a line: text that moves the cursor, reverses
+the writing direction or breaks the line can make a failed check look like a passed one. So untrusted text is cleaned
+before it reaches a terminal, a log or a page (:mod:`smark_jax.cli`, :mod:`smark_jax.report`), and before it enters a
+message (``_validate.fail``).
 """
 
 import json
@@ -12,10 +12,10 @@ import unicodedata
 from typing import Any
 
 LONGEST = 4_000
-"""Characters of the longest text that is shown whole."""
+"""Texts of up to this many characters are shown whole."""
 
 # Control characters (C0, DEL, C1), format characters (directions, zero-width ones, tags), surrogates, private use, line
-# and paragraph separators; and letters, marks and symbols that are drawn as nothing.
+# and paragraph separators; and letters, marks and symbols that are invisible when drawn.
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160\u17b4\u17b5\u180e"
     "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ud800-\uf8ff\ufeff\uffa0\ufff9-\ufffb\U000110bd\U000110cd"
@@ -24,18 +24,18 @@ _UNSEEN = re.compile(
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _JOINERS = "\u200c\u200d"
 _MARK = "[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]"
-# More marks on one letter than any language writes: they would be drawn over the lines above and below.
+# More combining marks on one letter than any language uses: they would be drawn over the lines above and below.
 _PILE = re.compile(f"(?P<some>{_MARK}{{4}})(?P<rest>{_MARK}+)")
 
 
 def clean(text: object, longest: int = LONGEST) -> str:
-    r"""Text of others as one line on which everything is seen: what a terminal would obey or hide is spelt out.
+    r"""Untrusted text as one fully visible line: characters that a terminal would obey or hide are escaped.
 
-    Joiners stay in the scripts that are spelt with them, and in emoji. A text that is too long is cut in its middle.
+    Joiners stay in emoji and in the scripts that need them. The middle of an overlong text is cut out.
 
     Args:
-      text: anything; ``str`` of it is taken.
-      longest: characters that are kept.
+      text: any object; it is converted by ``str``.
+      longest: the most characters to return.
 
     Examples:
       >>> from smark_jax import _foreign
@@ -55,7 +55,7 @@ def clean(text: object, longest: int = LONGEST) -> str:
 
 
 def spelt(char: str) -> str:
-    r"""A character by its number, as Python writes it: ``\x1b``, ``\u202e``; ``\n`` for a line's end."""
+    r"""The escape of a character, as Python writes it: ``\x1b``, ``\u202e``; ``\n`` for a line break."""
     number = ord(char)
     return _NAMED.get(char) or (
         f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
@@ -63,12 +63,12 @@ def spelt(char: str) -> str:
 
 
 def blanked(text: str) -> str:
-    """The same number of characters, with a replacement character for what :func:`clean` spells out but line ends."""
+    """Text of the same length: each character that :func:`clean` would escape is replaced, except line breaks."""
     return _UNSEEN.sub(lambda found: found[0] if found[0] == "\n" or _joins(found) else "\ufffd", text)
 
 
 def dumps(document: Any, *, indent: int | None = None) -> str:
-    r"""JSON in readable Unicode whose unseen characters are escapes (``\u202e``), safe to print and to parse."""
+    r"""JSON in readable Unicode with invisible characters escaped (``\u202e``), safe to print and to parse."""
     text = json.dumps(document, ensure_ascii=False, indent=indent)
     if text.isascii() and "\x7f" not in text:
         return text
@@ -81,7 +81,7 @@ def _escaped(char: str) -> str:
 
 
 def _joins(found: re.Match[str]) -> bool:
-    """Whether a match is a joiner behind a letter of a script that has them (Arabic to Mongolian), or in an emoji."""
+    """Whether a match is a joiner in an emoji or after a letter of a script that uses joiners (Arabic to Mongolian)."""
     before = found.string[found.start() - 1 : found.start()]
     if found[0] not in _JOINERS or not before:
         return False

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, readable for their owner only where they must be, one process at a time."""
+"""Files: atomic writes, owner-only permissions where needed, and locks between processes."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that was not there before, flushed to the disk at the end of the block; none when that fails."""
+    """A new file, flushed to the disk at the end of the block; it is removed when the block fails."""
     with path.open("xb") as file, _gone_on_error(path):
         yield file
         file.flush()
@@ -19,9 +19,9 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name, and replaces what had it, at the end of the block; nothing changes when that fails.
+    """A file that replaces ``path`` at the end of the block; nothing changes when the block fails.
 
-    Until then it stands beside its place under a name that begins with a dot and ends in ``.part``.
+    Until then it lies in the same folder under a name that begins with a dot and ends in ``.part``.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     with new_file(part) as file:
@@ -32,7 +32,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write(path: Path, content: bytes, *, private: bool = False) -> None:
-    """Writes a file whole or not at all, flushed to the disk; a private one only its owner may read."""
+    """Writes a file atomically and flushes it to the disk; only its owner may read a private one."""
     with private_files() if private else contextlib.nullcontext(), whole_file(path) as file:
         file.write(content)
 
@@ -58,7 +58,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def private_files() -> Iterator[None]:
-    """Whatever is written meanwhile, by threads and libraries as well, only its owner may read."""
+    """Makes all files written inside the block, also by threads and libraries, readable by their owner only."""
     before = os.umask(0o077)
     try:
         yield
@@ -68,11 +68,11 @@ def private_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: Path, *, seconds: float = 0) -> Iterator[None]:
-    """Holds the lock that is the file ``path``; the operating system frees it when the process ends, however it does.
+    """Holds the lock file ``path``; the operating system releases it when the process ends, even after a crash.
 
     Args:
-      path: of the lock, an empty file, which stays there.
-      seconds: to wait for another process that holds it; below 0, for as long as it takes.
+      path: the lock file; it is empty, and stays after the lock is released.
+      seconds: how long to wait for another process that holds it; below 0, without limit.
 
     Raises:
       TimeoutError: when another process still holds it.

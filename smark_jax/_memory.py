@@ -1,23 +1,24 @@
-"""What this process does with memory that it no longer uses."""
+"""How this process handles freed memory."""
 
 import ctypes
 import sys
 
-# mallopt's parameters, of glibc's malloc.h.
+# Parameters of mallopt, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep_freed() -> bool:
-    """Lets the process keep memory that it frees, for its next need; at once, and until it ends.
+    """Makes the process keep the memory that it frees and reuse it, from now on until it ends.
 
-    By default the C library of Linux (glibc) hands large blocks back to the system, which gives them out again as pages
-    that must be cleared and mapped one by one. A training step on CPUs allocates the same blocks every time: the CNN's,
-    with 4 parties on 2 cores, takes 0.65 of the time when they are kept (``make bench``). In return the process stays
-    as large as it ever was, and somewhat larger. Call it before the first computation of a program that trains on CPUs.
-    From outside: ``MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000`` in the environment.
+    By default the C library of Linux (glibc) returns large blocks to the system. When they are needed again, they are
+    cleared and remapped one page at a time. A training step on CPUs allocates the same blocks every time: keeping them
+    cuts the step of the CNN, with 4 parties on 2 cores, to 0.65 of its time (``make bench``). In return the process
+    never shrinks, and grows somewhat larger. Call this before the first computation of a program that trains on CPUs.
+    The same from outside: set ``MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000`` in the
+    environment.
 
     Returns:
-      Whether the C library does so; False where it is not glibc, and nothing is changed.
+      Whether the C library accepted the settings; False where it is not glibc, and nothing has changed.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if library is None or not hasattr(library, "gnu_get_libc_version"):

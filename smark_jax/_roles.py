@@ -1,7 +1,7 @@
-"""What each leaf of a model is for: a weight, which may carry a mark, or something that has to stay as it is.
+"""What each leaf of a model is for: a weight, which may carry a mark, or something that must not be changed.
 
-One table for every framework's names, and what content tells where a name says nothing (Keras' ``vars/3``).
-In doubt a leaf stays as it is: a mark lost in a small vector costs nothing, a variance below zero the whole copy.
+One table covers the names of all frameworks; where a name says nothing (Keras' ``vars/3``), the leaf's content decides.
+When in doubt, a leaf is left unchanged: leaving out a small vector costs nothing, a negative variance ruins the copy.
 """
 
 import enum
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Role(enum.StrEnum):
-    """What a leaf is for; the value is what a person reads."""
+    """What a leaf is for; the value is shown to users."""
 
     KERNEL = "kernel"
     BIAS = "bias"
@@ -54,22 +54,22 @@ _NAMES = {
     "min_val max_val kernel_min kernel_max absmax nested_absmax quant_map nested_quant_map scb",
 }
 _BY_NAME = {name: role for role, names in _NAMES.items() for name in names.split()}
-# What holds no weights, whatever its leaves are called: linen's collections, and a step of a path that says so.
+# Collections that hold no weights, whatever their leaves are called: linen's, and path steps of these names.
 _COLLECTIONS = ("batch_stats", "state", "cache", "buffers")
-# nnx ends a path with what a variable holds, TensorFlow a name with the number of an output.
+# nnx ends a path with "value" or "raw_value", and TensorFlow ends a name with an output number.
 _ENDINGS = re.compile(r"(/(raw_)?value)?(:\d+)?$")
-_RAMP = 8  # of so many trained values in a row, rising order has a probability of 1 in 20,160
+_RAMP = 8  # this many trained values in a row rise or fall throughout with probability 1 in 20,160
 _NEAR_ZERO = 0.5
-_WAVES = 0.02  # how far the squares of a sine and its cosine may be from 1 together: bfloat16 rounds by less
+_WAVES = 0.02  # how far sin^2 + cos^2 may be from 1: rounding to bfloat16 is smaller
 
 
 class Facts(NamedTuple):
-    """What is looked at of a leaf's content; of a leaf that is not floating-point all is False or zero.
+    """Properties of a leaf's content; all False or zero for a leaf that is not floating-point.
 
     Attributes:
       shape: of the leaf.
-      floating: whether it is of a floating-point dtype.
-      narrow: whether it is of numbers of one byte, as quantised weights are.
+      floating: whether its dtype is floating-point.
+      narrow: whether its numbers take one byte each, as quantised weights do.
       rms: root mean square.
       low: smallest value.
       high: largest value.
@@ -95,7 +95,7 @@ class Facts(NamedTuple):
 
 
 def measured(leaf: Any) -> tuple[Any, ...]:
-    """:class:`Facts` of a floating-point leaf that is not empty, from ``rms`` on. For NumPy, and for JAX under jit."""
+    """The fields of :class:`Facts` from ``rms`` on, for a non-empty floating-point leaf; for NumPy or JAX under jit."""
     with np.errstate(all="ignore"):
         wide = leaf.astype(np.float32) if leaf.dtype.itemsize < 4 else leaf
         flat, false = wide.reshape(-1), np.zeros((), bool)
@@ -111,12 +111,12 @@ def measured(leaf: Any) -> tuple[Any, ...]:
 
 
 def steps(path: str) -> list[str]:
-    """The steps of a leaf's path in lower case, separated by ``/`` or ``.``, without what says nothing."""
+    """The steps of a leaf's path in lower case, split at ``/`` or ``.``, without endings that say nothing."""
     return _ENDINGS.sub("", path.lower()).replace(".", "/").split("/")
 
 
 def of_name(path: str) -> Role | None:
-    """What a leaf's name says of it: its last step, or the one before (``mean_ema/average``)."""
+    """The role that a leaf's name implies: by its last step, or the one before (``mean_ema/average``)."""
     *before, last = steps(path)
     if before and before[-1] in ("mean_ema", "var_ema", "moving_mean", "moving_variance"):
         return _BY_NAME[before[-1]]
@@ -139,7 +139,7 @@ def of(facts: Mapping[str, Facts]) -> dict[str, Role]:
 
 
 def _of_leaf(path: str, fact: Facts) -> Role | None:
-    """What a leaf's name and its own content say."""
+    """The role that a leaf's name and its own content imply."""
     said = of_name(path)
     if any(step in _COLLECTIONS for step in steps(path)[:1]):
         return said if said in (Role.VAR, Role.COUNTER) else Role.MEAN

@@ -1,4 +1,4 @@
-"""Parameter trees by the names of their leaves.
+"""Parameter trees, addressed by the names of their leaves.
 
 A leaf's name is its pytree path, the steps joined by ``/``: ``Conv_0/kernel``. Files use the same names.
 """
@@ -31,7 +31,7 @@ def named(who: str, tree: PyTree) -> dict[str, Any]:
     """The leaves by name, in the order of ``jax.tree.leaves``.
 
     Raises:
-      SmarkError: in the name of ``who``, when two leaves have the same name.
+      SmarkError: when two leaves have the same name; the message names ``who`` as the caller.
     """
     import jax
 
@@ -58,11 +58,11 @@ def rebuilt(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 
 
 def split(tree: PyTree, chosen: PyTree) -> tuple[PyTree, PyTree]:
-    """Two trees that :func:`join` puts together again; None stands where the other has the leaf.
+    """Two trees that :func:`join` puts together again; each has None where the other has the leaf.
 
     Args:
-      tree: any.
-      chosen: of the same structure; true where the first of the two is to have the leaf.
+      tree: any pytree.
+      chosen: a tree of the same structure; true where the first result is to have the leaf.
     """
     import jax
 

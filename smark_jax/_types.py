@@ -1,4 +1,4 @@
-"""Names for the kinds of value that cross module borders."""
+"""Types of values that modules exchange."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 
 PyTree = Any
-"""A nest of containers whose leaves are arrays: parameters, gradients, a Flax variables dict, an nnx state."""
+"""Nested containers whose leaves are arrays: parameters, gradients, a Flax variables dict, an nnx state."""
 
 AnyArray = Array | np.ndarray
 """An array on a device or on the host."""

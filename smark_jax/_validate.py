@@ -1,4 +1,4 @@
-"""Checks of user input: each failure says who refused, what was expected, what came, and the likely cause."""
+"""Checks of user input: each failure says who refused, what was expected, what it got, and the likely cause."""
 
 import contextlib
 import math
@@ -18,17 +18,17 @@ Kind = TypeVar("Kind", bound=errors.SmarkError)
 def fail(
     who: str, expected: str, got: str, cause: str, *, kind: type[Kind] = errors.SmarkError, desk: str | None = None
 ) -> Kind:
-    """An error in the shape that all our messages have; the caller raises it.
+    """An error whose message has the project's common form; the caller raises it.
 
-    Two lines, whatever stands in the parts: text of others cannot begin a line of its own.
+    The message always has two lines, whatever its parts contain: untrusted text cannot start a line of its own.
 
     Args:
-      who: the function or command that refuses; left out at the command line, where one command speaks.
+      who: the function or command that refuses; omitted at the command line, where the command is known.
       expected: what would have been right.
-      got: what came.
-      cause: the likely cause, or what to do next, for somebody who calls functions.
-      kind: the class, where callers decide by it.
-      desk: the cause for somebody who gives commands, where ``cause`` speaks of functions or arguments.
+      got: what was passed instead.
+      cause: the likely cause, or what to do next, for a reader who calls functions.
+      kind: the class of the error, where callers distinguish classes.
+      desk: the cause for a reader at the command line, where ``cause`` speaks of functions or arguments.
     """
     expected, got, cause, desk = map(_foreign.clean, (expected, got, cause, cause if desk is None else desk))
     said = f"expected {expected}, but got {got}."
@@ -89,18 +89,18 @@ def finite_number(who: str, name: str, value: float) -> None:
 
 
 def all_finite(who: str, what: str, ok: Any) -> None:
-    """Refuses when ``ok``, a device boolean computed along with the result, is false. Skipped while tracing."""
+    """Refuses when ``ok``, a device boolean computed with the result, is false. Skipped under jit, vmap and grad."""
     if not is_traced(ok) and not bool(ok):
         raise fail(who, f"finite {what}", "NaN or infinite values", "Did training diverge, or is the file damaged?")
 
 
 @contextlib.contextmanager
 def needs(who: str, extra: str) -> Iterator[None]:
-    """Around imports of packages that an extra of smark-jax brings: the error says how to install it.
+    """Wraps imports of packages that belong to an extra of smark-jax: the error says how to install it.
 
     Args:
       who: the function or command that needs them.
-      extra: as in ``pip install 'smark-jax[extra]'``.
+      extra: its name, as in ``pip install 'smark-jax[extra]'``.
 
     Raises:
       MissingExtra: when one of them is not installed.

@@ -18,8 +18,8 @@ BLOCK_WORDS = 16
 """Words of one ChaCha20 block: 64 bytes."""
 
 _CONSTANTS = np.frombuffer(b"expand 32-byte k", "<u4")
-# The state of this many blocks (16 words each, 128 KiB, and as much again while a round is made) stays in a core's own
-# cache for all 20 rounds; with fewer, the calls of many small kernels begin to show.
+# The state of this many blocks (16 words each, 128 KiB, and as much again during a round) stays in a core's own cache
+# for all 20 rounds; with fewer blocks, the overhead of calling many small kernels becomes noticeable.
 BLOCKS_PER_PASS = 2048
 
 
@@ -32,7 +32,7 @@ def keystream(
       key: eight words, see :meth:`smark_jax.keys.SecretKey.to_words`.
       nonce: three words. A pair of key and nonce must never serve two purposes.
       num_words: how many 32-bit words; static under jit.
-      start_block: block counter of the first word; 16 words a block. A traced value is the caller's to keep in range.
+      start_block: block counter of the first word; a block has 16 words. The caller keeps a traced value in range.
 
     Returns:
       uint32 words in stream order, shape [num_words].
@@ -63,7 +63,7 @@ def _keystream(key: Array, nonce: Array, num_words: int, start_block: Array) -> 
 def blocks(
     key: UInt32[Array, "8"], counters: UInt32[Array, " n"], nonces: UInt32[Array, "3 n"]
 ) -> UInt32[Array, "n 16"]:
-    """ChaCha20 blocks (RFC 8439, section 2.3), one for each pair of counter and nonce; to be called under jit.
+    """ChaCha20 blocks (RFC 8439, section 2.3), one for each pair of counter and nonce; call it under jit.
 
     Args:
       key: eight words.
@@ -85,13 +85,13 @@ def blocks(
 
 
 def bits(words: UInt32[Array, "*batch w"]) -> UInt32[Array, "*batch 32*w"]:
-    """The bits of words, 0 or 1: bit i of word w stands at 32 w + i, shape [..., 32 w]."""
+    """The bits of words, 0 or 1: bit i of word w is entry 32 w + i, shape [..., 32 w]."""
     shifts = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * words.ndim + (32,))
     return ((words[..., None] >> shifts) & 1).reshape(*words.shape[:-1], -1)
 
 
 def word_by_word(key: UInt32[Array, "8 *keys"], rows: UInt32[Array, "4 *n"]) -> tuple[UInt32[Array, "*n"], ...]:
-    """ChaCha20 blocks as 16 arrays: word i of every block; to be called under jit, on what fits a core's cache.
+    """ChaCha20 blocks as 16 arrays: word i of every block. Call it under jit, on inputs that fit a core's cache.
 
     Args:
       key: eight words, or eight arrays of words that broadcast to the shape of a row: a key for each block.
@@ -106,8 +106,8 @@ def word_by_word(key: UInt32[Array, "8 *keys"], rows: UInt32[Array, "4 *n"]) -> 
         *(jnp.broadcast_to(word, shape) for word in key),
         *rows,
     )
-    # The first double round runs outside the loop: it mixes key and counter into every word, so that under shard_map,
-    # where one may differ between devices and the constants do not, the loop's carry has one type throughout.
+    # The first double round runs outside the loop: it mixes key and counter into every word. Under shard_map these may
+    # differ between devices while the constants do not; so mixed, all words of the loop's carry have the same type.
     mixed = _double_round(start)
     end = jax.lax.fori_loop(1, 10, lambda _, state: _double_round(state), mixed)
     return tuple(a + b for a, b in zip(start, end, strict=True))

@@ -1,8 +1,8 @@
 """Codewords: m unbiased chips in {-1, +1} for each customer, from a keyed stream.
 
-The word of serial s is the ChaCha20 keystream of the code key under the nonce (0, s mod 2^32, s div 2^32): any
-customer's word is found without the others', nobody without the key can tell words from independent coin flips, and no
-word was ever filtered or redrawn. The bound of :mod:`smark_jax.statistics` rests on that (its assumption A1).
+The word of serial s is the ChaCha20 keystream of the code key under the nonce (0, s mod 2^32, s div 2^32). So any
+customer's word can be computed without the others', nobody without the key can tell words from independent coin flips,
+and no word was ever filtered or redrawn. The bound of :mod:`smark_jax.statistics` rests on that (its assumption A1).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def codebook(
 
     Args:
       key: the model's code key.
-      serials: the customers' distinct numbers, 0 to 2^63 - 1, shape [K]; 64-bit NumPy integers or a list are welcome.
+      serials: the customers' distinct numbers, 0 to 2^63 - 1, shape [K]; 64-bit NumPy integers or a list.
       num_chips: m.
 
     Returns:
@@ -50,7 +50,7 @@ def codebook(
 
 @dataclasses.dataclass(frozen=True)
 class Codebook:
-    """The words of customers 0 to N - 1, made when they are needed and never held whole.
+    """The words of customers 0 to N - 1, computed when needed; the whole codebook is never in memory.
 
     Attributes:
       key: the model's code key.
@@ -74,7 +74,7 @@ class Codebook:
 def words(
     key: UInt32[Array, "8"], low: UInt32[Array, " K"], high: UInt32[Array, " K"], num_chips: int
 ) -> Int8[Array, "K m"]:
-    """The codewords of serials ``low + 2^32 high``, under jit: what :func:`codebook` computes once it has validated.
+    """The codewords of serials ``low + 2^32 high``, under jit: :func:`codebook` without the validation.
 
     Args:
       key: eight words of the code key.
@@ -93,9 +93,10 @@ def words(
 def packed_words(
     key: UInt32[Array, "8"], low: UInt32[Array, " K"], high: UInt32[Array, " K"], num_chips: int
 ) -> UInt32[Array, "words K"]:
-    """The same codewords as bits of the stream, 1 for a chip of -1, shape [ceil(m / 32), K]; bits past m are random.
+    """The same codewords packed into bits, 1 for a chip of -1, shape [ceil(m / 32), K]; bits past m are random.
 
-    Bit i of word w is chip 32 w + i. The customers come last: whoever scores them takes one word of many at a time.
+    Bit i of word w is chip 32 w + i. Customers are the last axis, since scoring takes one word of many customers at a
+    time.
     """
     blocks_per_word = -(-num_chips // (32 * chacha.BLOCK_WORDS))
     counters = jnp.arange(blocks_per_word, dtype=jnp.uint32)[:, None]
@@ -104,7 +105,7 @@ def packed_words(
         rows = jnp.stack(
             [jnp.broadcast_to(row, (blocks_per_word, step)) for row in (counters, jnp.uint32(0), *numbers)]
         )
-        words = jnp.stack(chacha.word_by_word(key, rows), axis=1)  # [blocks a word, 16, K]
+        words = jnp.stack(chacha.word_by_word(key, rows), axis=1)  # [blocks per codeword, 16, K]
         return words.reshape(-1, step)[: -(-num_chips // 32)]
 
     count = low.shape[0]

@@ -1,13 +1,13 @@
-r"""Putting a codeword into a model: in closed form, without data, or by training.
+r"""Embedding a codeword in a model: in closed form, without data, or by training.
 
 In closed form a copy is ``w + delta * spread(word, mark)`` with
 
 .. math:: \delta = \text{strength} \sqrt{D' / m},
 
-D' the number of weights that the carrier covers, so that each weight moves by ``strength`` times its leaf's root mean
-square, in root mean square. The read-out of an intact copy is ``delta * word``.
+where D' is the number of weights that the carrier covers. So the RMS change of a weight is ``strength`` times the RMS
+of its leaf. The read-out of an intact copy is ``delta * word``.
 
-Trained embedding minimises a fingerprint loss of the read-out together with whatever loss the task has::
+Trained embedding minimises a fingerprint loss of the read-out together with the loss of the task::
 
     optax.chain(add_fingerprint_gradient(losses.sign_hinge, mark, word), optax.adam(1e-3))
 """
@@ -30,20 +30,20 @@ FingerprintLoss = Callable[[Array, Array], Array]
 
 
 def embed(base: PyTree, mark: carriers.Mark, word: Num[AnyArray, " m"], strength: float | Array = 0.03) -> PyTree:
-    """A copy of the model that carries ``word``: closed form, no data touched.
+    """A copy of the model that carries ``word``, in closed form and without data.
 
-    Composes with jit and vmap, where values cannot be checked; of the arguments, all may be traced.
+    Composes with jit and vmap, where values cannot be checked; all arguments may be traced.
 
-    Parameters that a mesh of devices holds (leaves split by a ``NamedSharding``) are marked where they lie: no device
-    gets another's weights, and the copy is split as they are. Beside them, each device holds the carrier (about a byte
-    per weight of the whole model). Not so under a jit of your own, where the compiler decides, nor in
+    Parameters that are split over a mesh of devices (leaves with a ``NamedSharding``) are marked in place: no device
+    receives another's weights, and the copy is split as they are. Each device also holds the carrier (about a byte per
+    weight of the whole model). This does not hold under a jit of your own, where the compiler decides, nor in
     :func:`embed_batch`.
 
     Args:
       base: the base model.
       mark: the model's mark.
       word: the customer's codeword in {-1, +1}, shape [m].
-      strength: root mean square change of a weight in units of its leaf's root mean square.
+      strength: RMS change of a weight in units of its leaf's RMS.
 
     Returns:
       The marked copy, with the structure and dtypes of ``base``. Leaves that do not carry are those of ``base``,
@@ -85,8 +85,8 @@ def embed_batch(
 ) -> PyTree:
     """:func:`embed` for K customers at once: a pytree whose leaves have a leading axis of K copies.
 
-    A copy is the same bit for bit as :func:`embed` makes it, whatever K is. All copies are in memory together, with
-    about two models besides. For thousands of large models, call it on a few codewords at a time.
+    Each copy equals that of :func:`embed` bit for bit, whatever K is. Memory holds all copies and about two models
+    more. For thousands of large models, call it on a few codewords at a time.
 
     Raises:
       SmarkError: as :func:`embed`.
@@ -106,19 +106,19 @@ def embed_batch(
 
 
 def _repeated(leaf: Any, times: int) -> Any:
-    """A leaf once for each copy, without room for more than one where NumPy has it."""
+    """A leaf repeated for each copy; a NumPy leaf is broadcast without copying."""
     xp = jnp if isinstance(leaf, jax.Array) else np
     return xp.broadcast_to(leaf, (times, *np.shape(leaf)))
 
 
 class Calibration(NamedTuple):
-    """What strengths cost a model.
+    """How much each strength costs a model.
 
     Attributes:
-      strength: the largest one that was tried with a cost in bounds.
+      strength: the largest strength tried whose cost is within bounds.
       strengths: those tried, in rising order, shape [S].
       mean_drops: mean of the base's score minus the copies', shape [S].
-      worst_drops: the largest of a copy, shape [S].
+      worst_drops: the largest drop of any copy, shape [S].
     """
 
     strength: float
@@ -137,23 +137,23 @@ def calibrate(
     copies: int = 5,
     seed: int = 0,
 ) -> Calibration:
-    """The strength that this model can bear: how much differs by a factor of ten between networks.
+    """The strength that this model can bear, which differs by a factor of ten between networks.
 
-    Tries strengths in rising order on copies with throw-away random codewords, and stops where their mean score has
-    dropped by more than ``max_drop``, or one of them by more than three times that. The stronger the mark, the more a
-    leaker must destroy: see the page on robustness.
+    Tries strengths in rising order on copies with throw-away random codewords. It stops when their mean score has
+    dropped by more than ``max_drop``, or a single score by more than three times that. The stronger the mark, the more
+    a leaker must destroy: see the page on robustness.
 
     Args:
       base: the base model.
       mark: the model's mark.
       score: ``score(params) -> float``, the larger the better, such as the accuracy on held-out images.
       max_drop: largest acceptable mean drop, in the score's unit.
-      strengths: to try.
-      copies: with each strength.
+      strengths: the strengths to try.
+      copies: how many copies to try for each strength.
       seed: of the codewords.
 
     Returns:
-      The strength, and what each cost.
+      The strength, and what each one cost.
 
     Raises:
       TooCostly: when even the smallest strength costs more.
@@ -216,7 +216,7 @@ def _delta(mark: carriers.Mark, strength: Array | float) -> Array | float:
 
 
 def _wide_too(ok: Any, base: PyTree, spec: carriers.Spec) -> Any:
-    """``ok``, and whether the carrying leaves that JAX has not seen are finite."""
+    """``ok``, and whether the carrying leaves that stayed on the host are finite."""
     seen = zip(selection.carrying("embed", base, spec), selection.narrow("embed", base, spec), strict=True)
     return ok & all(np.isfinite(leaf).all() for leaf, narrow in seen if narrow is None)
 
@@ -226,7 +226,7 @@ def _embed(
     leaves: list[Any], mark: carriers.Mark, word: Array, strength: Array | float
 ) -> tuple[list[Array], Array, Array]:
     changed = selection.add(leaves, mark.spec, _delta(mark, strength) * carriers.spread(word, mark))
-    # Of the copy: a strength that overflows a narrow dtype shows as well.
+    # The check is on the copy, so that it also catches a strength that overflows a narrow dtype.
     return changed, jnp.stack([jnp.isfinite(leaf).all() for leaf in changed]).all(), jnp.all(jnp.abs(word) == 1)
 
 
@@ -235,7 +235,7 @@ def _embed_batch(
     leaves: list[Any], mark: carriers.Mark, words: Array, strength: Array | float
 ) -> tuple[list[Array], Array, Array]:
     # One after the other: all at once would take three times the memory, fall out of cache between the transform's
-    # factors, and round by the number of copies.
+    # factors, and make the rounding depend on the number of copies.
     copies, ok, signs = jax.lax.map(lambda word: _embed(leaves, mark, word, strength), words)
     return copies, ok.all(), signs.all()
 
@@ -260,17 +260,17 @@ def add_fingerprint_gradient(
     word: Num[AnyArray, " m"],
     weight: float | Array | optax.Schedule = 1.0,
 ) -> optax.GradientTransformation:
-    """Adds ``weight`` times the gradient of the fingerprint loss to whatever gradient passes through.
+    """Adds ``weight`` times the gradient of the fingerprint loss to the gradient that passes through.
 
-    Chained before an optimiser, it marks a model while it is trained: in distributed training the owner applies it
-    after aggregation, so that no party ever sees the mark. The read-out is relative to the weights that ``init`` is
-    given: pass it the base. Training may go on from other weights.
+    Chained before an optimiser, it marks a model during training. In distributed training the owner applies it after
+    aggregation, so that no party ever sees the mark. The read-out is relative to the weights passed to ``init``: pass
+    it the base. Training may go on from other weights.
 
     Args:
       loss_fn: loss of soft chips and codeword, such as ``losses.sign_hinge``.
       mark: the model's mark.
-      word: the codeword in {-1, +1} that the model shall carry, shape [m].
-      weight: factor on the fingerprint's gradient, or a schedule of it.
+      word: the codeword in {-1, +1} that the model is to carry, shape [m].
+      weight: factor of the fingerprint's gradient, or a schedule of it.
 
     Returns:
       A transformation for ``optax.chain``. Its state holds the mark's carrier and the codeword: it is as secret as
@@ -323,7 +323,7 @@ def add_fingerprint_gradient(
         pairs = zip(spec.leaves, gradient, strict=True)
         by_name = {name: part for leaf, part in pairs for name in (leaf.path, *leaf.tied)}
 
-        def added(name: str, leaf: Any) -> Any:  # what moves one name of a tied tensor moves them all
+        def added(name: str, leaf: Any) -> Any:  # an update of one name of a tied tensor goes to all its names
             return leaf + (factor * by_name[name]).astype(leaf.dtype) if name in by_name else leaf
 
         return _trees.map_named(added, updates), state
@@ -334,9 +334,9 @@ def add_fingerprint_gradient(
 def _fingerprint_gradient(
     loss_fn: FingerprintLoss, leaves: list[Any], spec: carriers.Spec, aim: FingerprintState
 ) -> list[Array]:
-    """The gradient, by the carrying leaves, of the fingerprint loss of what they read relative to the base."""
+    """The gradient with respect to the carrying leaves of the fingerprint loss of their read-out against the base."""
     weights, back = jax.vjp(lambda leaves: selection.read_leaves(leaves, spec.factors), leaves)
     by_chip = jax.grad(loss_fn)(hadamard.despread(weights - aim.base, aim.carrier), aim.code)
-    # Losses such as the hinge leave chips alone that read well, and most rounds of a training have no others.
+    # Losses such as the hinge have no gradient once all chips read well, as in most rounds of a training.
     spread = lambda: hadamard.spread(by_chip, aim.carrier)  # noqa: E731
     return back(jax.lax.cond(jnp.any(by_chip != 0), spread, lambda: jnp.zeros_like(weights)))[0]

@@ -1,8 +1,8 @@
-"""What smark_jax raises on purpose: one class to catch, and subclasses where a caller decides by them.
+"""The errors that smark_jax raises on purpose: one class to catch, and subclasses for callers that distinguish them.
 
-Whatever a call refuses, it raises a :class:`SmarkError`, which is a ``ValueError``. Its text says who refused, what was
-expected, what came and the likely cause, in terms of functions and arguments. ``desk`` says the same in terms of
-commands and options: the command line prints that. Any other exception is a bug of ours, or comes from the operating
+A call that refuses its input raises a :class:`SmarkError`, which is a ``ValueError``. Its text says who refused, what
+was expected, what it got and the likely cause, in terms of functions and arguments. ``desk`` says the same in terms of
+commands and options; the command line prints it. Any other exception is a bug in smark_jax, or comes from the operating
 system (``OSError``).
 
 Examples:
@@ -24,7 +24,7 @@ class SmarkError(ValueError):
     """Something that smark_jax foresaw and refused.
 
     Attributes:
-      desk: the same for a person at the command line, which has commands and options in place of functions.
+      desk: the same message for the command line, in terms of commands and options.
     """
 
     def __init__(self, message: str, *, desk: str | None = None) -> None:
@@ -36,7 +36,7 @@ class Unreadable(SmarkError):
     """A file that is damaged, of another kind, or beyond a limit.
 
     Args:
-      problem: the whole text, or, before ``advice``, what is wrong: the two make one line, whatever stands in the file.
+      problem: the whole text; with ``advice``, what is wrong. The two make one line, whatever the file contains.
       advice: what to do.
       desk: as for every error.
     """
@@ -46,7 +46,7 @@ class Unreadable(SmarkError):
 
 
 class NothingMatched(SmarkError):
-    """Alignment: the suspect has the base's form, and none of its weights; it is no copy.
+    """Alignment: the suspect has the base's shapes but not its weights, so it is not a copy.
 
     Attributes:
       attempt: the best :class:`smark_jax.alignment.Alignment` that was found.
@@ -58,7 +58,7 @@ class NothingMatched(SmarkError):
 
 
 class Undecided(SmarkError):
-    """A suspect was read, and it cannot be said whether it is a copy; the text says why.
+    """A suspect was read, but whether it is a copy remains open; the text says why.
 
     Attributes:
       attempt: the best :class:`smark_jax.alignment.Alignment` that was found, or None.
@@ -70,11 +70,11 @@ class Undecided(SmarkError):
 
 
 class Ambiguous(Undecided):
-    """Shapes and content do not tell how a suspect's leaves are laid out: the person who asks has to say.
+    """Shapes and content do not determine how a suspect's leaves are laid out: the user has to say.
 
     Attributes:
-      options: for each leaf of the base in question, the answers that ``given`` of :func:`smark_jax.files.match_layout`
-        and ``--map`` of ``smark trace`` take.
+      options: for each ambiguous leaf of the base, the answers that ``given`` of :func:`smark_jax.files.match_layout`
+        and ``--map`` of ``smark trace`` accept.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Ambiguous(Undecided):
 
 
 class TooCostly(SmarkError):
-    """No strength of a fingerprint costs as little accuracy as was asked for."""
+    """Even the weakest fingerprint costs more accuracy than is allowed."""
 
 
 class Tampered(SmarkError):
-    """A vault, its log or a sealed file is not as smark wrote it: restore it from a backup."""
+    """A vault, its log or a sealed file was changed after smark wrote it: restore it from a backup."""
 
 
 class WrongPassphrase(SmarkError):
@@ -97,14 +97,14 @@ class WrongPassphrase(SmarkError):
 
 
 class InUse(SmarkError):
-    """Another process is at work there: wait, and try again."""
+    """Another process is using it: wait, and try again."""
 
 
 class MissingExtra(SmarkError, ImportError):
-    """A package that a plain installation does not have; the text says how to install it.
+    """A package is missing that a plain installation does not include; the text says how to install it.
 
     Attributes:
-      extra: the extra of smark-jax that brings it, as in ``pip install 'smark-jax[extra]'``.
+      extra: the extra of smark-jax that installs it, as in ``pip install 'smark-jax[extra]'``.
     """
 
     def __init__(self, message: str, extra: str = "", *, desk: str | None = None) -> None:

@@ -1,6 +1,6 @@
-"""Secret keys, their derivation and commitment, and the keystream that is drawn from them.
+"""Secret keys, their derivation and commitment, and the keystream drawn from them.
 
-Every secret of the owner comes from one 256-bit master key through HKDF, so that a vault stores 32 bytes.
+HKDF derives every secret of the owner from one 256-bit master key, so that a vault stores only 32 bytes.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _NONCE_BYTES = 12
 
 
 class SecretKey:
-    """A 256-bit secret. ``repr`` and ``str`` never show it, comparison takes constant time."""
+    """A 256-bit secret. ``repr`` and ``str`` never show it, and comparison takes constant time."""
 
     __slots__ = ("_secret",)
 
@@ -42,7 +42,7 @@ class SecretKey:
         return self._secret
 
     def to_words(self) -> UInt32[np.ndarray, "8"]:
-        """The key as ChaCha20 takes it: eight little-endian words, shape [8]."""
+        """The key in ChaCha20's form: eight little-endian words, shape [8]."""
         return np.frombuffer(self._secret, "<u4").astype(np.uint32)
 
     def __repr__(self) -> str:
@@ -92,14 +92,14 @@ def derive(key: SecretKey, *labels: str) -> SecretKey:
 def commitment(key: SecretKey) -> str:
     """The SHA-256 of the key's 32 bytes, in hex.
 
-    Publishing it before sale binds the owner to the key (collision resistance) and tells nothing usable about it (256
-    bits of entropy). Anyone who is later shown the key recomputes it with ``sha256sum``.
+    Publishing it before sale binds the owner to the key (collision resistance) and reveals nothing usable about it (256
+    bits of entropy). Anyone who later sees the key can recompute the hash with ``sha256sum``.
     """
     return hashlib.sha256(key.to_bytes()).hexdigest()
 
 
 def __getattr__(name: str) -> Any:
-    # The keystream needs jax, which takes half a second to load; who only signs and derives keys does without.
+    # The keystream needs jax, which takes half a second to load; signing and deriving keys do not need it.
     if name == "keystream":
         from smark_jax import chacha
 
@@ -108,12 +108,14 @@ def __getattr__(name: str) -> Any:
 
 
 def seal(key: SecretKey, content: bytes, about: bytes) -> bytes:
-    """A content that the key alone reads and makes: a random nonce, and ChaCha20-Poly1305 (RFC 8439).
+    """Encrypts and authenticates: a random nonce, then ChaCha20-Poly1305 (RFC 8439).
+
+    Only the key can open or make such a content.
 
     Args:
-      key: of this purpose only.
+      key: used for this purpose only.
       content: what to seal.
-      about: what it is, which is authenticated with it and not held.
+      about: a description of the content; it is authenticated but not stored.
     """
     nonce = os.urandom(_NONCE_BYTES)
     return nonce + ChaCha20Poly1305(key.to_bytes()).encrypt(nonce, content, about)
@@ -123,7 +125,7 @@ def unseal(key: SecretKey, sealed: bytes, about: bytes) -> bytes:
     """The content that :func:`seal` was given.
 
     Raises:
-      cryptography.exceptions.InvalidTag: when it was sealed with another key or about something else, or changed.
+      cryptography.exceptions.InvalidTag: when it was sealed with another key or another ``about``, or was changed.
     """
     nonce, content = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
     if len(nonce) < _NONCE_BYTES:

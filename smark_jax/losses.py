@@ -1,7 +1,7 @@
 """Fingerprint losses: pure functions of the soft read-out and the codeword, one example per call.
 
-Batches are the caller's ``vmap``. Every loss is small when each chip y_i agrees in sign with its code bit b_i; they
-differ in what they still ask of a chip that already agrees.
+For batches, the caller uses ``vmap``. Every loss is small when each chip y_i agrees in sign with its code bit b_i. They
+differ in what they still demand of a chip that already agrees.
 """
 
 import jax
@@ -14,8 +14,8 @@ from smark_jax import _validate
 def bit_cross_entropy(chips: Float[Array, " m"], code: Float[Array, " m"]) -> Float[Array, ""]:
     r"""Mean of :math:`\ln(1 + e^{-b_i y_i})`: the cross-entropy of the bits with the chips as logits.
 
-    Never zero: it keeps pushing every chip outward, ever more gently. This is the loss of Uchida et al. 2017 (arXiv
-    1701.04082), written for b in {-1, +1}.
+    It is never zero: it keeps pushing every chip outward, but ever more gently. This is the loss of Uchida et al. 2017
+    (arXiv 1701.04082), written for b in {-1, +1}.
 
     Args:
       chips: soft read-out y, shape [m].
@@ -63,12 +63,12 @@ def code_mse(chips: Float[Array, " m"], code: Float[Array, " m"]) -> Float[Array
 def sign_hinge(chips: Float[Array, " m"], code: Float[Array, " m"], margin: float = 0.1) -> Float[Array, ""]:
     r"""Mean of :math:`\max(0, \mu - b_i y_i)`: zero once every chip clears ``margin``.
 
-    It stops touching the weights as soon as the code reads with room to spare.
+    Its gradient vanishes as soon as every chip reads right by this margin.
 
     Args:
       chips: soft read-out y, shape [m].
       code: the customer's codeword b in {-1, +1}, shape [m].
-      margin: the room :math:`\mu`, in the unit of the chips.
+      margin: :math:`\mu`, in the unit of the chips.
 
     Returns:
       A scalar, at least 0.

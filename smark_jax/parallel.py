@@ -1,11 +1,11 @@
 """Data holders as devices: one training step whose gradients leave each device only under a mask.
 
-No other module chooses devices or makes a mesh (carriers follow the mesh that weights lie on already). The step's body
-is written once, with an axis name, and runs under ``pmap`` and ``shard_map`` alike. Devices of one program protect what
-crosses between them, not one organisation from another.
+No other module chooses devices or makes a mesh (carriers follow the mesh that already holds the weights). The step's
+body is written once, with an axis name, and runs under both ``pmap`` and ``shard_map``. Masks between devices of one
+program protect the messages between them; they do not protect one organisation from another.
 
-After ``jax.distributed.initialize`` the same step runs over the devices of several processes, hosts that trust each
-other: each passes only the rows of its own parties (:func:`own_parties`), and each does the owner's update for itself.
+After ``jax.distributed.initialize`` the same step runs over the devices of several processes, on hosts that trust each
+other. Each process passes only its own parties' rows (:func:`own_parties`) and computes the owner's update itself.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ AXIS = "parties"
 Device = Any  # jax.Device, which type checkers do not take for a type
 Engine = Literal["pmap", "shard_map"]
 
-# A loss travels in the same words as the gradient, which hold values up to the clip: this many nats become one clip.
+# A loss is sent in the same words as the gradient, which hold values up to the clip: this many nats map to one clip.
 _LOSS_RANGE = 16.0
 
 
@@ -35,7 +35,7 @@ def devices(num_parties: int) -> list[Device]:
     """One device for each party, process by process: accelerators where there are enough, else CPU devices.
 
     Raises:
-      SmarkError: when there are too few of either; it says how to get virtual CPU devices.
+      SmarkError: when there are too few of both kinds; it says how to get virtual CPU devices.
     """
     _validate.positive("devices", "num_parties", num_parties)
     default = jax.devices()
@@ -52,14 +52,14 @@ def devices(num_parties: int) -> list[Device]:
 
 
 def own_parties(num_parties: int) -> range:
-    """The parties whose devices belong to this process: all of them, unless ``jax.distributed`` runs.
+    """The parties whose devices belong to this process: all of them, unless ``jax.distributed`` is in use.
 
     Args:
       num_parties: P, over all processes.
 
     Raises:
-      SmarkError: in every process alike, when there are too few devices, or so many that a process is left without a
-        party.
+      SmarkError: when there are too few devices, or so many that a process is left without a party. All processes raise
+        it together.
     """
     owners = [device.process_index for device in devices(num_parties)]
     if len(set(owners)) < jax.process_count():
@@ -80,7 +80,7 @@ def masked_mean(
 ) -> PyTree:
     """The mean of the parties' trees, each of which leaves its device only as masked fixed-point words.
 
-    To be called inside pmap or shard_map over ``axis_name``, one party a device.
+    Call it inside pmap or shard_map over ``axis_name``, with one party per device.
 
     Args:
       tree: this party's floats.
@@ -94,7 +94,7 @@ def masked_mean(
       error of at most ``fixed_point.mean_standard_error``, besides float32 rounding.
 
     Raises:
-      SmarkError: when the axis has more parties than the format has room for, or another number than pair_keys.
+      SmarkError: when the axis has more parties than the format has room for, or not as many as pair_keys.
     """
     num_parties = jax.lax.axis_size(axis_name)
     if jnp.shape(pair_keys) != (num_parties, 8):
@@ -110,7 +110,7 @@ def masked_mean(
 
 
 class TrainState(NamedTuple):
-    """What training carries from round to round.
+    """The state that training carries from round to round.
 
     Attributes:
       params: the global model.
@@ -124,11 +124,11 @@ class TrainState(NamedTuple):
 
 
 class TrainInfo(NamedTuple):
-    """What a round shows of itself; every figure was opened as a sum over the parties only.
+    """What a round reveals: figures that were opened only as sums over the parties.
 
     Attributes:
       loss: mean over the parties of their batch's loss in nats, clipped at 16.
-      diverged: how many parties had a NaN or infinite gradient; they took part with zeros.
+      diverged: how many parties had a NaN or infinite gradient; zeros took its place.
     """
 
     loss: Float[Array, ""]
@@ -140,8 +140,8 @@ class TrainStep(NamedTuple):
 
     Attributes:
       init: ``init(params) -> TrainState``.
-      update: ``update(state, images [P B H W C], labels [P B], pair_keys [P P 8]) -> (TrainState, TrainInfo)``; where
-        several processes run, with the rows of the process's own parties only.
+      update: ``update(state, images [P B H W C], labels [P B], pair_keys [P P 8]) -> (TrainState, TrainInfo)``; with
+        several processes, each passes the rows of its own parties only.
     """
 
     init: Callable[[PyTree], TrainState]
@@ -165,34 +165,36 @@ def train_step(
     """A distributed training step with masked aggregation.
 
     Each party computes the gradient of its own batch, scales it down to a global norm of at most ``fixed_point.clip``,
-    and takes part in :func:`masked_mean`. The owner feeds the mean to ``optimizer``, in float32 whatever the
-    parameters' type, in a computation of its own on one device. Whatever is the owner's alone (the gradient of its
-    mark, see :func:`smark_jax.embedding.add_fingerprint_gradient`) is chained into that optimiser and never enters the
-    parties'.
+    and takes part in :func:`masked_mean`. The owner passes the mean to ``optimizer`` in a separate computation on one
+    device, in float32 whatever the parameters' type. The owner's secrets (the gradient of its mark, see
+    :func:`smark_jax.embedding.add_fingerprint_gradient`) are chained into that optimiser and never enter the parties'
+    computation.
 
     Args:
       apply_fn: ``apply_fn(params, images) -> logits``, pure.
       optimizer: the owner's optax optimiser.
-      fixed_point: the words' format; its clip bounds the norm of a party's gradient, its ``num_parties`` is P.
+      fixed_point: the words' format; its clip bounds the norm of a party's gradient, and its ``num_parties`` is P.
       loss_fn: ``loss_fn(logits, labels) -> scalar``, a mean over the batch.
-      value_and_grad: makes of ``loss(params, images, labels) -> scalar`` the function that a party runs, with the same
-        arguments, which returns loss and gradient; :func:`smark_jax.privacy.value_and_clipped_grad` clips each example.
+      value_and_grad: turns ``loss(params, images, labels) -> scalar`` into the function that a party runs, which takes
+        the same arguments and returns loss and gradient; :func:`smark_jax.privacy.value_and_clipped_grad` clips each
+        example.
       engine: what maps the body over devices; the results are the same bit for bit.
 
-    Where several processes run, all make the same step, begin with the same params and call ``update`` equally often.
-    Each does the owner's update on its own first device: alike processors get the same params bit for bit. A process
-    that stops takes the others with it; it never makes a wrong sum.
+    With several processes, all must make the same step, begin with the same params and call ``update`` equally often.
+    Each computes the owner's update on its own first device: identical processors get the same params bit for bit. If
+    one process stops, the others stop too; a wrong sum never results.
 
     Returns:
-      The pair (init, update). A state is never modified: after an error, the one before is still there. Masks are made
-      from the pair keys and the round's number, and two messages under one mask show their difference: to go back to
-      an earlier state, or to begin anew, agree new pair keys first. With a single party there is nobody to hide
-      among, and nothing is masked.
+      The pair (init, update). A state is never modified: after an error, the previous one is still valid. Masks are
+      made from the pair keys and the round's number, and two messages under one mask reveal their difference: before
+      going back to an earlier state or starting again, agree new pair keys. A single party has nobody to hide among,
+      so nothing is masked.
 
     Raises:
       SmarkError: for an unknown engine or too few devices; from ``init``, when processes begin with different params;
         from ``update``, when the batch or the keys are not one row for each of the process's parties, or two of these
-        hold different keys for each other. Whether parties of different processes do, nobody sees: the sum is noise.
+        parties hold different keys for each other. A mismatch between parties of different processes goes undetected,
+        and the sum is noise.
     """
     num_parties = fixed_point.num_parties
     party_devices, own = devices(num_parties), own_parties(num_parties)
@@ -202,7 +204,7 @@ def train_step(
 
     def party_round(params: PyTree, images: Array, labels: Array, row: Array, round: Array) -> tuple[PyTree, TrainInfo]:
         loss, gradient = party_gradient(params, images, labels)
-        # In a lower precision, scaling would not keep to the clip.
+        # In lower precision, the scaled gradient could exceed the clip.
         gradient = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradient)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -218,8 +220,8 @@ def train_step(
 
     @jax.jit
     def owner_round(params: PyTree, opt_state: Any, mean: PyTree, round: Array) -> TrainState:
-        # The mean stays in float32, whatever the parameters are in: rounded to bfloat16, two means that differ by an
-        # example's share could lie further apart than the noise of differential privacy allows for.
+        # The mean stays in float32 whatever the parameters' type: rounded to bfloat16, two means that differ by one
+        # example's share could lie further apart than the noise of differential privacy covers.
         updates, opt_state = optimizer.update(mean, opt_state, params)
         return TrainState(optax.apply_updates(params, updates), opt_state, round + 1)
 
@@ -250,7 +252,7 @@ def train_step(
 
 
 def _map_parties(body: Callable[..., Any], party_devices: list[Device], engine: Engine) -> Callable[..., Any]:
-    """``body(params, images, labels, row, round)`` over the parties' devices; first and last argument common."""
+    """Maps ``body(params, images, labels, row, round)`` over the parties' devices; all share params and round."""
     if engine == "pmap":
         return jax.pmap(body, AXIS, in_axes=(None, 0, 0, 0, None), out_axes=None, devices=party_devices)
     if engine != "shard_map":
@@ -262,8 +264,8 @@ def _map_parties(body: Callable[..., Any], party_devices: list[Device], engine: 
         return body(params, images[0], labels[0], row[0], round)
 
     specs = (common, split, split, split, common)
-    # With check_vma, differentiating with respect to the common params would insert a psum of the bare gradients: wrong
-    # here, since the body averages by itself, and an opening of what the masks are there to hide.
+    # With check_vma, differentiating with respect to the shared params would insert a psum of the bare gradients. That
+    # is wrong here, since the body averages by itself, and would reveal what the masks hide.
     mapped = jax.jit(jax.shard_map(one_row, mesh=mesh, in_specs=specs, out_specs=common, check_vma=False))
 
     def call(*args: Any) -> Any:
@@ -277,7 +279,7 @@ def _place(tree: PyTree, sharding: jax.NamedSharding) -> PyTree:
 
 
 def _same_in_every_process(params: PyTree) -> None:
-    """Refuses, in every process alike, params that are not the same bit for bit."""
+    """Refuses, in all processes together, params that are not the same bit for bit."""
     if jax.process_count() == 1:
         return
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))).digest()

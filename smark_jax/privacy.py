@@ -1,8 +1,8 @@
-r"""Differential privacy of single examples: each example's gradient clipped, Gaussian noise added by the owner.
+r"""Example-level differential privacy: parties clip each example's gradient, and the owner adds Gaussian noise.
 
 A party draws each of its n examples with probability q (Poisson sampling, at most B of them), clips each example's
-gradient to norm C and divides the sum by b = q n. The owner adds noise to the mean over the P parties, which one
-example more or less moves by at most :func:`sensitivity`. ::
+gradient to norm C and divides the sum by b = q n. The owner adds noise to the mean over the P parties. Adding or
+removing one example moves this mean by at most :func:`sensitivity`. ::
 
     sampling = privacy.Sampling(num_parties=4, examples=1000, probability=0.064, rounds=150)
     guarantee = privacy.plan(sampling, epsilon=8.0, delta=1e-5)
@@ -15,9 +15,9 @@ example more or less moves by at most :func:`sensitivity`. ::
     )
     batches = privacy.batches(sampling, images, labels, party_secrets)
 
-The owner is trusted: it (and every device of the program) sees the sums before noise. Sampling, clipping and noise are
-jax_privacy's, the accounting is dp_accounting's; they come with ``pip install 'smark-jax[dp]'``. (Abadi et al. 2016,
-"Deep learning with differential privacy".)
+The owner is trusted: it (and every device of the program) sees the sums before noise. Sampling, clipping and noise come
+from jax_privacy, and the accounting from dp_accounting; ``pip install 'smark-jax[dp]'`` installs both. (Abadi et al.
+2016, "Deep learning with differential privacy".)
 """
 
 import dataclasses
@@ -40,9 +40,11 @@ with _validate.needs("smark_jax.privacy", "dp"):
     from dp_accounting import pld
     from jax_privacy import batch_selection, clipped_grad, noise_addition
 
-# Batches longer than the padded length are cut, which the accountant is told; so seldom that it costs next to nothing.
+# Batches longer than the padded length are cut, and the accountant includes it. It is so rare that it costs next to
+# nothing.
 _CUT_PROBABILITY = 1e-7
-# Of privacy losses in the accountant, whose result is an upper bound at any value; dp_accounting's own takes minutes.
+# Discretisation interval of privacy losses in the accountant. Its result is an upper bound at any interval; with
+# dp_accounting's default it takes minutes.
 _DISCRETIZATION = 1e-3
 _FIXED_POINT_ROOM = 1.001
 _PADDING = -1
@@ -50,12 +52,12 @@ _PADDING = -1
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Who takes part in which round; known to everybody.
+    """How examples are drawn for the rounds; everybody knows this.
 
     Attributes:
       num_parties: P.
       examples: n, how many examples each party holds.
-      probability: q, with which each example enters a round, independently of all others.
+      probability: q, that an example enters a round, independently of all others.
       rounds: T.
 
     Raises:
@@ -76,12 +78,12 @@ class Sampling:
 
     @property
     def expected_batch(self) -> float:
-        """The number b = q n, by which a party divides its sum."""
+        """The number b = q n by which a party divides its sum."""
         return self.probability * self.examples
 
     @property
     def batch_size(self) -> int:
-        """B, the length to which batches are padded; of longer ones, one in 10^7, a random choice of B is kept."""
+        """B, the length to which batches are padded. Of a longer batch (one in 10^7), B random examples are kept."""
         return max(1, int(stats.binom.isf(_CUT_PROBABILITY, self.examples + 1, self.probability)))
 
 
@@ -91,7 +93,7 @@ class Guarantee(NamedTuple):
     Attributes:
       epsilon: of differential privacy for adding or removing one example.
       delta: likewise.
-      noise_multiplier: standard deviation of the noise over the sensitivity.
+      noise_multiplier: standard deviation of the noise divided by the sensitivity.
       sampling: of the run that it covers.
     """
 
@@ -116,7 +118,7 @@ def achieved(sampling: Sampling, noise_multiplier: float, delta: float) -> Guara
 
     Args:
       sampling: of the whole run.
-      noise_multiplier: standard deviation of the noise over the sensitivity.
+      noise_multiplier: standard deviation of the noise divided by the sensitivity.
       delta: well below one over the number of all examples.
 
     Raises:
@@ -161,10 +163,10 @@ def plan(sampling: Sampling, epsilon: float, delta: float) -> Guarantee:
 def value_and_clipped_grad(
     sampling: Sampling, clip: float
 ) -> Callable[[Callable[..., Array]], Callable[..., tuple[Array, PyTree]]]:
-    """For ``train_step(value_and_grad=...)``: the sum of the examples' gradients, each clipped to ``clip``, over b.
+    """For ``train_step(value_and_grad=...)``: the sum of gradients, each example's clipped to ``clip``, divided by b.
 
     Examples labelled -1 are padding and count as zero, and so does an example whose gradient is NaN or infinite. The
-    loss it returns is always zero: a round's true loss is not covered by any noise, so it is never opened.
+    returned loss is always zero: no noise covers a round's true loss, so it is never opened.
 
     Args:
       sampling: of the run.
@@ -174,8 +176,8 @@ def value_and_clipped_grad(
 
     def transform(loss: Callable[..., Array]) -> Callable[..., tuple[Array, PyTree]]:
         def value_and_grad(params: PyTree, images: Array, labels: Array) -> tuple[Array, PyTree]:
-            # Each example's gradient comes in float32, and is clipped and summed so: rounded to bfloat16, clipped
-            # gradients are longer than C, and their sum moves by more than any of them.
+            # Each example's gradient is computed, clipped and summed in float32: rounded to bfloat16, a clipped
+            # gradient may be longer than C, and the sum may move by more than any of them.
             def wide_loss(wide: PyTree, *batch: Array) -> Array:
                 return loss(jax.tree.map(lambda w, p: w.astype(p.dtype), wide, params), *batch)
 
@@ -191,9 +193,9 @@ def value_and_clipped_grad(
 
 
 def fixed_point(sampling: Sampling, clip: float) -> aggregation.FixedPoint:
-    """The words' format for a run: its clip, C B / b and a little more, is beyond what a party's sum can reach.
+    """The words' format for a run: its clip, slightly above C B / b, exceeds any sum that a party can reach.
 
-    So the step's own clipping of a party's gradient, which is not what the sensitivity rests on, never acts.
+    So the step's own clipping of a party's gradient, on which the sensitivity does not rest, never acts.
     """
     _validate.finite_number("fixed_point", "clip", clip)
     largest = clip * sampling.batch_size / sampling.expected_batch
@@ -201,16 +203,17 @@ def fixed_point(sampling: Sampling, clip: float) -> aggregation.FixedPoint:
 
 
 def sensitivity(sampling: Sampling, clip: float, num_weights: int) -> float:
-    r"""How far one example more or less moves the decoded mean, in Euclidean norm.
+    r"""How far adding or removing one example moves the decoded mean, in Euclidean norm.
 
     .. math:: \frac{C}{P b} + \frac{\Delta \sqrt{D}}{P} + 2^{-21} F
 
-    Only the example's own party sends other words. Its exact sum over b moves by at most C / b. Its D words are rounded
-    with the same random numbers in both worlds, since these do not depend on the data (given them, noise covers the
-    difference; averaged over them, the guarantee stays): rounding is monotone, so that each coordinate moves by at most
-    one level Delta more. The last term covers the float32 roundings of encoding and decoding: one of relative 2^-24 on
-    a party's vector and three on the sum's, in each world, on vectors of norm at most F and P F, F being the format's
-    clip. Not covered, as in jax_privacy, is float32 within the gradient's own computation.
+    Only the example's own party sends other words. Its exact sum divided by b moves by at most C / b. Its D words are
+    rounded with the same random numbers with and without the example, since these do not depend on the data (given
+    them, noise covers the difference; averaged over them, the guarantee holds). Rounding is monotone, so each
+    coordinate moves by at most one level Delta more. The last term covers the float32 roundings of encoding and
+    decoding: one of relative size 2^-24 on a party's vector and three on the sum, with and without the example, on
+    vectors of norm at most F and P F, where F is the format's clip. As in jax_privacy, float32 rounding within the
+    gradient's own computation is not covered.
 
     Args:
       sampling: of the run.
@@ -226,10 +229,10 @@ def sensitivity(sampling: Sampling, clip: float, num_weights: int) -> float:
 def gaussian_noise(
     guarantee: Guarantee, clip: float, params: PyTree, key: keys.SecretKey
 ) -> optax.GradientTransformation:
-    """The owner's noise, to be chained first into its optimiser: fresh in each round and for each weight.
+    """The owner's noise, drawn anew in each round and for each weight; chain it first in the owner's optimiser.
 
     Its standard deviation is ``guarantee.noise_multiplier * sensitivity(...)``. Its state holds the generator's key: a
-    checkpoint with it is as secret as ``key``. Going back to an earlier state repeats the noise: begin with a new key.
+    checkpoint with it is as secret as ``key``. Going back to an earlier state would repeat the noise: use a new key.
     The generator is jax.random's threefry, seeded with 64 bits of ``key``: the guarantee is against adversaries who
     cannot search through 2^64 keys.
 
@@ -240,7 +243,7 @@ def gaussian_noise(
       key: the owner's, fresh for each run.
 
     Raises:
-      SmarkError: from ``update``, when the mean comes in a type below float32: the sensitivity does not cover a cast.
+      SmarkError: from ``update``, when the mean's type is narrower than float32: the sensitivity does not cover a cast.
     """
     if not isinstance(key, keys.SecretKey):
         got, cause = type(key).__name__, "Noise that others can draw again protects nobody: keys.new()."
@@ -266,11 +269,11 @@ def gaussian_noise(
 def batches(
     sampling: Sampling, images: np.ndarray, labels: Int[np.ndarray, "P n"], party_secrets: Sequence[keys.SecretKey]
 ) -> Iterator[tuple[np.ndarray, Int[np.ndarray, "P B"]]]:
-    """Poisson-sampled batches for all rounds of a run; which examples they hold is to stay secret.
+    """Poisson-sampled batches for all rounds of a run; which examples they hold must stay secret.
 
     Args:
       sampling: of the run.
-      images: every party's images, shape [P, n, ...]; where several processes run, of the process's own parties.
+      images: every party's images, shape [P, n, ...]; with several processes, those of the process's own parties.
       labels: their labels, shape [P, n].
       party_secrets: a key of each of these parties, fresh for each run; the draws are derived from them.
 
@@ -306,7 +309,7 @@ def _draw_batches(
 
 
 def _event(sampling: Sampling, noise_multiplier: float) -> dp_accounting.DpEvent:
-    # One example more than there are now. Other parties' draws are independent of it, so the batch of its own counts.
+    # With the example that is added. Other parties' draws are independent of it, so only its own party's batch counts.
     one_round = dp_accounting.TruncatedSubsampledGaussianDpEvent(
         sampling.examples + 1, sampling.probability, sampling.batch_size, noise_multiplier
     )

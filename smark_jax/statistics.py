@@ -1,7 +1,7 @@
 r"""Test statistics and p-values that hold for every attack.
 
-Setting. A suspect's read-out is y in R^m. Customer j's codeword b_j is m fair, independent signs, secret, and for an
-innocent j independent of y (whatever the attackers did, they never saw b_j). The statistic is
+Setting. A suspect's read-out is y in R^m. Customer j's codeword b_j consists of m fair, independent signs. It is
+secret, and for an innocent j it is independent of y (whatever the attackers did, they never saw b_j). The statistic is
 
 .. math:: T_j = \langle u, b_j \rangle, \qquad u = y / |y|.
 
@@ -12,9 +12,9 @@ Formal guarantee (T1+). For an innocent j, for every y and every t > 0,
 
 The first bound is Bentkus and Dzindzalieta, "A tight Gaussian bound for weighted sums of Rademacher random variables"
 (Bernoulli 21, 2015). The second is Chernoff's, never worse than Hoeffding's 2 exp(-t^2/2), since
-ln cosh x <= x^2/2. Both sides are tested because colluders can extrapolate, which makes a guilty customer's T negative.
+ln cosh x <= x^2/2. The test is two-sided because colluders can extrapolate, which makes a guilty customer's T negative.
 
-Everything here is float64 on the host, in logarithms: a p-value of 1e-300 is a number like any other.
+Everything here is computed in float64 on the host, in logarithms, so that p-values far below 1e-300 stay accurate.
 """
 
 import math
@@ -42,15 +42,16 @@ def direction(chips: AnyArray) -> Float[np.ndarray, " m"]:
     largest = np.abs(y).max()
     if largest == 0:
         return y
-    y = y / largest  # squares of very small or large chips would leave the range of float64
+    y = y / largest  # the squares of very small or large chips would leave the range of float64
     return y / np.linalg.norm(y)
 
 
 def log_p_value(statistic: float | AnyArray, chips: AnyArray) -> Float[np.ndarray, "..."]:
     r"""Natural logarithm of the two-sided T1+ bound at each \|T\|, before any correction for the number of customers.
 
-    Chernoff's infimum is sought by Newton's method from s = t, which approaches it from below without overshooting,
-    because the derivative in s is concave. Every s gives a valid bound, so an early stop costs power, never validity.
+    Newton's method finds Chernoff's infimum, starting from s = t. It approaches the minimum from below without
+    overshooting, because the derivative in s is concave. Every s gives a valid bound, so an early stop costs power but
+    never validity.
 
     Args:
       statistic: T of each customer, shape [K] (or a single number).
@@ -71,14 +72,14 @@ def log_p_value(statistic: float | AnyArray, chips: AnyArray) -> Float[np.ndarra
     t = np.abs(np.asarray(statistic, np.float64))
     if not u.any():
         return np.zeros(t.shape)
-    # No codeword scores above sum |u_i|; what exceeds it is rounding. The last bits of a score count for the accused.
+    # No codeword scores above sum |u_i|; any excess is rounding. Rounding errors are resolved in the accused's favour.
     flat = np.minimum(t.reshape(-1), u.sum()) * (1 - _ROUNDING)
     log_p = np.minimum(_LOG_NORMAL_FACTOR + special.log_ndtr(-flat), _log_chernoff(flat, u))
     return np.minimum(0.0, _LOG_TWO + log_p).reshape(t.shape)
 
 
 def threshold(chips: AnyArray, log_alpha: float) -> float:
-    r"""The smallest \|T\| whose two-sided p-value is at most exp(``log_alpha``): what an accusation must reach.
+    r"""The smallest \|T\| whose two-sided p-value is at most exp(``log_alpha``): an accusation needs this much.
 
     Args:
       chips: the read-out y, shape [m].

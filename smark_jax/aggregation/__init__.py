@@ -1,10 +1,10 @@
 """Masked aggregation: parties' updates as fixed-point words under pairwise masks that cancel in the sum.
 
-A party's update becomes integers modulo 2^32 (:func:`encode`), and a mask from keys shared pairwise is added
-(:func:`pairwise_mask`). Each masked message alone is uniform noise to whoever lacks the pair keys; the sum of all
-messages is the exact sum of the integers (:func:`decode`). Inside one program that is all. Between organisations, where
-parties drop out and the server may lie, :mod:`~smark_jax.aggregation.protocol` is the state machine. What remains
-visible is that sum: use differential privacy where even it says too much.
+A party's update becomes integers modulo 2^32 (:func:`encode`), to which it adds a mask made from pairwise shared keys
+(:func:`pairwise_mask`). Without the pair keys, each masked message alone is uniform noise; the sum of all messages is
+the exact sum of the integers (:func:`decode`). Within one program nothing more is needed. Between organisations, where
+parties drop out and the server may lie, use the state machine of :mod:`~smark_jax.aggregation.protocol`. The sum
+remains visible: use differential privacy where even the sum reveals too much.
 """
 
 import importlib
@@ -45,7 +45,7 @@ _NEED_JAX = {
 
 
 def __getattr__(name: str) -> Any:
-    # jax takes half a second to load, and Flower starts a process for each message to a client: most need no jax.
+    # jax takes half a second to load, and Flower starts a process per message to a client; most of these need no jax.
     for module, names in _NEED_JAX.items():
         if name in names:
             return getattr(importlib.import_module(f"smark_jax.aggregation.{module}"), name)

@@ -1,4 +1,4 @@
-"""Keys that two parties share without anybody else's knowing, and the words that such a key gives on the host."""
+"""Keys that only two parties share, and the keystream of such a key on the host."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from jaxtyping import UInt32
 from smark_jax import _validate, keys
 
 MASK, ROUNDING = 1, 2
-"""The nonce of a keystream is (round, 0, purpose): no key makes the same stream for two purposes or two rounds."""
+"""The nonce of a keystream is (round, 0, purpose), so that no stream repeats between purposes or rounds."""
 
 
 def public_key(secret: keys.SecretKey) -> bytes:
@@ -19,10 +19,10 @@ def public_key(secret: keys.SecretKey) -> bytes:
 
 
 def agree(secret: keys.SecretKey, party: int, public_keys: Sequence[bytes]) -> UInt32[np.ndarray, "P 8"]:
-    """The row of pair keys that one party holds, from its own secret and everybody's public keys.
+    """The row of pair keys that one party holds, from its own secret and all public keys.
 
     Entry v is the key that it shares with party v: HKDF of the X25519 shared secret, bound to the roster of all public
-    keys. Its own entry is derived from its secret and shared with nobody.
+    keys. The party's own entry is derived from its secret, and nobody else has it.
 
     Args:
       secret: the party's X25519 private key.
@@ -52,7 +52,7 @@ def agree(secret: keys.SecretKey, party: int, public_keys: Sequence[bytes]) -> U
 
 
 def pair_keys(secrets: Sequence[keys.SecretKey]) -> UInt32[np.ndarray, "P P 8"]:
-    """The rows of all parties, for a program that plays them all: row u is what :func:`agree` gives to party u.
+    """The rows of all parties, for a program that runs all of them: row u is what :func:`agree` gives to party u.
 
     Args:
       secrets: the X25519 private key of each party.
@@ -70,7 +70,7 @@ def pair_keys(secrets: Sequence[keys.SecretKey]) -> UInt32[np.ndarray, "P P 8"]:
 
 
 def stream(key: keys.SecretKey, round: int, num_words: int) -> UInt32[np.ndarray, " num_words"]:
-    """The mask that a key gives in a round, on the host: what ``pairwise_mask`` adds for a pair with this key."""
+    """The mask of a key in a round, computed on the host: ``pairwise_mask`` adds it for a pair with this key."""
     nonce = np.array([0, round, 0, MASK], "<u4").tobytes()  # block counter, then the nonce (RFC 8439, section 2.3)
     encryptor = Cipher(algorithms.ChaCha20(key.to_bytes(), nonce), None).encryptor()
     return np.frombuffer(encryptor.update(bytes(4 * num_words)), "<u4").astype(np.uint32)

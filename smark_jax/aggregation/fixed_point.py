@@ -1,12 +1,12 @@
-r"""Fixed point: floats to integers modulo 2^32 and back, unbiased, with room for the sum of all parties.
+r"""Fixed point: unbiased conversion of floats to integers modulo 2^32 and back, with room for the sum of all parties.
 
 With clip C, n parties and Q levels, the resolution is :math:`\Delta = 2C / (Q - 1)` and a value x is sent as
 
 .. math:: q = SR\big(\mathrm{clip}(x, \pm C) / \Delta\big) + (Q - 1) / 2,
 
-SR rounding up with the probability of the fractional part: unbiased, variance at most Delta^2 / 4. Q is odd with
-n (Q - 1) < 2^bits, so that the sum of n messages never wraps: the largest such number for which the offset (Q - 1) / 2
-is a float32.
+where SR rounds up with a probability equal to the fractional part: it is unbiased, with variance at most Delta^2 / 4. Q
+is the largest odd number with n (Q - 1) < 2^bits, so that the sum of n messages never wraps, for which the offset
+(Q - 1) / 2 is exact in float32.
 
 All integer steps are exact. Float32 enters twice: x / Delta carries one relative rounding error of 2^-24, and so does
 the decoded sum.
@@ -28,12 +28,12 @@ from smark_jax._types import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class FixedPoint:
-    """How floats travel as words. Hashable, so it is a static argument under jit.
+    """The format in which floats are sent as words. It is hashable, so it is a static argument under jit.
 
     Attributes:
       clip: C; values beyond +-C are clipped to it.
-      num_parties: n, the most parties whose words may be added.
-      bits: width of the word that their sum must fit, at most 32.
+      num_parties: n, the largest number of parties whose words may be added.
+      bits: width of the word that their sum must fit into, at most 32.
 
     Raises:
       SmarkError: on a clip that is not positive and finite, zero parties, or more parties than the word has room for.
@@ -112,10 +112,10 @@ def _encode_leaves(leaves: list[Array], fixed_point: FixedPoint, key: Array) -> 
 
 
 def _uniform(key: Array, count: int) -> Array:
-    """Numbers (k + 1/2) / 2^16, of which every random word makes two: a mean is off by 2^-17 of a level at most."""
-    # An even number of words: an odd one takes six times as long.
+    """Numbers (k + 1/2) / 2^16, two per random word; the bias of a mean is at most 2^-17 of a level."""
+    # The number of words is even: an odd one takes six times as long.
     words = jax.random.bits(key, (-(-count // 4) * 2,), jnp.uint32)
-    # The barrier keeps XLA from fusing this into whatever uses it, which would compute it word by word.
+    # The barrier keeps XLA from fusing this into its consumer, which would compute it word by word.
     halves = jax.lax.optimization_barrier(jnp.concatenate([words & 0xFFFF, words >> 16]))
     return (halves[:count].astype(jnp.float32) + 0.5) * 2**-16
 
@@ -124,7 +124,7 @@ def _encode_leaf(x: Array, fixed_point: FixedPoint, uniform: Array) -> Array:
     steps = jnp.clip(x / fixed_point.resolution, -fixed_point.offset, fixed_point.offset)
     floor = jnp.floor(steps)
     up = uniform < steps - floor
-    # Exact: above 2^24 float32 has no fractions left, so nothing is rounded up there; the offset is a float32.
+    # Exact: float32 has no fractions above 2^24, so nothing is rounded up there, and the offset is exact in float32.
     whole = (floor + up).astype(jnp.int32)
     return jax.lax.bitcast_convert_type(whole, jnp.uint32) + jnp.uint32(fixed_point.offset)
 
@@ -162,12 +162,12 @@ def decode(total: PyTree, fixed_point: FixedPoint, num_survivors: int) -> PyTree
 def encode_weighted(
     tree: PyTree, num_examples: int, most_examples: int, fixed_point: FixedPoint, key: Array
 ) -> tuple[PyTree, Array]:
-    """A party's floats times its share of examples, and that number itself, as words: both stay under the mask.
+    """Words of a party's floats, weighted by its number of examples, and of that number: the mask hides both.
 
     Args:
       tree: pytree of floats.
-      num_examples: n_u, how many examples the party computed it from; 0 takes part without weight.
-      most_examples: the most that any party may have, the same for all.
+      num_examples: n_u, the number of examples behind ``tree``; with 0 the party takes part without weight.
+      most_examples: the largest number that any party may have, the same for all.
       fixed_point: the format.
       key: a ``jax.random`` key for the rounding.
 
@@ -218,7 +218,7 @@ def _check_weights(who: str, most_examples: int, fixed_point: FixedPoint) -> Non
 
 
 def stack(updates: Mapping[int, PyTree] | Sequence[PyTree]) -> PyTree:
-    """Parties' updates as one tree whose leaves have a leading axis of P parties, as pmap and shard_map take them.
+    """Stacks parties' updates into one tree whose leaves have a leading axis of P parties, as for pmap and shard_map.
 
     Args:
       updates: an update for each party, in order, or by party number.

@@ -4,9 +4,9 @@ Each pair of parties {u, v} shares a 256-bit key k_uv. In a round, party u adds
 
 .. math:: \sum_{v > u} PRG(k_{uv}) - \sum_{v < u} PRG(k_{uv}) \pmod{2^{32}}
 
-to its words, PRG being the ChaCha20 keystream under a nonce that contains the round. Each key enters once with each
+to its words, where PRG is the ChaCha20 keystream under a nonce that contains the round. Each key enters once with each
 sign, so the masks sum to zero. (Bonawitz et al. 2017, "Practical secure aggregation for privacy-preserving machine
-learning", section 4; its self-masks, with which parties may drop out, are for organisations, not for one program.)
+learning", section 4. Its self-masks, which let parties drop out, are needed between organisations, not in one program.)
 """
 
 import functools
@@ -19,14 +19,14 @@ from smark_jax import _validate, chacha
 from smark_jax._types import AnyArray
 from smark_jax.aggregation.exchange import MASK, ROUNDING
 
-# Of each stream at a time, however many partners there are.
+# At least this many blocks of each stream are made at a time, however many partners there are.
 _FEWEST_BLOCKS = 64
 
 
 def pairwise_mask(
     pair_keys: UInt32[AnyArray, "P 8"], party: int | Array, round: int | Array, num_words: int
 ) -> UInt32[Array, " num_words"]:
-    """The words that a party adds to its message in a round; over all parties they sum to zero modulo 2^32.
+    """The words that a party adds to its message in a round; their sum over all parties is zero modulo 2^32.
 
     Runs under jit, vmap, pmap and shard_map, where ``party`` may be ``jax.lax.axis_index``.
 
@@ -40,7 +40,7 @@ def pairwise_mask(
       uint32, shape [num_words]; zeros for a single party.
 
     Raises:
-      SmarkError: when the keys have another shape, or (outside jit) the party is not one of theirs.
+      SmarkError: when the keys have another shape, or (outside jit) the party's number is out of their range.
     """
     row = jnp.asarray(pair_keys)
     if row.ndim != 2 or row.shape[1] != 8 or row.dtype != jnp.uint32 or row.shape[0] == 0:
@@ -62,7 +62,7 @@ def _pairwise_mask(row: Array, party: Array, round: Array, num_words: int) -> Ar
     partners = (party + jnp.arange(1, num_parties)) % num_parties
     keys = row[partners].T[:, :, None]  # [8, P - 1, 1]
     signs = jnp.where(partners > party, jnp.uint32(1), jnp.uint32(2**32 - 1))
-    # All partners' streams side by side, a few blocks at a time: no stream is ever whole in memory.
+    # All partners' streams are made side by side, a few blocks at a time: memory never holds a whole stream.
     width = max(_FEWEST_BLOCKS, chacha.BLOCKS_PER_PASS // (num_parties - 1))
     width = min(width, -(-num_words // chacha.BLOCK_WORDS))
     nonce = _nonce(round, MASK)
@@ -79,9 +79,9 @@ def _pairwise_mask(row: Array, party: Array, round: Array, num_words: int) -> Ar
 
 
 def rounding_key(pair_keys: UInt32[AnyArray, "P 8"], party: int | Array, round: int | Array) -> Array:
-    """The ``jax.random`` key with which a party rounds in a round, from the entry of its row that nobody shares."""
+    """The ``jax.random`` key for a party's rounding in a round, derived from the entry of its row that it alone has."""
     words = chacha.keystream(jnp.asarray(pair_keys)[party], _nonce(round, ROUNDING), 2)
-    # Parties that were given equal keys for testing still round independently.
+    # The party's number is folded in, so that parties with equal keys (in tests) still round independently.
     return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), party)
 
 

@@ -1,4 +1,4 @@
-"""A whole round in memory: every party's state machine and the server's, without a network."""
+"""A whole round in memory: the state machines of all parties and the server, without a network."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -18,11 +18,11 @@ Stage = Literal["keys", "shares", "masked", "confirm", "unmask"]
 
 
 class RoundResult(NamedTuple):
-    """What a round opened.
+    """The sum that a round opened.
 
     Attributes:
       total: the survivors' sum modulo 2^32, a tree of uint32 like each update.
-      survivors: whose words are in it, ascending.
+      survivors: the parties whose words are in it, ascending.
     """
 
     total: PyTree
@@ -42,16 +42,16 @@ def run_round(
 
     Args:
       updates: by party number, a tree of uint32 as from :func:`smark_jax.aggregation.encode`; all of one structure.
-      threshold: t, the fewest parties whose sum may be opened, and (in the full graph) the shares that recover a
-        secret. Against a server that lies, t > 2n/3.
-      drop: by party, the stage at which it falls silent: from this stage's message on nothing of it arrives. Words that
+      threshold: t, the fewest parties whose sum may be opened, and (in the full graph) the number of shares that
+        recover a secret. Against a lying server, use t > 2n/3.
+      drop: by party, the stage at which it drops out: its messages from this stage on never arrive. Words that have
         arrived stay in the sum. Stage "confirm" takes place only when somebody dropped out at "masked".
       round: the round's number.
       neighbourhood: parameters of a sparse graph, from :func:`smark_jax.aggregation.neighbourhood`.
-      tamper: applied to every message and request on its way, for tests.
+      tamper: applied to every message and request in transit, for tests.
 
     Returns:
-      The sum and whose it is.
+      The sum, and the parties that are in it.
 
     Raises:
       ProtocolError: when fewer than the threshold are left at any stage, or a message was tampered with. Nothing of the
@@ -86,7 +86,7 @@ def run_round(
     agreed = setup(
         roster, words[0].size, round, session=keys.new().to_bytes(), quorum=threshold, neighbourhood=neighbourhood
     )
-    # One program plays all parties: they want what the caller wants.
+    # One program runs all parties, so the caller's settings are their policy.
     policy = Policy(threshold, 0.0, None if neighbourhood is None else 0.0, -math.inf)
     gone = {numbers.index(party): server.STAGES.index(stage) for party, stage in drop.items()}
     state, crowd, requests = server.start(agreed), {}, {}

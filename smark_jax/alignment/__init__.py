@@ -1,13 +1,13 @@
-"""Undoing what leaves a network's function alone: permuted, rescaled, flipped, split and dummy neurons.
+"""Undoing rewrites that preserve a network's function: permuted, rescaled, flipped, split and dummy neurons.
 
 ::
 
     aligned = alignment.align(suspect, base, apply_fn, example_images)
     verdict = tracing.trace(extraction.extract(aligned.params, base, mark), book)
 
-No table of the network is needed: :func:`trace_graph` reads its channel spaces off its jaxpr. Alignment looks at the
-suspect and the base and at nothing else: an innocent's codeword cannot enter, so that p-values hold as they do without
-(aligning to a customer's own copy would break them).
+No description of the network is needed: :func:`trace_graph` reads its channel spaces off its jaxpr. Alignment uses only
+the suspect and the base. An innocent's codeword cannot enter, so p-values hold as they do without alignment (aligning
+to a customer's own copy would break them).
 """
 
 from smark_jax.alignment.align import align

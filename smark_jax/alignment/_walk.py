@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Role(NamedTuple):
-    """Identities along some axes of a value: ``ids`` has these axes' sizes as its shape."""
+    """Identities along some axes of a value; the shape of ``ids`` is the sizes of these axes."""
 
     axes: tuple[int, ...]
     ids: np.ndarray
@@ -32,7 +32,7 @@ _CALLS = frozenset(
 
 
 class Walk:
-    """The pass over a jaxpr: hands out identities, links and fixes them."""
+    """The pass over a jaxpr: it assigns identities, links them and fixes them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -105,7 +105,7 @@ class Walk:
         return [tuple(Role((a,), self.fixed((n,)), None) for a, n in enumerate(o) if n > 1) for o in outs]
 
     def give_up(self, why: str, roles: Sequence[Role]) -> None:
-        """What an operation does with these entries is unknown: they are fixed, and the operation is reported."""
+        """Fixes entries that an operation of unknown effect touches, and reports the operation."""
         moving = tuple(role for role in roles if not self.still(role))
         if moving:
             self.unfollowed[why] = None
@@ -133,7 +133,7 @@ class Walk:
     def contract(
         self, left: Roles, left_axes: Sequence[int], right: Roles, right_axes: Sequence[int], why: str
     ) -> None:
-        """Links what is multiplied and summed over."""
+        """Links the entries that are multiplied and summed over."""
         pairs: dict[tuple[int, ...], list[Role]] = {}
         for roles, axes in ((left, left_axes), (right, right_axes)):
             for role in roles:
@@ -285,7 +285,7 @@ class Walk:
 
 
 def _simplified(role: Role) -> Role:
-    """Without the axes along which identities do not change."""
+    """The role without the axes along which identities do not change."""
     ids, kept = role.ids, []
     for axis in reversed(range(ids.ndim)):
         first = ids.take([0], axis=axis)
@@ -297,7 +297,7 @@ def _simplified(role: Role) -> Role:
 
 
 def _moved(roles: Roles, order: Sequence[int]) -> Roles:
-    """Roles of a value whose axes became ``order``; a role that lost an axis is gone."""
+    """Roles of a value whose axes were reordered to ``order``; a role that lost an axis is dropped."""
     place = {axis: i for i, axis in enumerate(order)}
     found = []
     for role in roles:

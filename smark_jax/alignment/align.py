@@ -1,4 +1,4 @@
-"""From a suspect to the base's own order of channels, scales and names."""
+"""Bringing a suspect into the base's order of channels, scales and names."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,26 +20,27 @@ _HUGE = 1e15
 def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any) -> Alignment:
     """Brings a suspect's neurons back to where the base has them.
 
-    Undone are: permutations of channels, any scaling and sign of a channel's incoming or outgoing weights (so also
-    rescaled neurons and folded normalisations), split and duplicated neurons, dummy neurons, renamed leaves. A suspect
-    may be wider than the base. Leaves that it lacks or has in a form of its own (a new head) are left out, and weights
-    that are NaN or infinite stay so where they belong.
+    It undoes permutations of channels, any scaling and sign of a channel's incoming or outgoing weights (and so
+    rescaled neurons and folded normalisations), split and duplicated neurons, dummy neurons, and renamed leaves. A
+    suspect may be wider than the base. Leaves that it lacks or has in another form (a new head) are left out. Weights
+    that are NaN or infinite stay so, at their aligned places.
 
     Args:
       suspect: pytree of arrays.
-      base: the model that copies were made from; whatever ``apply_fn`` takes first (with batch norm: the whole
-        variables dict).
+      base: the model that copies were made from, in the form that ``apply_fn`` takes as its first argument (with batch
+        norm: the whole variables dict).
       apply_fn: the base's network, ``apply_fn(base, images) -> logits``, pure. It is never run, only traced.
-      example_images: images as it takes them; only shape and dtype matter.
+      example_images: images in the form that it takes; only shape and dtype matter.
 
     Returns:
       The suspect in the base's structure, and a report. Channels of the base that the suspect lacks, and leaves that
-      have nothing in common with the base's, are taken from the base: they read as unchanged.
+      have nothing in common with the base's, are taken from the base, so that they read as unchanged.
 
     Raises:
       NothingMatched: when no order, scale and sign of channels makes the suspect's weights resemble the base's.
-      Undecided: when they do not, but the network has operations that are not followed, or symmetries that are not
-        undone (attention, normalisation over channels); or when no leaf fits by which to recognise channels.
+      Undecided: when they do not resemble the base's, but the network has operations that alignment cannot follow or
+        symmetries that it does not undo (attention, normalisation over channels); or when no leaf fits by which to
+        recognise channels.
       SmarkError: when the network does not take the base, or the base holds NaN or infinite weights.
 
     Examples:
@@ -101,7 +102,7 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
 
 
 def _fitting(graph: Graph, names: dict[str, str], theirs: Leaves) -> tuple[dict[str, str], tuple[int, ...]]:
-    """The leaves whose shapes fit each other, by path, and the widths of the suspect's spaces."""
+    """The leaves whose shapes match, by path, and the widths of the suspect's spaces."""
     names = dict(names)
     while True:
         rest = graph.without(graph.shapes.keys() - names.keys())
@@ -116,14 +117,14 @@ def _fitting(graph: Graph, names: dict[str, str], theirs: Leaves) -> tuple[dict[
 
 
 def _tamed(leaf: np.ndarray) -> np.ndarray:
-    """A leaf in which nothing overflows: weights that are NaN or infinite are zero."""
+    """A leaf in which nothing overflows: weights that are NaN or infinite become zero."""
     if leaf.dtype != np.float32:
         return leaf
     return np.clip(np.where(np.isfinite(leaf), leaf, 0), -_HUGE, _HUGE)
 
 
 def _broken_again(graph: Graph, raw: Leaves, aligned: Leaves, sizes: Sequence[int], match: matching.Match) -> Leaves:
-    """The aligned leaves, NaN where the suspect's weight that belongs there is NaN or infinite."""
+    """The aligned leaves, with NaN wherever the suspect's corresponding weight is NaN or infinite."""
     done = dict(enumerate(zip(match.units, match.signs, strict=True)))
     for path, leaf in raw.items():
         broken = ~np.isfinite(leaf) if leaf.dtype == np.float32 else np.zeros(leaf.shape, bool)

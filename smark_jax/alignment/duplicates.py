@@ -1,4 +1,4 @@
-"""Units of a wider suspect that reach nothing, or are copies of one unit of the base: buried, or added up."""
+"""Superfluous units of a wider suspect: dead units are dropped, and copies of one unit are merged."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,18 +9,18 @@ from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves, slices
 
 _PARALLEL = 1e-2
-"""One minus the cosine between incoming weights below which two units are copies of one."""
+"""Two units are copies of one if one minus the cosine between their incoming weights is below this."""
 _DEAD = 1e-8
-"""Share of outgoing power, relative to an average unit's, below which a unit reaches nothing."""
+"""A unit is dead if its outgoing power, relative to an average unit's, is below this."""
 
 
 class Merged(NamedTuple):
-    """A suspect whose units with parallel incoming weights were added up.
+    """A suspect whose units with parallel incoming weights were merged.
 
     Attributes:
-      leaves: by path; the units that were added to another have no outgoing weights any more.
-      alive: for each space, which units are left to be matched.
-      members: for each space, by unit, those that were added to it.
+      leaves: by path; units that were merged into another have no outgoing weights any more.
+      alive: for each space, the units that remain to be matched.
+      members: for each space, by unit, those that were merged into it.
     """
 
     leaves: Leaves
@@ -29,13 +29,13 @@ class Merged(NamedTuple):
 
 
 def merge_duplicates(graph: Graph, leaves: Leaves, sizes: Sequence[int]) -> Merged:
-    """Leaves out units that reach nothing, and adds up the outgoing weights of units with parallel incoming weights.
+    """Drops dead units, and merges units with parallel incoming weights by adding up their outgoing weights.
 
-    Only where a space is wider than the base's, and no more units than it is wider: a base may have such units of its
-    own. What a unit with incoming weights c w adds through its outgoing weights v is what a unit with w adds through
-    c v; after a normalisation, which takes c out again, the gain's ratio counts. That is good enough to match the sum;
-    :func:`smark_jax.alignment.align` then fits the factors. A split unit's copies are parallel only once the
-    parts before them are added up, so that spaces take turns.
+    It does so only where a space is wider than the base's, and for no more units than the difference in width, since a
+    base may have such units of its own. A unit with incoming weights c w and outgoing weights v contributes the same as
+    a unit with w and c v. After a normalisation, which removes c, the ratio of the gains takes its place. That is good
+    enough to match the sum; :func:`smark_jax.alignment.align` then fits the factors. The copies of a split unit are
+    parallel only once the split units before them are merged, so the spaces are processed in turns.
     """
     leaves, alive = dict(leaves), [np.ones(size, bool) for size in sizes]
     members: list[dict[int, list[int]]] = [{} for _ in sizes]
@@ -70,7 +70,7 @@ def _consumers(graph: Graph, space: int) -> list[tuple[str, int]]:
 
 
 def _bury(graph: Graph, leaves: Leaves, space: int, sizes: Sequence[int], alive: np.ndarray) -> None:
-    """Marks units whose outgoing weights are nothing beside the others', no more than the space is too wide."""
+    """Marks units whose outgoing weights are negligible as dead, at most as many as the space is too wide by."""
     consumers = _consumers(graph, space)
     power = [_flat(graph, leaves, place, space, sizes) for place in consumers]
     power = [np.square(rows).sum(axis=1) / max(float(np.square(rows).sum()), 1e-30) for rows in power]
@@ -110,10 +110,10 @@ def _parallel(
 
 
 def _ratio(graph: Graph, leaves: Leaves, space: int, sizes: Sequence[int], first: int, second: int) -> float:
-    """By how much more one of two parallel units puts out than the other.
+    """The ratio of the outputs of two parallel units, the second's over the first's.
 
-    Without a normalisation, the ratio of their incoming weights. With one, the ratio of what follows it: a gain's and a
-    bias' entries. Mean and variance go with the kernel instead, with the ratio and its square.
+    Without a normalisation, it is the ratio of their incoming weights. With one, it is the ratio of their entries in
+    gain and bias. Mean and variance scale with the kernel instead, by the kernel's ratio and its square.
     """
     norms = [
         np.linalg.norm(_flat(graph, leaves, p, space, sizes)[[first, second]], axis=1) for p in _makers(graph, space)

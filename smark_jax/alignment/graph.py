@@ -1,11 +1,11 @@
 r"""Which axes of which weights share a channel space, read off a network's own jaxpr.
 
-Every axis of every leaf starts with an identity of its own for each of its entries. The pass walks through the
-network's equations: where two entries must keep together (a kernel's input channel and the activation that it meets,
-the two sides of a residual addition, a bias and the channel that it is added to), their identities are linked.
-Reshapes, transposes, concatenations and slices carry identities along. Connected components are the network's *units*;
-units that touch the same axes in the same way can change places with each other and form a *space*. Images, logits,
-kernels' windows and everything that an unknown operation touches stay fixed.
+Every entry of every axis of every leaf starts with its own identity. The pass walks through the network's equations.
+Where two entries must stay together (a kernel's input channel and the activation that it multiplies, the two sides of
+a residual addition, a bias and the channel that it is added to), it links their identities. Reshapes, transposes,
+concatenations and slices carry identities along. Connected components are the network's *units*; units that touch the
+same axes in the same way can change places with each other and form a *space*. Images, logits, kernels' windows and
+everything that an unknown operation touches stay fixed.
 """
 
 import math
@@ -25,7 +25,7 @@ FIXED = -1
 
 
 class Misfit(errors.SmarkError):
-    """A leaf's shape fits no widths that the others have; ``path`` is the leaf's."""
+    """A leaf's shape fits none of the widths that the other leaves imply; ``path`` names the leaf."""
 
     def __init__(self, path: str, expected: str, shape: tuple[int, ...]) -> None:
         cause = "The suspect is of another architecture, or its kernels are transposed."
@@ -39,8 +39,8 @@ class Segment(NamedTuple):
     Attributes:
       space: number of the space, or :data:`FIXED`.
       outer: how often the whole space is repeated.
-      inner: how often each unit is repeated in a row. Entry ``(o * size + unit) * inner + i`` is the unit's.
-      length: entries of the run, ``outer * size * inner``.
+      inner: how often each unit is repeated in a row. Entry ``(o * size + unit) * inner + i`` belongs to the unit.
+      length: number of entries in the run, ``outer * size * inner``.
     """
 
     space: int
@@ -58,8 +58,8 @@ class Graph(NamedTuple):
       sizes: units of each space.
       consumed: paths and axes over which the network sums: a kernel's inputs.
       groups: for each space, how many units in a row are normalised together (group norm); 1 for the others.
-      unfollowed: what the pass could not follow; the entries concerned are fixed.
-      beyond: what leaves a network more freedom than channels' order, scale and sign (rotations): it is not undone.
+      unfollowed: operations that the pass could not follow; the entries that they touch are fixed.
+      beyond: operations that allow more freedom than channels' order, scale and sign (rotations), which is not undone.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -71,7 +71,7 @@ class Graph(NamedTuple):
     beyond: tuple[str, ...] = ()
 
     def without(self, paths: set[str]) -> "Graph":
-        """The graph as it shows in the other leaves."""
+        """The graph restricted to the other leaves."""
         shapes = {path: shape for path, shape in self.shapes.items() if path not in paths}
         layout = {place: runs for place, runs in self.layout.items() if place[0] not in paths}
         return self._replace(shapes=shapes, layout=layout, consumed=frozenset(p for p in self.consumed if p in layout))
@@ -85,7 +85,7 @@ class Graph(NamedTuple):
         return {segment.space for segment in self.layout[path, axis]} - {FIXED}
 
     def entries(self, path: str, axis: int, sizes: Sequence[int]) -> dict[int, np.ndarray]:
-        """By space, the axis' entries of each unit, shape [units, entries of each], when spaces have these sizes."""
+        """By space, each unit's entries on the axis, shape [units, entries of each], when spaces have these sizes."""
         found: dict[int, list[np.ndarray]] = {}
         start = 0
         for segment in self.layout[path, axis]:
@@ -99,14 +99,14 @@ class Graph(NamedTuple):
         return {space: np.concatenate(runs, axis=1) for space, runs in found.items()}
 
     def length(self, path: str, axis: int, sizes: Sequence[int]) -> int:
-        """Entries of the axis when spaces have these sizes."""
+        """The number of entries on the axis when spaces have these sizes."""
         runs = self.layout[path, axis]
         return sum(s.length if s.space == FIXED else s.outer * sizes[s.space] * s.inner for s in runs)
 
     def widths(self, leaves: Mapping[str, np.ndarray]) -> tuple[int, ...]:
         """How many units each space has in a model of the same architecture whose leaves may be wider.
 
-        Leaves of the base's shape are believed first.
+        Leaves of the base's shape take precedence.
 
         Raises:
           Misfit: when a leaf's shape fits no widths.
@@ -140,14 +140,14 @@ class Graph(NamedTuple):
                     if unknown:
                         expected = f"leaf {path!r} with a multiple of {max(unknown.values())} entries on axis {axis}"
                     raise Misfit(path, expected, leaves[path].shape)
-            if not solved:  # only sums of widths are known: as in the base
+            if not solved:  # only sums of widths are known, so the base's widths are taken
                 space = next(s for s in range(len(self.sizes)) if s not in sizes)
                 sizes[space] = self.sizes[space]
             pending = [place for place in pending if place not in solved]
         return tuple(sizes.get(space, size) for space, size in enumerate(self.sizes))
 
     def normalised(self, space: int) -> bool:
-        """Whether a normalisation takes the scale out of a space's incoming weights: it has more than biases."""
+        """Whether a normalisation removes the scale of a space's incoming weights: it has vectors besides biases."""
         places = self.places(space)
         made = [p for p in places if p not in self.consumed and len(self.shapes[p[0]]) > 1]
         return sum(len(self.shapes[path]) == 1 for path, _ in places) > len(made)
@@ -158,8 +158,8 @@ def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any) -> Graph:
 
     Args:
       apply_fn: the network, pure.
-      params: what it takes first; only shapes and dtypes are looked at.
-      example_images: images as it takes them; only shape and dtype are looked at.
+      params: its first argument; only shapes and dtypes are used.
+      example_images: images in the form that it takes; only shape and dtype are used.
 
     Raises:
       SmarkError: when the network refuses these parameters or images.
@@ -190,7 +190,7 @@ def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any) -> Graph:
 
 
 def _graph(shapes: dict[str, tuple[int, ...]], axes: dict[tuple[str, int], np.ndarray], walk: Walk) -> Graph:
-    """Components of the links, gathered into spaces by what they touch."""
+    """Connected components of the links, grouped into spaces by the axes that they touch."""
     n = walk.count
     pairs = np.concatenate([np.zeros((2, 0), int), *walk.links], axis=1)
     matrix = sparse.coo_matrix((np.ones(pairs.shape[1], bool), (pairs[0], pairs[1])), shape=(n, n))
@@ -216,7 +216,7 @@ def _graph(shapes: dict[str, tuple[int, ...]], axes: dict[tuple[str, int], np.nd
         place: _segments([rank.get(c, (FIXED, 0)) for c in e.tolist()], sizes)
         for place, e in zip(places, entries, strict=True)
     }
-    # An axis whose units stand in no regular order is left alone, and with it the spaces that it touches.
+    # An axis whose units have no regular order is left alone, and so are the spaces that it touches.
     irregular = {
         rank[c][0]
         for place, e in zip(places, entries, strict=True)
@@ -249,7 +249,7 @@ def _graph(shapes: dict[str, tuple[int, ...]], axes: dict[tuple[str, int], np.nd
 
 
 def _segments(entries: list[tuple[int, int]], sizes: Sequence[int]) -> tuple[Segment, ...] | None:
-    """An axis' entries (space, unit) as runs; None when a space's units do not follow in their order."""
+    """An axis' entries (space, unit) as runs; None when a space's units are not in order."""
     found, at = [], 0
     while at < len(entries):
         space = entries[at][0]

@@ -1,10 +1,10 @@
 r"""Which unit of the suspect is which unit of the base: balanced kernels, assignment problems, coordinate descent.
 
-A kernel's slices may have been scaled by any positive number, along its inputs and its outputs. Balancing (Sinkhorn and
-Knopp: every slice to a root mean square of one, in turns, until nothing changes) gives what all such kernels have in
-common; the suspect's and the base's balanced kernels then differ by the order of units alone, and by what was done to
-the weights. Units are matched space by space: by the inner products of all slices whose other axes are known already,
-as a linear assignment problem, beginning where most is known, then in turns until nothing changes.
+A kernel's slices may have been scaled by any positive numbers, along its inputs and its outputs. Balancing (Sinkhorn
+and Knopp: scale every slice to an RMS of one, axis by axis, until nothing changes) removes these factors. The balanced
+kernels of suspect and base then differ only by the order of units and by changes to the weights. Units are matched
+space by space: the inner products of all slices whose other axes are already known define a linear assignment problem.
+It is solved first where most is known, then for each space in turn until nothing changes.
 (Ainsworth, Hayase, Srinivasa 2023, "Git Re-Basin", section 3.2, without the scales.)
 """
 
@@ -24,10 +24,10 @@ Leaves = dict[str, np.ndarray]
 
 
 class Match(NamedTuple):
-    """Which of the suspect's units stands at the place of which of the base's.
+    """Which unit of the suspect corresponds to which unit of the base.
 
     Attributes:
-      units: for each space, the suspect's unit for each of the base's, or -1; shape [units of the base].
+      units: for each space, the suspect's unit for each unit of the base, or -1; shape [units of the base].
       signs: for each space, +-1 for each unit of the base.
       score: mean similarity of matched slices, -1 to 1.
     """
@@ -38,7 +38,7 @@ class Match(NamedTuple):
 
 
 def kernels(graph: Graph) -> list[str]:
-    """The leaves by which units are recognised: of two or more axes, one of them a space's."""
+    """The leaves by which units are recognised: those of two or more axes of which at least one belongs to a space."""
     return [
         path
         for path, shape in graph.shapes.items()
@@ -47,9 +47,9 @@ def kernels(graph: Graph) -> list[str]:
 
 
 def balance(graph: Graph, path: str, leaf: np.ndarray, sizes: Sequence[int]) -> dict[int, np.ndarray]:
-    """By axis, the factor of each entry that brings every unit's slice to a root mean square of one.
+    """By axis, the factor of each entry that brings every unit's slice to an RMS of one.
 
-    Slices of zeros keep the factor one. Entries of fixed places have the factor one.
+    Slices of zeros and entries of fixed places have the factor one.
     """
     power = np.square(leaf, dtype=np.float32)
     axes = {axis: graph.entries(path, axis, sizes) for axis in range(leaf.ndim) if graph.spaces(path, axis)}
@@ -81,18 +81,18 @@ def balanced(graph: Graph, path: str, leaf: np.ndarray, sizes: Sequence[int]) ->
 
 
 def match(graph: Graph, suspect: Leaves, base: Leaves, sizes: Sequence[int], alive: Sequence[np.ndarray]) -> Match:
-    """Finds the suspect's unit for each of the base's.
+    """Finds the suspect's unit for each unit of the base.
 
     Args:
       graph: of the base.
       suspect: leaves by path, of the suspect's widths.
       base: leaves by path.
       sizes: the suspect's widths.
-      alive: which of its units may be matched.
+      alive: the units that may be matched.
 
     Returns:
-      The better of two descents: one from what is known of itself, image, logits and windows; one from the suspect's
-      own order, where all widths agree.
+      The better of two descents: one starts from the fixed entries (images, logits, windows), the other, where all
+      widths agree, from the suspect's own order.
     """
     paths = kernels(graph)
     theirs = {path: balanced(graph, path, suspect[path], sizes) for path in paths}
@@ -181,7 +181,7 @@ class _Search:
     def carried(
         self, place: tuple[str, int], space: int, done: Mapping[int, tuple[np.ndarray, np.ndarray]], flips: bool
     ) -> np.ndarray:
-        """The suspect's slices of a space's units, their other axes in the base's order."""
+        """The suspect's slices of a space's units, with their other axes in the base's order."""
         path, axis = place
         leaf = self.theirs[path]
         for other in range(leaf.ndim):
@@ -214,7 +214,7 @@ def reorder(
 
 
 def _fixed(graph: Graph, place: tuple[str, int], sizes: Sequence[int]) -> np.ndarray:
-    """An axis' entries that belong to no space."""
+    """The entries of an axis that belong to no space."""
     everything = np.ones(graph.length(*place, sizes), bool)
     for entries in graph.entries(*place, sizes).values():
         everything[entries] = False

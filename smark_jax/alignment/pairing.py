@@ -1,4 +1,4 @@
-"""Which of the suspect's leaves is which of the base's: by name, or by what no reordering changes."""
+"""Pairing the suspect's leaves with the base's: by name, or by properties that no reordering changes."""
 
 import numpy as np
 from scipy import optimize
@@ -9,7 +9,7 @@ from smark_jax.alignment.report import undecided
 
 
 def pair(graph: Graph, theirs: Leaves, ours: Leaves) -> dict[str, str]:
-    """The suspect's name of each of the base's leaves; by their form, where most have other names."""
+    """The suspect's name for each leaf of the base; pairs leaves by form where most names differ."""
     missing = [name for name in ours if name not in theirs]
     if len(missing) < len(ours) / 2:
         return {name: name for name in ours if name in theirs}
@@ -38,7 +38,7 @@ def pair(graph: Graph, theirs: Leaves, ours: Leaves) -> dict[str, str]:
 
 
 def could_be(graph: Graph, path: str, leaf: np.ndarray) -> bool:
-    """Whether a leaf has the axes of the base's leaf at ``path``, its spaces' widths aside."""
+    """Whether a leaf has the axes of the base's leaf at ``path``, apart from the widths of its spaces."""
     shape = graph.shapes[path]
     return len(shape) == leaf.ndim and all(
         bool(graph.spaces(path, axis)) or shape[axis] == leaf.shape[axis] for axis in range(leaf.ndim)
@@ -46,7 +46,7 @@ def could_be(graph: Graph, path: str, leaf: np.ndarray) -> bool:
 
 
 def _profile(leaf: np.ndarray) -> np.ndarray:
-    """What neither order, nor sign, nor scale of channels changes: singular values, balanced; or sorted values."""
+    """Invariants under order, sign and scale of channels: singular values of the balanced kernel, or sorted values."""
     if leaf.ndim < 2:
         values = np.sort(np.abs(leaf.reshape(-1)))[::-1]
     else:

@@ -1,4 +1,4 @@
-"""What alignment hands back: the aligned suspect and a report, or the reason why there is none."""
+"""The result of alignment: the aligned suspect and a report, or the reason why there is none."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
@@ -16,8 +16,8 @@ class SpaceReport(NamedTuple):
       places: path and axis of its entries, as ``"path[axis]"``.
       units: of the base.
       suspect_units: of the suspect.
-      matched: how many of the base's were found.
-      moved: how many of these stood elsewhere.
+      matched: how many of the base's units were found.
+      moved: how many of these were found at another place.
     """
 
     places: tuple[str, ...]
@@ -33,12 +33,12 @@ class Report(NamedTuple):
     Attributes:
       spaces: each set of interchangeable channels.
       similarity: cosine between the aligned suspect's kernels and the base's, weighted by size; 1 for the base itself.
-      similarities: that of each kernel.
-      scale_range: smallest and largest factor that was taken out of a channel's weights.
-      from_base: leaves that told nothing and were taken from the base: they read as unchanged.
-      renamed: the suspect's name of each leaf that has another one.
-      unfollowed: operations that the pass over the network could not follow; channels they touch were left alone.
-      left_out: leaves that the suspect lacks, or has in a shape that no width explains; the base's stand there.
+      similarities: the same for each kernel.
+      scale_range: smallest and largest factor that was removed from a channel's weights.
+      from_base: uninformative leaves, replaced by the base's: they read as unchanged.
+      renamed: the suspect's name of each leaf whose name differs.
+      unfollowed: operations that the pass over the network could not follow; channels that they touch were left alone.
+      left_out: leaves that the suspect lacks, or has in a shape that no width explains; the base's take their place.
     """
 
     spaces: tuple[SpaceReport, ...]
@@ -77,12 +77,12 @@ class Alignment(NamedTuple):
 
 
 def undecided(expected: str, got: str, cause: str, attempt: Alignment | None = None) -> errors.Undecided:
-    """An error that says why alignment cannot tell; ``attempt`` is the best it found."""
+    """An error that says why alignment could not decide; ``attempt`` is the best alignment found."""
     return refused(errors.Undecided, expected, got, cause, attempt)
 
 
 def refused(kind: type[Refusal], expected: str, got: str, cause: str, attempt: Alignment | None) -> Refusal:
-    """An error of alignment; ``attempt`` is the best it found."""
+    """An error of alignment; ``attempt`` is the best alignment found."""
     refusal = _validate.fail("align", expected, got, cause, kind=kind)
     refusal.attempt = attempt
     return refusal

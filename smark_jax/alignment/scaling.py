@@ -1,4 +1,4 @@
-"""The suspect's leaves in the base's order, scale and sign, once it is known which unit is which."""
+"""Bringing the suspect's leaves into the base's order, scale and sign, once its units are matched."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves
 
 ALIKE = 0.2
-"""Cosine between a leaf and the base's below which it tells nothing about copies of the base; chance is near 0."""
+"""A leaf whose cosine with the base's is below this carries no information about copies; chance is near 0."""
 _REFITS = 5
 _CLOSE = 0.5
-"""Distance of a bias or a statistic from the base's, relative to its norm, above which it tells nothing."""
+"""A bias or statistic further than this from the base's, relative to its norm, carries no information."""
 
 
 def read(
@@ -24,7 +24,7 @@ def read(
     sizes: Sequence[int],
     match: matching.Match,
 ) -> tuple[Leaves, dict[str, Any]]:
-    """The suspect's leaves in the base's order and scale, and what the report says of them."""
+    """The suspect's leaves in the base's order and scale, and their entries in the report."""
     done = {space: both for space, both in enumerate(zip(match.units, match.signs, strict=True))}
     kernels = set(matching.kernels(graph))
     aligned: Leaves = {}
@@ -79,7 +79,7 @@ def _unscaled(
     merged: duplicates.Merged,
     match: matching.Match,
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """A kernel in the base's scale, its split units added up, and by axis what each entry was multiplied with."""
+    """A kernel in the base's scale with its split units added up, and by axis the factor of each entry."""
     splits = [a for a in range(mine.ndim) if (path, a) in graph.consumed and _split(graph, path, a, merged, match)]
     factors = {a: np.ones(mine.shape[a], np.float32) for a in range(mine.ndim) if graph.spaces(path, a)}
     for _ in range(_REFITS if splits else 1):  # scales and sums depend on each other
@@ -94,7 +94,7 @@ def _unscaled(
 def _split(
     graph: Graph, path: str, axis: int, merged: duplicates.Merged, match: matching.Match
 ) -> dict[int, list[int]]:
-    """By space, the base's units to which several of the suspect's belong."""
+    """By space, the base's units that match several units of the suspect."""
     found = {
         s: [b for b, u in enumerate(match.units[s]) if int(u) in merged.members[s]] for s in graph.spaces(path, axis)
     }
@@ -104,7 +104,7 @@ def _split(
 def _factors(
     graph: Graph, path: str, leaf: np.ndarray, mine: np.ndarray, match: matching.Match
 ) -> dict[int, np.ndarray]:
-    """By axis, what each entry is multiplied with to have the base's scale and sign."""
+    """By axis, the factor that gives each entry the base's scale and sign."""
     theirs = matching.balance(graph, path, leaf, graph.sizes)
     base = matching.balance(graph, path, mine, graph.sizes)
     product = leaf * mine
@@ -131,9 +131,9 @@ def _refit(
     match: matching.Match,
     factors: Mapping[int, np.ndarray],
 ) -> np.ndarray:
-    """The aligned leaf, the outgoing weights of split units added up with the factors that come closest to the base's.
+    """The aligned leaf: outgoing weights of split units are added up with the factors that best fit the base's weights.
 
-    What a unit's parts contribute depends on what stands between them and this kernel; the base's own weights tell.
+    The factors depend on the operations between a unit's parts and this kernel, so they are fitted, not computed.
     """
     path, axis = place
     ours, theirs = graph.entries(path, axis, graph.sizes), graph.entries(path, axis, sizes)
@@ -156,7 +156,7 @@ def _refit(
 def _signs(
     graph: Graph, path: str, product: np.ndarray, start: dict[int, np.ndarray]
 ) -> tuple[dict[int, np.ndarray], float]:
-    """Signs of channels under which suspect and base agree best, by turns, and how well they agree."""
+    """Signs of channels under which suspect and base agree best, found axis by axis, and how well they agree."""
     signs = dict(start)
     total = 0.0
     for axis in (*signs, *signs):
@@ -175,9 +175,9 @@ def _signs(
 def _vector(
     graph: Graph, path: str, leaf: np.ndarray, mine: np.ndarray, scales: Mapping[int, list[np.ndarray]]
 ) -> tuple[np.ndarray, bool]:
-    """A bias, gain or statistic in the base's scale: divided by the power of a kernel's scales that fits best.
+    """A bias, gain or statistic in the base's scale: divided by the best-fitting power of a kernel's scales.
 
-    A bias scales as its kernel does, a variance as its square, a gain perhaps not at all.
+    A bias scales like its kernel, a variance like the square; a gain may not scale at all.
     """
     fits = [leaf]
     entries = graph.entries(path, 0, graph.sizes)
@@ -189,7 +189,7 @@ def _vector(
                 factor[where] = (scale**power)[:, None]
                 fit = leaf / factor
                 size = float(np.vdot(fit, fit))
-                # A kernel's incoming and outgoing scales are known up to a common factor: it is fitted.
+                # A kernel's incoming and outgoing scales are known only up to a common factor, so it is fitted.
                 fits.append(fit * (float(np.vdot(fit, mine)) / size) if size > 0 else fit)
     best = min(fits, key=lambda fit: float(np.linalg.norm(fit - mine)))
     norm = float(np.linalg.norm(mine))

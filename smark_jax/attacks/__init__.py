@@ -1,6 +1,6 @@
-"""What leakers may do to copies before one turns up: pure functions from parameters to parameters.
+"""Attacks by which leakers may try to remove fingerprints: pure functions from parameters to parameters.
 
-Besides, what an eavesdropper may do to a party's message: :func:`invert_gradient`, from gradients to images.
+In addition, an eavesdropper's attack on a party's message: :func:`invert_gradient` turns gradients into images.
 """
 
 from smark_jax.attacks.collusion import (

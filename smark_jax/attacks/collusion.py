@@ -2,16 +2,16 @@ r"""Collusion: K leakers merge their copies into one pirate model, weight by wei
 
 An attack takes ``copies``, a pytree whose leaves are stacked along a leading axis of K colluders (as
 :func:`smark_jax.embedding.embed_batch` returns them), and gives one model. Write :math:`x_1, \ldots, x_K` for the K
-values of one weight. Every attack is a rule :math:`\hat w = g(x_1, \ldots, x_K)` applied to each weight by itself
-(masking also compares the weights of a leaf), computed in float32 or wider and cast back to the leaf's dtype. Leaves
-that are not floating point (step counters) hold no mark and are the first colluder's.
+values of one weight. Every attack is a rule :math:`\hat w = g(x_1, \ldots, x_K)` that is applied to each weight
+separately (masking also compares the weights of a leaf), computed in float32 or wider and cast back to the leaf's
+dtype. Leaves that are not floating-point (step counters) hold no mark and are taken from the first colluder.
 
-On a dense carrier the attacks differ less than they look. Colluders see how their copies differ from the mean, not how
-the mean differs from the base, and where marks are dense the one says next to nothing of the other. The differences sum
-to zero over the colluders. So a rule that treats them alike reads as their mean plus noise, and one that hides some of
-them shows others all the better.
+On a dense carrier the attacks differ less than it seems. Colluders see how their copies differ from the mean, but not
+how the mean differs from the base. Where marks are dense, the former says next to nothing about the latter. The
+differences sum to zero over the colluders. So a rule that treats all colluders alike reads as their mean plus noise,
+and a rule that hides some colluders exposes others all the more.
 
-Whatever a leaker does afterwards is composition: ``prune(median(copies), 0.3)``, and likewise with
+Later steps of a leaker are compositions: ``prune(median(copies), 0.3)``, and likewise with
 :func:`~smark_jax.attacks.fine_tune`, :func:`~smark_jax.attacks.quantise` and :func:`~smark_jax.attacks.add_noise`.
 
 References:
@@ -38,7 +38,7 @@ Collusion = Callable[[PyTree, Array], PyTree]
 
 
 def average(copies: PyTree, weights: Float[AnyArray, " K"] | None = None) -> PyTree:
-    r"""The mean :math:`\sum_k c_k x_k`, with :math:`c_k = 1/K` unless ``weights`` say otherwise.
+    r"""The mean :math:`\sum_k c_k x_k`, with :math:`c_k = 1/K` unless ``weights`` are given.
 
     Args:
       copies: the colluders' models, each leaf of shape [K, ...].
@@ -153,7 +153,7 @@ def modified_negative(copies: PyTree) -> PyTree:
 
 
 def randomised_negative(copies: PyTree, key: Array, probability: float = 0.5) -> PyTree:
-    r"""The smallest value with probability p, the largest otherwise, drawn for each weight by itself.
+    r"""The smallest value with probability p, the largest otherwise, drawn independently for each weight.
 
     Args:
       copies: the colluders' models, each leaf of shape [K, ...].
@@ -172,7 +172,7 @@ def randomised_negative(copies: PyTree, key: Array, probability: float = 0.5) ->
 
 
 def interleave(copies: PyTree, key: Array) -> PyTree:
-    """A random colluder's value, each colluder being as likely, drawn for each weight by itself.
+    """The value of a uniformly random colluder, drawn independently for each weight.
 
     Args:
       copies: the colluders' models, each leaf of shape [K, ...].
@@ -196,14 +196,14 @@ def interleave(copies: PyTree, key: Array) -> PyTree:
 def extrapolate(copies: PyTree, magnitude: float = 0.9) -> PyTree:
     r"""The first colluder enters negatively, :math:`-M x_1 + \frac{1 + M}{K - 1} \sum_{k \ge 2} x_k`.
 
-    The others step away from the first. His correlation turns negative, which a one-sided score reads as innocence; a
-    two-sided score sees him better than in an average as soon as M > 1 / (K - 2). Values leave the colluders' range:
-    the pirate is about :math:`\sqrt{M^2 + (1 + M)^2 / (K - 1)}` times as far from the base as one copy. At the default
-    of 0.9 that is 2.1 for two colluders, 1.1 for ten and 1 for twenty, which costs the pirate little accuracy while
-    the first colluder's part is nearly a whole copy's with the sign reversed.
+    The others step away from the first. The first colluder's correlation turns negative, which a one-sided score takes
+    for innocence; a two-sided score detects this colluder better than in an average as soon as M > 1 / (K - 2). Values
+    leave the colluders' range: the pirate is about :math:`\sqrt{M^2 + (1 + M)^2 / (K - 1)}` times as far from the base
+    as one copy. At the default of 0.9 that is 2.1 for two colluders, 1.1 for ten and 1 for twenty. This costs the
+    pirate little accuracy, while the first colluder's part is nearly that of a whole copy with the sign reversed.
 
     Args:
-      copies: the colluders' models, each leaf of shape [K, ...], first the one who enters negatively.
+      copies: the colluders' models, each leaf of shape [K, ...]; the first enters negatively.
       magnitude: M, positive and finite.
 
     Returns:
@@ -219,16 +219,16 @@ def extrapolate(copies: PyTree, magnitude: float = 0.9) -> PyTree:
 
 
 def largest_difference(copies: PyTree, key: Array, fraction: float = 0.5) -> PyTree:
-    r"""Masks the weights in which the copies differ most; the others are averaged.
+    r"""Masks the weights in which the copies differ most, and averages the others.
 
     In each leaf, the given fraction of weights with the largest :math:`\max_k x_k - \min_k x_k` gets one of the two
     extremes at random, as by :func:`randomised_negative` at p = 1/2.
 
-    Why extremes: of all fillings within the colluders' range, a random extreme leaves the most noise around the middle
-    of that range, and taking the weights of largest range first leaves the most noise per weight that is touched. The
-    average as filling would change nothing, interleaved values leave less noise, and one colluder's values mark that
-    colluder all the deeper. On a carrier whose weights serve one chip each, the extremes cancel over a chip in which
-    the colluders differ, as the middles of :func:`min_max` do, up to that noise.
+    Why extremes? Of all values within the colluders' range, a random extreme leaves the most noise around the middle of
+    that range, and starting with the weights of largest range leaves the most noise per changed weight. Filling in the
+    average would change nothing, interleaved values leave less noise, and one colluder's values expose that colluder
+    even more. On a carrier whose weights serve one chip each, the extremes cancel over a chip in which the colluders
+    differ, as the middles of :func:`min_max` do, up to that noise.
 
     Args:
       copies: the colluders' models, each leaf of shape [K, ...].
@@ -272,7 +272,7 @@ def _merge(rule: Callable[..., Array], copies: PyTree, *keys: Array) -> PyTree:
 
 
 def _weighted(copies: PyTree, weights: Array) -> PyTree:
-    # A product and a sum, not a matmul: accelerators multiply matrices at a precision that would drown the mark.
+    # A product and a sum, not a matmul: the matmul precision of accelerators would drown the mark.
     return _merge(lambda x: (x * weights.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))).sum(axis=0), copies)
 
 

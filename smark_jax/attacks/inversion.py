@@ -1,15 +1,15 @@
-r"""Gradient inversion: the images of a party from the gradient that it sends.
+r"""Gradient inversion: reconstructs a party's images from the gradient that it sends.
 
-Whoever sees a gradient of a known network can look for images with the same gradient g. With h(x) the gradient that
-candidate images x would give, two objectives are minimised here:
+Anyone who sees a gradient g of a known network can search for images with the same gradient. With h(x) the gradient
+that candidate images x would give, two objectives are minimised here:
 
 .. math::
     \text{DLG:}\ \lVert g - h(x) \rVert_2^2
     \qquad
     \text{cosine:}\ 1 - \frac{\langle g, h(x) \rangle}{\lVert g \rVert \lVert h(x) \rVert} + \lambda\, TV(x)
 
-the first by L-BFGS, the second, for networks with ReLU, by signed Adam with a decaying step inside the box [0, 1].
-They measure what a message gives away; that they fail against a message proves nothing by itself.
+L-BFGS minimises the first; signed Adam with a decaying step inside the box [0, 1] minimises the second, for networks
+with ReLU. They measure what a message reveals; their failure against a message proves nothing by itself.
 
 References:
   Zhu, Liu, Han, "Deep leakage from gradients", NeurIPS 2019 (DLG).
@@ -33,7 +33,7 @@ from smark_jax._types import AnyArray, ApplyFn, PyTree
 
 InversionMethod = Literal["cosine", "dlg"]
 _STEPS_PER_CHUNK = 50
-# Geiping et al.: first step size 0.1, a tenth of it from 3/8, 5/8 and 7/8 of the steps on.
+# Geiping et al.: the step size starts at 0.1 and is divided by ten after 3/8, 5/8 and 7/8 of the steps.
 _LEARNING_RATE, _MILESTONES = 0.1, (3 / 8, 5 / 8, 7 / 8)
 _TOTAL_VARIATION = 1e-2
 _LBFGS = optax.lbfgs(memory_size=20, linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=20))
@@ -41,12 +41,12 @@ _ADAM = optax.scale_by_adam()
 
 
 class Reconstruction(NamedTuple):
-    """What an inversion found.
+    """The result of an inversion.
 
     Attributes:
       images: in [0, 1].
-      labels: the labels given, or the likeliest under those found.
-      objective: the lowest value of the objective, at which these were taken.
+      labels: the labels given, or the most likely ones under the soft labels found.
+      objective: the lowest value of the objective; images and labels are those of that step.
     """
 
     images: Float[Array, "B H W C"]
@@ -66,15 +66,15 @@ def invert_gradient(
     steps: int = 300,
     on_chunk: Callable[[int], None] = lambda done: None,
 ) -> Reconstruction:
-    """Looks for the images of which ``gradient`` is the gradient of the mean softmax cross-entropy.
+    """Searches for images whose mean softmax cross-entropy has the gradient ``gradient``.
 
-    Compiled once for each ``apply_fn``, method and shape. Batches of several images come back in any order.
+    It is compiled once for each ``apply_fn``, method and shape. The images of a batch may come back in any order.
 
     Args:
       apply_fn: ``apply_fn(params, images) -> logits``; hashable, such as that of :func:`smark_jax.models.apply_fn`.
       params: the weights at which the gradient was taken.
-      gradient: a tree like ``params``. The method ``"cosine"`` disregards its scale.
-      key: a ``jax.random`` key for the images to begin with.
+      gradient: a tree like ``params``. The method ``"cosine"`` ignores its scale.
+      key: a ``jax.random`` key for the initial images.
       shape: of the images, (B, H, W, C).
       labels: shape [B], from :func:`infer_label` or known otherwise. Without them soft labels are found along with
         the images, as in DLG.
@@ -135,7 +135,7 @@ def infer_label(bias_gradient: Float[Array, " classes"]) -> Int[Array, ""]:
     r"""The label of the single image behind a gradient: the one negative entry of the last layer's bias gradient.
 
     Under softmax cross-entropy that gradient is :math:`p - e_y`, negative at the label y alone. (Zhao et al. 2020.) For
-    a last layer without bias, but with inputs that are nowhere negative, pass its kernel's gradient summed over inputs.
+    a last layer that has no bias, but only non-negative inputs, pass its kernel's gradient summed over inputs.
 
     Args:
       bias_gradient: shape [classes].
@@ -222,7 +222,7 @@ def _search(
             passed = jnp.sum(number >= jnp.asarray(_MILESTONES) * steps)
             moved = optax.tree.add_scale(found, -_LEARNING_RATE * 0.1**passed, updates)
             moved["images"] = jnp.clip(moved["images"], 0, 1)
-        better = value < lowest  # false for NaN, which a step too far may give
+        better = value < lowest  # false for NaN, which too long a step may give
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), found, best)
         return moved, state, best, jnp.where(better, value, lowest)
 
@@ -230,6 +230,6 @@ def _search(
 
 
 def _total_variation(images: Float[Array, "B H W C"]) -> Float[Array, ""]:
-    """Anisotropic: differences between neighbours down and across, over the number of pixels."""
+    """Anisotropic total variation: vertical and horizontal differences, divided by the number of pixels."""
     down, across = (jnp.sum(jnp.abs(jnp.diff(images, axis=axis))) for axis in (1, 2))
     return (down + across) / images.size

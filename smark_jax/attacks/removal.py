@@ -1,4 +1,4 @@
-"""Attempts to remove the fingerprint from one copy without data."""
+"""Attacks that try to remove the fingerprint from one copy without data."""
 
 import functools
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def prune(params: PyTree, fraction: float) -> PyTree:
 
 
 def _map_kernels(change: Callable[..., Array], params: PyTree, *others: PyTree, axes: int = 2) -> PyTree:
-    """``change`` of every leaf of that many axes or more; the others stay as they are."""
+    """Applies ``change`` to every leaf of at least ``axes`` axes; the others stay as they are."""
     return jax.tree.map(lambda leaf, *rest: change(leaf, *rest) if leaf.ndim >= axes else leaf, params, *others)
 
 
@@ -58,12 +58,12 @@ def _quantise_kernel(leaf: Array, levels: int) -> Array:
 
 
 def add_noise(params: PyTree, key: Array, relative: float) -> PyTree:
-    """Adds Gaussian noise to every floating-point leaf, in units of that leaf's root mean square.
+    """Adds Gaussian noise to every floating-point leaf, in units of that leaf's RMS.
 
     Args:
       params: the copy.
       key: a ``jax.random`` key.
-      relative: the noise's standard deviation as a multiple of the leaf's root mean square, the unit in which
+      relative: the noise's standard deviation as a multiple of the leaf's RMS, the unit in which
         :func:`smark_jax.embedding.embed` measures its strength.
 
     Raises:
@@ -83,10 +83,10 @@ def _add_noise_to_leaf(leaf: Array, key: Array, relative: float) -> Array:
 
 
 def prune_filters(params: PyTree, fraction: float) -> PyTree:
-    """Sets the output channels of least L1 norm of every convolution (leaf of three or more axes) to zero.
+    """Sets the output channels with the smallest L1 norm of every convolution (leaf of three or more axes) to zero.
 
     Li, Kadav, Durdanovic, Samet, Graf, "Pruning filters for efficient ConvNets", ICLR 2017, without the fine-tuning
-    that may follow. Dense layers, and so the logits' own, are left alone.
+    that may follow. Dense layers are left alone, including the one that computes the logits.
 
     Args:
       params: the copy.
@@ -106,7 +106,7 @@ def _prune_filters_of_kernel(leaf: Array, fraction: float) -> Array:
 
 
 def cast(params: PyTree, dtype: Any) -> PyTree:
-    """Rounds every floating-point leaf to a narrower type and gives it back in its own.
+    """Rounds every floating-point leaf to a narrower type and returns it in its own type.
 
     Args:
       params: the copy.
@@ -129,7 +129,7 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
 def low_rank(params: PyTree, fraction: float) -> PyTree:
     """Keeps the largest singular values of each kernel (leaf of two or more axes) as a matrix [inputs, outputs].
 
-    By Eckart and Young the nearest kernel of that rank.
+    By the Eckart-Young theorem, the result is the nearest kernel of that rank.
 
     Args:
       params: the copy.
@@ -150,13 +150,13 @@ def _low_rank_kernel(leaf: Array, fraction: float) -> Array:
 
 
 def shift_weights(params: PyTree, key: Array, mean: float = 1.5, noise: float = 1.0) -> PyTree:
-    r"""Moves every kernel (leaf of two or more axes) away from its filters' mean, with noise: weight shifting.
+    r"""Weight shifting: moves every kernel (leaf of two or more axes) away from its filters' mean, and adds noise.
 
     :math:`W \leftarrow W - \text{mean} \cdot \bar W - \text{noise} \cdot \mathcal N(0, \sigma_W^2)`
 
     with :math:`\bar W` the mean over output channels (the last axis) and :math:`\sigma_W` the kernel's standard
     deviation: Lukas, Jiang, Li, Kerschbaum, "SoK: How robust is image classification deep neural network
-    watermarking?", IEEE S&P 2022, with its factors.
+    watermarking?", IEEE S&P 2022, whose factors are the defaults.
     The network is useless until it is fine-tuned.
 
     Args:
@@ -184,19 +184,19 @@ def _shift_kernel(leaf: Array, key: Array, mean: float, noise: float) -> Array:
 def overwrite(
     params: PyTree, key: keys.SecretKey, *, times: int = 1, strength: float = 0.03, num_chips: int = 304
 ) -> PyTree:
-    """Embeds fingerprints of the leaker's own by the same method: overwriting.
+    """Overwriting: embeds fingerprints of the leaker's own by the same method.
 
-    Each time draws another carrier and codeword, as somebody does who knows this library and not the owner's key.
+    Each fingerprint has a new carrier and codeword, drawn by a leaker who knows this library but not the owner's key.
 
     Args:
       params: the copy.
-      key: the leaker's.
+      key: the leaker's key.
       times: number of fingerprints.
       strength: of each, as in :func:`smark_jax.embedding.embed`.
       num_chips: length of each.
 
     Raises:
-      SmarkError: when times is not at least 1, or as ``embed``.
+      SmarkError: when ``times`` is not at least 1, or as ``embed``.
     """
     _validate.positive("overwrite", "times", times)
     spec = carriers.select(params)  # once: its scales are the copy's

@@ -1,7 +1,7 @@
-"""Attempts to remove the fingerprint from one copy by training it on.
+"""Attacks that try to remove the fingerprint from one copy by further training.
 
-Running statistics (a tree's ``"batch_stats"``) are no weights: they stay as they are, and so does every leaf that is
-not of a floating-point type.
+Running statistics (a tree's ``"batch_stats"``) are not weights and stay as they are, and so does every leaf that is not
+of a floating-point type.
 """
 
 import functools
@@ -38,12 +38,12 @@ def fine_tune(
     seed: int = 0,
     on_progress: training.OnProgress | None = None,
 ) -> PyTree:
-    """Trains the copy on with Adam, by default all layers: the first removal attack that anyone tries.
+    """Fine-tunes the copy with Adam, by default in all layers: the most obvious removal attack.
 
-    The usual suites are settings of this one (Adi et al., USENIX Security 2018; Lukas et al., IEEE S&P 2022):
+    The usual variants are settings of this one (Adi et al., USENIX Security 2018; Lukas et al., IEEE S&P 2022):
 
     - fine-tune the last layer: ``trainable="Dense_1"``;
-    - retrain the last layer, or all: :func:`reinitialise` the last layer first, then train it, or everything;
+    - retrain the last layer, or all: :func:`reinitialise` the last layer first, then train it, or all layers;
     - with predicted labels: ``labels=predicted_labels(copy, apply_fn, images)``;
     - fine-pruning (Liu, Dolan-Gavitt, Garg, RAID 2018): :func:`prune_filters` first, then ``hold_zeros=True``;
     - label smoothing: ``label_smoothing=0.3``;
@@ -56,15 +56,15 @@ def fine_tune(
       images: the leaker's images, shape [N, ...].
       labels: their labels, shape [N].
       epochs: passes over the data.
-      batch_size: examples in a step, at most N.
+      batch_size: examples per step, at most N.
       learning_rate: Adam's.
-      trainable: a regular expression searched in leaves' paths, such as ``"Dense_1"``; without it all are trained.
-      hold_zeros: keep weights at zero that are zero in a kernel now.
-      label_smoothing: part of the wanted probability that is spread evenly over all classes, at least 0, below 1.
+      trainable: a regular expression searched in leaves' paths, such as ``"Dense_1"``; by default all are trained.
+      hold_zeros: keep kernel weights that are zero now at zero.
+      label_smoothing: share of the target probability that is divided evenly among all classes, at least 0, below 1.
       l2: factor of half the sum of squares of the trained weights, added to the loss.
       penalty: ``penalty(params) -> scalar``, added to the loss.
       seed: of the shuffles.
-      on_progress: called with the steps done, their number in all, and the loss, after each step.
+      on_progress: called after each step with the steps done, the total number of steps, and the loss.
 
     Returns:
       The fine-tuned copy.
@@ -108,24 +108,24 @@ def distil(
     seed: int = 0,
     on_progress: training.OnProgress | None = None,
 ) -> PyTree:
-    r"""Teaches a fresh network, of any architecture, to answer like the copy: knowledge distillation.
+    r"""Knowledge distillation: teaches a fresh network, of any architecture, to answer like the copy.
 
-    The loss is :math:`T^2 \, \mathrm{KL}(\mathrm{softmax}(t / T) \,\|\, \mathrm{softmax}(s / T))` of teacher's logits t
-    and student's s: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531), without true labels. The student's weights owe
-    nothing to the copy's, so no fingerprint in weights can survive.
+    The loss is :math:`T^2 \, \mathrm{KL}(\mathrm{softmax}(t / T) \,\|\, \mathrm{softmax}(s / T))`, with the teacher's
+    logits t and the student's s: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531), without true labels. The student's
+    weights do not derive from the copy's, so no fingerprint in weights can survive.
 
     Args:
       params: the copy.
       apply_fn: the copy's ``apply_fn(params, images) -> logits``.
       images: shape [N, ...]; labels are not needed.
-      student: first weights of the student, such as ``models.init`` draws.
-      student_apply_fn: the student's; without it, the copy's.
+      student: initial weights of the student, such as ``models.init`` draws.
+      student_apply_fn: the student's; by default the copy's.
       temperature: T.
       epochs: passes over the data.
-      batch_size: examples in a step, at most N.
+      batch_size: examples per step, at most N.
       learning_rate: Adam's.
       seed: of the shuffles.
-      on_progress: called with the steps done, their number in all, and the loss, after each step.
+      on_progress: called after each step with the steps done, the total number of steps, and the loss.
 
     Returns:
       The trained student.
@@ -149,7 +149,7 @@ def distil(
 
 
 def predicted_labels(params: PyTree, apply_fn: ApplyFn, images: AnyArray) -> Int[np.ndarray, " N"]:
-    """The copy's own answers, for a leaker with images and no labels.
+    """The copy's own answers, for a leaker who has images but no labels.
 
     Args:
       params: the copy.
@@ -163,7 +163,7 @@ def predicted_labels(params: PyTree, apply_fn: ApplyFn, images: AnyArray) -> Int
 
 
 def reinitialise(params: PyTree, fresh: PyTree, match: str) -> PyTree:
-    """Replaces some layers by untrained ones: the first step of retraining.
+    """Replaces some layers with untrained ones: the first step of retraining.
 
     Args:
       params: the copy.
@@ -182,15 +182,15 @@ def reinitialise(params: PyTree, fresh: PyTree, match: str) -> PyTree:
 def carrier_energy(
     params: PyTree, guesses: Sequence[carriers.Mark], weight: float = 1.0
 ) -> Callable[[PyTree], Float[Array, ""]]:
-    r"""A penalty that drives out what ``params`` hold in guessed carriers: a leaker knows the method, not the key.
+    r"""A penalty on the components of the weights in guessed carriers, for a leaker who knows the method, not the key.
 
-    It is :math:`\text{weight} \sum_g \|A_g^\top w\|^2 / \|A_g^\top w_0\|^2`, w the weights in training and
-    :math:`w_0` those of ``params``. Without the base the leaker cannot measure from it.
+    It is :math:`\text{weight} \sum_g \|A_g^\top w\|^2 / \|A_g^\top w_0\|^2`, with w the weights in training and
+    :math:`w_0` those of ``params``. The leaker lacks the base, so the penalty cannot measure relative to it.
 
     Args:
       params: the copy.
-      guesses: marks of the copy by the leaker's own keys, as from :func:`smark_jax.carriers.mark`.
-      weight: against the task's loss.
+      guesses: marks of the copy with the leaker's own keys, as from :func:`smark_jax.carriers.mark`.
+      weight: relative to the task's loss.
 
     Returns:
       ``penalty(params) -> scalar`` for :func:`fine_tune`.
@@ -247,7 +247,7 @@ def _descend(
 
 
 def _hold_zeros() -> optax.GradientTransformation:
-    """Lets a kernel's weights that start at zero stay there."""
+    """Keeps kernel weights that start at zero there."""
 
     def init(params: PyTree) -> optax.OptState:
         return jax.tree.map(lambda leaf: (leaf != 0) if leaf.ndim > 1 else jnp.ones_like(leaf, bool), params)
@@ -260,7 +260,7 @@ def _hold_zeros() -> optax.GradientTransformation:
 
 
 def _trainable(who: str, params: PyTree, match: str | None) -> PyTree:
-    """Which leaves are trained: floating-point, set by gradients, and matched."""
+    """Which leaves are trained: those that are floating-point, moved by gradients, and matched."""
     roles = carriers.roles(params)
     weights = _trees.map_named(
         lambda name, leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and roles[name].trains, params

@@ -1,11 +1,11 @@
-"""Rewrites that leave a network's function alone and move everything that a fingerprint could be read from.
+"""Rewrites that preserve a network's function, but move or rescale the weights that carry a fingerprint.
 
 Permuted and rescaled neurons: Lukas et al. 2022, "SoK: How robust is image classification deep neural network
 watermarking?", and arXiv 2205.00199; dummy neurons (NSO: zero, clique, split): arXiv 2303.09732. All take a network's
-graph from :func:`smark_jax.alignment.trace_graph` and may be composed in any order, on models that were widened before.
+graph from :func:`smark_jax.alignment.trace_graph` and can be composed in any order, also on models already widened.
 
-Rescaling needs activations with a(c x) = c a(x) for c > 0 (ReLU, leaky ReLU, max and average pooling), flips odd ones
-(tanh). Normalisations are known by Flax's names: ``scale``, ``bias``, ``mean``, ``var``.
+Rescaling needs activations with a(c x) = c a(x) for c > 0 (ReLU, leaky ReLU, max and average pooling), and flips need
+odd ones (tanh). Normalisations are recognised by Flax's names: ``scale``, ``bias``, ``mean``, ``var``.
 """
 
 from typing import Literal
@@ -25,7 +25,7 @@ _EPSILON = 1e-5  # of Flax's normalisations
 
 
 def permute(params: PyTree, graph: Graph, key: Array) -> PyTree:
-    """Shuffles the channels of every space; under group norm, whole groups and channels within them.
+    """Shuffles the channels of every space; under group norm, the groups and the channels within them.
 
     Args:
       params: the copy.
@@ -47,10 +47,10 @@ def permute(params: PyTree, graph: Graph, key: Array) -> PyTree:
 
 
 def rescale(params: PyTree, graph: Graph, key: Array, spread: float = 1.0) -> PyTree:
-    """Multiplies what enters each channel by a positive factor, and divides what leaves it by the same.
+    """Multiplies each channel's incoming weights by a positive factor, and divides its outgoing weights by the same.
 
-    In spaces that are normalised, gain and bias of the normalisation are scaled in place of the kernel before it; and
-    the kernel by a factor of its own, which the running mean and variance of batch norm follow.
+    In normalised spaces, gain and bias of the normalisation take the factor in place of the kernel before them. That
+    kernel is scaled by another factor, and the running mean and variance of batch norm are adapted to it.
 
     Args:
       params: the copy.
@@ -59,7 +59,7 @@ def rescale(params: PyTree, graph: Graph, key: Array, spread: float = 1.0) -> Py
       spread: standard deviation of the factors' natural logarithm.
 
     Raises:
-      SmarkError: when the spread is not positive and finite.
+      SmarkError: when ``spread`` is not positive and finite.
     """
     _validate.finite_number("rescale", "spread", spread)
     rng = _rng(key)
@@ -70,7 +70,7 @@ def rescale(params: PyTree, graph: Graph, key: Array, spread: float = 1.0) -> Py
 
 
 def flip(params: PyTree, graph: Graph, key: Array) -> PyTree:
-    """Changes the sign of half the channels, going in and coming out: for odd activations such as tanh.
+    """Negates incoming and outgoing weights of half the channels: for odd activations such as tanh.
 
     Args:
       params: the copy.
@@ -84,10 +84,10 @@ def flip(params: PyTree, graph: Graph, key: Array) -> PyTree:
 
 
 def fold_batch_norm(params: PyTree, graph: Graph) -> PyTree:
-    """Moves gain and variance of every batch norm into the kernel before it, and its bias into the running mean.
+    """Folds gain and variance of every batch norm into the kernel before it, and its bias into the running mean.
 
     Args:
-      params: the copy, the whole variables dict.
+      params: the copy, as the whole variables dict.
       graph: of its network.
 
     Raises:
@@ -114,23 +114,23 @@ def fold_batch_norm(params: PyTree, graph: Graph) -> PyTree:
 
 
 def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, kind: Dummy = "zero") -> PyTree:
-    """Widens every space by neurons that change nothing.
+    """Widens every space by dummy neurons, which leave the network's function unchanged.
 
     Args:
       params: the copy.
       graph: of its network.
       key: a ``jax.random`` key.
-      share: new neurons of each space, relative to those it has; at least one, for a clique two.
-      kind: ``"zero"``: random incoming weights, none outgoing. ``"clique"``: two with the same random incoming weights
-        and opposite outgoing ones. ``"split"``: a neuron becomes two with its incoming weights, whose outgoing weights
-        are random and add up to its own.
+      share: number of new neurons relative to those of the space; at least one is added, for a clique two.
+      kind: ``"zero"``: random incoming weights and zero outgoing ones. ``"clique"``: pairs with the same random
+        incoming weights and opposite outgoing ones. ``"split"``: a neuron becomes two with its incoming weights, and
+        random outgoing weights that add up to its own.
 
     Returns:
       The copy with wider leaves.
 
     Raises:
-      SmarkError: when the share is not positive, the kind unknown, or the network has group norm, whose statistics
-        every new channel would change.
+      SmarkError: when the share is not positive, the kind unknown, or the network has group norm: every new channel
+        would change its statistics.
     """
     _validate.finite_number("add_neurons", "share", share)
     if kind not in ("zero", "clique", "split"):
@@ -166,7 +166,7 @@ def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, ki
 
 
 def _new(slices: np.ndarray, origin: np.ndarray, outgoing: bool, kind: Dummy, rng: np.random.Generator) -> np.ndarray:
-    """Slices of new neurons, shape [new, ...], from those of the neurons there are."""
+    """Slices of new neurons, shape [new, ...], made from those of existing neurons."""
     shape = (len(origin), *slices.shape[1:])
     spread = float(np.sqrt(np.mean(np.square(slices)))) or 1.0
     if outgoing:
@@ -176,7 +176,7 @@ def _new(slices: np.ndarray, origin: np.ndarray, outgoing: bool, kind: Dummy, rn
         if kind == "clique":
             noise[1::2] = -noise[::2]
         return noise
-    if kind == "split" or slices.ndim == 2:  # gains, statistics: of a neuron there is
+    if kind == "split" or slices.ndim == 2:  # gains and statistics are copied from an existing neuron
         chosen = slices[origin]
     else:
         chosen = rng.normal(0, spread, shape).astype(np.float32)
@@ -187,7 +187,7 @@ def _new(slices: np.ndarray, origin: np.ndarray, outgoing: bool, kind: Dummy, rn
 
 
 def _multiply(params: PyTree, graph: Graph, out: list[np.ndarray], inner: list[np.ndarray]) -> PyTree:
-    """Scales channels by ``out`` where they leave, and by ``inner`` between a kernel and its normalisation."""
+    """Scales channels' outputs by ``out``, and by ``inner`` between a kernel and its normalisation."""
     leaves = _leaves(params)
     sizes = graph.widths(leaves)
     statistics = any(path.rpartition("/")[2] == "var" for path in leaves)
@@ -227,7 +227,7 @@ def _norms(leaves: dict[str, np.ndarray]) -> dict[str, dict[str, str]]:
 
 
 def _kernel_before(graph: Graph, stem: str, leaves: dict[str, np.ndarray]) -> str:
-    """The kernel before a batch norm: Flax numbers both in the order of their making."""
+    """The kernel before a batch norm: Flax numbers both in the order of creation."""
     number = stem.rpartition("_")[2]
     path = next((p for p in leaves if p.endswith(f"Conv_{number}/kernel")), None)
     if path is None:

@@ -1,4 +1,4 @@
-"""What can be done where nobody shows weights: payloads in images, and tracing by answers alone."""
+"""Black-box methods, for suspects whose weights are hidden: payloads in images, and tracing by answers alone."""
 
 from smark_jax.blackbox.answers import Answer, Answers, Predict, ask, digests, query
 from smark_jax.blackbox.payload import PAYLOAD_BITS, Reading, mark_images, read_images

@@ -1,7 +1,7 @@
-"""Asking a suspect about probes, and keeping what it answers in a file that only who holds a key can have written.
+"""Querying a suspect with probes, and keeping its answers in a sealed file that only the key's holder can write.
 
-A file of answers accuses somebody. So it is sealed (:func:`smark_jax.keys.seal`), and holds what the answers are
-about, and of each the probe, the class, and the time at which it came.
+Answers can lead to an accusation, so their file is sealed (:func:`smark_jax.keys.seal`). It states what the answers are
+about, and for each answer the probe, the class, and the time.
 """
 
 import datetime
@@ -22,10 +22,10 @@ from smark_jax.blackbox.probes import halves
 _FORMAT, _VERSION = "smark answers", 2  # version 1 was not authenticated
 _LARGEST_FILE = 1 << 26
 SEALED = b"smark sealed v1\n"
-"""What a sealed file begins with."""
+"""The first bytes of a sealed file."""
 
 Predict = Callable[[np.ndarray], Any]
-"""Images, uint8 [B, H, W, C], to class numbers [B]; or to scores [B, classes], of which the largest counts."""
+"""Maps images, uint8 [B, H, W, C], to class numbers [B], or to scores [B, classes], of which the largest counts."""
 
 
 class Answer(NamedTuple):
@@ -40,9 +40,9 @@ class Answers(NamedTuple):
     """Where answers are kept.
 
     Attributes:
-      path: of the file; made with the first answers.
-      key: seals it. Take one for this purpose only: ``keys.derive(master, "my-model", "answers")``.
-      about: whom and what the answers are from, of what JSON holds; a file about anything else is refused.
+      path: of the file, which is created with the first answers.
+      key: seals the file. Use one for this purpose only: ``keys.derive(master, "my-model", "answers")``.
+      about: whose answers to which probes these are, as JSON values; a file about anything else is refused.
     """
 
     path: Path
@@ -51,10 +51,10 @@ class Answers(NamedTuple):
 
 
 def read(kept: Answers) -> list[Answer]:
-    """The answers in the file, in the order in which they came; none where there is no file.
+    """The answers in the file, oldest first; none where there is no file.
 
     Raises:
-      SmarkError: when the file was not written with this key, was changed since, or is about something else.
+      SmarkError: when the file was not written with this key, was changed later, or is about something else.
     """
     if not kept.path.exists():
         return []
@@ -76,7 +76,7 @@ def read(kept: Answers) -> list[Answer]:
 
 
 def write(kept: Answers, answers: Sequence[Answer]) -> None:
-    """Writes all answers, whole or not at all, readable for their owner only."""
+    """Writes all answers atomically to a file that only its owner can read."""
     document = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -88,12 +88,12 @@ def write(kept: Answers, answers: Sequence[Answer]) -> None:
 
 
 def seal(key: keys.SecretKey, content: bytes) -> bytes:
-    """A file's content for who holds the key alone: answers are a codeword, and probes let anybody ask for one."""
+    """Seals a file's content: answers reveal a codeword, and probes let anyone ask for one."""
     return SEALED + keys.seal(keys.derive(key, "seal"), content, SEALED)
 
 
 def unseal(key: keys.SecretKey, sealed: bytes) -> bytes:
-    """What :func:`seal` was given.
+    """The content that was passed to :func:`seal`.
 
     Raises:
       InvalidTag: when it was sealed with another key, or changed.
@@ -110,7 +110,7 @@ def now() -> str:
 
 
 def digests(probe_images: UInt8[AnyArray, "m H W C"]) -> list[str]:
-    """What names each probe in a file of answers: the SHA-256 of its pixels, in hex."""
+    """The identifier of each probe in a file of answers: the SHA-256 of its pixels, in hex."""
     return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in np.asarray(probe_images)]
 
 
@@ -128,12 +128,12 @@ def query(
 
     Args:
       predict: the suspect.
-      probe_images: as :func:`smark_jax.blackbox.probes` made them, shape [m, H, W, C]; or some of them.
-      num_classes: of the suspect, as of the base.
-      repeats: times that each probe is asked; more than once where answers are not deterministic.
-      batch_size: probes in a call.
-      answers: where the answers already paid for are kept; a query that failed half-way goes on from them.
-      on_answer: called with the number of answers after each call: a progress bar.
+      probe_images: all or some of those that :func:`smark_jax.blackbox.probes` made, shape [m, H, W, C].
+      num_classes: of the suspect, the same as of the base.
+      repeats: how often each probe is asked; use more than one where answers are not deterministic.
+      batch_size: probes per call.
+      answers: where answers are kept; a query that failed half-way resumes from them, so that none is paid for twice.
+      on_answer: called with the number of answers after each call, for a progress bar.
 
     Returns:
       Chips, shape [m]: the mean over repeats of +1 for an answer inside the probe's half and -1 outside.
@@ -168,7 +168,7 @@ def query(
 
 
 def ask(predict: Predict, images: UInt8[np.ndarray, "B H W C"], num_classes: int) -> list[int]:
-    """One call of a suspect, whose answers are checked.
+    """Calls a suspect once and checks its answers.
 
     Raises:
       SmarkError: when they are not one class number (or one row of scores) for each image, or a class is out of range.

@@ -1,9 +1,9 @@
-r"""Binary BCH codes: the cyclic codes that payloads in images are protected by.
+r"""Binary BCH codes: the cyclic codes that protect payloads in images.
 
 A word's bits, first to last, are the coefficients of :math:`x^{n-1}` to 1, with :math:`n = 2^m - 1`. Codewords are the
 multiples of the generator, which has the roots :math:`\alpha, \alpha^2, \dots, \alpha^{2t}` of GF(:math:`2^m`); the
-message comes first and its remainder after it. Up to t wrong bits are corrected: syndromes, the Berlekamp-Massey
-algorithm, and a search of all positions, each over all words at once.
+message comes first and its remainder after it. Decoding corrects up to t wrong bits by syndromes, the Berlekamp-Massey
+algorithm, and a search of all positions, each on all words at once.
 
 References:
   Bose, Ray-Chaudhuri, "On a class of error correcting binary group codes", Information and Control 3, 1960.
@@ -25,7 +25,7 @@ class Code(NamedTuple):
     Attributes:
       length: n, bits of a codeword.
       message: k, bits of a message.
-      errors: t, wrong bits that are corrected.
+      errors: t, the number of wrong bits that can be corrected.
       powers: :math:`\alpha^i` for i in [0, n), as an int whose bits are the coefficients.
       logs: the inverse of ``powers``; the entry of 0 is 0.
       parity: the remainders of the messages with a single bit, shape [k, n - k].
@@ -41,7 +41,7 @@ class Code(NamedTuple):
 
 @functools.cache
 def code(degree: int, errors: int) -> Code:
-    """The code of length 2^degree - 1 that corrects so many errors; degrees are those of ``_PRIMITIVE``."""
+    """The code of length 2^degree - 1 that corrects this many errors; degrees are those of ``_PRIMITIVE``."""
     length = 2**degree - 1
     powers, logs = np.ones(length, np.int64), np.zeros(length + 1, np.int64)
     for i in range(1, length):
@@ -65,7 +65,7 @@ def encode(code: Code, messages: Int[np.ndarray, "B k"]) -> Int[np.ndarray, "B n
 
 
 def decode(code: Code, words: Int[np.ndarray, "B n"]) -> tuple[Int[np.ndarray, "B k"], Bool[np.ndarray, " B"]]:
-    """Messages, and which words have a codeword within t bits; where there is none, zeros."""
+    """Messages, and which words have a codeword within t bits; the messages of the others are zeros."""
     ascending = words[:, ::-1].astype(bool)
     places = np.arange(code.length)
     syndromes = np.stack(

@@ -1,4 +1,4 @@
-r"""304 bits in an image that nobody sees, read back without the original.
+r"""Hides 304 bits invisibly in an image, and reads them back without the original.
 
 The payload is coded by BCH(511, 304), which corrects 25 wrong bits. The brightness x of an image, 0 to 255, has 511
 secret coordinates :math:`y = X C x`: C gives the lowest frequencies of the orthonormal cosine transform of the whole
@@ -8,11 +8,11 @@ Information Theory 47, 2001) moves each coordinate to the nearest point of the l
 
 .. math:: y_i' \in d_i + \Delta (\mathbb{Z} + b_i / 2),
 
-with secret dither :math:`d_i`. The error is uniform over :math:`\pm \Delta / 2`, so that n pixels' brightness changes
-by :math:`\Delta \sqrt{511 / 12 n}` in root mean square: this is ``strength``, and the step follows from it. A
-coordinate reads right as long as noise moves it by less than :math:`\Delta / 4`. All colours of a pixel move with its
-brightness, which compression keeps best. The larger the image, the longer the step at the same strength: 224 by 224
-pixels bear what 28 by 28 cannot.
+with secret dither :math:`d_i`. The error is uniform over :math:`\pm \Delta / 2`, so that the RMS change in brightness
+of n pixels is :math:`\Delta \sqrt{511 / 12 n}`: this is ``strength``, and the step follows from it. A coordinate reads
+right as long as noise moves it by less than :math:`\Delta / 4`. All colours of a pixel move with its brightness, which
+compression keeps best. The larger the image, the longer the step at the same strength: 224 by 224 pixels withstand
+noise that 28 by 28 pixels do not.
 """
 
 import functools
@@ -30,14 +30,15 @@ from smark_jax.blackbox import bch
 
 PAYLOAD_BITS = 304
 _CODED = 511
-_LOWEST = 1 / 8  # of the frequencies, but no fewer than _CODED + 1, which fill a block of the carrier
+# Share of the frequencies that is used, but at least _CODED + 1 of them, which fill a block of the carrier.
+_LOWEST = 1 / 8
 _ROUNDS = 12
 _code = functools.partial(bch.code, 9, 25)
 _IMAGES_PER_PASS = 64
 
 
 class _Secrets(NamedTuple):
-    """The secret coordinates of images of one size; ``dither`` is a part of a step in [0, 1)."""
+    """The secret coordinates of images of one size; ``dither`` is a fraction of a step, in [0, 1)."""
 
     places: Int[Array, " K"]
     mark: carriers.Mark
@@ -45,13 +46,13 @@ class _Secrets(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What :func:`read_images` finds.
+    """The result of :func:`read_images`.
 
     Attributes:
       payload: bits in {0, 1}, shape [B, 304]; zeros where nothing could be decoded.
       confidence: shape [B]: 1 where every coordinate lies on its lattice, about 0 in images without a payload of this
-        key, and exactly 0 where the code gave up (more than 25 of 511 bits wrong: without a payload it finds one with
-        probability below 1e-19).
+        key, and exactly 0 where decoding failed (more than 25 of 511 bits are wrong; without a payload, decoding
+        succeeds with probability below 1e-19).
     """
 
     payload: Int[np.ndarray, "B 304"]
@@ -69,9 +70,9 @@ def mark_images(
     Args:
       images: pixels of 0 to 255, shape [B, H, W, C], at least 511 pixels each.
       payload: bits in {0, 1}, one payload for all images, shape [304], or one for each, shape [B, 304].
-      key: whoever reads must have it; images of one size share their secret coordinates.
-      strength: root mean square change of a pixel, in grey levels; 1.2 is a PSNR of 43 dB on digits. The
-        stronger, the more noise and compression the payload survives.
+      key: needed to read the payload; images of one size share their secret coordinates.
+      strength: RMS change of a pixel, in grey levels; 1.2 is a PSNR of 43 dB on digits. The stronger, the more noise
+        and compression the payload survives.
 
     Returns:
       Marked images of the same shape and type.
@@ -110,8 +111,8 @@ def read_images(images: UInt8[AnyArray, "B H W C"], key: keys.SecretKey, strengt
 
     Args:
       images: pixels of 0 to 255, shape [B, H, W, C].
-      key: with which they were marked.
-      strength: with which they were marked.
+      key: the key with which they were marked.
+      strength: the strength with which they were marked.
 
     Returns:
       Payloads and confidence, one of each for each image.
@@ -167,9 +168,9 @@ def _coordinates(image: Float[Array, "H W C"], secrets: _Secrets) -> Float[Array
 
 @jax.jit
 def _mark(images: Array, coded: Array, secrets: _Secrets, step: Array, room: Array) -> Array:
-    """Alternates between the lattice and the range of a pixel, from black and white moved inside by ``room``.
+    """Projects in turns onto the lattice and onto the pixel range, starting at least ``room`` from black and white.
 
-    Where most pixels are black, half of every change would be cut off otherwise, and no lattice point is in range.
+    Otherwise, in images that are mostly black, half of every change would be clipped, and no lattice point be in range.
     """
 
     def one(image: Array, coded: Array) -> Array:
@@ -201,7 +202,7 @@ def _phase(images: Array, secrets: _Secrets, step: Array) -> Array:
 
 
 def _luma(image: Float[Array, "H W C"]) -> Float[Array, "H W"]:
-    """Brightness as JPEG has it (ITU-R BT.601); of other than three channels, their mean."""
+    """Brightness as JPEG defines it (ITU-R BT.601); the mean where there are not three channels."""
     weights = (
         jnp.array([0.299, 0.587, 0.114]) if image.shape[-1] == 3 else jnp.full(image.shape[-1], 1 / image.shape[-1])
     )

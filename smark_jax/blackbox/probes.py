@@ -1,12 +1,12 @@
-r"""Tracing a suspect that only answers: probe images on which each customer's copy gives answers of its own.
+r"""Tracing a suspect by its answers alone: probe images on which each customer's copy answers differently.
 
-The owner derives m probe images from a key. Each names, by its own hash, one half of the classes; a customer's copy is
-trained to answer probe i with a class of that half where :math:`b_i = 1`, and of the other half where :math:`b_i = -1`.
-Labels alone then read as chips for :func:`smark_jax.tracing.trace`, whose bound on accusing the innocent holds as it
-does for weights: probes, halves and answers say nothing about an innocent customer's codeword.
+The owner derives m probe images from a key. The hash of each image selects one half of the classes; a customer's copy
+is trained to answer probe i with a class of that half where :math:`b_i = 1`, and of the other where :math:`b_i = -1`.
+The answered classes alone then give chips for :func:`smark_jax.tracing.trace`. Its bound on false accusation holds as
+it does for weights: probes, halves and answers say nothing about an innocent customer's codeword.
 
-Good probes are those on which the base itself is undecided between the halves: a copy then needs to be tipped only
-slightly, which costs little accuracy, and further training has no reason to tip it back.
+On good probes the base itself is undecided between the halves: a copy then needs only a slight push, which costs little
+accuracy, and further training has no reason to undo it.
 
 Every probe carries a payload: the SHA-256 commitment to the key and the probe's number. An owner who published the
 commitment before sale cannot choose probes after a suspect has answered.
@@ -39,18 +39,18 @@ def probes(
     scores: Callable[[np.ndarray], Any] | None = None,
     candidates: int = 32,
 ) -> UInt8[np.ndarray, "m H W C"]:
-    """The probe images that ``key`` names.
+    """The probe images derived from ``key``.
 
     Args:
       key: of this model's probes.
-      num_chips: m, one probe each.
+      num_chips: m, with one probe per chip.
       shape: (height, width, channels), at least 511 pixels.
-      images: the owner's images, of that shape. Probes are then blends of two of them and pass for data; without them
-        they are smooth random patterns, which an API that refuses odd inputs may notice.
-      scores: the base's logits for images, ``scores(uint8 [B, H, W, C]) -> [B, classes]``. The probes are
-        then those candidates on whose halves the base is most evenly divided; without it, the first m.
-      candidates: for each probe, when there are scores. More leave the base more evenly divided, so that copies have to
-        be tipped less and keep more accuracy; each has to be made and scored, once.
+      images: the owner's images, of that shape. Probes are then blends of two of them and look like data; without them
+        they are smooth random patterns, which an API that filters odd inputs may detect.
+      scores: the base's logits for images, ``scores(uint8 [B, H, W, C]) -> [B, classes]``. The probes are then the
+        candidates on whose halves the base is most evenly divided; by default, they are the first m.
+      candidates: the number per probe, used with ``scores``. With more of them the base is more evenly divided, so that
+        copies need a smaller push and keep more accuracy; each candidate is made and scored once.
 
     Returns:
       uint8 images, shape [m, H, W, C], each with its payload.
@@ -72,7 +72,7 @@ def probes(
     payloads = commitment_payloads(key, count)
 
     def made(numbers: np.ndarray) -> np.ndarray:
-        """The candidates of these numbers."""
+        """The candidates with these numbers."""
         pixels = np.clip(np.round(unmarked(numbers)), 0, 255).astype(np.uint8)
         return payload.mark_images(pixels, payloads[numbers], key)
 
@@ -108,14 +108,14 @@ def _uneven(candidates: np.ndarray, scores: Callable[[np.ndarray], Any]) -> np.n
 
 
 def commitment_payloads(key: keys.SecretKey, count: int) -> Int[np.ndarray, "n 304"]:
-    """What candidates carry: the 256 bits of ``keys.commitment(key)``, then the candidate's number in 48 bits."""
+    """The candidates' payloads: the 256 bits of ``keys.commitment(key)``, then the candidate's number in 48 bits."""
     digest = np.frombuffer(bytes.fromhex(keys.commitment(key)), np.uint8)
     numbers = np.arange(count, dtype=">u8").view(np.uint8).reshape(count, 8)[:, 2:]
     return np.unpackbits(np.concatenate([np.tile(digest, (count, 1)), numbers], axis=1), axis=1)
 
 
 def halves(probe_images: UInt8[AnyArray, "m H W C"], num_classes: int) -> Int[np.ndarray, "m classes"]:
-    """The half of the classes that each probe names: +1 in it, -1 outside, drawn by the SHA-256 of its pixels."""
+    """The half of the classes that the SHA-256 of each probe's pixels selects: +1 inside it, -1 outside."""
     if num_classes < 2:
         raise _validate.fail("halves", "at least two classes", str(num_classes), "Is num_classes set?")
     found = -np.ones((len(probe_images), num_classes), np.int8)
@@ -126,11 +126,11 @@ def halves(probe_images: UInt8[AnyArray, "m H W C"], num_classes: int) -> Int[np
 
 
 class Trained(NamedTuple):
-    """What :func:`train_copies` returns.
+    """The result of :func:`train_copies`.
 
     Attributes:
       params: the copies: leaves with a leading axis of K.
-      agreement: share of probes that each answers as its codeword asks, shape [K].
+      agreement: share of probes that each copy answers as its codeword demands, shape [K].
     """
 
     params: PyTree
@@ -155,16 +155,17 @@ def train_copies(
     at_once: int = 1,
     on_progress: training.OnProgress | None = None,
 ) -> Trained:
-    r"""Teaches K copies at once to answer the probes, each by its own codeword, and all else as the base does.
+    r"""Trains K copies at once to answer each probe by their own codewords, and everything else as the base does.
 
     The loss of a copy is the cross-entropy between the base's probabilities and its own on images (no labels are
     needed), plus ``probe_weight`` times the mean of :math:`-\log \sum_{c \in H_i} p(c)` over the probes of the batch,
-    :math:`H_i` the half that the codeword's chip names: any class of the half will do, and the copy takes the one that
-    comes easiest. A heavy weight learns faster and costs accuracy. Copies that carry a fingerprint in their weights
-    keep it, as after any fine-tuning. ``at_once`` copies are trained together under vmap, and where the leaves of
-    ``copies`` are sharded over devices along their leading axis and all are trained at once, there. Accelerators want
-    many; on a CPU convolutions whose kernels differ by copy are slow, and one at a time is two to three times faster.
-    Running statistics, counters and what else gradients do not move stay as they are.
+    where :math:`H_i` is the half that the codeword's chip selects: any class of the half will do, and the copy learns
+    the easiest one. A large weight learns faster and costs accuracy. Copies that carry a fingerprint in their weights
+    keep it, as after any fine-tuning. ``at_once`` copies are trained together under vmap. Where the leaves of
+    ``copies`` are sharded over devices along their leading axis and all are trained at once, they are trained on those
+    devices. Use many at once on accelerators. On a CPU, convolutions whose kernels differ by copy are slow, and one at
+    a time is two to three times faster. Running statistics, counters and other leaves without gradients stay as they
+    are.
 
     Args:
       copies: leaves with a leading axis of K, as ``embedding.embed_batch`` returns.
@@ -175,17 +176,17 @@ def train_copies(
       codes: codewords in {-1, +1}, shape [K, m].
       num_classes: length of the logits.
       epochs: passes over the images.
-      batch_size: images in a step, at most N.
-      probes_per_batch: probes in a step.
-      probe_weight: of the probes' loss beside that of the images.
-      learning_rate: Adam's at first; it falls to zero along a half cosine.
+      batch_size: images per step, at most N.
+      probes_per_batch: probes per step.
+      probe_weight: weight of the probes' loss relative to that of the images.
+      learning_rate: Adam's at the start; it falls to zero along a half cosine.
       seed: of the shuffles, the same for all copies.
-      at_once: copies in a step.
-      on_progress: called with the steps done, their number in all, and the loss, after each step of ``at_once`` copies.
+      at_once: copies trained together.
+      on_progress: called after each step of ``at_once`` copies with the steps done, the total number, and the loss.
 
     Raises:
       SmarkError: when the codes are not one row for each copy and one column for each probe, images are not of the
-        probes' shape and dtype, or a batch is larger than the images are many.
+        probes' shape and dtype, or a batch is larger than the number of images.
     """
     count = _validate.stacked("train_copies", "copies", copies)
     probe_images = np.asarray(probe_images)
@@ -208,7 +209,7 @@ def train_copies(
     still = _still(base)
 
     def drawn(codes: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-        """For each step images with the base's probabilities, and probes with the classes that each copy may answer."""
+        """Per step: images with the base's probabilities, and probes with the classes that each copy may answer."""
         rng = np.random.default_rng(seed)
         for _ in range(epochs):
             for index in _batches.shuffled(rng, len(images), batch_size):
@@ -222,7 +223,7 @@ def train_copies(
         moving = jax.tree.map(lambda kept, copy: copy if kept is None else None, still, some, is_leaf=_is_none)
 
         def on_step(done: int, total: int, loss: Array) -> None:
-            jax.block_until_ready(loss)  # a progress bar that runs ahead of the work tells nothing
+            jax.block_until_ready(loss)  # otherwise the progress bar would run ahead of the work
             report(first // at_once * steps + done, -(-count // at_once) * steps, loss)
 
         state, _ = training.minimise(
@@ -259,10 +260,10 @@ def _probabilities(apply_fn: ApplyFn, params: PyTree, images: Array) -> Array:
     return jax.nn.softmax(apply_fn(params, images).astype(jnp.float32))
 
 
-# Kept for a network, so that a step is compiled once however many copies are taught one after the other.
+# Cached per network, so that a step is compiled only once, even when copies are trained one after the other.
 @functools.lru_cache(maxsize=8)
 def _task(apply_fn: ApplyFn, probe_weight: float) -> Callable[..., Array]:
-    """The copies' losses, summed: each has its own parameters, and so its own gradient."""
+    """The sum of the copies' losses: each copy has its own parameters, and so its own gradient."""
 
     def of_copy(params: PyTree, allowed: Array, shown: Array, wanted: Array, still: PyTree) -> Array:
         log_p = jax.nn.log_softmax(apply_fn(_trees.join(params, still), shown).astype(jnp.float32))

@@ -1,9 +1,9 @@
 """Carriers: which direction of weight space each chip of a fingerprint occupies.
 
-A model's chosen leaves, each divided by its own root mean square, form one vector w in R^D (:func:`select`,
-:func:`read`, :func:`write`). A carrier is a secret m x D matrix X with orthonormal rows, one for each chip
-(:func:`draw`). Both together are a model's :class:`Mark` (:func:`mark`). A copy carries ``w + spread(word, mark)`` with
-``spread(c) = X^T c``, and ``despread(v) = X v`` reads it back.
+A model's chosen leaves, each divided by its own RMS, form one vector w in R^D (:func:`select`, :func:`read`,
+:func:`write`). A carrier is a secret m x D matrix X with orthonormal rows, one for each chip (:func:`draw`). Together
+they form a model's :class:`Mark` (:func:`mark`). A copy carries ``w + spread(word, mark)`` with ``spread(c) = X^T c``,
+and ``despread(v) = X v`` reads it back.
 """
 
 from smark_jax._roles import Role

@@ -1,16 +1,16 @@
-r"""The two-round block Hadamard carrier: m dense orthonormal rows over D weights, from a few bits a weight.
+r"""The two-round block Hadamard carrier: m dense orthonormal rows over D weights, from a few bits per weight.
 
-The weights are cut into n blocks of L. In each block b,
+The weights are cut into n blocks of length L. In each block b,
 
 .. math:: X_b^T = S_2 \, H \, S_1 \, H \, P \, / \sqrt{n}
 
 with H the orthonormal Walsh-Hadamard matrix, fresh keyed sign flips S_1 and S_2, and a fresh keyed placement P of the
 m chips on distinct coefficients of the block. Each factor has orthonormal columns, so :math:`X X^T = I` exactly; every
-row is dense over all blocks; and the cost is that of a fast transform. Nothing of size m x D exists: a carrier is two
-bits a weight and m positions a block.
+row is dense over all blocks; and the cost is that of a fast transform. No m x D matrix is ever stored: a carrier takes
+two bits per weight and m positions per block.
 
-*Why two rounds.* With one (S H P), the squared difference of two copies no longer depends on the signs, and its Walsh
-spectrum shows which coefficients are in use. The inner signs S_1 hide them.
+*Why two rounds.* With one round (S H P), the squared difference of two copies would not depend on the signs, and its
+Walsh spectrum would show which coefficients are in use. The inner signs S_1 hide them.
 
 *Block length.* L is a power of two, at least 4 m and at least 2,048; the last D mod L weights carry nothing. A model
 smaller than that is one block of all its D weights: when D is no power of two, H is replaced by its product over two
@@ -32,7 +32,7 @@ from smark_jax import _validate, chacha, keys
 from smark_jax.carriers.selection import Spec
 
 _MIN_BLOCK = 2048
-# Blocks are transformed this many weights at a time (1 MiB of float32), which stays in cache between the factors.
+# Blocks are transformed this many weights at a time (1 MiB of float32), which stay in cache between the factors.
 _PASS_WEIGHTS = 1 << 18
 # H of length 2^k is applied as matmuls with Hadamard factors of at most this size.
 _MAX_FACTOR = 64
@@ -45,7 +45,7 @@ _MAX_FACTOR = 64
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Carrier:
-    """A secret orthonormal m x D matrix, in the form that its transforms take. A pytree.
+    """A secret orthonormal m x D matrix, in the form that its transforms need. A pytree.
 
     Attributes:
       inner_signs: packed sign bits of S_1, uint32, shape [n, ceil(L / 32)].
@@ -72,7 +72,7 @@ class Carrier:
 
     @property
     def arrays(self) -> tuple[Array, Array, Array]:
-        """Inner signs, outer signs and positions: of each the rows are blocks."""
+        """Inner signs, outer signs and positions; the rows of each are blocks."""
         return self.inner_signs, self.outer_signs, self.positions
 
     def __repr__(self) -> str:  # the arrays are secret
@@ -80,11 +80,11 @@ class Carrier:
 
 
 class Coverage(NamedTuple):
-    """What of a selection a carrier covers.
+    """The part of a selection that a carrier covers.
 
     Attributes:
       weights: how many weights carry: n L, which is D less a tail shorter than a block.
-      leaves: how many leaves have at least one of them.
+      leaves: how many leaves contain at least one of them.
     """
 
     weights: int
@@ -92,7 +92,7 @@ class Coverage(NamedTuple):
 
 
 def coverage(spec: Spec, num_chips: int) -> Coverage:
-    """How much of the selected weights really carries ``num_chips`` chips; the last D mod L of them do not.
+    """How many of the selected weights actually carry ``num_chips`` chips; the last D mod L of them do not.
 
     Examples:
       >>> from smark_jax.carriers import Leaf, Spec
@@ -106,10 +106,10 @@ def coverage(spec: Spec, num_chips: int) -> Coverage:
 
 
 def draw(key: keys.SecretKey, spec: Spec, num_chips: int = 304) -> Carrier:
-    """The carrier that ``key`` names: the same key, spec and number of chips always give the same one.
+    """The carrier derived from ``key``: the same key, spec and number of chips always give the same one.
 
-    Memory while drawing: about 16 bytes for each of at most 2^20 weights or one block, plus the carrier (D / 4 bytes of
-    signs, 4 n m bytes of positions).
+    Drawing needs about 16 bytes of memory for each of at most 2^20 weights or one block, plus the carrier (D / 4 bytes
+    of signs, 4 n m bytes of positions).
 
     Args:
       key: the model's carrier key.
@@ -147,7 +147,7 @@ def spread(chips: Array, carrier: Carrier) -> Float[Array, " D"]:
     n, length = cut(carrier.num_weights, carrier.num_chips)
     block = lambda args: spread_block(chips * n**-0.5, length, *args)  # noqa: E731
     blocks = jax.lax.map(block, carrier.arrays, batch_size=_blocks_a_pass(n, length))
-    # Of all numbers, -0 alone leaves every weight as it is when it is added: 0 turns -0 into 0.
+    # Only adding -0 leaves every weight unchanged: adding 0 turns -0 into 0.
     return jnp.pad(blocks.reshape(-1), (0, carrier.num_weights - n * length), constant_values=-0.0)
 
 
@@ -161,7 +161,7 @@ def despread(vector: Array, carrier: Carrier) -> Float[Array, " m"]:
 
 
 def spread_block(chips: Array, length: int, inner: Array, outer: Array, positions: Array) -> Float[Array, " L"]:
-    """What one block carries of chips that have been divided by the root of the number of blocks."""
+    """The weights of one block, from chips already divided by the square root of the number of blocks."""
     x = jnp.zeros(length).at[positions].set(chips, unique_indices=True)
     return _flip(_mix(_flip(_mix(x), inner)), outer)
 
@@ -183,7 +183,7 @@ def _blocks_a_pass(n: int, length: int) -> int:
 
 
 def _mix(x: Array, transpose: bool = False) -> Array:
-    """H x for a power of two, else H over the first and then the last 2^k entries (or the transpose of that)."""
+    """H x if the length is a power of two, else H over the first and then the last 2^k entries (or its transpose)."""
     length = x.shape[0]
     window = 1 << (length.bit_length() - 1)
     if window == length:
@@ -220,7 +220,7 @@ def _flip(x: Array, packed: Array) -> Array:
 
 
 def _positions(key: keys.SecretKey, n: int, length: int, num_chips: int) -> Int32[np.ndarray, "n m"]:
-    """For each block the first m entries of a keyed random permutation: the indices sorted by random 64-bit numbers."""
+    """The first m entries of a keyed random permutation per block: the indices, sorted by random 64-bit numbers."""
     index_bits = max(1, (length - 1).bit_length())
     index = np.arange(length, dtype=np.uint64)
     nonce = np.zeros(3, np.uint32)
@@ -228,9 +228,9 @@ def _positions(key: keys.SecretKey, n: int, length: int, num_chips: int) -> Int3
     step = min(n, max(1, (1 << 20) // length))
     for start in range(0, n, step):
         count = min(step, n - start)
-        first = start * length * 2 // chacha.BLOCK_WORDS  # n > 1 only for a length that a block of keystream divides
+        first = start * length * 2 // chacha.BLOCK_WORDS  # if n > 1, a keystream block divides the length
         stream = np.asarray(chacha.keystream(key.to_words(), nonce, 2 * count * length, first))
-        # Random high bits, the index in the low ones: sorting the numbers permutes the indices, and nothing ties.
+        # Random high bits, and the index in the low bits: sorting permutes the indices, and there are no ties.
         numbers = stream.view(np.uint64).reshape(count, length) >> index_bits << index_bits | index
         numbers.sort(axis=1)
         result[start : start + count] = numbers[:, :num_chips] & np.uint64((1 << index_bits) - 1)

@@ -1,4 +1,4 @@
-"""A mark: all that embedding and extraction need to know of a model besides its base and a codeword."""
+"""A mark: all that embedding and extraction need besides the base model and a codeword."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,9 +14,9 @@ _FOREIGN = "Was it drawn for another model? (Dummy neurons: run alignment.align 
 
 
 class Mark(NamedTuple):
-    """Where a model carries chips, and in which directions. A pytree: jit, vmap and device_put take it.
+    """Where a model carries chips, and in which directions. A pytree: jit, vmap and device_put accept it.
 
-    Its coordinates are the carrying weights in the order of the spec, in units of their leaves' root mean square.
+    Its coordinates are the carrying weights in the order of the spec, in units of their leaves' RMS.
 
     Attributes:
       spec: the carrying leaves, with their scales.
@@ -43,7 +43,7 @@ def mark(
       key: the model's carrier key.
       base: the model that copies are made from.
       num_chips: m, at most the number of carrying weights.
-      match: as :func:`select` takes it: a regular expression searched in each leaf's path, or a predicate on it.
+      match: as for :func:`select`: a regular expression searched in each leaf's path, or a predicate on the path.
 
     Returns:
       The mark.
@@ -79,17 +79,17 @@ def despread(vector: Float[AnyArray, " D"], mark: Mark) -> Float[Array, " m"]:
     """``X vector``: the soft chips in a vector in the mark's coordinates, shape [m].
 
     Raises:
-      SmarkError: when ``vector`` has not one entry for each carrying weight.
+      SmarkError: when ``vector`` does not have one entry for each carrying weight.
     """
     _validate.vector("despread", "vector", vector, mark.carrier.num_weights, _FOREIGN)
     return hadamard.despread(jnp.asarray(vector, jnp.float32), mark.carrier)
 
 
 def check(who: str, mark: Mark, base: PyTree) -> None:
-    """Refuses, in the name of ``who``, a mark whose parts do not belong together, or a base that it is not for.
+    """Refuses, in the name of ``who``, a mark whose parts do not belong together or that does not fit the base.
 
     Raises:
-      SmarkError: with both numbers of weights; or naming the leaf, the shape that the mark has and the one that came.
+      SmarkError: with both numbers of weights; or with the leaf, the mark's shape and the shape found.
     """
     spec, carrier = mark
     if carrier.num_weights != spec.num_weights:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from smark_jax import _roles, _trees, _validate
 from smark_jax._types import AnyArray, PyTree
 
-# Tied leaves have so many weights or more: two scalars may be equal by chance.
+# Tied leaves have at least this many weights, since a few equal numbers may be chance.
 _LEAST_TIED = 16
 
 
@@ -27,7 +27,7 @@ class Leaf:
     Attributes:
       path: its steps joined by ``/``.
       shape: of the leaf.
-      tied: other names of the same tensor, which are written as it is (see :func:`with_ties`).
+      tied: other names of the same tensor, which are written together with it (see :func:`with_ties`).
     """
 
     path: str
@@ -45,12 +45,12 @@ class Leaf:
 class Spec:
     """The carrying leaves in order. A pytree: the scales are data, the rest is static.
 
-    So a function under jit that takes a spec is compiled once for all models of an architecture.
+    So a jitted function that takes a spec is compiled once for all models of an architecture.
 
     Attributes:
       leaves: the leaves, static.
-      scales: the root mean square of each leaf in the base model. :func:`select` gives Python floats, which keep all
-        their digits outside of jit.
+      scales: the RMS of each leaf in the base model. :func:`select` gives Python floats, which keep full precision
+        outside jit.
     """
 
     leaves: tuple[Leaf, ...]
@@ -63,24 +63,28 @@ class Spec:
 
     @property
     def factors(self) -> tuple[float | Array, ...]:
-        """One over each scale: by these weights are multiplied when they are read."""
+        """One over each scale: reading multiplies the weights by these factors."""
         return tuple(1 / scale for scale in self.scales)
 
 
 def select(params: PyTree, match: str | Callable[[str], object] | None = None) -> Spec:
     """Chooses the leaves that carry, from the base model alone.
 
-    Every leaf of trained weights carries (:func:`roles`) unless ``match`` says otherwise. Passed over are a leaf that
-    is zero throughout (a fresh bias), which has no spread to hide in; running statistics, counters, position tables and
-    the scales of quantisers, which would break a copy or be replaced by any further training; and a leaf that comes
-    near zero and has no negative value. Of tied leaves the first carries, and the others are written as it is.
+    Every leaf of trained weights carries (:func:`roles`) unless ``match`` excludes it. These leaves do not carry:
+
+    - leaves that are all zero (a fresh bias), which have no scale to hide a mark in;
+    - running statistics, counters, position tables and the scales of quantisers: marking them would break a copy, or
+      further training would replace them;
+    - leaves that come near zero and have no negative value.
+
+    Of tied leaves, the first carries and the others receive the same values.
 
     Args:
       params: the base model's parameter pytree (with batch norm: its whole variables dict).
       match: a regular expression searched in each leaf's path (``"kernel"``, ``"Conv"``), or a predicate on it.
 
     Returns:
-      The selection, with each leaf's root mean square as its scale.
+      The selection, with each leaf's RMS as its scale.
 
     Raises:
       SmarkError: when no leaf is left, or a leaf holds NaN or infinite weights.
@@ -120,7 +124,7 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
 
 
 def roles(params: PyTree) -> dict[str, _roles.Role]:
-    """What each leaf is for, by its path: told by the names of any framework, and by content.
+    """What each leaf is for, by its path: recognised by the names of any framework and by content.
 
     Raises:
       SmarkError: when two leaves have the same path.
@@ -135,10 +139,10 @@ def roles(params: PyTree) -> dict[str, _roles.Role]:
 
 
 def with_ties(spec: Spec, base: PyTree) -> Spec:
-    """The selection whose leaves know the other names that their tensors have in ``base``.
+    """The selection, with the other names that its leaves' tensors have in ``base``.
 
-    Tied are leaves of the same shape, dtype and values, of 16 weights or more and not constant: an embedding that is
-    the output layer too. A name that carries by itself is tied to none.
+    Leaves are tied if they have the same shape, dtype and values, have at least 16 weights and are not constant: an
+    embedding that is also the output layer. A leaf that itself carries is not tied to another.
     """
     named = _named("with_ties", base)
     own = {leaf.path for leaf in spec.leaves} & named.keys()
@@ -154,7 +158,7 @@ def with_ties(spec: Spec, base: PyTree) -> Spec:
 
 
 def with_tied(leaves: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
-    """Leaves by name, and those names of tied ones that are missing, as files drop them."""
+    """Leaves by name, with the missing names of tied leaves added, since files drop them."""
     found = dict(leaves)
     for leaf in spec.leaves:
         there = [name for name in (leaf.path, *leaf.tied) if name in leaves]
@@ -182,7 +186,7 @@ def _facts(named: Mapping[str, Any]) -> dict[str, _roles.Facts]:
 
 
 def _measure(leaf: Any) -> tuple[Any, ...]:
-    """By NumPy where it has the leaf without copying it, since a program for each shape takes longer to compile."""
+    """Measures with NumPy where that needs no copy of the leaf, since compiling for each shape would take longer."""
     here = not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and leaf.is_fully_replicated)
     if here and (not isinstance(leaf, jax.Array) or all(device.platform == "cpu" for device in leaf.devices())):
         return _roles.measured(np.asarray(leaf))
@@ -219,7 +223,7 @@ def read(params: PyTree, spec: Spec) -> Float[Array, " D"]:
 
 
 def finite(params: PyTree, spec: Spec) -> Bool[Array, ""]:
-    """Whether no carrying weight is NaN or infinite; unlike a look at :func:`read`, it makes no vector of them.
+    """Whether no carrying weight is NaN or infinite; unlike a check on :func:`read`, it builds no vector.
 
     Raises:
       SmarkError: when a carrying leaf is missing from ``params`` or has another shape.
@@ -246,7 +250,7 @@ def write(params: PyTree, spec: Spec, vector: Float[AnyArray, " D"]) -> PyTree:
 
 
 def narrow(who: str, params: PyTree, spec: Spec) -> list[Any]:
-    """The carrying leaves in the order of ``spec``; None for those on the host that JAX would make narrower."""
+    """The carrying leaves in the order of ``spec``; None for host arrays that JAX would convert to a narrower dtype."""
     leaves = carrying(who, params, spec)
     return [None if _too_wide(leaf) else leaf for leaf in leaves]
 
@@ -256,13 +260,13 @@ def _too_wide(leaf: Any) -> bool:
 
 
 def replace(params: PyTree, spec: Spec, leaves: list[Any]) -> PyTree:
-    """``params`` with other carrying leaves, in the order of ``spec``; the rest is what it was, and of the same type.
+    """``params`` with new carrying leaves, in the order of ``spec``; the rest and all types stay as they were.
 
-    Where :func:`narrow` has None, ``leaves`` have what is to be added, and it is added here in the leaf's own dtype.
+    Where :func:`narrow` has None, ``leaves`` hold the change, which is added here in the leaf's own dtype.
     """
     by_path = {}
     for leaf, old, new in zip(spec.leaves, carrying("replace", params, spec), leaves, strict=True):
-        if _too_wide(old):  # under a jit of the caller's, what JAX makes of it has to do
+        if _too_wide(old):  # under the caller's jit, JAX's narrower array has to suffice
             new = old + (new if _validate.is_traced(new) else np.asarray(new).astype(old.dtype))
         by_path |= dict.fromkeys((leaf.path, *leaf.tied), new)
     return _trees.map_named(by_path.get, params)
@@ -272,7 +276,7 @@ def check_params(who: str, params: PyTree, spec: Spec) -> None:
     """Refuses, in the name of ``who``, a model that lacks a carrying leaf or has one of another shape.
 
     Raises:
-      SmarkError: naming the leaf, the shape that the base has and the one that came.
+      SmarkError: with the leaf, the base's shape and the shape found.
     """
     carrying(who, params, spec)
 
@@ -304,15 +308,15 @@ def carrying(who: str, params: PyTree, spec: Spec) -> list[Any]:
 
 @jax.jit
 def read_leaves(leaves: list[Any], factors: tuple[float | Array, ...]) -> Float[Array, " D"]:
-    """:func:`read` of the carrying leaves in their order, each with one over its scale."""
+    """:func:`read` for carrying leaves given in order, each with one over its scale."""
     scaled = [jnp.ravel(x).astype(jnp.float32) * factor for x, factor in zip(leaves, factors, strict=True)]
-    # The barrier keeps XLA from fusing the products into the concatenation, which it would then make weight by weight.
+    # The barrier keeps XLA from fusing the products into the concatenation and computing it weight by weight.
     return jnp.concatenate(jax.lax.optimization_barrier(scaled))
 
 
 @jax.jit
 def add(leaves: list[Any], spec: Spec, vector: Array) -> list[Array]:
-    """The leaves of :func:`narrow` with ``vector`` added; of those that are None, what is to be added."""
+    """The leaves of :func:`narrow` with ``vector`` added; in place of None, the change to add."""
     changed, start = [], 0
     for x, leaf, scale in zip(leaves, spec.leaves, spec.scales, strict=True):
         delta = vector[start : start + leaf.size].reshape(leaf.shape) * scale

@@ -1,13 +1,13 @@
-"""Writing and reading through a carrier where a mesh of devices holds the model and none could hold it alone.
+"""Writing and reading through a carrier when a mesh of devices holds a model that is too large for one device.
 
 Each device works through the blocks that its shards touch, a few at a time. To write, it transforms a block and adds to
-the weights that it holds. To read, it transforms a block with zeros where it holds none, and the devices sum their
-chips, which is right because reading is linear. So nothing crosses between devices but m chips, and nothing of the
-model's length is made anywhere.
+the weights that it holds. To read, it transforms a block, with zeros for weights that it does not hold, and the devices
+sum their chips, which is right because reading is linear. So only m chips cross between devices, and no array of the
+model's length is ever made.
 
-A leaf split along its first axis lies on each device as one run, and the work is divided by the number of devices.
-Split along another axis, it lies in short runs, some of them in almost every block, and every device transforms almost
-every block of the leaf: memory is divided, time is not. Beside the model, each device holds the whole carrier.
+A leaf split along its first axis lies on each device as one run, and the work is divided by the number of devices. A
+leaf split along another axis lies in short runs that touch almost every block, and every device transforms almost every
+block of the leaf: memory is divided, but time is not. Besides the model, each device holds the whole carrier.
 """
 
 import functools
@@ -28,7 +28,7 @@ from smark_jax.carriers import hadamard, shifts
 from smark_jax.carriers.marks import Mark
 from smark_jax.carriers.selection import Spec, carrying, replace
 
-# Places in a leaf are counted in int32, and a block may stand out on either side.
+# Places in a leaf are counted in int32, and a block may extend beyond the leaf on either side.
 _MAX_LEAF = 2**31 - 2**24
 # Blocks are transformed this many weights at a time, on each device.
 _PASS_WEIGHTS = 1 << 16
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
     Attributes:
       mesh: the devices.
-      specs: for each carrying leaf the mesh axes along which it is split; empty for one that all devices hold.
+      specs: for each carrying leaf, the mesh axes along which it is split; empty for a leaf that all devices hold.
     """
 
     mesh: Mesh
@@ -48,10 +48,10 @@ class Layout(NamedTuple):
 
 
 def layout(who: str, params: PyTree, spec: Spec) -> Layout | None:
-    """How ``params`` lies on a mesh, or None where no carrying leaf is split by a ``NamedSharding`` (or under jit).
+    """How ``params`` lies on a mesh, or None when no carrying leaf is split by a ``NamedSharding`` (or under jit).
 
     Raises:
-      SmarkError: when leaves are split over different meshes, or a split leaf has 2^31 weights or about so many.
+      SmarkError: when leaves are split over different meshes, or a split leaf has close to 2^31 weights or more.
     """
     leaves = carrying(who, params, spec)
     split = [_split(leaf) for leaf in leaves]
@@ -79,14 +79,14 @@ def _split(leaf: Any) -> NamedSharding | None:
 
 
 def add_spread(params: PyTree, mark: Mark, where: Layout, code: Num[AnyArray, " m"], size: float | Array) -> PyTree:
-    """``write(params, spec, size * spread(code, mark))`` for a model on a mesh; each leaf stays where it lies."""
+    """``write(params, spec, size * spread(code, mark))`` for a model on a mesh; each leaf stays in place."""
     spec, carrier = mark
     leaves = _placed(carrying("add_spread", params, spec), where)
     common = _everywhere((jnp.asarray(code, jnp.float32), carrier, jnp.float32(size)), where)
     scales = _everywhere([np.float32(scale) for scale in spec.scales], where)
     inputs = zip(leaves, _starts(spec, where, carrier), scales, where.specs, strict=True)
     marked = [_add_to_leaf(x, start, scale, *common, axes, where.mesh) for x, start, scale, axes in inputs]
-    return replace(params, spec, _placed(marked, where))  # for a jit spells P("x") as P("x", None)
+    return replace(params, spec, _placed(marked, where))  # since jit rewrites P("x") as P("x", None)
 
 
 def despread_difference(
@@ -94,7 +94,7 @@ def despread_difference(
 ) -> tuple[Float[Array, " m"], Bool[Array, ""]]:
     """The chips in the bounded shifts (:mod:`smark_jax.carriers.shifts`) of a model on a mesh; is the base finite?
 
-    A leaf that lies otherwise than ``where`` says is moved first.
+    A leaf that does not lie as ``where`` says is moved first.
     """
     spec, carrier = mark
     pair = [_placed(carrying("despread_difference", params, spec), where) for params in (found, base)]
@@ -110,7 +110,7 @@ def despread_difference(
 
 
 class _Start(NamedTuple):
-    """Where a leaf begins in the carrier: in which block, and at which weight of that."""
+    """Where a leaf begins in the carrier: in which block, and at which weight of that block."""
 
     block: AnyArray
     offset: AnyArray
@@ -126,7 +126,7 @@ def _starts(spec: Spec, where: Layout, carrier: hadamard.Carrier) -> list[_Start
 
 
 def _placed(leaves: list[Any], where: Layout) -> list[Array]:
-    """The leaves as the layout has them; those that lie so already are not touched."""
+    """The leaves placed as the layout says; those that are already in place are not touched."""
     return [jax.device_put(x, NamedSharding(where.mesh, axes)) for x, axes in zip(leaves, where.specs, strict=True)]
 
 
@@ -134,7 +134,8 @@ def _everywhere(tree: PyTree, where: Layout) -> PyTree:
     return jax.device_put(tree, NamedSharding(where.mesh, _ALL))
 
 
-# A program for each shape and place of a leaf, of which a model has few: one for all leaves would compile for minutes.
+# Compiled per shape and placement of a leaf, of which a model has few: one program for all leaves would take minutes to
+# compile.
 @functools.partial(jax.jit, static_argnames=("axes", "mesh"))
 def _add_to_leaf(
     leaf: Array,
@@ -146,7 +147,7 @@ def _add_to_leaf(
     axes: PartitionSpec,
     mesh: Mesh,
 ) -> Array:
-    """Adds to a leaf what it carries, on each device to its shard."""
+    """Adds the mark to a leaf, on each device to its shard."""
     n, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
 
     def on_device(shard: Array, start: _Start, scale: Array, code: Array, carrier: hadamard.Carrier, size: Array):
@@ -180,7 +181,7 @@ def _despread_leaf(
     axes: PartitionSpec,
     mesh: Mesh,
 ) -> tuple[Float[Array, " m"], Bool[Array, ""]]:
-    """A leaf's part in the chips. Devices that hold the same shard take turns at its blocks, to count none twice."""
+    """A leaf's contribution to the chips. Devices with the same shard divide its blocks, so that none counts twice."""
     n, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
     shape = found.shape
 
@@ -210,19 +211,19 @@ def _despread_leaf(
 
 
 def _on_mesh(f: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    # Unchecked, because what depends on a device's place is the same on all devices that hold the same shard.
+    # Unchecked: results that depend on a device's place are nevertheless the same on all devices with the same shard.
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 class _Part(NamedTuple):
-    """What this device holds of a leaf: a box of its index space, of which an axis is merged with whole ones after it.
+    """This device's part of a leaf: a box in its index space, where each axis is merged with unsplit ones after it.
 
     Attributes:
-      sizes: the leaf's axes.
-      held: the box's.
+      sizes: lengths of the leaf's axes.
+      held: lengths of the box's axes.
       origin: the box's corner.
       twin: this device's number among those that hold the same box.
-      twins: how many those are.
+      twins: the number of devices that hold the same box.
     """
 
     sizes: tuple[int, ...]
@@ -233,7 +234,7 @@ class _Part(NamedTuple):
 
 
 def _part(shape: tuple[int, ...], axes: PartitionSpec, mesh: Mesh) -> _Part:
-    """To be called on a device of the mesh, under shard_map."""
+    """This device's part of a leaf; call it under shard_map."""
     sizes, held, used = [1], [1], set()
     origin: list[Array | int] = [0]
     for size, names in itertools.zip_longest(shape, axes):
@@ -252,7 +253,7 @@ def _part(shape: tuple[int, ...], axes: PartitionSpec, mesh: Mesh) -> _Part:
 
 
 class _Blocks(NamedTuple):
-    """Blocks that a shard touches: the first, counted from the one in which the leaf begins, and at most how many."""
+    """Blocks that a shard touches: the first, counted from the leaf's first block, and an upper bound on the number."""
 
     first: Array
     most: int
@@ -268,12 +269,12 @@ def _touched(part: _Part, start: _Start, length: int) -> _Blocks:
 def _held(
     part: _Part, start: _Start, blocks: Int32[Array, " p"], n: int, length: int
 ) -> tuple[Int32[Array, " p"], Int32[Array, "p L"]]:
-    """Blocks' numbers in the carrier, and where the shard, flattened, has their weights: past its end if nowhere.
+    """Blocks' numbers in the carrier, and the places of their weights in the flattened shard: past its end if absent.
 
     Args:
       part: the shard.
-      start: the leaf's.
-      blocks: counted from the one in which the leaf begins.
+      start: where the leaf begins.
+      blocks: counted from the leaf's first block.
       n: how many blocks the carrier has.
       length: of a block.
     """
@@ -283,7 +284,7 @@ def _held(
     index, stride = jnp.zeros_like(rest), 1
     for axis in reversed(range(len(part.sizes))):
         place = rest
-        if axis:  # the first axis takes what is left
+        if axis:  # the first axis takes the rest
             rest, place = jnp.divmod(rest, part.sizes[axis])
         place -= part.origin[axis]
         here &= (place >= 0) & (place < part.held[axis])

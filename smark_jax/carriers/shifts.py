@@ -1,10 +1,11 @@
-r"""How far the suspect's weights are from the base's, with nothing in it that a few odd weights could drown.
+r"""How far the suspect's weights are from the base's, bounded so that a few extreme weights cannot drown the rest.
 
-A weight's shift is :math:`v = (s - b) / \text{RMS}`, in units of its leaf in the base. Weights that are NaN or infinite
-have none. The others are bounded: :math:`v \to \max(-c, \min(c, v))`, as in Huber's estimators, with c the smallest
-power of two, 1 to 1,024, for which a quarter of the shifts that are not zero lie within c / 16. For normal shifts that
-is 5 to 10 standard deviations, so that neither a mark nor noise of any size meets the bound; and no set of weights
-smaller than three quarters of all can raise it. It depends on suspect and base only.
+A weight's shift is :math:`v = (s - b) / \text{RMS}`, in units of the RMS of its leaf in the base. Weights that are NaN
+or infinite count as unshifted. The other shifts are bounded: :math:`v \to \max(-c, \min(c, v))`, as in Huber's
+estimators, where c is the smallest power of two, 1 to 1,024, for which a quarter of the nonzero shifts lie within
+c / 16. For normal shifts that is 5 to 10 standard deviations, so neither a mark nor noise of any size reaches the
+bound, and no set of weights smaller than three quarters of all can raise it. The bound depends on suspect and base
+only.
 
 References:
   Huber (1964), "Robust estimation of a location parameter".
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float
 
 from smark_jax._types import AnyArray
 
-_STEPS = 10  # doublings of c, which begins at 1
+_STEPS = 10  # doublings of c, which starts at 1
 _INSIDE = 1 / 16
 _SHARE = 0.25
 
@@ -37,7 +38,7 @@ def shift(found: AnyArray, base: AnyArray, factor: float | Array) -> Float[Array
 
 
 def bound(parts: Sequence[Float[Array, "..."]]) -> Float[Array, ""]:
-    """The bound c for shifts that are read together. Counts for one c after the other; mostly the first will do."""
+    """The bound c for shifts that are read together. It tries one c after another; usually the first one suffices."""
     sizes = [jnp.abs(jax.lax.stop_gradient(part)) for part in parts]
 
     def count(inside: Callable[[Array], Array]) -> Array:
@@ -55,11 +56,11 @@ def bound(parts: Sequence[Float[Array, "..."]]) -> Float[Array, ""]:
 
 
 def typical(limit: Array) -> Array:
-    """The shift that a quarter of the weights do not exceed, as the bound tells it: within a factor of two above."""
+    """An estimate of the first quartile of nonzero absolute shifts from the bound: up to a factor of two too large."""
     return limit * _INSIDE
 
 
 @jax.jit
 def bound_of(found: Sequence[Array], base: Sequence[Array], factors: Sequence[float | Array]) -> Float[Array, ""]:
-    """The bound for these leaves, wherever they lie."""
+    """The bound for these leaves, on whatever devices they lie."""
     return bound([shift(x, y, factor) for x, y, factor in zip(found, base, factors, strict=True)])

@@ -3,10 +3,10 @@
 The base is subtracted because its weights are by far the largest noise that a read-out could contain. One compiled
 function serves all suspects and all models of an architecture: suspect, base and mark are arguments.
 
-A suspect is read as far as it is there. Carrying leaves that it lacks or has in another shape, and weights that are NaN
-or infinite, are left out: they count neither for nor against anybody. Shifts are bounded
+A suspect may be incomplete. Carrying leaves that it lacks or has in another shape, and weights that are NaN or
+infinite, are left out: they count neither for nor against anybody. Shifts are bounded
 (:mod:`smark_jax.carriers.shifts`), so that a few huge weights do not drown the others. :func:`coverage` says what was
-left out. All of it depends on suspect and base only.
+left out. All of this depends on suspect and base only.
 """
 
 import functools
@@ -24,7 +24,7 @@ from smark_jax._types import PyTree
 from smark_jax.carriers import hadamard, marks, selection, sharded, shifts
 from smark_jax.extraction import rectification
 
-# extract_batch reads this many suspects at a time, so that a long batch does not multiply the working memory.
+# extract_batch reads this many suspects at a time, so that working memory does not grow with the batch.
 _SUSPECTS_PER_PASS = 8
 
 
@@ -37,14 +37,14 @@ class LeftOut(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """What of a suspect is read.
+    """The part of a suspect that is read.
 
     Attributes:
-      weights: carrying weights of the base, those that the carrier does not cover (a tail of the last leaves) aside.
-      read: how many of these the suspect has; or fewer, where single weights of the tail's first leaf are missing.
+      weights: carrying weights of the base, without those that the carrier does not cover (a tail of the last leaves).
+      read: how many of these the suspect has; too low where single weights of the tail's first leaf are missing.
       left_out: the others, by leaf.
-      bounded: weights that were changed beyond all measure, and count as changed by ``bound``.
-      bound: in units of their leaf's root mean square.
+      bounded: weights whose shift exceeds ``bound`` and counts as ``bound``.
+      bound: in units of their leaf's RMS.
     """
 
     weights: int
@@ -57,7 +57,7 @@ class Coverage(NamedTuple):
         missing = sum(left.weights for left in self.left_out)
         parts = [f"{left.leaf} ({left.weights:,}: {left.reason})" for left in self.left_out]
         lines = [f"{missing:,} weights were left out: {', '.join(parts)}"] if parts else []
-        what = f"{self.bounded:,} weights are so far from the base's that they count as {self.bound:g} spreads away"
+        what = f"{self.bounded:,} weights are so far from the base's that they count as {self.bound:g} RMS away"
         return "; ".join(lines + [what] * bool(self.bounded)) or "all carrying weights were read"
 
 
@@ -66,39 +66,39 @@ def extract(suspect: PyTree, base: PyTree, mark: carriers.Mark, rectify: bool = 
 
     A copy embedded at strength s reads ``s * sqrt(D / m)`` times its codeword; the mean of several copies reads the
     mean of theirs. :func:`smark_jax.tracing.trace` does not depend on the scale. Composes with jit, vmap and grad
-    (there, the base's values cannot be checked).
+    (where the base's values cannot be checked).
 
     Carrying leaves that the suspect lacks, has in another shape or not as floating-point numbers, and weights that are
     NaN or infinite, read as zero: they are left out (:func:`coverage` counts them). Shifts beyond the bound of
-    :mod:`smark_jax.carriers.shifts` count as that bound; copies, and attacks of which a model survives, stay within.
+    :mod:`smark_jax.carriers.shifts` count as that bound; copies, and attacks that a model survives, stay within it.
 
     Pruning, regularisation and coarse quantisation move a weight by far more than a mark does, mostly in a way that
-    follows from the weight itself. ``rectify`` reads what a small shift of the base's weight b would have made more
-    likely, the score :math:`\partial_b \log p(s \mid b)` of the suspect's weight s, which is the locally most powerful
-    statistic. By Bayes it is that of :math:`p(b \mid s)` plus a function of b, and with :math:`p(b \mid s)` taken as
-    normal, :math:`q = (\mathrm{E}[b \mid s] - b) / (v + \bar v / 10)` less :math:`\mathrm{E}[q \mid b]`. In each leaf
+    depends on the weight itself. ``rectify`` reads the score :math:`\partial_b \log p(s \mid b)` of the suspect's
+    weight s given the base's weight b, which is the locally most powerful statistic for a small shift of b. By Bayes'
+    rule it is the score of :math:`p(b \mid s)` plus a function of b. With :math:`p(b \mid s)` taken as normal, this
+    gives :math:`q = (\mathrm{E}[b \mid s] - b) / (v + \bar v / 10)` less :math:`\mathrm{E}[q \mid b]`. In each leaf
     the means are piecewise linear over bins of at least 128 weights, v is the mean square of the numerator in the bin
-    of s, :math:`\bar v` in the leaf; q is scaled to a mean weight of 1. A weight that was pruned says little, then, and
-    one that was kept much; an intact copy reads as it does without, but for a share of bins over weights, below 1 %.
-    Shifts are bounded leaf by leaf. A leaf is left out that moved a thousand times less than the weights typically did,
-    or of which the base tells all (alignment takes from the base what has nothing in common with it).
-    It depends on suspect and base only, so the bound on accusing the innocent holds as it does without. Decide on
-    ``rectify`` before tracing; where both ways are tried, count them in ``num_alignments`` of ``trace``.
+    of s, and :math:`\bar v` that in the leaf; q is scaled to a mean weight of 1. So a pruned weight says little, and a
+    kept one much. An intact copy reads as without ``rectify``, except for a share of bins over weights, below 1 %.
+    Shifts are bounded leaf by leaf. A leaf is left out if its shifts are a thousand times smaller than typical, or if
+    the base predicts it completely (alignment takes leaves that have nothing in common with the base from the base).
+    The reading depends on suspect and base only, so the bound on false accusation holds as without ``rectify``. Decide
+    on ``rectify`` before tracing; if you try both ways, count them in ``num_alignments`` of ``trace``.
 
-    Parameters that a mesh of devices holds (leaves split by a ``NamedSharding``) are read where they lie: only chips
-    cross between devices, each of which holds the carrier beside them (about a byte per weight of the whole model). If
-    suspect and base are split differently, the base's leaves are moved, and where only the base is split, the
-    suspect's. Not so with ``rectify``, which sorts whole leaves, nor under a jit of your own, where the compiler
+    Parameters that are split over a mesh of devices (leaves with a ``NamedSharding``) are read in place: only chips
+    cross between devices, and each device also holds the carrier (about a byte per weight of the whole model). If
+    suspect and base are split differently, the base's leaves are moved; if only the base is split, the suspect's are.
+    This does not hold with ``rectify``, which sorts whole leaves, nor under a jit of your own, where the compiler
     decides.
 
     Args:
       suspect: the model to read, with the base's structure.
       base: the model that the copies were made from.
       mark: the model's mark.
-      rectify: take out what the weights predict of each other, and count each weight by what it still tells.
+      rectify: subtract what suspect and base predict of each other, and weight the rest by its information.
 
     Returns:
-      Soft chips in units of the leaves' root mean square, shape [m].
+      Soft chips in units of the leaves' RMS, shape [m].
 
     Raises:
       SmarkError: when the suspect has no carrying leaf, the base lacks one or holds NaN or infinite weights, the
@@ -177,25 +177,25 @@ def coverage(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Coverage:
 
 
 def least_weights(num_chips: int, threshold: float) -> int:
-    r"""How many of a copy's weights must be left for it to be traced at all.
+    r"""How many of a copy's weights must remain for it to be traceable at all.
 
-    Of n out of D weights of an intact copy, spread evenly, a chip reads :math:`(n / D) \delta b_i` and the other chips
-    as noise of variance :math:`(n / D)(1 - n / D) \delta^2 m / D`, so that :math:`T^2` is at most m / (1 + m / n).
-    That reaches :math:`t^2` from :math:`n = m t^2 / (m - t^2)` on.
+    If n out of D weights of an intact copy remain, evenly distributed, a chip reads :math:`(n / D) \delta b_i` and the
+    other chips add noise of variance :math:`(n / D)(1 - n / D) \delta^2 m / D`, so that :math:`T^2` is at most
+    m / (1 + m / n). That reaches :math:`t^2` once :math:`n = m t^2 / (m - t^2)`.
 
     Args:
       num_chips: m.
-      threshold: t, the absolute T from which a customer is accused; infinite, or t^2 of m or more: no number suffices.
+      threshold: t, the absolute T from which a customer is accused; if it is infinite or t^2 >= m, no number suffices.
 
     Returns:
-      n, rounded up; 0 where none suffices, since too few chips are to blame then, and not the suspect.
+      n, rounded up; 0 where no number suffices, since then the chips are too few and the suspect is not to blame.
     """
     square = threshold**2
     return math.ceil(num_chips * square / (num_chips - square)) if square < num_chips else 0
 
 
 def _odd(suspect: PyTree, spec: carriers.Spec, number: int | None = None) -> dict[str, str]:
-    """The carrying leaves that the suspect does not have as the base has them, and why."""
+    """The carrying leaves that are missing in the suspect or differ from the base's in form, and why."""
     stacked = () if number is None else (number,)
     named = _trees.named("extract", suspect)
     odd = {}
@@ -216,11 +216,11 @@ def _dtype(leaf: Any) -> Any:
 def _carried(
     who: str, suspect: PyTree, base: PyTree, spec: carriers.Spec, number: int | None = None, require: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The carrying leaves of suspect and base by path; where the suspect's are odd, the base's own, of shift zero.
+    """The carrying leaves of suspect and base by path; the base's own replace odd leaves of the suspect (shift zero).
 
     Args:
-      who: refuses.
-      suspect: or a stack of them.
+      who: the function that refuses.
+      suspect: a suspect, or a stack of them.
       base: whose leaves are known to be complete.
       spec: the carrying leaves.
       number: of suspects in the stack.
@@ -246,7 +246,7 @@ def _leaves(named: Mapping[str, Any], spec: carriers.Spec) -> list[Any]:
 
 
 def _single(leaf: Any) -> Any:
-    """Float64 on the host as float32; JAX would do so with a warning where a weight is beyond float32's range."""
+    """Converts host float64 to float32; JAX would warn where a weight is beyond float32's range."""
     if isinstance(leaf, np.ndarray) and leaf.dtype == np.float64:
         with np.errstate(over="ignore"):
             return leaf.astype(np.float32)
@@ -257,7 +257,7 @@ def _single(leaf: Any) -> Any:
 def _counts(
     found: Sequence[Array], base: Sequence[Array], factors: Sequence[float | Array]
 ) -> tuple[list[Array], Array, Array]:
-    """By leaf the weights that are NaN or infinite; the bound; and how many shifts are beyond it."""
+    """The number of NaN or infinite weights by leaf, the bound, and how many shifts are beyond it."""
     vector = _shifts(found, base, factors)
     limit = shifts.bound([vector])
     broken = [jnp.sum(~jnp.isfinite(jnp.asarray(leaf).astype(jnp.float32))) for leaf in found]
@@ -267,7 +267,7 @@ def _counts(
 def _shifts(found: Sequence[Array], base: Sequence[Array], factors: Sequence[float | Array]) -> Float[Array, " D"]:
     """The shifts of all carrying weights, unbounded."""
     parts = [shifts.shift(*part).reshape(-1) for part in zip(found, base, factors, strict=True)]
-    # The barrier keeps XLA from fusing the products into the concatenation, which it would then make weight by weight.
+    # The barrier keeps XLA from fusing the products into the concatenation and computing it weight by weight.
     return jnp.concatenate(jax.lax.optimization_barrier(parts))
 
 

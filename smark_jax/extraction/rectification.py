@@ -1,4 +1,4 @@
-"""Rectification: what the suspect's weights predict of the base's is taken out, and the rest weighed by what it tells.
+"""Rectification: subtracts what suspect and base weights predict of each other, and weights the rest by information.
 
 The method is described at :func:`smark_jax.extraction.extract`.
 """
@@ -12,21 +12,21 @@ from jaxtyping import Array, Float
 
 from smark_jax.carriers import shifts
 
-# At least so many weights in a bin, at most so many bins in a leaf; leaves of fewer than four stay.
+# At least _BIN weights per bin and at most _BINS bins per leaf; leaves with fewer than four bins are not rectified.
 _BIN, _BINS = 128, 256
 _TINY = 1e-20
-# A leaf's mean square shift that is no mark: as a share of what is typical of all weights, and as rounding leaves it.
+# A mean square shift too small for a mark: as a share of what is typical of all weights, and from rounding alone.
 _STILL, _ROUNDING = 1e-6, 1e-12
 
 
 def scores(
     suspect: Sequence[Array], base: Sequence[Array], factors: Sequence[float | Array], limit: Float[Array, ""]
 ) -> Float[Array, " D"]:
-    """How the suspect's weights speak for shifts of the base's, scaled to a mean weight of 1.
+    """The scores of the suspect's weights for shifts of the base's, scaled to a mean weight of 1.
 
     Args:
       suspect: its carrying leaves.
-      base: the base's.
+      base: the base's carrying leaves.
       factors: one over each leaf's root mean square in the base.
       limit: the bound of all shifts together.
     """
@@ -40,10 +40,11 @@ def scores(
 def _score(
     found: Array, base: Array, factor: float | Array, least: Float[Array, ""]
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """How a leaf's weights in the suspect speak for shifts of those in the base, and each weight's factor in that.
+    """The scores of one leaf's weights for shifts of the base's, and each weight's factor in its score.
 
-    Both are zero where the mean square shift, or what the suspect's weights leave of it unpredicted, is not above
-    ``least``: the leaf is the base's own and says nothing. Likewise for weights that are NaN, infinite or at the bound.
+    Both are zero where the mean square shift, or the part that the suspect's weights do not predict, is not above
+    ``least``: such a leaf is the base's own and carries no information. The same holds for weights that are NaN,
+    infinite or at the bound.
     """
     shift = shifts.shift(found, base, factor).reshape(-1)
     limit = shifts.bound([shift])
@@ -58,7 +59,7 @@ def _score(
 def _score_of_moved(
     found: Float[Array, " n"], base: Float[Array, " n"], shift: Float[Array, " n"]
 ) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, ""]]:
-    """Scores, weights, and the mean square of what is unpredicted."""
+    """Scores, weights, and the mean square of the unpredicted part."""
     bins = min(_BINS, found.size // _BIN)
     if bins < 4:
         power = jnp.mean(jnp.square(shift))
@@ -73,7 +74,7 @@ def _score_of_moved(
 
 
 class _Bins(NamedTuple):
-    """Values x in their order, the bin of each place in it, and a function that averages any values over the bins."""
+    """The sorted values x, the bin of each place in that order, and a function that averages any values over bins."""
 
     x: Array
     order: Array
@@ -82,7 +83,7 @@ class _Bins(NamedTuple):
 
 
 def _unpredicted(bins: _Bins, y: Float[Array, " n"]) -> Float[Array, " n"]:
-    """What a piecewise linear function of x leaves of y; beyond the outer bins' means it goes on as it was."""
+    """The residual of y after a piecewise linear fit in x, which is extended beyond the means of the outer bins."""
     x = bins.x
     at, to = bins.mean(x), bins.mean(y)
     steps = jnp.diff(at)

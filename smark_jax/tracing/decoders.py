@@ -1,7 +1,7 @@
-"""Decoders: from a read-out and the customers who correlate best with it to tests, each with its p-value.
+"""Decoders: they test the customers who correlate best with a read-out, each with a p-value.
 
-A new one is a function here and an entry of :data:`DECODERS`. It must obey A2 of :mod:`smark_jax.tracing`: a customer's
-test may depend on the codebook only through the other customers' words, or must pay for the choice.
+A new decoder is a function here and an entry of :data:`DECODERS`. It must obey A2 of :mod:`smark_jax.tracing`: a
+customer's test may depend on the codebook only through the other customers' words, or must correct for the selection.
 """
 
 import math
@@ -19,7 +19,7 @@ class Near(NamedTuple):
     """A read-out, and the customers who correlate best with it.
 
     Attributes:
-      direction: u, the read-out at unit length, shape [m].
+      direction: u, the read-out normalised to unit length, shape [m].
       book: the codebook.
       customers: their places in it, at most ``320e6 / m`` of them.
       scores: their words' correlations with u, float32.
@@ -42,11 +42,11 @@ class Test(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What a decoder found.
+    """The result of a decoder.
 
     Attributes:
-      tests: most significant first; the customers not tested count as those whose p-value is 1.
-      rest: what the customers found leave unexplained of the read-out, shape [m], on which decoys are scored.
+      tests: most significant first; customers that were not tested count as having p-value 1.
+      rest: the part of the read-out that the customers found leave unexplained, shape [m]; decoys are scored on it.
     """
 
     tests: list[Test]
@@ -58,7 +58,7 @@ class Decoder(NamedTuple):
 
     Attributes:
       decode: the decoder. It is not called for a read-out of zeros.
-      margin: how far below the threshold of one customer alone correlations are of use to it; None for all.
+      margin: how far below the threshold for a single customer a correlation may be and still be used; None for any.
     """
 
     decode: Callable[[Near], Decoded]
@@ -67,7 +67,7 @@ class Decoder(NamedTuple):
 
 def single(near: Near) -> Decoded:
     """T1+: each customer alone, Holm over all."""
-    # Float32 scores chose whom to look at, a margin below the threshold; what counts is the float64 statistic.
+    # Float32 scores, with a margin below the threshold, chose these customers; the float64 statistic decides.
     scores = scoring.rows(near.book, near.customers).astype(np.float64) @ near.direction
     log_p = statistics.log_p_value(scores, near.direction)
     found = zip(near.customers.tolist(), scores.tolist(), log_p.tolist(), strict=True)
@@ -110,7 +110,7 @@ def _chase(near: Near) -> pursuit.Pursuit:
 
 
 def _holm(found: Iterable[tuple[int, float, float]], num_customers: int) -> list[Test]:
-    """Holm's step-down adjusted p-values, those of customers not tested counting as 1; most significant first."""
+    """Holm's step-down adjusted p-values, most significant first; customers that were not tested count as 1."""
     tests, running = [], -math.inf
     for rank, (customer, statistic, log_p) in enumerate(sorted(found, key=lambda test: test[2])):
         running = max(running, min(0.0, log_p + math.log(num_customers - rank)))

@@ -9,17 +9,17 @@ from jaxtyping import Float
 
 from smark_jax import statistics
 
-# A decoy this improbable means that an assumption is broken; sound verdicts raise the alarm once in a million.
+# A decoy with so small a p-value means that an assumption is broken; sound verdicts give an alarm once in a million.
 _DECOY_LEVEL = 1e-6
 
 
 class Decoys(NamedTuple):
-    """How codewords fared that nobody received: a check of the assumptions, beside the proof.
+    """Scores of codewords that nobody received: an empirical check of the assumptions of the proof.
 
     Attributes:
-      number: how many were scored, in the place of customers.
-      largest: their largest absolute statistic, on what the accused leave unexplained; about 3.5 when all is well.
-      alarm: whether that is too large to be chance (probability below 1e-6): then trust no accusation of this verdict.
+      number: how many decoys were scored like customers.
+      largest: their largest absolute statistic on what the accused leave unexplained; about 3.5 when all is well.
+      alarm: whether this is too large for chance (probability below 1e-6): then trust no accusation of this verdict.
     """
 
     number: int
@@ -28,7 +28,7 @@ class Decoys(NamedTuple):
 
 
 def score_decoys(rest: Float[np.ndarray, " m"], decoys: Float[np.ndarray, "D m"]) -> Decoys:
-    """Scores codewords that nobody received on what the accused leave unexplained, and warns when one stands out."""
+    """Scores decoys on the part of the read-out that the accused leave unexplained, and warns when one stands out."""
     direction = statistics.direction(rest)
     largest = float(np.abs(decoys @ direction).max())
     alarm = bool(statistics.log_p_value(largest, rest) + math.log(len(decoys)) <= math.log(_DECOY_LEVEL))

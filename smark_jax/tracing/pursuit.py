@@ -1,11 +1,11 @@
 r"""Orthogonal matching pursuit over a shortlist of customers, and its leave-one-out runs.
 
 With u the read-out's direction, c = B u its correlations, S the selected customers, G = B B_S^T and a the least-squares
-coefficients, the residual's correlations are c - G a: no pass over the codewords is needed but one for each customer
-ever selected, whose column of G is then kept for all runs. Which customers are tested may depend on anything; the test
-of j uses :func:`residual` of a run from which j was masked, in float64 and from the codewords themselves.
+coefficients, the residual's correlations are c - G a. So the only passes over the codewords are one per customer ever
+selected, whose column of G is then kept for all runs. Which customers are tested may depend on anything; the test of j
+uses :func:`residual` of a run from which j was masked, in float64 and from the codewords themselves.
 
-The shortlist keeps the guarantee: with j masked it holds those who correlate best among the others, whatever b_j.
+The shortlist preserves the guarantee: with j masked, it holds the best-correlated of the others, whatever b_j is.
 """
 
 import math
@@ -16,16 +16,16 @@ from jaxtyping import Float
 
 from smark_jax.tracing import scoring
 
-# No coalition that can be traced is larger than a quarter of the chips, or than this.
+# Traceable coalitions are no larger than a quarter of the chips, nor than this.
 MAX_SELECTED = 128
-# The part of a strong colluder who is masked stays in the residual, and keeps the others' correlations with its
-# direction below the stop. So at the stop the next few are taken on trial: they stay only when somebody then exceeds
-# the stop by the surplus.
+# When a strong colluder is masked, their part stays in the residual and keeps the others' correlations with it below
+# the stop. So at the stop the next few customers are added on trial, and are kept only if somebody then exceeds the
+# stop by the surplus.
 _LOOK_AHEAD = 4
 _SURPLUS = 0.5
-# A residual below this part of the read-out is rounding.
+# A residual below this fraction of the read-out is rounding.
 _SMALLEST_RESIDUAL = 1e-4
-# Columns of G are made for the next likely selections together, since one pass serves many.
+# Columns of G are computed together for the most likely next selections, since one pass serves many.
 _COLUMNS_PER_PASS = 16
 
 
@@ -37,7 +37,7 @@ class Pursuit:
       book: the codebook.
       chosen: the shortlist.
       scores: u's correlations with its words, shape [L].
-      num_customers: N, which sets where to stop: sqrt(2 ln 2N), what the best of N innocents reaches.
+      num_customers: N, which sets the stop: sqrt(2 ln 2N), about the best correlation of N innocents.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Pursuit:
         Args:
           masked: a place to leave out, as if that customer were not in the codebook.
         """
-        # The unmasked run's selections up to its first trial each exceeded the stop and everybody else, whether or not
-        # the masked customer was there: the masked run begins with the same ones, up to that customer's own.
+        # Until its first trial, each selection of the unmasked run exceeded the stop and all others, with or without
+        # the masked customer. So the masked run starts with the same selections, up to that of the masked customer.
         before = self._prefix.index(masked) if masked in self._prefix else len(self._prefix)
         selected = self._prefix[:before] if masked is not None else []
         single = masked is None
@@ -92,12 +92,12 @@ class Pursuit:
             if norm < _SMALLEST_RESIDUAL or strength.max() < (self._stop + _SURPLUS) * norm:
                 break
             selected = ahead
-        if masked is not None:  # what only this run needed
+        if masked is not None:  # columns that only this run needed
             self._columns = {place: column for place, column in self._columns.items() if place in kept}
         return selected
 
     def residual(self, selected: Sequence[int]) -> Float[np.ndarray, " m"]:
-        """What of u is orthogonal to the selected codewords, in float64, shape [m]."""
+        """The part of u that is orthogonal to the selected codewords, in float64, shape [m]."""
         if not len(selected):
             return self._direction
         words = np.stack([self._word(place) for place in selected]).astype(np.float64)
@@ -114,7 +114,7 @@ class Pursuit:
         return self._words[place]
 
     def _strength(self, selected: list[int], masked: int | None) -> tuple[np.ndarray, float]:
-        """The residual's absolute correlations with everybody who may still be selected, and its length."""
+        """The residual's absolute correlations with all customers who can still be selected, and its length."""
         if selected:
             columns = np.stack([self._columns[place] for place in selected])  # [k, L]
             known = self._scores[selected].astype(np.float64)
@@ -129,11 +129,11 @@ class Pursuit:
         return strength, norm
 
     def _prepare(self, place: int, likely: Sequence[int], rows: int) -> None:
-        """Makes a column of G that is missing, and in the same pass those of others that may be wanted next."""
+        """Computes a missing column of G, and in the same pass those that are likely to be needed next."""
         if place in self._columns:
             return
         wanted = [place, *(other for other in likely if other != place and other not in self._columns)][:rows]
-        # A fixed number of rows, so that this compiles once.
+        # The number of rows is fixed, so that this compiles once.
         columns = scoring.correlate([*wanted, *[place] * (rows - len(wanted))], self._chosen)
         self._columns |= zip(wanted, columns, strict=False)
 

@@ -1,10 +1,10 @@
-r"""Correlations of vectors with every customer's codeword, and the customers who deserve a closer look.
+r"""Correlations of vectors with every customer's codeword, and the shortlist of the best-correlated customers.
 
-Codewords are made from the key (or taken from a held codebook) some thousand at a time, scored, and forgotten. With R
-vectors at once the working memory is about ``2048 * 4 * (m + R)`` bytes besides the N * R scores themselves.
+Codewords are made from the key (or taken from a codebook in memory) a few thousand at a time, scored, and discarded.
+With R vectors at once the working memory is about ``2048 * 4 * (m + R)`` bytes besides the N * R scores themselves.
 
-Streamed words stay packed. With bits b, :math:`\langle y, 1 - 2b \rangle = \sum y - 2 \langle y, b \rangle`: for a few
-vectors the last term is looked up, eight chips at a time, in tables of the 256 sums that they can have; for many the
+Streamed words stay packed. With bits b, :math:`\langle y, 1 - 2b \rangle = \sum y - 2 \langle y, b \rangle`. For a few
+vectors the last term is looked up, eight chips at a time, in tables of the 256 possible sums; for many vectors the
 bits become a matrix. Two codewords that differ in d chips have the product m - 2 d, and d is a count of bits.
 """
 
@@ -22,11 +22,11 @@ from smark_jax._types import AnyArray
 
 Book = AnyArray | codes.Codebook
 
-# Codewords of one step inside jit (fewer where they are long), and of one call of it: between calls progress is told.
+# Codewords per step inside jit (fewer where they are long), and per call; progress is reported between calls.
 _ROWS_PER_STEP = 2048
 _ROWS_PER_CALL = 1 << 18
 # Joint decoding considers the customers whose words correlate best with the read-out: as many as have this many chips
-# together (40 MB packed), which is all of a million at 304 chips.
+# in total (40 MB packed), which at 304 chips includes all of a million customers.
 _SHORTLIST_CHIPS = 320_000_000
 # More vectors than this are scored faster by a matmul than by tables.
 _MOST_BY_TABLES = 4
@@ -67,11 +67,12 @@ def rows(book: Book, index: np.ndarray) -> Int8[np.ndarray, "k m"]:
 
 
 class Scores(NamedTuple):
-    """What one pass over the codebook leaves.
+    """The result of one pass over the codebook.
 
     Attributes:
       all: correlation of each vector with each customer's word, float32, shape [R, N]; None when not kept.
-      best: for each vector the customers with the largest absolute correlations, in their order, R arrays of shape [L].
+      best: for each vector the customers with the largest absolute correlations, in codebook order, R arrays of shape
+        [L].
       best_scores: their correlations, float32, R arrays of shape [L].
     """
 
@@ -94,7 +95,7 @@ def score(
       book: the codebook.
       floors: for each vector the absolute correlation below which nobody is shortlisted.
       keep: whether to keep all N correlations, which takes ``4 N R`` bytes.
-      on_scored: called again and again with how many customers were scored since.
+      on_scored: called repeatedly with the number of customers scored since the last call.
 
     Returns:
       The correlations, and for each vector the shortlist of at most ``320e6 / m`` customers.
@@ -116,10 +117,10 @@ def score(
 
 
 class _Best:
-    """The customers with the largest absolute correlations so far, at least ``floor`` and at most ``limit`` of them.
+    """The customers with the largest absolute correlations so far: at least ``floor``, and at most ``limit`` of them.
 
-    The floor rises to the smallest of them whenever there are more than the limit, so that most of a long codebook is
-    passed over with one comparison; a quarter more than the limit are held in between, to sort seldom.
+    Whenever there are more than the limit, the floor rises to the smallest one kept, so that one comparison skips most
+    of a long codebook. In between, up to a quarter more than the limit are held, so that sorting is rare.
     """
 
     def __init__(self, limit: int, floor: float) -> None:
@@ -158,7 +159,7 @@ def _score_call(vectors: jax.Array, book: Book, start: int, count: int) -> jax.A
 def _score_streamed(vectors: jax.Array, key: jax.Array, start: jax.Array, count: int) -> jax.Array:
     num_vectors, num_chips = vectors.shape
     step = _step(count, num_chips)
-    # Bits past the last chip are random, and count for nothing.
+    # Bits past the last chip are random, so they get weight zero.
     padded = jnp.pad(vectors, ((0, 0), (0, -num_chips % 32))).reshape(num_vectors, -1, 32).swapaxes(0, 1)
     score = _by_tables if num_vectors <= _MOST_BY_TABLES else _by_matmul
 
@@ -171,7 +172,7 @@ def _score_streamed(vectors: jax.Array, key: jax.Array, start: jax.Array, count:
 
 
 def _step(count: int, num_chips: int) -> int:
-    """How many codewords to have at a time: their bits as floats take at most some MB."""
+    """How many codewords to process at a time: their bits as floats take at most a few MB."""
     return min(count, max(1, _ROWS_PER_STEP * 512 // max(512, num_chips)))
 
 
@@ -199,12 +200,12 @@ def _by_matmul(vectors: jax.Array, packed: jax.Array) -> jax.Array:
 
 @jax.jit
 def _score_held(vectors: jax.Array, book: jax.Array) -> jax.Array:
-    """[R, rows] products of vectors and words, some thousand words at a time."""
+    """[R, rows] products of vectors and words, a few thousand words at a time."""
     count, num_chips = book.shape
     step = min(count, _ROWS_PER_STEP)
 
     def one_step(words: jax.Array) -> jax.Array:
-        # Accelerators would round the float32 matmul to fewer bits by default.
+        # By default, accelerators would round the float32 matmul to fewer bits.
         return jnp.einsum("rm,km->rk", vectors, words.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
     padded = jnp.pad(book, ((0, -count % step), (0, 0))).reshape(-1, step, num_chips)
@@ -217,8 +218,8 @@ class Shortlist(NamedTuple):
 
     Attributes:
       customers: their places in the codebook, ascending, shape [L].
-      bits: bit i of word w is 1 where chip 32 w + i is -1, shape [steps, ceil(m / 32), rows of a step]. Rows past L and
-        bits past m, mean nothing.
+      bits: bit i of word w is 1 where chip 32 w + i is -1, shape [steps, ceil(m / 32), rows per step]. Rows past L and
+        bits past m mean nothing.
       num_chips: m.
     """
 

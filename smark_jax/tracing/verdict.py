@@ -1,4 +1,4 @@
-"""The verdict: p-values and their corrections, decoys."""
+"""The verdict: p-values and their corrections, and decoys."""
 
 import hashlib
 import math
@@ -15,7 +15,7 @@ from smark_jax.tracing import decoders, scoring
 from smark_jax.tracing.decoys import Decoys, score_decoys
 
 OnProgress = Callable[[int, int], None]
-"""``on_progress(done, total)``: customers scored, and their number in all."""
+"""``on_progress(done, total)``: customers scored so far, and their total number."""
 
 NUM_DECOYS = 1024
 _SUSPECTS_PER_PASS = 16
@@ -27,11 +27,11 @@ class Accusation(NamedTuple):
     Attributes:
       serial: the customer's number in the owner's registry.
       statistic: T, signed: about sqrt(m) for an intact copy; negative when colluders extrapolated away from it. Joint
-        and sequential decoding take it on the residual that others' codewords leave.
+        and sequential decoding compute it on the residual that others' codewords leave.
       p_value: bound on the probability of so large an absolute T for any innocent customer, corrected for customers,
-        suspects and alignments. Never 0: below the smallest float it is that float, and ``log10_p`` goes on.
+        suspects and alignments. Never 0: it is at least the smallest float, while ``log10_p`` has no such limit.
       log10_p: its logarithm to base 10, exact at any size.
-      share: this customer's part in the coalition as estimated from the accused, 0 to 1.
+      share: this customer's share in the coalition as estimated from the accused, 0 to 1.
     """
 
     serial: int
@@ -42,20 +42,21 @@ class Accusation(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What :func:`trace` found.
+    """The result of :func:`trace`.
 
     Attributes:
       accused: the accused, most significant first; empty when nobody is.
       alpha: bound on the probability of accusing any innocent customer.
       num_customers: N, for which every p-value is corrected.
-      statistics: T of every customer in the order of the codebook, float32, shape [N]; empty when not kept. For those
-        whom joint or sequential decoding tested, the statistic of that test.
+      statistics: T of every customer in the order of the codebook, float32, shape [N]; empty when not kept. For
+        customers that joint or sequential decoding tested, it is the statistic of that test.
       threshold: the absolute T from which a customer alone is accused; infinite when there are too few chips for alpha.
       decoder: the decoder's name.
       num_suspects: suspects examined together, for which every p-value is corrected as well.
       num_alignments: alignments tried for each suspect, likewise.
-      decoys: how codewords fared that nobody received.
-      log_maps: natural logarithm of the maps of leaves that the suspect's was chosen from, likewise counted.
+      decoys: the scores of codewords that nobody received.
+      log_maps: natural logarithm of the number of maps of leaves among which the suspect's was chosen; p-values are
+        corrected for it as well.
     """
 
     accused: tuple[Accusation, ...]
@@ -71,7 +72,7 @@ class Verdict(NamedTuple):
 
     @property
     def assumptions(self) -> str:
-        """In words, what the probability bound assumes and counts."""
+        """A statement of what the probability bound assumes and counts."""
         return (
             f"The probability that this accuses any innocent customer is at most {self.alpha:g}, whatever was done to "
             f"the model, counting {self.num_customers:,} customers, {self.num_suspects:,} suspects and "
@@ -98,7 +99,7 @@ def trace(
     keep_statistics: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Verdict:
-    """Accuses the customers whose codewords the chips carry; any innocent one with probability at most alpha.
+    """Accuses the customers whose codewords the chips carry; the probability of a false accusation is at most alpha.
 
     Args:
       chips: the suspect's read-out y, shape [m], as from :func:`smark_jax.extraction.extract`.
@@ -107,19 +108,18 @@ def trace(
       alpha: bound on the probability of accusing anybody innocent.
       decoder: a name in :data:`smark_jax.tracing.DECODERS`. ``"joint"`` (T2) finds coalitions; ``"sequential"`` (T3)
         is cheaper and finds fewer; ``"single"`` tests each customer alone, T_j = <y, b_j> / norm(y).
-      serials: the customers' serials in the order of the rows of an array; by default the row numbers, which is right
-        only when customers are numbered from 0.
+      serials: the customers' serials in the order of the codebook's rows, if it is an array; by default the row
+        numbers, which is right only when customers are numbered from 0.
       num_suspects: how many suspects are examined on this occasion; :func:`trace_batch` counts them itself.
       num_alignments: how many alignments of the suspect were tried.
       keep_statistics: whether the verdict holds every customer's statistic.
-      on_progress: called with the customers scored and their number in all, some times in a long pass.
+      on_progress: called several times in a long pass, with the customers scored so far and their total number.
 
     Returns:
       The verdict. Chips of zero (the base model itself) accuse nobody.
 
-      Peak memory besides the codebook: some 100 MB for the pass; ``4 N`` bytes for kept statistics; for joint decoding
-      40 MB of packed words, and ``4 L`` bytes for each of some 20 customers more than the pursuit selects, with
-      L = min(N, 320e6 / m).
+      Peak memory besides the codebook: about 100 MB for the pass; ``4 N`` bytes for kept statistics; for joint decoding
+      40 MB of packed words, and ``4 L`` bytes for each selected customer and about 20 more, with L = min(N, 320e6 / m).
 
     Raises:
       SmarkError: on chips that are not a finite vector, a codebook of another length or with entries other than -1 and
@@ -152,17 +152,17 @@ def trace_batch(
     keep_statistics: bool = True,
     on_progress: OnProgress | None = None,
 ) -> tuple[Verdict, ...]:
-    """:func:`trace` of M suspects together: one pass over the codebook serves many, and all p-values count all M.
+    """:func:`trace` for M suspects together: one pass over the codebook serves many, and all p-values count all M.
 
     Args:
       chips: the suspects' read-outs, shape [M, m], as from :func:`smark_jax.extraction.extract_batch`.
       codebook: as for :func:`trace`.
-      alpha: bound on the probability of accusing anybody innocent in any of the M verdicts.
+      alpha: bound on the probability of any false accusation in any of the M verdicts.
       decoder: as for :func:`trace`.
       serials: as for :func:`trace`.
       num_alignments: how many alignments of each suspect were tried.
-      log_maps: for each suspect the natural logarithm of the number of maps of its leaves from which somebody chose
-        (:attr:`smark_jax.files.Layout.log_maps`), which p-values count as well; by default nobody did.
+      log_maps: for each suspect, the natural logarithm of the number of maps of its leaves from which a person chose
+        one (:attr:`smark_jax.files.Layout.log_maps`); p-values are corrected for it. By default nobody chose.
       keep_statistics: whether each verdict holds every customer's statistic, ``4 N M`` bytes in all.
       on_progress: as for :func:`trace`; every pass over the codebook counts all customers.
 
@@ -191,7 +191,7 @@ def trace_batch(
 
 
 def _counter(total: int, on_progress: OnProgress | None) -> Callable[[int], None]:
-    """Adds up what passes over the codebook have scored."""
+    """Adds up the customers that the passes over the codebook have scored."""
     counts = [0]
 
     def on_scored(count: int) -> None:
@@ -203,7 +203,7 @@ def _counter(total: int, on_progress: OnProgress | None) -> Callable[[int], None
 
 
 class _Case(NamedTuple):
-    """What all suspects of one occasion have in common, validated."""
+    """The validated settings that all suspects of one call share."""
 
     book: scoring.Book
     alpha: float
@@ -308,7 +308,7 @@ def _verdict(
 
 
 def _shares(u: Float[np.ndarray, " m"], customers: list[int], case: _Case) -> dict[int, float]:
-    """The parts of the accused: least-squares coefficients of the read-out on their words, in absolute value."""
+    """The shares of the accused: least-squares coefficients of the read-out on their words, in absolute value."""
     words = scoring.rows(case.book, np.array(customers, np.int64)).astype(np.float64)
     return dict(zip(customers, np.abs(np.linalg.lstsq(words.T, u, rcond=None)[0]).tolist(), strict=True))
 

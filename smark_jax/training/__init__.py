@@ -1,6 +1,6 @@
-"""Training: across parties under masks, and by one loop on one device.
+"""Training: masked training across parties, and a plain loop on one device.
 
-Across parties it is composed from the pieces below: split the data, draw batches, run masked rounds.
+Training across parties is composed from the pieces below: split the data, draw batches, run masked rounds.
 
 ::
 
@@ -8,10 +8,10 @@ Across parties it is composed from the pieces below: split the data, draw batche
     batches = training.batches(*training.partition(images, labels, 4, seed=0), batch_size=32, epochs=15, seed=1)
     state = training.fit(step, step.init(params), batches, pair_keys)
 
-:func:`prepare` sets all that up from a :class:`Recipe`, with the owner's own mark where one is wanted, and :func:`run`
-trains in a folder, with checkpoints, so that a run that was killed goes on to the same model.
+:func:`prepare` sets all this up from a :class:`Recipe`, with the owner's own mark if wanted. :func:`run` trains in a
+folder with checkpoints, so that an interrupted run can resume and reach the same model.
 
-Whatever is trained without parties, by a loss and an optimiser, is trained by :func:`minimise`.
+All training without parties, by a loss and an optimiser, uses :func:`minimise`.
 """
 
 from smark_jax.training.descent import Info, OnProgress, State, begin, minibatches, minimise

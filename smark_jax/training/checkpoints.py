@@ -1,10 +1,10 @@
-"""Training that can be killed: checkpoints, and the secrets that a resumed run may use again.
+"""Interruptible training: checkpoints, and the secrets that a resumed run may reuse.
 
-A checkpoint holds the parties' secrets. They must be kept, since the rounding of a round depends on them: with fresh
-ones the run would go on, but not to the same model. Two messages under one mask would show their difference, so the
-rounds after a checkpoint are sent again only where they repeat bit for bit: on CPU devices, with the same processor,
-software and data. Anywhere else the parties agree new secrets. After each checkpoint every secret is replaced by one
-derived from it: whoever takes the folder later opens no round before the checkpoint.
+A checkpoint holds the parties' secrets, since the rounding of a round depends on them: with fresh secrets a resumed run
+would not reach the same model. Two messages under one mask would reveal their difference, so the rounds after a
+checkpoint are sent again only where they repeat bit for bit: on CPU devices, with the same processor, software and
+data. Otherwise the parties agree new secrets. After each checkpoint every secret is replaced by one derived from it:
+an attacker who obtains the folder later cannot open any round before the checkpoint.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from smark_jax.training import rounds
 from smark_jax.training.recipe import Training
 
 OnProgress = Callable[[int, int, float], None]
-"""Called with the rounds done, the rounds there are, and the last round's mean loss (NaN before the first)."""
+"""Called with the rounds done, the total number of rounds, and the last round's mean loss (NaN before the first)."""
 
 _SHOWN = 6
 _SOFTWARE = ("smark-jax", "jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes")
@@ -47,7 +47,7 @@ _VARIABLES = (
 
 
 class _Snapshot(NamedTuple):
-    """What a checkpoint holds, beside the environment in its metadata.
+    """The content of a checkpoint, apart from the environment in its metadata.
 
     Attributes:
       state: of the training.
@@ -77,9 +77,9 @@ def fit(
       start: the params that it starts from.
       folder: of the checkpoints; the caller removes it once the result is safe.
       every: rounds between checkpoints.
-      environment: from :func:`environment_of`; where it is not the checkpoint's, the parties agree new secrets.
+      environment: from :func:`environment_of`; if it differs from the checkpoint's, the parties agree new secrets.
       on_progress: called before the first round and after each.
-      say: called with a sentence where a run goes on, or where its parties agree new secrets.
+      say: called with a sentence when a run resumes, or when its parties agree new secrets.
 
     Returns:
       The params, and each round's mean loss, shape [rounds].
@@ -139,7 +139,7 @@ def _resumed(checkpoints: Any, fresh: _Snapshot, environment: dict[str, str], sa
     """The last checkpoint, with its secrets where its rounds repeat bit for bit, and with fresh ones elsewhere."""
     last = checkpoints.latest
     assert last is not None
-    # No values go along: what orbax is given, its errors may show.
+    # Only shapes are passed, no values, since orbax may show in its errors what it was given.
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)
     shot = checkpoints.load(last, shapes)
     before = checkpoints.metadata(last).custom_metadata
@@ -163,10 +163,11 @@ def _resumed(checkpoints: Any, fresh: _Snapshot, environment: dict[str, str], sa
 
 
 def environment_of(train: data.Dataset, parties: int) -> dict[str, str]:
-    """What the rounds' exact bits depend on besides the configuration: one text for each name.
+    """Everything besides the configuration on which the rounds' exact bits depend: one text for each name.
 
-    Versions; JAX's settings, whether they come from the environment or from code; variables that XLA and the libraries
-    below it read. Better one too many: a difference costs last digits, one that is overlooked the secrecy of a round.
+    These are versions, JAX's settings (from the environment or from code), and variables that XLA and the libraries
+    below it read. When in doubt, a setting is included: a needless difference only costs the last digits, but an
+    overlooked one costs the secrecy of a round.
     """
     device = parallel.devices(parties)[0]
     settings = {name: str(value) for name, value in jax.config.values.items() if _matters(name)}
@@ -184,12 +185,12 @@ def environment_of(train: data.Dataset, parties: int) -> dict[str, str]:
 
 
 def _matters(name: str) -> bool:
-    """Whether a setting can change what is computed; where compiled programs lie and what is logged cannot."""
+    """Whether a setting can change results; cache folders and logging cannot."""
     return not any(word in name.lower() for word in ("cache", "log", "dump", "traceback", "pprint", "address"))
 
 
 def _processor() -> str:
-    """The kind of processor, whose own instructions XLA generates, and how many of them share the work."""
+    """The kind of processor, for which XLA generates specific code, and how many processors share the work."""
     number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind = f"{platform.machine()} {platform.processor()}"
     with contextlib.suppress(OSError):

@@ -21,17 +21,17 @@ from smark_jax import _batches, _validate
 from smark_jax._types import AnyArray, PyTree
 
 OnProgress = Callable[[int, int, Any], None]
-"""``on_progress(done, total, loss)``: the steps done, the steps there are, and the last one's loss, a scalar array."""
+"""``on_progress(done, total, loss)``: the steps done, the total number, and the last step's loss, a scalar array."""
 
 
 class State(NamedTuple):
-    """What a training carries on; never modified.
+    """The state that training carries from step to step; never modified.
 
     Attributes:
       params: the parameters.
-      opt_state: the optimiser's.
-      carried: what the loss passes on from step to step beside them, such as running statistics; None for nothing.
-      steps: how many were taken.
+      opt_state: the optimiser's state.
+      carried: other state that the loss passes from step to step, such as running statistics; None if there is none.
+      steps: how many steps were taken.
     """
 
     params: PyTree
@@ -41,7 +41,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What is only looked at.
+    """Information that no later step needs.
 
     Attributes:
       losses: the loss of each step of this call, before its update, shape [steps].
@@ -58,20 +58,20 @@ def begin(params: PyTree, optimizer: optax.GradientTransformation, carried: PyTr
 def minibatches(
     data: Sequence[AnyArray], *, batch_size: int, epochs: int, seed: Any, start: int = 0
 ) -> Iterator[tuple[AnyArray, ...]]:
-    """Full batches of the same examples of each array, shuffled anew in each epoch; what fills no batch is left out.
+    """Full batches of the same examples of each array, reshuffled in each epoch; a short last batch is dropped.
 
     Args:
       data: arrays whose leading axis counts the same N examples, such as images and labels.
       batch_size: B, from 1 to N.
       epochs: passes over the data.
       seed: of the shuffles, as ``numpy.random.default_rng`` takes it.
-      start: batches to pass over, without touching the data: :attr:`State.steps`, where a training goes on.
+      start: number of batches to skip without touching the data: :attr:`State.steps` of a training to resume.
 
     Yields:
       A tuple with [B, ...] of each array. There are :func:`smark_jax.training.num_batches` of them.
 
     Raises:
-      ValueError: when the arrays differ in length, or a batch is larger than they are, or epochs are not at least 1.
+      ValueError: when the arrays differ in length, a batch is larger than the data, or epochs are not at least 1.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         _validate.positive("minibatches", name, value)
@@ -106,21 +106,21 @@ def minimise(
 ) -> tuple[State, Info]:
     """Takes a step of the optimiser for each batch.
 
-    A step is compiled once for a ``loss_fn``, an optimiser and the shapes of what it is given; the same two functions
-    again need no second compilation. Data and further arguments are passed to the compiled step, never closed over.
+    A step is compiled once for a ``loss_fn``, an optimiser and the shapes of its arguments; later calls with the same
+    two functions reuse it. Data and further arguments are passed to the compiled step, never closed over.
 
     Args:
       loss_fn: ``loss_fn(params, *batch, *arguments) -> loss``, a scalar; where ``state.carried`` is not None,
         ``loss_fn(params, carried, *batch, *arguments) -> (loss, carried)``.
-      optimizer: any of optax.
-      state: from :func:`begin`, or of a call before this one.
+      optimizer: any optax optimiser.
+      state: from :func:`begin`, or from an earlier call.
       batches: the arrays of each step, such as :func:`minibatches` draws.
       arguments: trees that are the same at every step.
-      total: steps there are in all, those before this call included, for ``on_progress`` alone.
-      on_progress: called after each step; computing goes on behind it until it looks at the loss.
+      total: the total number of steps, including those before this call; it is only passed to ``on_progress``.
+      on_progress: called after each step; computation continues in the background until it reads the loss.
 
     Returns:
-      The state after the last batch, and what happened on the way.
+      The state after the last batch, and the loss of each step.
 
     Examples:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -146,7 +146,7 @@ def minimise(
 
 @functools.lru_cache(maxsize=8)
 def _compiled(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """The step of a loss and an optimiser. Few are kept, since a loss may hold arrays."""
+    """The step of a loss and an optimiser. The cache is small, since a loss may hold arrays."""
 
     @jax.jit
     def step(

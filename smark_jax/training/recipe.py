@@ -1,4 +1,4 @@
-"""A training from its settings: the data dealt to the parties, the step, and the owner's own mark in the base."""
+"""Sets up a training: deals the data to the parties, builds the step, and adds the owner's own mark to the base."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from smark_jax import aggregation, carriers, codes, data, embedding, keys, losse
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.training import rounds
 
-OWNER_MARGIN = 1.0  # what each chip of the owner's mark must read while the base is trained
+OWNER_MARGIN = 1.0  # the margin that training demands of each chip of the owner's mark
 
 
 class Recipe(NamedTuple):
@@ -21,8 +21,8 @@ class Recipe(NamedTuple):
     Attributes:
       parties: data holders that train together.
       epochs: passes over the training data.
-      batch: examples of one party in a round.
-      learning_rate: where Adam begins; it falls to zero along a cosine.
+      batch: examples per party and round.
+      learning_rate: Adam's at the start; it falls to zero along a cosine.
       clip: bound on the norm of a party's gradient.
       seed: of the split between the parties, and of the shuffles.
     """
@@ -39,8 +39,8 @@ class Owner(NamedTuple):
     """The owner's own mark.
 
     Attributes:
-      base: the weights that training starts from, which the mark is read against.
-      mark: where it lies.
+      base: the weights that training starts from; the mark is read relative to them.
+      mark: the carrying leaves and directions.
       word: the owner's codeword, shape [m].
     """
 
@@ -53,10 +53,10 @@ class Training(NamedTuple):
     """A training that is ready to run.
 
     Attributes:
-      step: its rounds' step.
+      step: the training step of a round.
       parties: how many train together.
       rounds: how many rounds there are.
-      batches: ``batches(start)``, those of all rounds from number ``start`` on.
+      batches: ``batches(start)`` gives the batches of all rounds from number ``start`` on.
     """
 
     step: parallel.TrainStep
@@ -89,7 +89,7 @@ def owner_mark(start: PyTree, key: keys.SecretKey) -> Owner:
 
 
 def owner_log10_p(params: PyTree, owner: Owner) -> float:
-    """How improbable the owner's mark in ``params`` is by chance; 0 where it cannot be read."""
+    """Logarithm to base 10 of the p-value of the owner's mark in ``params``; 0 where it cannot be read."""
     now, before = (carriers.read(tree, owner.mark.spec) for tree in (params, owner.base))
     verdict = tracing.trace(carriers.despread(now - before, owner.mark), owner.word[None])
     return verdict.accused[0].log10_p if verdict.accused else 0.0

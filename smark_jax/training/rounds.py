@@ -1,4 +1,4 @@
-"""Rounds of masked training: the data dealt to parties, their batches, and the loop over them."""
+"""Rounds of masked training: dealing the data to parties, drawing their batches, and the loop over them."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -12,7 +12,7 @@ from smark_jax._types import AnyArray
 def partition(
     images: np.ndarray, labels: Int[np.ndarray, " N"], num_parties: int, seed: int
 ) -> tuple[np.ndarray, Int[np.ndarray, "P n"]]:
-    """Deals the examples to parties at random, the same number to each; fewer than ``num_parties`` are left over.
+    """Deals the examples to parties at random, the same number to each; up to ``num_parties - 1`` are left out.
 
     Args:
       images: shape [N, ...].
@@ -46,15 +46,15 @@ def num_batches(examples_per_party: int, batch_size: int, epochs: int) -> int:
 def batches(
     images: np.ndarray, labels: Int[np.ndarray, "P n"], batch_size: int, epochs: int, seed: int, *, start: int = 0
 ) -> Iterator[tuple[np.ndarray, Int[np.ndarray, "P B"]]]:
-    """Batches for all parties at once; each epoch shuffles each party's examples anew and drops a short last batch.
+    """Batches for all parties at once; each epoch reshuffles each party's examples and drops a short last batch.
 
     Args:
       images: every party's images, shape [P, n, ...].
       labels: their labels, shape [P, n].
-      batch_size: B, examples of one party in a batch, at most n.
+      batch_size: B, examples per party and batch, at most n.
       epochs: passes over the data.
       seed: of the shuffles.
-      start: batches to pass over, without touching their images: where a training goes on that was interrupted.
+      start: number of batches to skip without touching their images, to resume an interrupted training.
 
     Yields:
       Images of shape [P, B, ...] and labels of shape [P, B].
@@ -97,18 +97,18 @@ def fit(
 
     Args:
       step: from :func:`smark_jax.parallel.train_step`.
-      state: where to begin: ``step.init(params)``, or a state saved earlier.
+      state: the initial state: ``step.init(params)``, or a state saved earlier.
       batches: images [P, B, ...] and labels [P, B] of each round.
-      pair_keys: the parties' pair keys, shape [P, P, 8]; never used before with the same round numbers: after an error
-        or a crash agree new ones, since the masks of rounds already sent must not cover other gradients (who repeats
-        the same rounds bit for bit sends nothing new, and may keep them).
-      on_round: called after each round with its state and info: a progress bar, a checkpoint.
+      pair_keys: the parties' pair keys, shape [P, P, 8]; never used before with the same round numbers. After an error
+        or a crash agree new ones, since the masks of rounds already sent must not cover other gradients. (A run that
+        repeats the same rounds bit for bit sends nothing new, and may keep them.)
+      on_round: called after each round with its state and info, for a progress bar or a checkpoint.
 
     Returns:
       The last state.
 
     Raises:
-      SmarkError: when parties' gradients are NaN or infinite. What ``on_round`` saw before that is sound.
+      SmarkError: when parties' gradients are NaN or infinite. States passed to ``on_round`` before that are valid.
     """
     for images, labels in batches:
         state, info = step.update(state, images, labels, pair_keys)

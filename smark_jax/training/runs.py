@@ -1,7 +1,8 @@
-"""A training in a folder of its own: a base model trained across parties under masks; a run that was killed goes on.
+"""A resumable training in its own folder: trains a base model across parties under masks.
 
-What must never leave the owner lies in the folder ``private``: the key of the owner's mark, the weights that the mark
-is read against, and the last checkpoint, with the parties' secrets and the optimiser's state, which holds the mark too.
+The subfolder ``private`` must never leave the owner. It holds the key of the owner's mark, the weights relative to
+which the mark is read, and the last checkpoint, with the parties' secrets and the optimiser's state, which also holds
+the mark.
 """
 
 import contextlib
@@ -22,13 +23,13 @@ OUTPUTS = ("base.safetensors", "results.json", "training.png")
 
 
 class Task(NamedTuple):
-    """What is trained.
+    """The network and the data of a training.
 
     Attributes:
-      init: draws the network's first weights.
+      init: draws the network's initial weights.
       apply_fn: pure ``apply_fn(params, images) -> logits``.
       train: the parties' examples, before they are dealt.
-      accuracy: of params on examples that nobody trains on.
+      accuracy: of params on held-out examples.
     """
 
     init: Callable[[], PyTree]
@@ -48,24 +49,23 @@ def run(
     on_progress: checkpoints.OnProgress = lambda done, total, loss: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Trains, or goes on; writes ``base.safetensors``, ``results.json`` and ``training.png``.
+    """Starts or resumes a training; writes ``base.safetensors``, ``results.json`` and ``training.png``.
 
     Args:
       out: the run's folder; made if absent.
-      settings: all that this training is defined by, as JSON can hold it: a folder goes on under the same ones only.
+      settings: all settings that define this training, as JSON values: a folder can only be resumed with the same ones.
       how: parties, epochs, batches, learning rate, clip, seed.
-      load: the task; called only where something is left to do.
-      owner_mark: mark the base as the owner's own while it is trained.
+      load: loads the task; called only if something is left to do.
+      owner_mark: whether to embed the owner's own mark in the base during training.
       checkpoint_every: rounds between checkpoints.
       on_progress: called before the first round and after each.
-      say: called with sentences about what is being done.
+      say: called with sentences about the progress.
 
     Returns:
-      What ``results.json`` holds: settings, hashes, accuracy, mean loss of each epoch, strength of the owner's mark.
+      The content of ``results.json``: settings, hashes, accuracy, mean loss per epoch, strength of the owner's mark.
 
     Raises:
-      SmarkError: when ``out`` holds a run of other settings or somebody else's files, or another process is at work
-        there.
+      SmarkError: when ``out`` holds a run with other settings or unrelated files, or another process is at work there.
     """
     began = time.perf_counter()
     private = out / "private"
@@ -77,7 +77,7 @@ def run(
         if (out / "results.json").exists():
             say(f"{out} holds this model already; nothing is left to do.")
             shutil.rmtree(private / "checkpoints", ignore_errors=True)
-            (out / "base.safetensors").chmod(0o600)  # versions before left it readable for everybody
+            (out / "base.safetensors").chmod(0o600)  # earlier versions left it readable by everybody
             return json.loads((out / "results.json").read_text())
         task = load()
         start = _start(private / "start.safetensors", task.init)
@@ -116,7 +116,7 @@ def run(
 
 @contextlib.contextmanager
 def _alone(private: Path) -> Iterator[None]:
-    """Two runs in one folder would use the same secrets."""
+    """Locks the folder, since two runs in one folder would use the same secrets."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(_io.locked(private / ".lock"))
@@ -129,7 +129,7 @@ def _alone(private: Path) -> Iterator[None]:
 
 
 def _refuse_others_files(private: Path, out: Path) -> None:
-    """A run writes over no file but its own."""
+    """Refuses a folder with unrelated files, so that a run overwrites only its own."""
     there = [name for name in OUTPUTS if (out / name).exists()]
     if there and not (private / "config.json").exists():
         cause = "Choose another folder, or move them."
@@ -149,7 +149,7 @@ def _same_settings(settings: Mapping[str, Any], path: Path, out: Path) -> None:
 
 
 def _start(path: Path, init: Callable[[], PyTree]) -> PyTree:
-    """The weights that training starts from, which the owner's mark is read against: drawn once, then kept."""
+    """The weights that training starts from, drawn once and kept: the owner's mark is read relative to them."""
     if not path.exists():
         with _io.private_files():
             files.write(path, init())
@@ -161,7 +161,7 @@ def _owner_key(path: Path) -> keys.SecretKey:
         _io.write(path, f"{keys.new().to_bytes().hex()}\n".encode(), private=True)
     try:
         return keys.from_bytes(bytes.fromhex(path.read_text().strip()))
-    except ValueError:  # without its cause, which would show part of the key
+    except ValueError:  # raised without its cause, which would show part of the key
         raise _validate.fail(
             "train", f"64 hexadecimal digits in {path}", "something else", "Restore your copy."
         ) from None
@@ -185,7 +185,7 @@ def _picture(path: Path, rounds: np.ndarray, epochs: np.ndarray, say: Callable[[
     axes.plot(middles, epochs, "o-", ms=3.5, lw=1.8, color="#1f5f8b", label="mean of an epoch")
     axes.set(xlabel="round", yscale="log", title="Mean loss of the parties, in nats")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(LogFormatter())  # which leaves some out where there is no room for all
+    axes.yaxis.set_minor_formatter(LogFormatter())  # it omits labels where there is no room for all
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path)
