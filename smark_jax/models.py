@@ -1,11 +1,11 @@
-"""Two image classifiers in Flax, and the pure functions through which everything else sees a network.
+"""Two image classifiers in Flax, and the pure functions through which all other modules use a network.
 
-A network is handed around as a pair: a parameter pytree from :func:`init`, and a pure function from :func:`apply_fn`.
-The tree of a network with weights only is the bare dict of its layers. A network that keeps more, such as the running
-statistics of batch norm, is handed around as its whole variables dict, ``{"params": ..., "batch_stats": ...}``: whoever
-copies, fingerprints or compares the model then cannot lose half of it. A tree with a key ``"params"`` is such a dict.
+A network is passed around as a pair: a parameter pytree from :func:`init`, and a pure function from :func:`apply_fn`.
+If a network has only weights, the tree is the plain dict of its layers. If it has more, such as the running statistics
+of batch norm, the tree is the whole variables dict, ``{"params": ..., "batch_stats": ...}``, so that no code that
+copies, fingerprints or compares the model can lose half of it. A tree with a key ``"params"`` is such a dict.
 
-Images are uint8 of 0 to 255, or floats already scaled to [0, 1]; the networks do the scaling.
+Images are uint8 from 0 to 255, which the networks scale, or floats already scaled to [0, 1].
 """
 
 import contextlib
@@ -58,8 +58,9 @@ class CNN(nn.Module):
 class ResNet18(nn.Module):
     """ResNet-18 for small images: a 3x3 stem without pooling; 11,173,962 weights for 32x32x3 and ten classes.
 
-    With group norm, the default, an image's logits do not depend on the other images of its batch and there are no
-    running statistics, which parties that train together would otherwise have to share. The numbers of weights agree.
+    With group norm, the default, an image's logits do not depend on the other images in its batch, and there are no
+    running statistics, which parties that train together would have to share. Both norms give the same number of
+    weights.
 
     To train with batch norm, take the updated statistics from Flax:
     ``logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])``.
@@ -67,7 +68,7 @@ class ResNet18(nn.Module):
     Attributes:
       num_classes: length of the logits.
       norm: ``"group"`` or ``"batch"``.
-      width: channels of the first stage, any whole number; the later ones have 2, 4 and 8 times as many.
+      width: channels of the first stage, any positive number; later stages have 2, 4 and 8 times as many.
 
     Raises:
       SmarkError: when initialized or applied with another ``norm``.
@@ -91,7 +92,7 @@ class ResNet18(nn.Module):
 
     @nn.compact
     def __call__(self, images: Num[Array, "B H W C"], train: bool = False) -> Float[Array, "B classes"]:
-        """Logits of a batch of images; ``train`` matters to batch norm only: normalize by the batch itself."""
+        """Logits of a batch of images; ``train`` only affects batch norm, which then normalizes by the batch itself."""
         _validate.positive("ResNet18", "width", self.width)
         norm = _norm(self.norm, train)
         conv = functools.partial(nn.Conv, use_bias=False)
@@ -110,10 +111,10 @@ class ResNet18(nn.Module):
 
 @jax.custom_jvp
 def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Largest values of windows of 2x2, as ``flax.linen.max_pool(x, (2, 2), strides=(2, 2))``.
+    """The maximum of each 2x2 window, like ``flax.linen.max_pool(x, (2, 2), strides=(2, 2))``.
 
-    The gradient, too, is the same: it goes to the first of a window's largest values. XLA derives select-and-scatter
-    for it, which takes most of a small network's training step on CPUs. Here it is a sum of four products with 0 or 1.
+    The gradient is also the same: it goes to the first maximum in a window. XLA would derive a select-and-scatter for
+    it, which takes most of a small network's training step on CPUs. Here it is a sum of four products with 0 or 1.
 
     Args:
       x: activations; a last odd row or column is left out.
@@ -144,7 +145,7 @@ def _max_pool_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array,
 
 
 def init(model: nn.Module, key: Array, image_shape: tuple[int, int, int]) -> PyTree:
-    """Draws a network's first weights.
+    """Draws a network's initial weights.
 
     Args:
       model: any Flax network that maps images to logits.
@@ -152,10 +153,10 @@ def init(model: nn.Module, key: Array, image_shape: tuple[int, int, int]) -> PyT
       image_shape: ``(height, width, channels)`` of one image.
 
     Returns:
-      The bare dict of layers when the network has weights only, else the whole variables dict.
+      The plain dict of layers if the network has only weights, otherwise the whole variables dict.
 
     Raises:
-      SmarkError: when ``image_shape`` is not that of one image.
+      SmarkError: when ``image_shape`` is not the shape of one image.
     """
     if len(image_shape) != 3 or any(size < 1 for size in image_shape):
         raise _validate.fail(
@@ -172,7 +173,7 @@ def _draw(model: nn.Module, key: Array, image_shape: tuple[int, int, int]) -> Py
 
 @dataclasses.dataclass(frozen=True)
 class _Apply:
-    """A function with an identity: equal for equal networks, so that jit compiles once for each and not once a call."""
+    """A callable that is equal for equal networks, so that jit compiles once per network and not once per call."""
 
     model: nn.Module
     any_width: bool
@@ -184,7 +185,7 @@ class _Apply:
 
 
 def _widen(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    """Before a dense or convolutional layer runs, it takes its number of features from its kernel."""
+    """Sets the number of features of a dense or convolutional layer from its kernel, before the layer runs."""
     layer = context.module
     if isinstance(layer, nn.Dense | nn.Conv) and context.method_name == "__call__":
         object.__setattr__(layer, "features", layer.get_variable("params", "kernel").shape[-1])
@@ -199,8 +200,8 @@ def apply_fn(model: nn.Module, any_width: bool = False) -> ApplyFn:
 
     Args:
       model: any Flax network that maps images to logits.
-      any_width: take the channels of ``nn.Dense`` and ``nn.Conv`` from the weights, not from the network: to run
-        suspects that were widened by neurons which change nothing. Without it, wider weights are an error.
+      any_width: take the channels of ``nn.Dense`` and ``nn.Conv`` from the weights, not from the network. This runs
+        suspects that were widened by neurons without effect; by default, wider weights are an error.
 
     Examples:
       >>> import jax
@@ -222,11 +223,11 @@ def accuracy(
 ) -> float:
     """The share of images whose largest logit is at their label.
 
-    Compiled once per ``apply_fn`` and shape: the last batch is filled up, and the filling is not counted.
+    Compiled once per ``apply_fn`` and shape: the last batch is padded, and the padding is not counted.
 
     Args:
       apply_fn: pure, hashable; the one from :func:`apply_fn` for a Flax network.
-      params: what ``apply_fn`` takes first.
+      params: the first argument of ``apply_fn``.
       images: shape [N H W C].
       labels: shape [N], class numbers from 0.
       batch_size: images per step, which bounds the memory in use.
@@ -256,7 +257,7 @@ def _answers(apply_fn: ApplyFn, params: PyTree, images: Array) -> Array:
 
 
 def _scaled(images: Num[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """The one convention for pixels: uint8 becomes [0, 1], floats are there already."""
+    """Applies the convention for pixels: uint8 is scaled to [0, 1], floats are left unchanged."""
     if images.dtype == jnp.uint8:
         return images.astype(jnp.float32) / 255
     if not jnp.issubdtype(images.dtype, jnp.floating):
@@ -276,5 +277,5 @@ def _norm(kind: str, train: bool) -> Callable[[int], Any]:
 
 
 def _num_groups(channels: int) -> int:
-    """At most 32 groups of equal size, of four channels or more where there are as many: fewer would erase contrast."""
+    """The number of equal groups: at most 32, with at least four channels each if possible, to preserve contrast."""
     return max(g for g in range(1, min(32, max(1, channels // 4)) + 1) if channels % g == 0)

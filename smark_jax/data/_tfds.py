@@ -1,4 +1,4 @@
-"""What concerns TFDS wherever it is called: its words and warnings, kept from users and logs."""
+"""Helpers for calls to TFDS, which keep its output and warnings away from users and logs."""
 
 import contextlib
 import io
@@ -16,10 +16,10 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps TFDS's and urllib3's warnings out of the log: what matters comes as an exception.
+    """Keeps warnings of TFDS and urllib3 out of the log, since real problems raise exceptions.
 
-    Deprecations between TFDS and protobuf are neither the caller's nor damage to the files, even where a program makes
-    warnings errors.
+    Also ignores deprecation warnings between TFDS and protobuf. The caller cannot fix them, and in a program that turns
+    warnings into errors they must not look like damaged files.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "urllib3")]
     levels = [logger.level for logger in loggers]
@@ -36,7 +36,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def muted(progress: bool = False) -> Iterator[None]:
-    """Keeps TFDS's announcements off the screen, and its progress bars too unless ``progress``."""
+    """Keeps TFDS's messages off the screen, and also its progress bars unless ``progress`` is set."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if not progress:

@@ -1,4 +1,4 @@
-"""From a data set's name to its images in memory; every failure is one sentence that says what to do."""
+"""Loads a data set by name into memory; every error is one sentence that says what to do."""
 
 import difflib
 import os
@@ -19,7 +19,7 @@ class Dataset(NamedTuple):
     Attributes:
       images: shape [N H W C], values 0 to 255.
       labels: shape [N], values 0 to ``num_classes - 1``.
-      num_classes: classes that the data set knows, whether or not all of them occur here.
+      num_classes: number of classes in the data set, whether or not all of them occur in this split.
     """
 
     images: UInt8[np.ndarray, "N H W C"]
@@ -28,7 +28,7 @@ class Dataset(NamedTuple):
 
 
 class _DamagedError(OSError):
-    """Prepared files that cannot be read back."""
+    """Prepared files cannot be read back."""
 
     def __init__(self, name: str, folder: str | os.PathLike[str], error: Exception):
         super().__init__(
@@ -40,24 +40,24 @@ class _DamagedError(OSError):
 def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     """Loads an image-classification data set, preparing it first when ``data_dir`` does not hold it yet.
 
-    The order is that of the prepared files. TFDS shuffles once, by a hash of each example's key: the order looks
-    random (a slice such as ``"train[:10%]"`` has all classes), and is the same on every machine and at every call.
+    The order is that of the prepared files. TFDS shuffles once, by a hash of each example's key, so the order looks
+    random (a slice such as ``"train[:10%]"`` has all classes) but is the same on every machine and in every call.
 
-    An interrupted preparation is done again, several processes may load the same set at once, and damaged files of
-    the embedded set are made anew. Unfinished or damaged folders are renamed ``incomplete.*``, never deleted.
+    An interrupted preparation is repeated, several processes may load the same set at once, and damaged files of
+    the embedded set are rebuilt. Unfinished or damaged folders are renamed to ``incomplete.*``, never deleted.
 
     Args:
       name: ``"mnist_5k"``, which needs no network (``pip install "smark-jax[demo]"``), or any TFDS name such as
-        ``"cifar10"``, with a configuration or a version if wanted (``"cifar10:3.0.2"``). A TFDS set that is not in
-        ``data_dir`` is downloaded, and for its preparation TensorFlow must be installed; reading never needs it.
+        ``"cifar10"``, optionally with a configuration or a version (``"cifar10:3.0.2"``). A TFDS set that is not in
+        ``data_dir`` is downloaded, and preparing it requires TensorFlow; reading never does.
       split: a TFDS split, such as ``"train"``, ``"train[:10%]"`` or ``"train[100:200]+test"``.
-      data_dir: where prepared sets lie. By default that of TFDS: ``TFDS_DATA_DIR``, or ``~/tensorflow_datasets``.
+      data_dir: folder of the prepared sets. By default TFDS's own: ``TFDS_DATA_DIR``, or ``~/tensorflow_datasets``.
 
     Returns:
       The whole split, decoded, as NumPy arrays.
 
     Raises:
-      SmarkError: for an unknown name or split, or a data set that is not 8-bit images of one size with one label.
+      SmarkError: for an unknown name or split, or a data set other than 8-bit images of one size with one label each.
       ConnectionError: when the set is not on this machine and cannot be downloaded.
       MissingExtra: when a package that the preparation needs is missing.
       OSError: when ``data_dir`` cannot be written to, or its files cannot be read.
@@ -72,7 +72,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) 
         raise _validate.fail("data.load", "the name of a data set", repr(name), f"Such as {EMBEDDED!r} or 'cifar10'.")
     if not isinstance(split, str) or not split:
         raise _validate.fail("data.load", "the name of a split", repr(split), "Such as 'train' or 'train[:10%]'.")
-    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")  # TFDS itself reads it once, when imported.
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")  # TFDS itself reads the variable only once, on import.
     if name == EMBEDDED:
         data_dir = pathlib.Path(data_dir or "~/tensorflow_datasets").expanduser()
     with quiet():
@@ -90,10 +90,10 @@ def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) 
 
 def _load(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
     builder = _builder(name, data_dir)
-    _columns(name, builder)  # Before the download: is this image classification at all?
+    _columns(name, builder)  # Before the download: checks that this is image classification.
     if not builder.is_prepared():
         preparing.prepare(name, builder)
-        builder = _builder(name, data_dir)  # What was prepared, by us or by another process in the meantime.
+        builder = _builder(name, data_dir)  # Reopened: this or another process has prepared it.
     return _read(name, split, builder)
 
 
@@ -139,7 +139,7 @@ def _embedded_folder(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
 
 
 def _columns(name: str, builder: Any) -> tuple[str, str, int | None]:
-    """Which features are the image and the label, and the number of classes."""
+    """The names of the image and label features, and the number of classes."""
     import tensorflow_datasets as tfds
 
     features: Any = builder.info.features

@@ -1,4 +1,4 @@
-"""The TFDS builder of ``mnist_5k``. Importing this module imports TFDS, and registers the name with it."""
+"""The TFDS builder of ``mnist_5k``. Importing this module imports TFDS and registers the name there."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -36,13 +36,13 @@ _CITATION = """\
 
 
 class Mnist5k(tfds.core.GeneratorBasedBuilder):
-    """MNIST digits that need no download. Prepare with ``file_format="array_record"`` to stay clear of TensorFlow."""
+    """MNIST digits that need no download. Prepare with ``file_format="array_record"`` to avoid TensorFlow."""
 
     name = "mnist_5k"
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Every fifth sample held out."}  # noqa: RUF012 (TFDS's own declaration)
-    # TFDS looks beside the code for checksums of downloads, by way of a package it does not declare
-    # (importlib_resources). There are no downloads.
+    # Without a code path, TFDS does not look beside the code for checksums of downloads. It would need
+    # importlib_resources for that, a dependency that it does not declare, and there are no downloads.
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -73,7 +73,7 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, images: np.ndarray, labels: np.ndarray, held_out: bool
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        from PIL import Image  # TFDS encodes a NumPy image with TensorFlow, and a PIL image without it.
+        from PIL import Image  # TFDS needs TensorFlow to encode a NumPy image, but not a PIL image.
 
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             if (index % 5 == 4) == held_out:

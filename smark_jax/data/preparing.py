@@ -1,4 +1,4 @@
-"""Download and preparation of a data set by TFDS: one process at a time, and failures that say what to do."""
+"""Downloads and prepares a data set with TFDS: one process at a time, with errors that say what to do."""
 
 import contextlib
 import importlib.util
@@ -18,7 +18,7 @@ _PROBE_HOSTS = 3
 
 
 def prepare(name: str, builder: Any) -> None:
-    """Has TFDS download and write the set. Of several processes at it, one works and the others wait for it."""
+    """Lets TFDS download and write the set; of several concurrent processes, one works and the others wait."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(_alone(builder))
@@ -29,10 +29,10 @@ def prepare(name: str, builder: Any) -> None:
 
 
 def _alone(builder: Any) -> contextlib.AbstractContextManager[Any]:
-    """Keeps a second process of this data folder out, which the operating system ends with the process.
+    """Locks the data folder against other processes; the operating system frees the lock when the process ends.
 
     TFDS writes to a folder with a random name and renames it at the end. Two programs with the same seed draw the same
-    name, and then remove each other's files.
+    name, and then delete each other's files.
     """
     root = os.fspath(builder.data_dir_root)
     if "://" in root:  # A bucket: nothing there can be locked.
@@ -45,7 +45,7 @@ def _write(name: str, builder: Any) -> None:
     import tensorflow_datasets as tfds
 
     try:
-        if builder.data_path.exists():  # Without its info file: TFDS would take it for finished, and then choke.
+        if builder.data_path.exists():  # It lacks its info file, but TFDS would take it for finished, and then fail.
             set_aside(pathlib.Path(builder.data_dir))
         if name != EMBEDDED:
             _fail_fast(builder)
@@ -54,30 +54,30 @@ def _write(name: str, builder: Any) -> None:
                 file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
     except Exception as error:
-        # Where nothing can be locked, TFDS's renaming at the end fails for all but the first process.
+        # Without a lock (in a bucket), TFDS's final renaming fails for all processes but the first.
         if builder.is_prepared():
             return
         raise _explained(name, builder, error) from error
 
 
 def set_aside(folder: pathlib.Path) -> None:
-    """Renames a folder as TFDS names its unfinished ones, so that it is never taken for a finished one."""
+    """Renames a folder in the way that TFDS names unfinished ones, so that it is never taken for finished."""
     with contextlib.suppress(FileNotFoundError):  # Another process was faster.
         folder.rename(folder.with_name(f"incomplete.{secrets.token_hex(3).upper()}_{folder.name}"))
 
 
 def _fail_fast(builder: Any) -> None:
-    """Makes the builder look for the network and for TensorFlow before it downloads.
+    """Makes the builder check for the network and for TensorFlow before it downloads.
 
-    TFDS tries each download ten times, for minutes, and needs TensorFlow only after the last byte has arrived. The
-    check sits where TFDS sets up its downloads, so that it also stays out of the way of ``tfds.testing.mock_data``.
+    Otherwise TFDS would retry each download ten times, for minutes, and would miss TensorFlow only after the last byte
+    had arrived. The check runs where TFDS sets up its downloads, so it does not affect ``tfds.testing.mock_data``.
     """
     make_manager = builder._make_download_manager
 
     def checked(**kwargs: Any) -> Any:
         try:
             urls = set(builder.url_infos or ())
-        except ImportError:  # TFDS reads that list by way of importlib_resources, which it does not declare.
+        except ImportError:  # TFDS reads that list with importlib_resources, a dependency that it does not declare.
             urls = {"https://storage.googleapis.com/"}
         _reach(urls - _downloaded(builder.data_dir_root / "downloads"))
         from_tfds = type(builder).__module__.startswith("tensorflow_datasets.")
@@ -89,7 +89,7 @@ def _fail_fast(builder: Any) -> None:
 
 
 def _downloaded(folder: Any) -> set[str]:
-    """The addresses whose files an earlier attempt left in TFDS's download folder."""
+    """The URLs whose files are in TFDS's download folder from an earlier attempt."""
     urls = set()
     for info in folder.glob("*.INFO") if folder.exists() else ():
         with contextlib.suppress(ValueError, AttributeError):
@@ -98,7 +98,7 @@ def _downloaded(folder: Any) -> set[str]:
 
 
 def _reach(urls: Iterable[str]) -> None:
-    """Raises a requests error unless one of the addresses' hosts answers, with whatever status, within seconds."""
+    """Raises a requests error unless one of the URLs' hosts answers within seconds, with any status."""
     import requests
 
     hosts = {urlsplit(url).netloc: url for url in sorted(urls) if url.startswith("http")}
@@ -114,7 +114,7 @@ def _reach(urls: Iterable[str]) -> None:
 
 
 def _explained(name: str, builder: Any, error: Exception) -> Exception:
-    """What to raise instead of whatever came out of a preparation."""
+    """Turns an error during preparation into one that says what to do."""
     import requests
     import tensorflow_datasets as tfds
 
@@ -134,7 +134,7 @@ def _explained(name: str, builder: Any, error: Exception) -> Exception:
 
 
 def missing(name: str, error: ImportError) -> errors.MissingExtra:
-    """Which package to install; TFDS says without naming it when it is TensorFlow."""
+    """The error that names the package to install; when TFDS does not name it, it is TensorFlow."""
     package = (error.name or "tensorflow").partition(".")[0]
     if name == EMBEDDED:
         needs, instead, extra = f'needs {package}: pip install "smark-jax[demo]".', "", "demo"

@@ -1,7 +1,7 @@
 """Masked aggregation over Flower, for organisations that do not trust each other (extra ``flower``).
 
-A client adds :func:`masked_mod` to its ClientApp, the server wraps its strategy in :class:`Masked`. Flower moves the
-messages; :mod:`smark_jax.aggregation.protocol` decides what may be said.
+A client adds :func:`masked_mod` to its ClientApp, and the server wraps its strategy in :class:`Masked`. Flower carries
+the messages; :mod:`smark_jax.aggregation.protocol` decides which messages are allowed.
 """
 
 import importlib
@@ -21,7 +21,7 @@ __all__ = ["Fingerprints", "Masked", "RoundLog", "masked_mod", "participant_mark
 
 
 def __getattr__(name: str) -> Any:
-    # Flower starts a process for each message to a client; it has no use for the server's side.
+    # Flower starts a client process for every message; importing the server's side there would only cost time.
     if name in __all__:
         return getattr(importlib.import_module("smark_jax.federation.strategy"), name)
     raise AttributeError(f"module 'smark_jax.federation' has no attribute {name!r}")

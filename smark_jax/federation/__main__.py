@@ -1,4 +1,4 @@
-"""``python -m smark_jax.federation``: an identity for a participant, and which apps its client runs."""
+"""``python -m smark_jax.federation``: creates a participant's identity, and pins the apps that its client runs."""
 
 import argparse
 from pathlib import Path
@@ -19,12 +19,12 @@ def main() -> None:
         prog="python -m smark_jax.federation", epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    keygen = commands.add_parser("keygen", help="write a fresh identity, and print its public line for the roster")
+    keygen = commands.add_parser("keygen", help="write a new identity, and print its public line for the roster")
     keygen.add_argument("file", type=Path)
     pin = commands.add_parser("guard", help="write a flwr-clientapp that runs these apps and no others")
-    pin.add_argument("folder", type=Path, help="to be put in front of PATH where flower-supernode is started")
+    pin.add_argument("folder", type=Path, help="folder to put first in PATH when starting flower-supernode")
     pin.add_argument("bundles", type=Path, nargs="+", help=".fab files, as flwr build writes them")
-    pin.add_argument("--add-mod", action="store_true", help="run them under masked_mod of this installation")
+    pin.add_argument("--add-mod", action="store_true", help="run them under this installation's masked_mod")
     options = parser.parse_args()
     if hasattr(options, "bundles"):
         print(guard.write(options.folder, options.bundles, add_mod=options.add_mod))

@@ -1,4 +1,4 @@
-"""Flower's log, on which text of others is plain text on one line."""
+"""Writes to Flower's log; untrusted text appears as plain text on one line."""
 
 from typing import Any
 
@@ -8,6 +8,6 @@ from smark_jax import _foreign
 
 
 def log(level: int, message: str, *details: Any) -> None:
-    """One line of Flower's log; reasons and errors come from clients, who may write what they like."""
+    """Writes one line to Flower's log; reasons and errors come from clients, who can put anything there."""
     shown = (detail if isinstance(detail, int | float) else _foreign.clean(detail) for detail in details)
     _log(level, message, *shown)

@@ -1,4 +1,4 @@
-"""What a participant's operator agrees to, read from the node configuration of its SuperNode."""
+"""The operator's consent: the conditions in the node configuration of a participant's SuperNode."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,12 +26,12 @@ _OPTIONS = {
 
 
 class Consent(NamedTuple):
-    """What rounds and formats a participant takes part in.
+    """The rounds and formats in which a participant agrees to take part.
 
     Attributes:
-      policy: of rounds.
-      limits: of formats.
-      identity: file with its identity, or None.
+      policy: the conditions on rounds.
+      limits: the limits on formats.
+      identity: the file with the participant's identity, or None.
       federation: the name with which sessions must begin; empty for any.
     """
 
@@ -41,17 +41,17 @@ class Consent(NamedTuple):
     federation: str = ""
 
     def check_session(self, session: bytes) -> None:
-        """Refuses runs of another federation, whose challenges and rounds somebody passes on."""
+        """Refuses runs of another federation, in case a server relays its challenges and rounds."""
         if self.federation and not session.startswith(self.federation.encode() + b"/"):
             cause = "Is a server of another federation passing on what belongs here, or does Masked lack its name?"
             raise refuse("masked_mod", f"a run of federation {self.federation!r}", "another one", cause)
 
 
 def read(node_config: Mapping[str, Any]) -> Consent:
-    """The consent that a node configuration states; whatever it does not name stays at its default.
+    """Reads the consent from a node configuration; options that it does not name keep their defaults.
 
     Raises:
-      SmarkError: for an unknown option that begins with ``smark-``, or a value of another type or out of range.
+      SmarkError: for an unknown option that begins with ``smark-``, or a value of the wrong type or out of range.
     """
     given = {name.removeprefix("smark-"): value for name, value in node_config.items() if name.startswith("smark-")}
     for name, value in given.items():
@@ -61,7 +61,7 @@ def read(node_config: Mapping[str, Any]) -> Consent:
             raise _validate.fail("masked_mod", f"options {known}", f"smark-{name}", "Is the name spelt right?")
         if type(value) is not kind and not (kind is float and type(value) is int):
             got = f"{value!r}"
-            cause = "Numbers and true or false stand without quotes in --node-config, texts with."
+            cause = "In --node-config, put quotes around texts, but not around numbers or true and false."
             raise _validate.fail("masked_mod", f"smark-{name} to be of type {kind.__name__}", got, cause)
     identity, roster = given.pop("identity", None), given.pop("roster", None)
     federation = given.pop("federation", "")

@@ -1,4 +1,4 @@
-"""Who is behind which of Flower's nodes: identities that have shown their private key in this run."""
+"""Maps Flower's nodes to the identities that have proved in this run that they hold their private keys."""
 
 import secrets
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ from smark_jax.federation._log import log
 class Contacts:
     """The server's address book.
 
-    A public identity is no secret: whoever has read it could claim it and be sent the fingerprinted copy of somebody
-    else. So each node answers a challenge of its own with a signature, and until then it is nobody.
+    A public identity is not secret. Anybody who has read it could claim it, and would then get somebody else's
+    fingerprinted copy. So each node must sign its own challenge; until then it has no identity.
 
     Args:
       session: random bytes that name the training run.
@@ -20,14 +20,14 @@ class Contacts:
 
     def __init__(self, session: bytes) -> None:
         self.identities: dict[int, bytes] = {}
-        """Public identity by node."""
+        """The public identity of each node."""
         self.serials: dict[str, int] = {}
-        """Serial by public identity in hexadecimal, in the order of first proof."""
+        """The serial of each public identity (in hexadecimal), in the order of first proof."""
         self._session = session
         self._open: dict[int, messages.Challenge] = {}
 
     def challenges(self, nodes: Iterable[int]) -> dict[int, messages.Challenge]:
-        """A fresh challenge for every node that is not known."""
+        """A new challenge for every unknown node."""
         fresh = {
             n: messages.Challenge(self._session, secrets.token_bytes(32)) for n in nodes if n not in self.identities
         }
@@ -35,9 +35,10 @@ class Contacts:
         return fresh
 
     def introduce(self, node: int, introduction: object) -> None:
-        """Takes a node's answer. The newest proof counts: an owner who comes back at another node takes over.
+        """Accepts a node's answer to its challenge.
 
-        A claim without proof changes nothing, for the node or for whom it claims to be.
+        The newest proof counts: a participant who returns at another node takes over. A claim without proof changes
+        nothing, neither for the node nor for the identity that it claims.
         """
         challenge = self._open.pop(node, None)
         if challenge is None or not isinstance(introduction, messages.Introduction):
@@ -54,7 +55,7 @@ class Contacts:
         self.serials.setdefault(introduction.identity.hex(), len(self.serials))
 
     def forget(self, node: int) -> None:
-        """Has a node introduce itself anew: it may have been restarted."""
+        """Makes a node introduce itself again, since it may have been restarted."""
         self.identities.pop(node, None)
 
     def serial(self, node: int) -> int:

@@ -1,16 +1,16 @@
-"""Runs an app that the server delivers only where this client's operator knows it, and under the mod installed here.
+"""Runs only apps that this client's operator has pinned, optionally under the mod installed here.
 
-Flower's SuperLink delivers the ClientApp, its mods included, and the SuperNode runs it. Whoever controls the SuperLink
-can therefore deliver an app without :func:`~smark_jax.federation.masked_mod`, or one that reads this client's disk. No
+Flower's SuperLink delivers the ClientApp, including its mods, and the SuperNode runs it. So anybody who controls the
+SuperLink can deliver an app without :func:`~smark_jax.federation.masked_mod`, or one that reads this client's disk. No
 mod helps against that: the client must decide which code it runs. ::
 
-    flwr build                                                   # the operator builds the app from sources that he read
+    flwr build                                                   # the operator builds the app from reviewed sources
     python -m smark_jax.federation guard guarded publisher.app.1-0-0.1a2b3c4d.fab
     PATH="$PWD/guarded:$PATH" flower-supernode ...
 
-The folder then holds a ``flwr-clientapp`` that the SuperNode finds first. It compares each bundle's SHA-256 with the
-pinned ones before anything of it is unpacked, and answers others with an error. Beside it stand commands of the same
-names as Flower's for other kinds of delivered code, which run nothing.
+The folder then holds a ``flwr-clientapp`` that the SuperNode finds first. Before unpacking a bundle, it compares the
+bundle's SHA-256 with the pinned ones, and answers any other bundle with an error. Flower's commands for other kinds of
+delivered code get stand-ins of the same names beside it, which run nothing.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ def write(folder: Path, bundles: Collection[Path], *, add_mod: bool = False) -> 
     """Writes the ``flwr-clientapp`` of a client that runs these bundles and no others.
 
     Args:
-      folder: made where it is not there; it goes in front of PATH.
-      bundles: the ``.fab`` files that the operator knows.
-      add_mod: whether apps run under this installation's masked_mod; for bundles without a mod of their own.
+      folder: created if absent; put it first in PATH.
+      bundles: the ``.fab`` files that the operator has reviewed.
+      add_mod: whether to run apps under this installation's masked_mod; for bundles without a mod of their own.
     """
     from flwr.supercore.constant import TaskType
 
@@ -57,7 +57,7 @@ def write(folder: Path, bundles: Collection[Path], *, add_mod: bool = False) -> 
 
 
 def main(pinned: Collection[str], add_mod: bool) -> None:
-    """Flower's ``flwr-clientapp``, with its command line, that runs pinned bundles only."""
+    """Runs Flower's ``flwr-clientapp``, with the same command line, but only for pinned bundles."""
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
     from flwr.supernode.runtime import run_clientapp
 
@@ -67,7 +67,7 @@ def main(pinned: Collection[str], add_mod: bool) -> None:
 
 
 def install(runtime: Any, pinned: Collection[str], add_mod: bool) -> None:
-    """Puts the checks into Flower's module that fetches, unpacks, loads and runs an app.
+    """Installs the checks in the Flower module that fetches, unpacks, loads and runs an app.
 
     Args:
       runtime: ``flwr.supernode.runtime.run_clientapp``.
@@ -75,7 +75,7 @@ def install(runtime: Any, pinned: Collection[str], add_mod: bool) -> None:
       add_mod: as for :func:`write`.
 
     Raises:
-      SmarkError: when this version of Flower does it in another way: nothing runs then.
+      SmarkError: when this version of Flower lacks the functions to hook; nothing runs then.
     """
     hooks = ("install_from_fab", "get_load_client_app_fn")
     if not all(hasattr(runtime, hook) for hook in hooks):
@@ -91,7 +91,7 @@ def install(runtime: Any, pinned: Collection[str], add_mod: bool) -> None:
         load = loader(*args, **options)
 
         def load_known(fab_id: str, fab_version: str, fab_hash: str) -> Any:
-            _check(fab_hash, pinned)  # the folder that is loaded goes by this name
+            _check(fab_hash, pinned)  # the folder that is loaded is named by this hash
             if any(part in ("", ".", "..") for part in fab_id.split("/")) or "/" in fab_version:
                 cause = "The server states a version that leads out of the folder of apps."
                 raise _validate.fail("guard", "a version that is no path", repr(fab_version), cause)

@@ -8,10 +8,10 @@ from smark_jax.aggregation.protocol import messages
 
 
 def create(path: Path) -> bytes:
-    """Writes a fresh identity that only its owner may read, and returns the public key to send to the others.
+    """Writes a new identity that only its owner can read, and returns the public key to send to the others.
 
     Raises:
-      FileExistsError: when the file is there already; an identity is never overwritten.
+      FileExistsError: when the file exists; an identity is never overwritten.
     """
     identity = keys.new()
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -20,7 +20,7 @@ def create(path: Path) -> bytes:
 
 
 def read(path: Path) -> keys.SecretKey:
-    """The identity that :func:`create` wrote.
+    """Reads an identity that :func:`create` wrote.
 
     Raises:
       SmarkError: when the file does not hold 64 hexadecimal digits.
@@ -34,10 +34,10 @@ def read(path: Path) -> keys.SecretKey:
 
 
 def roster(path: Path) -> tuple[bytes, ...]:
-    """The public identities in a file, one to a line in hexadecimal; what follows a ``#`` is a comment.
+    """Reads public identities from a file, one per line in hexadecimal; a ``#`` starts a comment.
 
     Raises:
-      SmarkError: when the file cannot be read, or a line is anything else.
+      SmarkError: when the file cannot be read, or a line is invalid.
     """
     try:
         lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]

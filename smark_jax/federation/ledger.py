@@ -1,10 +1,10 @@
-"""What a participant has answered already, kept outside of Flower's context: no stage of a round is answered twice.
+"""A record of what a participant has answered, kept outside Flower's context so that no stage is answered twice.
 
-Two answers about one round can open a party: its words under the same masks, or shares of both of its secrets. A
-party's state moves on when it answers, but that state lies in the context of the run, which Flower hands out as a copy
-with each message and stores again after the answer has left. A copy that is used twice, or an old one that comes back
-after a crash, would answer twice. So before an answer leaves, the ledger takes note of it on the disk, and refuses a
-second one.
+Two answers in one round can expose a party: two messages under the same masks, or shares of both of its secrets. A
+party's state advances when it answers. But Flower keeps that state in the context of the run: it hands out a copy with
+each message, and stores it only after the answer has left. If a copy is used twice, or an old one returns after a
+crash, the party would answer twice. So before an answer leaves, the ledger records it on disk, and it refuses a second
+one.
 """
 
 import hashlib
@@ -18,18 +18,18 @@ _PATIENCE_SECONDS = 30
 
 
 def claim(folder: Path, session: bytes, stage: str, round: int) -> None:
-    """Takes note that a stage of a round is answered now.
+    """Records that a stage of a round is being answered.
 
     Args:
-      folder: the ledger of one identity. It is made when it is not there, and never goes back: do not restore it from
-        a backup.
-      session: the training run that the round is of.
+      folder: the ledger of one identity, created if absent. It must never go back in time: do not restore it from a
+        backup.
+      session: the training run to which the round belongs.
       stage: such as "masked".
-      round: its number; within a session each stage's numbers grow.
+      round: the round's number; within a session, the numbers of each stage increase.
 
     Raises:
       ProtocolError: when this stage of this round, or of a later one, was answered before.
-      SmarkError: when the ledger cannot be written: nothing may be answered then.
+      SmarkError: when the ledger cannot be written; nothing may be answered then.
     """
     path = folder / f"{hashlib.sha256(session).hexdigest()[:32]}.json"
     try:
@@ -43,6 +43,11 @@ def claim(folder: Path, session: bytes, stage: str, round: int) -> None:
                 expected = f"a round after {last} at stage {stage!r}, which was answered already"
                 raise refuse("ledger", expected, f"round {round}", cause)
             _io.write(path, json.dumps({**answered, stage: round}).encode())
-    except (OSError, json.JSONDecodeError, AttributeError, TypeError) as error:  # the last: no ledger
-        cause = "Without it nothing is answered: see to space and permissions of the folder."
+    except (
+        OSError,
+        json.JSONDecodeError,
+        AttributeError,
+        TypeError,
+    ) as error:  # the last three: the file is not a ledger
+        cause = "Nothing is answered without it: check the folder's free space and permissions."
         raise refuse("ledger", f"to write {folder}", f"{type(error).__name__}: {error}", cause) from None

@@ -4,24 +4,24 @@
 
     app = ClientApp(mods=[federation.masked_mod])
 
-What the client insists on stands in its node configuration (``flower-supernode --node-config``), never in what the
-server sends; numbers and true or false without quotes, texts with. Files:
+The client takes its conditions from its own node configuration (``flower-supernode --node-config``), never from what
+the server sends. There, put quotes around texts, but not around numbers or true and false. Files:
 
-* ``smark-identity="clinic-a.identity"``: this client's identity, from ``python -m smark_jax.federation keygen``. Beside
-  it a folder ``clinic-a.identity.answered`` keeps what was answered (:mod:`~smark_jax.federation.ledger`).
-* ``smark-roster="roster.txt"``: the public identities of all clients, one to a line, which the operators exchanged.
+* ``smark-identity="clinic-a.identity"``: this client's identity, from ``python -m smark_jax.federation keygen``. A
+  folder ``clinic-a.identity.answered`` beside it records what was answered (:mod:`~smark_jax.federation.ledger`).
+* ``smark-roster="roster.txt"``: the public identities of all clients, one per line, as the operators exchanged them.
 
-Conditions, see :class:`~smark_jax.aggregation.protocol.Policy` and :class:`~smark_jax.federation.task.Limits`:
+Conditions (see :class:`~smark_jax.aggregation.protocol.Policy` and :class:`~smark_jax.federation.task.Limits`):
 
-* ``smark-least-parties=3`` and ``smark-least-share=0.667``: only sums of so many clients, and of more than this share
-  of the round's, may be opened. The default share is two thirds.
-* ``smark-corruption-rate=0.05``: accepts sparse mask graphs that are safe when so many clients are corrupt.
-* ``smark-bind-model=false``: accepts that every client is given a model of its own, as fingerprints need it.
-* ``smark-least-clip=1e-4``, ``smark-most-clip=1e4``, ``smark-weight="num-examples"``: the formats of updates.
+* ``smark-least-parties=3`` and ``smark-least-share=0.667``: a sum may be opened only if it covers at least this many
+  clients, and more than this share of the round's. The default share is two thirds.
+* ``smark-corruption-rate=0.05``: accepts sparse mask graphs that are safe if this share of clients is corrupt.
+* ``smark-bind-model=false``: accepts that every client gets a different model, which fingerprints require.
+* ``smark-least-clip=1e-4``, ``smark-most-clip=1e4``, ``smark-weight="num-examples"``: limits on the formats of updates.
 
-Secrets of a round live in the context of the run on this client, until the round is over. Without the two files the
-client draws an identity and believes the server's roster. That is enough against a curious server, and for simulations;
-a server that lies could then invent clients.
+The secrets of a round stay in the context of the run on this client until the round is over. Without the two files, the
+client draws an identity and trusts the server's roster. That suffices against a curious server, and for simulations,
+but a lying server could then invent clients.
 """
 
 import tempfile
@@ -45,15 +45,15 @@ _STATE = "smark"
 
 
 def masked_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Lets a training update leave this client only under masks, and only on the conditions of its operator.
+    """Lets a training update leave this client only under masks, and only under its operator's conditions.
 
-    The wrapped train function gets the message as from any strategy and returns its arrays and the number of its
-    examples as usual; only their weighted sum over the clients can be opened. Evaluation and queries pass unchanged:
-    what they return is seen by the server.
+    The wrapped train function gets the message as from any strategy, and returns its arrays and its number of examples
+    as usual; only the weighted sum over the clients can be opened. Evaluation and query messages pass unchanged: the
+    server sees what they return.
 
     Raises:
-      SmarkError: when the server asks for an unmasked update, breaks the protocol, asks for less than the operator's
-        conditions, or repeats a request. The client then answers with an error and nothing of its update.
+      SmarkError: when the server asks for an unmasked update, breaks the protocol, violates the operator's conditions,
+        or repeats a request. The client then answers with an error that contains nothing of its update.
     """
     if not message.metadata.message_type.startswith(MessageType.TRAIN):
         return call_next(message, context)
@@ -97,15 +97,15 @@ def _train(
     state: party.Party,
     limits: task.Limits,
 ) -> tuple[np.ndarray, bytes]:
-    """Words of this client's update, and the digest of all that it was made from."""
+    """The words of this client's update, and the digest of everything that went into it."""
     from smark_jax.federation import update  # loads jax, which only training needs
 
     if "format" not in asked:
         raise refuse("masked_mod", "the format of the update", "none", "Is the server honest?")
     form, setup = asked["format"], state.setup
     limits.check(form, setup)
-    party.expect(state, "masked")  # before anything is trained
-    message.metadata.group_id = ""  # the train function sees it, and masks are not bound to it
+    party.expect(state, "masked")  # checked before training, which takes long
+    message.metadata.group_id = ""  # masks are not bound to it, so the train function must not see it
     message.content.pop(wire.RECORD, None)
     kind, run_config = message.metadata.message_type, context.run_config
     digest = task.digest(message.content, form, message_type=kind, run_config=run_config, values=setup.bind_model)
@@ -115,7 +115,7 @@ def _train(
         raise refuse("masked_mod", expected, got, "Is the server honest?")
     try:
         reply = call_next(message, context)
-    except Exception as error:  # whatever a train function raises may speak of its data
+    except Exception as error:  # any exception of a train function may reveal its data
         for line in (
             "The train function raised an exception:",
             *"".join(traceback.format_exception(error)).splitlines(),
@@ -170,7 +170,7 @@ def _load(context: Context, round: int) -> party.Party:
 
 
 def _move_on(context: Context, state: party.Party, answered: Path, stage: str) -> None:
-    """Takes note, outside of the context and in it, that a stage is answered, before the answer leaves."""
+    """Records an answered stage, in the ledger and in the context, before the answer leaves."""
     setup: protocol.Setup = state.setup
     ledger.claim(answered, setup.session, stage, setup.round)
     record = _record(context)

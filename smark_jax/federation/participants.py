@@ -1,4 +1,4 @@
-"""Fingerprints in what participants are given, who are suspects too."""
+"""Fingerprints in the models sent to participants, who may leak them too."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from smark_jax import carriers, keys
 
 
 class Fingerprints(NamedTuple):
-    """A fingerprint of its own in every model that a participant is given.
+    """Settings that give every participant's model its own fingerprint.
 
     Attributes:
       key: the model's key; carrier and codewords are derived from it as ``keys.derive(key, "carrier")`` and
@@ -26,11 +26,11 @@ class Fingerprints(NamedTuple):
 def participant_mark(params: Mapping[str, np.ndarray], fingerprints: Fingerprints) -> carriers.Mark:
     """The mark of participants' copies, for :func:`smark_jax.extraction.extract`.
 
-    It differs from round to round: a bias that is zero at the start carries nothing in the first round, and something
-    later. So trace a copy of a round with what this returns for that round's own global model, and for no other.
+    The mark differs between rounds: a bias that starts at zero carries nothing in the first round, but does later. So
+    trace a copy from some round with the mark that this function returns for the global model of that same round.
 
     Args:
-      params: arrays by name of the global model from which the round's copies were made.
-      fingerprints: the strategy's.
+      params: the arrays, by name, of the global model from which the round's copies were made.
+      fingerprints: the strategy's settings.
     """
     return carriers.mark(keys.derive(fingerprints.key, "carrier"), dict(params), fingerprints.num_chips)

@@ -1,4 +1,4 @@
-"""A round under way, and what is said of it afterwards."""
+"""A round in progress, and the log entry that it leaves."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ class RoundLog(NamedTuple):
 
     Attributes:
       round: its number.
-      nodes: Flower's node ids of those whose updates are in the sum.
-      examples: on how many examples they trained.
-      clipped: how many weight changes were clipped.
-      seconds: from the first message to the opened sum.
-      error: why nothing was opened, or empty.
+      nodes: Flower's ids of the nodes whose updates are in the sum.
+      examples: the number of examples they trained on.
+      clipped: the number of weight changes that were clipped.
+      seconds: the time from the first message to the opened sum.
+      error: why no sum was opened; empty if one was.
     """
 
     round: int
@@ -26,7 +26,7 @@ class RoundLog(NamedTuple):
 
 
 class Round:
-    """A round of the protocol, which node each party is, and for which of Flower's rounds it is."""
+    """A round of the protocol, the node of each party, and the number of the Flower round that it serves."""
 
     def __init__(self, state: server.Server, nodes: list[int], server_round: int) -> None:
         self.state, self.nodes, self.server_round = state, nodes, server_round

@@ -1,8 +1,8 @@
-"""The server's side: a Flower strategy around another one, which sees nothing but the sum of the updates.
+"""The server's side: a Flower strategy that wraps another one and shows it nothing but the sum of the updates.
 
 A round takes two exchanges of messages: parties train and send masked words, then reveal the shares that open their
-sum. The next round's keys and shares travel in the same messages. Two more exchanges are needed before the first round,
-or after one that failed; one more where somebody dropped out while training.
+sum. The next round's keys and shares travel in the same messages. The first round, and any round after a failed one,
+needs two more exchanges before it. A round in which somebody drops out while training needs one more.
 """
 
 import secrets
@@ -30,39 +30,40 @@ _MOST_FAILURES = 3
 
 
 class Masked(Strategy):
-    """Wraps a strategy of Flower, so that it aggregates one update: the weighted mean of all, opened from masked words.
+    """Wraps a Flower strategy so that it aggregates a single update: the weighted mean of all masked updates.
 
     ::
 
         strategy = federation.Masked(FedAvg(fraction_evaluate=0.0), metrics=("train-loss",))
         strategy.start(grid, initial_arrays=arrays, num_rounds=10, timeout=60)
 
-    Clients add :func:`smark_jax.federation.masked_mod`. Choose ``timeout`` of ``start`` above a client's slowest
-    training, start of its process included: who has not answered by then has dropped out of the round.
+    Clients add :func:`smark_jax.federation.masked_mod`. Choose ``timeout`` of ``start`` longer than the slowest client
+    trains, including the start of its process: a client that has not answered by then drops out of the round.
 
     Args:
-      strategy: who samples clients, configures them, and does with the mean what it does (FedAvg, FedAdam, ...).
-      clip: largest absolute change of a weight in a round. Larger ones are clipped; how many is logged.
-      most_examples: the most training examples of any client. Generosity costs precision: an update's fixed point is
-        finer by the share of these that the client has.
-      metrics: names of training metrics to average under the mask; values between -16 and 16. Others are not sent.
+      strategy: samples and configures clients, and applies the mean (FedAvg, FedAdam, ...).
+      clip: largest absolute change of a weight in a round. Larger changes are clipped, and their number is logged.
+      most_examples: the most training examples that any client may have. A generous value costs precision: the smaller
+        a client's share of this number, the coarser its update is encoded.
+      metrics: names of training metrics to average under the mask, with values between -16 and 16. Other metrics are
+        not sent.
       run_config: the run's configuration, ``context.run_config`` of the ServerApp. Clients get it from Flower,
         and their masks are bound to it.
       quorum: the fewest clients whose sum may be opened; by default more than two thirds of the round's. Clients refuse
-        to take part in sums of fewer than their operators agreed to, by default the same.
-      neighbourhood: of a sparse mask graph, for many clients; see :func:`smark_jax.aggregation.neighbourhood`. Clients
-        agree to it by ``smark-corruption-rate``.
-      fingerprints: gives every participant's copy of the global model a fingerprint of its own.
-      bind_model: whether masks cancel only between clients that were given the same model, so that a server cannot give
-        a client a model of its own to single out its update. By default yes, and no with fingerprints, where all models
-        differ by design: the price of tracing participants is to trust the server in this, and clients agree to it by
-        ``smark-bind-model=false``. All else that clients are told is bound in any case.
+        sums over fewer clients than their operators agreed to, which is by default the same number.
+      neighbourhood: the neighbourhood of a sparse mask graph, for many clients; see
+        :func:`smark_jax.aggregation.neighbourhood`. Clients consent by ``smark-corruption-rate``.
+      fingerprints: gives every participant's copy of the global model its own fingerprint.
+      bind_model: whether masks cancel only between clients that received the same model, so that a server cannot single
+        out a client's update by sending it a different model. By default yes; with fingerprints no, since then all
+        models differ by design. So tracing participants requires trusting the server in this respect; clients consent
+        by ``smark-bind-model=false``. Everything else that clients are told is always bound.
       exchange_timeout: seconds to wait for answers that need no training.
-      federation: a name of at most 31 bytes, which clients that take part in several federations ask for by
+      federation: a name of at most 31 bytes; a client in several federations asks for it by
         ``smark-federation="..."``.
 
     Raises:
-      SmarkError: when both fingerprints and bind_model are asked for.
+      SmarkError: when both fingerprints and bind_model are requested.
     """
 
     def __init__(
@@ -85,12 +86,12 @@ class Masked(Strategy):
                 "Masked",
                 "either fingerprints or bind_model",
                 "both",
-                "With fingerprints every participant is given another model, with bind_model all the same one.",
+                "With fingerprints every participant gets a different model, with bind_model all get the same.",
             )
         self.strategy = strategy
         self.fingerprints = fingerprints
         self.results: list[RoundLog] = []
-        """What happened in each round."""
+        """The log of each round."""
         self._format = (clip, most_examples, tuple(metrics))
         self._quorum, self._neighbourhood = quorum, neighbourhood
         self._bind_model = fingerprints is None if bind_model is None else bind_model
@@ -106,14 +107,14 @@ class Masked(Strategy):
 
     @property
     def serials(self) -> dict[str, int]:
-        """A participant's serial by its public identity in hexadecimal, in the order of first contact."""
+        """Each participant's serial by its public identity in hexadecimal, in the order of first proof."""
         return self._contacts.serials
 
     def serial(self, node: int) -> int:
         """The serial of the participant behind one of Flower's node ids.
 
         Raises:
-          KeyError: when the node has not been greeted, or has dropped out since.
+          KeyError: when the node has not introduced itself, or has dropped out since.
         """
         return self._contacts.serial(node)
 
@@ -128,7 +129,7 @@ class Masked(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Asks the round's clients to train, and the next round's for their keys."""
+        """Asks the clients of this round to train, and those of the next round for their keys."""
         self._grid, self._before, self._began = grid, arrays, time.monotonic()
         drafts = list(self.strategy.configure_train(server_round, arrays, config, grid))
         nodes = sorted(draft.metadata.dst_node_id for draft in drafts)
@@ -159,7 +160,7 @@ class Masked(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Opens the sum with the clients' help and hands the mean to the wrapped strategy as one reply."""
+        """Opens the sum with the clients' help, and passes the mean to the wrapped strategy as one reply."""
         now, following = self._now, self._next
         if now is None or following is None:
             return None, None
@@ -191,7 +192,7 @@ class Masked(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As the wrapped strategy; participants evaluate their own copies where these carry fingerprints."""
+        """Configures evaluation like the wrapped strategy; with fingerprints, each client evaluates its own copy."""
         drafts = list(self.strategy.configure_evaluate(server_round, arrays, config, grid))
         if self.fingerprints is None:
             return drafts
@@ -200,14 +201,14 @@ class Masked(Strategy):
         out = []
         for draft in drafts:
             node = draft.metadata.dst_node_id
-            if node in self._contacts.identities:  # who has shown to be whom this copy accuses
+            if node in self._contacts.identities:  # it has proved the identity that this copy would accuse
                 content = RecordDict(dict(draft.content.items()))
                 content[self.strategy.arrayrecord_key] = self._copy_for(node, arrays)
                 out.append(Message(content, dst_node_id=node, message_type=MessageType.EVALUATE))
         return out
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """As the wrapped strategy."""
+        """Aggregates evaluation like the wrapped strategy."""
         return self.strategy.aggregate_evaluate(server_round, replies)
 
     def _form(self, num_parties: int) -> update.Format:
@@ -216,19 +217,19 @@ class Masked(Strategy):
         return task.Format(clip, num_parties, most_examples, inner.weighted_by_key, metrics, inner.arrayrecord_key)
 
     def _digest(self, content: RecordDict, now: Round) -> bytes:
-        """Of everything that the round's participants act on."""
+        """The digest of everything that the round's participants act on."""
         form, kind = self._form(len(now.nodes)), MessageType.TRAIN
         run_config, values = self._run_config, now.state.setup.bind_model
         return task.digest(content, form, message_type=kind, run_config=run_config, values=values)
 
     def _greet(self, nodes: list[int]) -> None:
-        """Asks clients that are new who they are, and for the proof."""
+        """Asks new clients for their identity and a proof of it."""
         strangers = self._contacts.challenges(nodes)
         for reply in self._exchange({n: wire.put(RecordDict(), hello=item) for n, item in strangers.items()}):
             self._contacts.introduce(reply.metadata.src_node_id, self._read(reply).get("identity"))
 
     def _begin(self, server_round: int, nodes: list[int], num_words: int) -> Round:
-        """A round of the protocol: none has the number of another, since clients answer no round twice."""
+        """Starts a round of the protocol under a new number, since clients answer no round twice."""
         nodes = [node for node in nodes if node in self._contacts.identities]
         if not nodes:
             raise protocol.ProtocolError("Masked: no client answered; are SuperNodes running, with masked_mod?")
@@ -246,7 +247,7 @@ class Masked(Strategy):
         return Round(server.start(agreed), nodes, server_round)
 
     def _prepare(self, server_round: int, nodes: list[int], num_words: int) -> Round:
-        """The round whose keys and shares came along with the last one, or else a fresh one with two exchanges."""
+        """The round whose keys and shares the last one collected, or a new round set up by two exchanges."""
         ready = self._next
         if ready is not None and ready.state.stage == "shares" and ready.state.setup.num_words == num_words:
             if len(ready.state.shared) >= ready.state.setup.quorum and ready.server_round == server_round:
@@ -262,7 +263,7 @@ class Masked(Strategy):
         return fresh
 
     def _exchange(self, contents: Mapping[int, RecordDict]) -> list[Message]:
-        """Sends each node its content and waits for the answers, polling more often than Flower's three seconds."""
+        """Sends each node its content and waits for the answers; polls more often than Flower's every 3 seconds."""
         if not contents:
             return []
         out = [Message(c, dst_node_id=node, message_type=MessageType.TRAIN) for node, c in contents.items()]
@@ -282,12 +283,12 @@ class Masked(Strategy):
             return {}
         try:
             return wire.take(reply.content)
-        except (ValueError, KeyError) as error:  # ours, or Flower's at a message without content
+        except (ValueError, KeyError) as error:  # our error, or Flower's for a message without content
             log(WARNING, "Client %s sent something else: %s", reply.metadata.src_node_id, error)
             return {}
 
     def _take(self, reply: Message, *rounds: Round) -> None:
-        """Gives a client's messages to the rounds that wait for them; a bad one counts as no message."""
+        """Passes a client's messages to the rounds that wait for them; an invalid message is ignored."""
         for item in self._read(reply).values():
             for one in rounds:
                 node = reply.metadata.src_node_id
@@ -300,7 +301,7 @@ class Masked(Strategy):
                     log(WARNING, "Client %s is left out of round %s: %s", node, one.state.setup.round, error)
 
     def _close_quietly(self, following: Round) -> dict[int, messages.Request]:
-        """Ends the next round's collection of keys; when it lacks a quorum that round is set up afresh later."""
+        """Ends the collection of the next round's keys; without a quorum, that round is set up again later."""
         try:
             following.state, requests = server.close(following.state)
         except protocol.ProtocolError:
@@ -326,7 +327,7 @@ class Masked(Strategy):
         return self.strategy.aggregate_train(server_round, [reply])
 
     def _fail(self, server_round: int, error: Exception) -> None:
-        """A round without result: the model stays as it was. Several in a row end the run."""
+        """Records a failed round, which leaves the model unchanged; several in a row end the run."""
         log(ERROR, "Round %s opened nothing: %s", server_round, error)
         self.results.append(RoundLog(server_round, (), 0, 0, time.monotonic() - self._began, str(error)))
         self._now = self._next = None
@@ -335,12 +336,12 @@ class Masked(Strategy):
             raise protocol.ProtocolError(f"Masked: {_MOST_FAILURES} rounds in a row opened nothing. The last: {error}")
 
     def _draw_mark(self, arrays: ArrayRecord) -> None:
-        """Draws the mark of the copies of this model: another model has other weights that can carry."""
+        """Draws the mark for copies of this model; which weights can carry depends on the model."""
         if self.fingerprints is not None:
             self._mark = participant_mark(wire.tree(arrays), self.fingerprints)
 
     def _copy_for(self, node: int, arrays: ArrayRecord) -> ArrayRecord:
-        """The model that a node is given: the global one, or its fingerprinted copy."""
+        """The model for a node: the global one, or the node's fingerprinted copy."""
         if self.fingerprints is None or self._mark is None:
             return arrays
         params, marks = wire.tree(arrays), self.fingerprints

@@ -1,4 +1,4 @@
-"""What a participant is asked to do in a round, and the digest of all of it that its masks are bound to."""
+"""What a participant is asked to do in a round, and the digest of it to which its masks are bound."""
 
 import hashlib
 import math
@@ -16,10 +16,10 @@ class Format(NamedTuple):
 
     Attributes:
       clip: largest absolute change of a weight in one round; beyond it, changes are clipped and counted.
-      num_parties: participants of the round, the most in a sum.
+      num_parties: participants of the round, and so the most in a sum.
       most_examples: the most training examples that a participant may report.
       weight: name of the metric that counts a participant's training examples.
-      metrics: names of the training metrics that are averaged, under the mask as well.
+      metrics: names of the training metrics that are averaged, also under the mask.
       arrays: name of the ArrayRecord that is trained.
     """
 
@@ -31,7 +31,7 @@ class Format(NamedTuple):
     arrays: str = "arrays"
 
     def num_words(self, arrays: Mapping[str, np.ndarray]) -> int:
-        """Words of a message: the weights, the metrics, the number of clipped weights, the number of examples."""
+        """The words in a message: weights, metrics, the number of clipped weights and the number of examples."""
         return sum(array.size for array in arrays.values()) + len(self.metrics) + 2
 
 
@@ -40,9 +40,9 @@ class Limits(NamedTuple):
 
     Attributes:
       least_clip: the smallest clip.
-      most_clip: the largest: far beyond any change of a weight all words are alike.
-      weight: the metric that updates may be weighted by. By one that is zero for all but one participant, the sum would
-        be that one's update.
+      most_clip: the largest clip. With a clip far beyond any change of a weight, all words would be alike.
+      weight: the metric that updates may be weighted by. If the server could choose one that is zero for all but one
+        participant, the sum would be that participant's update.
     """
 
     least_clip: float = 1e-4
@@ -53,7 +53,7 @@ class Limits(NamedTuple):
         """Refuses a format outside these limits.
 
         Raises:
-          ProtocolError: it names the field, and what is allowed.
+          ProtocolError: naming the field and what is allowed.
         """
         n = len(setup.roster)
         sound = {
@@ -74,14 +74,14 @@ class Limits(NamedTuple):
 def digest(
     content: RecordDict, form: Format, *, message_type: str, run_config: Mapping[str, Any], values: bool = True
 ) -> bytes:
-    """SHA-256 of everything that a participant acts on in a round, the same on both sides.
+    """SHA-256 of everything that a participant acts on in a round; server and participant compute the same.
 
     Args:
-      content: of the message, without the protocol's own record: every record counts, by name and in order.
+      content: the message's content without the protocol's own record; every record counts, by name and in order.
       form: how updates are encoded.
-      message_type: Flower's, which decides what function of the ClientApp runs.
+      message_type: Flower's message type, which decides which function of the ClientApp runs.
       run_config: the configuration of the run.
-      values: whether arrays count value by value, or by name, type and shape only.
+      values: whether the values of arrays count, or only their names, types and shapes.
     """
     sha = hashlib.sha256(pack("smark-jax task v1", message_type, *_fields(dict(run_config)), *_fields(form._asdict())))
     for name, record in content.items():
@@ -97,7 +97,7 @@ def digest(
 
 
 def _fields(values: Mapping[str, Any]) -> list[str]:
-    """Names, types and values in order of name: 1, 1.0, True and "1" are four different values."""
+    """Names, types and values, sorted by name; the types keep 1, 1.0, True and "1" distinct."""
     found = []
     for name in sorted(values):
         value = values[name]

@@ -1,4 +1,4 @@
-"""What a participant's update is as words, the same on both sides."""
+"""Encodes a participant's update as words, and decodes their sum on the server's side."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,17 +12,17 @@ from smark_jax import _trees, _validate, aggregation, keys
 from smark_jax.federation.task import Format
 
 METRIC_RANGE = 16.0
-"""Metrics travel in the words of the update: this much of a metric becomes one clip."""
+"""Metrics travel in the words of the update, scaled so that this value of a metric equals one clip."""
 
 
 class Mean(NamedTuple):
-    """What a sum of updates says.
+    """The mean of the updates in a sum.
 
     Attributes:
       change: mean change of every array, weighted by examples, float32.
-      metrics: their means, likewise.
-      clipped: how many weights were clipped, in all updates together.
-      examples: how many examples there were.
+      metrics: mean of every metric, weighted likewise.
+      clipped: how many weights were clipped in all updates together.
+      examples: the total number of examples.
     """
 
     change: dict[str, np.ndarray]
@@ -37,7 +37,7 @@ def encode(
     metrics: Mapping[str, Any],
     form: Format,
 ) -> UInt32[np.ndarray, " num_words"]:
-    """A participant's message before masking: its change of the model it was given, relative to that.
+    """A participant's message before masking: the difference between the trained model and the one it received.
 
     Raises:
       SmarkError: when the arrays differ in name or shape, or a metric is missing.
@@ -48,7 +48,7 @@ def encode(
         cause = "Return it in the MetricRecord of the train function, or take it out of the strategy's metrics."
         raise _validate.fail("federation", f"the metrics {form.metrics}", f"none of name {missing}", cause)
     change = {name: np.asarray(after[name], np.float32) - np.asarray(before[name], np.float32) for name in before}
-    # Clipped, not refused: a server that sees who fails asks each participant's data a question with each failure.
+    # Clipped, not refused: a server that saw who fails would learn something about a participant's data each time.
     clipped = sum(int(np.count_nonzero(~(np.abs(array) <= form.clip))) for array in change.values())
     change = {name: np.nan_to_num(array, posinf=form.clip, neginf=-form.clip) for name, array in change.items()}
     scaled = np.array([metrics[name] for name in form.metrics], np.float32) * (form.clip / METRIC_RANGE)
@@ -65,10 +65,10 @@ def encode(
 def decode(
     total: UInt32[np.ndarray, " num_words"], like: Mapping[str, np.ndarray], num_survivors: int, form: Format
 ) -> Mean:
-    """The mean that a sum of :func:`encode`'s messages stands for.
+    """Decodes a sum of messages of :func:`encode` into their mean.
 
     Raises:
-      SmarkError: when the survivors had no examples at all, or are more than the format has room for.
+      SmarkError: when the survivors had no examples, or are more than the format has room for.
     """
     fixed = aggregation.FixedPoint(form.clip, form.num_parties)
     flat, examples = aggregation.decode_weighted((total[:-2], total[-1]), form.most_examples, fixed, num_survivors)

@@ -1,4 +1,4 @@
-"""Protocol objects as bytes for Flower's records: JSON whose objects name one of our own types, never pickle."""
+"""Encodes protocol objects as bytes for Flower's records: JSON whose objects name our own types, never pickle."""
 
 import base64
 import functools
@@ -56,20 +56,20 @@ _ITEMS: dict[str, Any] = {
     "confirm": messages.Confirm,
     "reveal": messages.Reveal,
 }
-"""What may be in a message, and its type. A request names its round."""
+"""The items allowed in a message, and their types. A request names its round."""
 
 
 def dump(value: Any) -> bytes:
-    """Protocol objects, and tuples, dicts, bytes, texts and numbers of them, as bytes."""
+    """Encodes protocol objects, and tuples, dicts, bytes, texts and numbers, as bytes."""
     return json.dumps(_plain(value), separators=(",", ":")).encode()
 
 
 def load(data: bytes, kind: Any = Any) -> Any:
-    """What :func:`dump` wrote.
+    """Decodes what :func:`dump` wrote.
 
     Args:
-      data: the bytes, from anybody.
-      kind: the type that it must be of; every protocol object's fields must be of their types in any case.
+      data: the bytes; they may come from anybody.
+      kind: the required type of the result. The fields of protocol objects are always checked against their types.
 
     Raises:
       SmarkError: when the bytes are anything else.
@@ -85,7 +85,7 @@ def load(data: bytes, kind: Any = Any) -> Any:
 
 
 def _conforms(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type, as annotations name it, to the last element; a bool is no int."""
+    """Whether a value matches a type annotation down to its last element; a bool is not an int."""
     if kind is Any:
         return True
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
@@ -104,7 +104,7 @@ def _conforms(value: Any, kind: Any) -> bool:
 
 @functools.cache
 def _fields(name: str) -> tuple[Any, ...]:
-    """The types of a protocol object's fields; None where an array travels beside."""
+    """The types of a protocol object's fields; NoneType for the words, which travel separately as an array."""
     hints = typing.get_type_hints(_TYPES[name])
     return tuple(type(None) if field == "words" else hints[field] for field in _TYPES[name]._fields)
 
@@ -121,7 +121,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {"dict": [[_plain(k), _plain(v)] for k, v in value.items()]}
     if isinstance(value, np.ndarray):
-        return None  # words travel beside, as an array
+        return None  # words travel separately, as an array
     return value
 
 
@@ -143,7 +143,7 @@ def _object(value: Any) -> Any:
 
 
 def put(content: RecordDict, **items: Any) -> RecordDict:
-    """Adds protocol objects to a message's content by name; the words of a Masked become an array of their own."""
+    """Adds protocol objects to a message's content by name; the words of a Masked become a separate array."""
     content[RECORD] = ConfigRecord({name: dump(item) for name, item in items.items() if item is not None})
     for item in items.values():
         if isinstance(item, messages.Masked):
@@ -155,7 +155,7 @@ def take(content: RecordDict) -> dict[str, Any]:
     """The protocol objects of a message's content by name; empty when it holds none.
 
     Raises:
-      SmarkError: when something else stands where they should be.
+      SmarkError: when the content holds something else in their place.
     """
     if RECORD not in content:
         return {}
@@ -173,18 +173,18 @@ def take(content: RecordDict) -> dict[str, Any]:
 
 
 def tree(arrays: object, kind: Any = np.floating) -> dict[str, np.ndarray]:
-    """The arrays of an ArrayRecord by name, in order of name.
+    """The arrays of an ArrayRecord by name, sorted by name.
 
     Raises:
-      SmarkError: when it is no such record, or one of its arrays is not of this kind: fixed point has no place for it.
+      SmarkError: when it is not an ArrayRecord, or one of its arrays is of another dtype, which cannot be encoded.
     """
     if not isinstance(arrays, ArrayRecord):
         raise _validate.fail("federation", "an ArrayRecord", type(arrays).__name__, "Was a record lost on the way?")
     try:
         found = {name: arrays[name].numpy() for name in sorted(arrays)}
         if not all(isinstance(array, np.ndarray) for array in found.values()):
-            raise TypeError("an archive")  # np.load opens those, too
-    except Exception as error:  # NumPy raises anything from BadZipFile to MemoryError for a stranger's bytes
+            raise TypeError("an archive")  # np.load opens archives, too
+    except Exception as error:  # on a stranger's bytes NumPy raises anything from BadZipFile to MemoryError
         raise _validate.fail("federation", "arrays of NumPy", f"others ({error})", "Were they damaged?") from None
     for name, array in found.items():
         if not np.issubdtype(array.dtype, kind):

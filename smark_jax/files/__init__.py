@@ -1,18 +1,18 @@
-"""Weights files of any origin: read without trusting them, written so that none is ever half there.
+"""Weights files of any origin: reading trusts nothing in them, and writing never leaves a partial file.
 
 ::
 
-    suspect = files.read("leaked.bin")                  # safetensors, Flax msgpack, npz or PyTorch, told by content
+    suspect = files.read("leaked.bin")                  # safetensors, Flax msgpack, npz or PyTorch; format is detected
     layout = files.match_layout(suspect.leaves, files.flatten(base))
     params = files.nest(layout.leaves)
 
-A model is a dict of its leaves by name, the steps of a leaf's path joined by ``/``; :func:`flatten` and :func:`nest` go
-back and forth between that and a parameter tree.
+A model is a dict of its leaves by name; a name is the leaf's path with its steps joined by ``/``. :func:`flatten` and
+:func:`nest` convert between this dict and a parameter tree.
 
-What may be hostile is checked before it is unpacked. Pickle is never loaded, names never become paths, and a reader
-holds the file and its leaves in memory, each at most :data:`MAX_BYTES` unless you raise it: less than 1 GB in all. What
-cannot be read is an :class:`smark_jax.errors.Unreadable` of one line. NaN and infinite weights are read as they are;
-who computes with them refuses them.
+Untrusted input is checked before it is unpacked. Pickle is never loaded in this process, and names never become paths.
+A reader holds the file and its leaves in memory, each at most :data:`MAX_BYTES` unless you raise it: less than 1 GB in
+all. A file that cannot be read raises :class:`smark_jax.errors.Unreadable` with a message of one line. NaN and infinite
+weights are read unchanged; the functions that compute with weights refuse them.
 """
 
 from smark_jax.files._limits import MAX_BYTES, MAX_LEAVES

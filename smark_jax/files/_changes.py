@@ -1,4 +1,4 @@
-"""The layouts a leaf can have come from, the layers of a file, and how well content agrees."""
+"""The possible layouts of a leaf, the layers of a file, and the agreement of contents."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -8,15 +8,15 @@ import numpy as np
 from smark_jax._roles import Role, of_name
 from smark_jax.files import _limits
 
-ALIKE = 0.3  # a copy that is still of use correlates by more than 0.5, what is no copy by about 0
+ALIKE = 0.3  # the correlation is above 0.5 for a copy that is still useful, and about 0 for other models
 MARGIN = 0.2
 _SAMPLE = 1 << 14
-_TOLD = (Role.KERNEL, Role.BIAS, Role.SCALE, Role.MEAN, Role.VAR)  # what names tell apart in every framework
+_TOLD = (Role.KERNEL, Role.BIAS, Role.SCALE, Role.MEAN, Role.VAR)  # roles that names reveal in every framework
 _COLLECTIONS = ("params/", "batch_stats/")
 
 
 class Option(NamedTuple):
-    """A leaf of the suspect in one layout: ``view`` in C order has the values, ``shape`` is theirs."""
+    """A leaf of the suspect in one layout: ``view`` has the values in C order, ``shape`` their shape."""
 
     source: str
     change: str
@@ -25,7 +25,7 @@ class Option(NamedTuple):
 
     @property
     def answer(self) -> str:
-        """The option as ``given`` takes it."""
+        """The option as an answer for ``given``."""
         return f"{self.source}: {self.change}" if self.change else self.source
 
     def leaf(self) -> np.ndarray:
@@ -44,7 +44,7 @@ class Choice(NamedTuple):
 
 
 def channels(base: Mapping[str, np.ndarray]) -> set[int]:
-    """How many channels an image may have had when it was flattened: those that some convolution puts out."""
+    """The channel counts that an image may have had when it was flattened: the outputs of any convolution."""
     return {size for leaf in base.values() if leaf.ndim > 2 for size in (leaf.shape[-1], leaf.shape[0])}
 
 
@@ -54,7 +54,7 @@ def real(leaf: np.ndarray) -> bool:
 
 
 def options(source: str, leaf: np.ndarray, channels: Iterable[int]) -> list[Option]:
-    """The leaf in every layout it can have come from, as it is first."""
+    """The leaf in every layout that it may have come from, with the unchanged one first."""
     found = [Option(source, "", leaf, leaf.shape)]
     if leaf.ndim > 2:
         order = (*range(2, leaf.ndim), 1, 0)
@@ -73,7 +73,7 @@ def options(source: str, leaf: np.ndarray, channels: Iterable[int]) -> list[Opti
 
 
 def fitting(options: Iterable[Option], leaf: np.ndarray) -> list[Option]:
-    """Those of the base's shape."""
+    """The options with the shape of the base's leaf."""
     return [option for option in options if option.shape == leaf.shape]
 
 
@@ -90,16 +90,16 @@ def best(options: list[Option], leaf: np.ndarray) -> Choice:
 
 
 def _correlation(view: np.ndarray, leaf: np.ndarray) -> float:
-    """Their correlation, as :func:`directions` has it; 0 where either is constant."""
+    """The correlation of two leaves, computed with :func:`directions`; 0 if either is constant."""
     number = min(leaf.size, _SAMPLE)
     return float(directions([view], number)[0] @ directions([leaf], number)[0])
 
 
 def directions(views: Sequence[np.ndarray], number: int) -> np.ndarray:
-    """For each view ``number`` evenly spread entries, less their mean, to length one: inner products are correlations.
+    """Samples ``number`` evenly spaced entries of each view, centred and normalised: inner products are correlations.
 
-    Entries beyond ten times the median size count as that, so that a few huge weights do not hide the others; those
-    that are NaN or infinite count as none. Constant views have the direction 0. Shape [views, number].
+    Entries are clipped to ten times the median magnitude, so that a few huge weights do not hide the others; NaN and
+    infinite entries do not count. A constant view has the direction 0. Shape [views, number].
     """
     size = views[0].size if views else 0
     rows = np.zeros((len(views), number))

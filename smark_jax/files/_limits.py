@@ -1,4 +1,4 @@
-"""What every reader holds a file to, and the names of dtypes."""
+"""The limits that every reader enforces, and the names of dtypes."""
 
 import math
 import reprlib
@@ -12,17 +12,17 @@ from smark_jax import _foreign
 from smark_jax.errors import Unreadable
 
 MAX_BYTES = 384 * 2**20
-"""Largest file, and largest sum of its leaves, that is read unless the caller says otherwise: about 100 million float32
-weights. A file and its leaves are in memory together, so that reading takes less than 1 GB."""
+"""Default limit on a file's size and on the total size of its leaves: about 100 million float32 weights. A file and its
+leaves are in memory together, so reading takes less than 1 GB."""
 
 MAX_LEAVES = 100_000
-"""Most leaves of a file."""
+"""The most leaves in a file."""
 
 _MAX_NAME = 1000
-_MAX_JSON_VALUES = 2**21  # some 70 bytes each, where a leaf of a header has ten
+_MAX_JSON_VALUES = 2**21  # about 70 bytes each; a leaf's header entry has ten values
 _MAX_JSON_UNICODE = (
     8 * 2**20
-)  # bytes of JSON that is not ASCII: a single rare character makes text take four bytes each
+)  # bytes of non-ASCII JSON: one rare character makes every character of a text take four bytes
 _MAX_AXES = 32
 _SHOWN = 120
 _ADVICE = "Ask for the file again, as safetensors."
@@ -47,18 +47,18 @@ DTYPES = {
 """The dtypes of weights, by their names in safetensors."""
 
 BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
-"""The same by their names in NumPy."""
+"""The same dtypes, by their names in NumPy."""
 
 
 class Foreign(NamedTuple):
-    """In a leaf's place: it is no array of real numbers. What it is, and what to do."""
+    """Stands in for a leaf that is not an array of real numbers: what it is, and what to do about it."""
 
     problem: str
     advice: str
 
 
 def check_name(name: object) -> str:
-    """A leaf's name, once it is known to be short and printable: it will stand in tables and reports."""
+    """Checks that a leaf's name is short and printable, since tables and reports will show it."""
     if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
         raise Unreadable(
             f"a leaf's name is {shown(name)}, not printable text of 1 to {_MAX_NAME:,} characters", _ADVICE
@@ -67,7 +67,7 @@ def check_name(name: object) -> str:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuses names that occur twice, and more of them than a network has."""
+    """Refuses repeated names, and more names than a network has leaves."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -85,7 +85,7 @@ def check_number(leaves: int) -> None:
 
 
 def check_shape(name: str, shape: Any, dtype: np.dtype, num_bytes: int) -> tuple[int, ...]:
-    """A leaf's shape, once it is known to be a shape that takes exactly ``num_bytes``."""
+    """Checks that a leaf's shape is valid and takes exactly ``num_bytes``."""
     good = isinstance(shape, list | tuple) and len(shape) <= _MAX_AXES and all(type(n) is int for n in shape)
     if not good or not all(0 <= n < 2**48 for n in shape):
         raise Unreadable(f"leaf {shown(name)} has the shape {shown(shape)}", _ADVICE)
@@ -103,9 +103,10 @@ def too_large(problem: str) -> Unreadable:
 
 
 def json_text(data: bytes) -> str:
-    """JSON as text, once it is known to become no more than about 300 MB of Python objects beside it.
+    """Decodes JSON after checking that it will take at most about 300 MB of Python objects.
 
-    Every value is followed by a comma or closes something. In text these count as well, and nobody needs two million.
+    The number of values is bounded by counting commas and opening brackets. Those inside texts count too, but no honest
+    file has two million.
     """
     values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
     if values > _MAX_JSON_VALUES:
@@ -116,6 +117,6 @@ def json_text(data: bytes) -> str:
 
 
 def shown(value: object) -> str:
-    """Anything from a file as it may stand in a message: short, on one line, without control characters."""
+    """A value from a file in a form safe for a message: short, on one line, without control characters."""
     text = repr(value[:_SHOWN]) if isinstance(value, str) else reprlib.repr(value)
     return _foreign.clean(text, _SHOWN)

@@ -1,8 +1,8 @@
 """Flax's msgpack: a tree of maps and arrays whose leaves are arrays in extension type 1 (scalars: 3).
 
-The walk is ours. The msgpack library bounds neither depth nor the number of values, and a hostile file of a few
-megabytes becomes gigabytes of Python lists there; here every leaf is a view of the file until it is copied once, text
-that is no key is passed over, and what Python makes of the rest is counted before it is made.
+We parse it ourselves. The msgpack library bounds neither depth nor the number of values, so that it can turn a hostile
+file of a few megabytes into gigabytes of Python lists. Here every leaf is a view of the file until it is copied once,
+text that is not a key is skipped, and the memory of all other Python objects is budgeted before they are created.
 
 References:
   https://github.com/msgpack/msgpack/blob/master/spec.md; ``flax.serialization`` for the extension types.
@@ -19,10 +19,10 @@ from smark_jax.files._limits import Foreign, shown
 
 _MAX_DEPTH = 64
 _MAX_VALUES = 10 * _limits.MAX_LEAVES
-_MAX_TEXT = 4_000  # bytes of a text that is decoded: no key is longer, and other text is no weight
-# What a tree's Python objects may take besides the file and its leaves. A file of 100,000 leaves needs some 140 MiB.
+_MAX_TEXT = 4_000  # the most bytes of a text that is decoded: no key is longer, and any other text is not a weight
+# Memory budget of a tree's Python objects, besides the file and its leaves; 100,000 leaves need about 140 MiB.
 _MAX_MEMORY = 192 * 2**20
-# Bytes that they take at most: a view of the file, a map or list or an entry of one, a text or a number, a character.
+# Upper bounds in bytes: a view of the file; a map, a list or an entry of one; a text or a number; a character.
 _VIEW, _NODE, _SMALL, _CHAR = 256, 104, 80, 4
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _CHUNKED = "__msgpack_chunked_array__"
@@ -43,12 +43,12 @@ class _Extension(NamedTuple):
 
 
 def matches(data: bytes) -> bool:
-    """Whether the content begins as a tree does: with a map or an array that is not empty."""
+    """Whether the content begins like a tree: with a non-empty map or array."""
     return data[:1] != b"" and (0x81 <= data[0] <= 0x8F or 0x91 <= data[0] <= 0x9F or data[0] in {*_LISTS, *_MAPS})
 
 
 def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
-    """The tree's arrays and numbers by path; text, ``None`` and the like are no weights and are left out."""
+    """The tree's arrays and numbers by path; text, ``None`` and the like are not weights and are left out."""
     del max_bytes  # each leaf is a piece of the file, and together they are no larger
     walk = _Walk(memoryview(data))
     tree = walk.value(0)
@@ -61,17 +61,17 @@ def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
 
 
 class _Walk:
-    """One pass over msgpack bytes, with a budget of depth, of values, and of the memory that they take."""
+    """One pass over msgpack bytes, with limits on depth, on the number of values, and on the memory they take."""
 
     def __init__(self, data: memoryview, values: int = _MAX_VALUES) -> None:
         self._data, self.position, self._left, self._memory = data, 0, values, _MAX_MEMORY
 
     def value(self, depth: int, path: int = 0) -> Any:
-        """The value at the position, which moves behind it: extensions as views of the file.
+        """Reads the next value and moves the position past it; extensions become views of the file.
 
         Args:
-          depth: of the value in the tree.
-          path: characters of its path, which a leaf's name will take once more.
+          depth: the value's depth in the tree.
+          path: the number of characters in its path, which a leaf's name takes again.
         """
         self._left -= 1
         if depth > _MAX_DEPTH or self._left < 0:
@@ -162,14 +162,14 @@ def _add(path: str, leaf: np.ndarray | Foreign, leaves: dict[str, np.ndarray | F
     _limits.check_name(path)
     if path in leaves:
         raise Unreadable(f"the leaf {shown(path)} occurs twice", _ADVICE)
-    if isinstance(leaf, np.ndarray) and not leaf.flags.writeable:  # a view, which would hold the whole file in memory
+    if isinstance(leaf, np.ndarray) and not leaf.flags.writeable:  # a view, which would keep the whole file in memory
         leaf = leaf.copy()
     leaves[path] = leaf
     _limits.check_number(len(leaves))
 
 
 def _array(path: str, value: _Extension) -> np.ndarray | Foreign:
-    """The array of an extension: its shape, the name of its dtype, its bytes in C order."""
+    """Decodes the array in an extension, which holds a shape, a dtype's name, and bytes in C order."""
     if value.kind not in (_ARRAY, _SCALAR):
         what = "a complex number" if value.kind == _COMPLEX else f"an extension of type {value.kind}"
         return Foreign(f"leaf {shown(path)} is {what}", "Weights are real arrays: leave it out.")
@@ -189,7 +189,7 @@ def _array(path: str, value: _Extension) -> np.ndarray | Foreign:
 
 
 def _chunks(path: str, value: dict[str, Any]) -> np.ndarray | Foreign:
-    """An array of more than 1 GiB, which Flax cuts into pieces."""
+    """Joins an array of more than 1 GiB, which Flax cuts into pieces."""
     shape, pieces = value.get("shape"), value.get("chunks")
     if not isinstance(shape, dict) or not isinstance(pieces, dict) or not pieces:
         raise Unreadable(f"leaf {shown(path)} is no array in pieces as Flax writes them", _ADVICE)

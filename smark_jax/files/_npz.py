@@ -1,4 +1,4 @@
-"""npz: a zip of .npy files. Sizes are checked before anything is unpacked, and headers are matched, not evaluated."""
+"""Reads npz, a zip of .npy files: sizes are checked before unpacking, and headers are matched, never evaluated."""
 
 import re
 import zipfile
@@ -15,12 +15,12 @@ _HEADER = re.compile(
     r"\{\s*'descr':\s*'([<>|=]?)([a-zA-NP-Z]\d+)',\s*'fortran_order':\s*(True|False),"
     r"\s*'shape':\s*\(([\d, ]{0,600})\),?\s*\}\s*"
 )
-# What NumPy writes for a dtype; it knows bfloat16 only as two bytes without a meaning.
+# NumPy's code for each dtype; for bfloat16 it writes only two bytes without a meaning.
 _KINDS = {dtype.str[1:]: dtype for name, dtype in _limits.DTYPES.items() if not name.startswith("F8")}
 
 
 def matches(data: bytes) -> bool:
-    """Whether the content begins as a zip does; PyTorch's files, which do too, are asked for first."""
+    """Whether the content begins like a zip; PyTorch's files do too, but that format is tried first."""
     return _zip.matches(data)
 
 
@@ -41,7 +41,7 @@ def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | Foreign:
-    """One array; what the file says of its size is compared with what the zip says before room is made."""
+    """Reads one array; before memory is allocated, the size in its header is compared with the size in the zip."""
     name = info.filename[:-4]
     with archive.open(info) as stream:
         start = stream.read(8)
@@ -66,7 +66,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | For
             position += len(piece)
         if position < len(content):
             raise Unreadable(f"leaf {shown(name)} has {position:,} bytes of {len(content):,}", _zip.ADVICE)
-    if order == ">" and dtype.itemsize > 1:  # in place: as a copy it would be in memory once more
+    if order == ">" and dtype.itemsize > 1:  # in place, since a copy would double the memory
         content.view(f"u{dtype.itemsize}").byteswap(inplace=True)
     array = content.view(dtype).reshape(whole, order="F" if fortran == "True" else "C")
     return np.ascontiguousarray(array).reshape(whole)

@@ -1,8 +1,8 @@
-"""Which layer of the suspect is which of the base: by shapes, then by content, in bounded time.
+"""Matches the suspect's layers to the base's: by shapes, then by content, in bounded time.
 
-Layers are put together by the shapes that their leaves can take, so that only those are compared that could be each
-other's. How well they agree is one matrix product for each set of equal shapes. The number of comparisons is bounded:
-a suspect may hold a hundred thousand leaves of one shape.
+Layers are grouped by the shapes that their leaves can take, so that only layers that could match are compared. Their
+agreement is one matrix product per group of equal shapes. The number of comparisons is bounded, since a suspect may
+hold a hundred thousand leaves of one shape.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from smark_jax.files import _changes
 from smark_jax.files._changes import Option
 
 MAX_COMPARISONS = 20_000_000
-"""Most pairs of layers of equal shapes that are compared."""
+"""The most pairs of layers of equal shapes that are compared."""
 _MAX_PRODUCTS = 2**34
 _SAMPLE, _LEAST_SAMPLE = 4096, 64
 _ROUNDS = 12
@@ -25,16 +25,16 @@ Layers = Mapping[str, Mapping[str, str]]
 
 
 class TooMany(Exception):
-    """There are more layers of equal shapes than are compared; the text says how many comparisons it would take."""
+    """Too many layers of equal shapes to compare them all; the text states which."""
 
 
 class Paired(NamedTuple):
-    """What shapes and content tell.
+    """The pairs that shapes and content determine.
 
     Attributes:
-      choices: for leaves of the base, the suspect's leaf in its layout.
-      settled: those of them that content tells.
-      open: leaves of the base for which several fit alike, and some of the answers.
+      choices: the suspect's leaf, in its layout, for each paired leaf of the base.
+      settled: the paired leaves of the base whose partner is confirmed by content.
+      open: leaves of the base for which several leaves or layouts fit equally well, each with some possible answers.
     """
 
     choices: dict[str, Option]
@@ -43,9 +43,9 @@ class Paired(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """The base's layers of equal shapes, the suspect's that could be one of them, and how well they agree, [n, k].
+    """Base layers of equal shapes, the suspect's layers that could match them, and their agreement, shape [n, k].
 
-    ``least`` is the agreement from which chance is excluded, shape [n]: small layers agree with some other by accident.
+    ``least``, shape [n], is the agreement that chance does not reach: small layers agree with others by accident.
     """
 
     ours: np.ndarray
@@ -62,18 +62,18 @@ def pair(
     channels: set[int],
     alone: bool,
 ) -> Paired:
-    """Pairs layers that content tells apart from all others, until none is left.
+    """Pairs layers whose content stands out from all others, and repeats until no such pair is left.
 
     Args:
       ours: the base's layers.
-      theirs: the suspect's.
-      base: its leaves by name.
-      suspect: its leaves by name.
-      channels: that an image may have had when it was flattened.
-      alone: whether to pair layers without another choice as well, whatever their content.
+      theirs: the suspect's layers.
+      base: the base's leaves by name.
+      suspect: the suspect's leaves by name.
+      channels: the numbers of channels that an image may have had when it was flattened.
+      alone: whether also to pair layers that have no alternative, whatever their content.
 
     Raises:
-      TooMany: when it would take more than :data:`MAX_COMPARISONS`.
+      TooMany: when more than :data:`MAX_COMPARISONS` would be needed.
     """
     listed = {
         name: _changes.options(name, suspect[name], channels) for roles in theirs.values() for name in roles.values()
@@ -146,13 +146,14 @@ def _at(options: list[Option], shape: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def _agreement(ours: list[list[np.ndarray]], theirs: list[list[list[np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean correlation of the layers' leaves in their best layouts, weighted by sizes; constant leaves have no say.
+    """The agreement of layers, and the least agreement that is no accident.
 
-    And the least that is no accident: five standard deviations of Fisher's transform of a correlation by chance.
+    The agreement is the mean correlation of the layers' leaves in their best layouts, weighted by size; constant leaves
+    do not count. The least is five standard deviations of the Fisher transform of a correlation by chance.
 
     Args:
-      ours: for each role the leaves of n layers, all of one shape.
-      theirs: for each role the views of k leaves that have this shape, in each layout.
+      ours: for each role, the leaves of n layers, all of one shape.
+      theirs: for each role, the views of k leaves with this shape, in each layout.
     """
     rows, columns = len(ours[0]), len(theirs[0])
     products = (
@@ -169,7 +170,7 @@ def _agreement(ours: list[list[np.ndarray]], theirs: list[list[list[np.ndarray]]
         mine = _changes.directions(some, number)
         best = np.full((rows, columns), -1, np.float32)
         for layout in range(max(map(len, views))):
-            # Leaves of one shape have as many layouts, but for those that are laid out in a way of their own.
+            # Leaves of equal shape usually have equally many layouts; take only those that have this one.
             there = [place for place, some in enumerate(views) if layout < len(some)]
             matrix = _changes.directions([views[place][layout] for place in there], number)
             best[:, there] = np.maximum(best[:, there], mine @ matrix.T)
@@ -181,7 +182,7 @@ def _agreement(ours: list[list[np.ndarray]], theirs: list[list[list[np.ndarray]]
 
 
 def _told_apart(groups: list[_Group], columns: int, lonely: bool) -> list[tuple[int, int, float]]:
-    """Pairs that stand out from all others of both layers; if there are none, perhaps those without others."""
+    """Pairs that stand out among all pairs of either layer; if none do and ``lonely``, pairs without alternatives."""
     best, second, count = np.full(columns, -2.0), np.full(columns, -2.0), np.zeros(columns, int)
     tops = []
     for _, theirs, agreement, _ in groups:
@@ -205,7 +206,7 @@ def _told_apart(groups: list[_Group], columns: int, lonely: bool) -> list[tuple[
 
 
 def _top_two(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The largest and the second largest of each row; -2, less than any correlation, where there is no second."""
+    """The largest and second largest value of each row; -2, below any correlation, if there is no second."""
     if values.shape[1] < 2:
         return values[:, 0].astype(np.float64), np.full(len(values), -2.0)
     two = np.partition(values, values.shape[1] - 2, axis=1)[:, -2:].astype(np.float64)

@@ -1,4 +1,4 @@
-"""safetensors: eight bytes of length, a JSON header, the leaves' bytes one after the other."""
+"""Reads and writes safetensors: eight bytes of length, a JSON header, then the bytes of all leaves."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from smark_jax.files import _limits, trees
 from smark_jax.files._limits import Foreign, shown
 
 _KINDS = {dtype: kind for kind, dtype in _limits.DTYPES.items()}
-_MAX_HEADER = 8 * 2**20  # JSON grows some twenty-fold when it is parsed
+_MAX_HEADER = 8 * 2**20  # JSON grows about twenty-fold when parsed
 _ADVICE = "The file is damaged or forged: ask for it again."
 
 
@@ -30,13 +30,13 @@ class Entry(NamedTuple):
 
 
 def matches(data: bytes) -> bool:
-    """Whether the content begins as safetensors do."""
+    """Whether the content begins like a safetensors file."""
     return len(data) >= 9 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 2**32
 
 
 def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
-    """The leaves: the header is checked here, entry by entry, and then read once more by the library."""
-    del max_bytes  # the leaves fill the file, and are no larger
+    """Reads the leaves: we check the header entry by entry, and then the library reads the file again."""
+    del max_bytes  # the leaves are part of the file, so they are no larger
     entries = _check(data, len(data))
     first = 8 + int.from_bytes(data[:8], "little")
     dtypes = {name: dtype for name, dtype, *_ in entries if not isinstance(dtype, Foreign)}
@@ -49,7 +49,7 @@ def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
         }
     try:
         found = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:  # our checks are the stricter ones; theirs stay as a second opinion
+    except safetensors.SafetensorError as error:  # our checks are stricter; the library's remain as a second opinion
         raise Unreadable(f"safetensors refuses it: {shown(str(error))}", _ADVICE) from None
     return {name: np.frombuffer(leaf["data"], dtypes[name]).reshape(leaf["shape"]) for name, leaf in found}
 
@@ -78,7 +78,7 @@ def _as_in(path: Path, leaves: Mapping[str, np.ndarray]) -> tuple[bytes, list[st
 
 
 def _laid_out(leaves: Mapping[str, np.ndarray]) -> tuple[bytes, list[str]]:
-    """The length and the JSON that precede the leaves, filled up with spaces to a multiple of eight bytes."""
+    """The length and the JSON header that precede the leaves, padded with spaces to a multiple of eight bytes."""
     # Widest first, so that every leaf begins at a multiple of its width.
     names = sorted(leaves, key=lambda name: (-leaves[name].dtype.itemsize, name))
     entries, end = {}, 0
@@ -93,7 +93,7 @@ def _laid_out(leaves: Mapping[str, np.ndarray]) -> tuple[bytes, list[str]]:
 
 
 def read_file(path: Path) -> dict[str, np.ndarray | Foreign]:
-    """The leaves of a file that only we can write to, without room for the whole file besides."""
+    """Reads the leaves of a file that only we can write to, without loading the whole file first."""
     header, entries = head(path)
     return {
         name: dtype
@@ -104,7 +104,7 @@ def read_file(path: Path) -> dict[str, np.ndarray | Foreign]:
 
 
 def head(path: Path) -> tuple[bytes, list[Entry]]:
-    """What precedes the leaves of a file, to the byte, and the leaves that it lists, in the order of their bytes."""
+    """The exact bytes before the leaves of a file, and the leaves that they list, in the order of their bytes."""
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         file.seek(0)
@@ -113,7 +113,7 @@ def head(path: Path) -> tuple[bytes, list[Entry]]:
 
 
 def _check(data: bytes, size: int) -> list[Entry]:
-    """The entries of the header with which ``data`` begins, once they are known to fill a file of ``size`` bytes."""
+    """Parses the header at the start of ``data``, and checks that its entries fill a file of ``size`` bytes."""
     length = int.from_bytes(data[:8], "little")
     if length > min(size - 8, _MAX_HEADER):
         cut = length > size - 8
@@ -123,7 +123,7 @@ def _check(data: bytes, size: int) -> list[Entry]:
         header = json.loads(_limits.json_text(data[8 : 8 + length]), object_pairs_hook=_distinct)
     except Unreadable:
         raise
-    except (ValueError, RecursionError):  # of JSON, of UTF-8, or of a number with too many digits
+    except (ValueError, RecursionError):  # invalid JSON, invalid UTF-8, or a number with too many digits
         raise Unreadable("its header is no JSON", _ADVICE) from None
     if not isinstance(header, dict):
         raise Unreadable("its header is no JSON object", _ADVICE)

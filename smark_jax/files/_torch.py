@@ -1,7 +1,7 @@
-"""PyTorch's zip files: unpickled by PyTorch with ``weights_only``, in a process apart, and handed over as safetensors.
+"""Reads PyTorch's zip files: a separate process unpickles them with ``weights_only`` and returns safetensors.
 
-The process has no rights that ours lacks, but it has limits on memory, time and output, an empty environment, and
-nothing of ours in its memory. What it hands over is read as any other hostile file.
+The process has the same rights as ours, but it has limits on memory, time and output, an almost empty environment, and
+none of our data in its memory. Its output is read like any other hostile file.
 """
 
 import importlib.util
@@ -25,10 +25,10 @@ _CONVERT = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'FI
 
 
 def matches(data: bytes) -> bool:
-    """Whether the content is a zip with a pickle in it, as ``torch.save`` writes.
+    """Whether the content is a zip that contains a pickle, as written by ``torch.save``.
 
     Raises:
-      Unreadable: when it is a zip that is not safe to look into.
+      Unreadable: when it is a zip that is not safe to open.
     """
     return _zip.matches(data) and any(name.endswith("data.pkl") for name in _zip.opened(data).namelist())
 

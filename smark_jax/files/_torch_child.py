@@ -1,6 +1,6 @@
-"""Runs apart from smark_jax, by its path: ``_torch_child.py SOURCE TARGET MAX_BYTES SECONDS``.
+"""Runs as a script, separately from smark_jax: ``_torch_child.py SOURCE TARGET MAX_BYTES SECONDS``.
 
-Writes the tensors of SOURCE to TARGET as safetensors and ends with 0, or writes why not and ends with 2.
+Writes the tensors of SOURCE to TARGET as safetensors and exits with 0, or writes the reason why not and exits with 2.
 """
 
 import importlib
@@ -28,7 +28,7 @@ def main(source: str, target: str, max_bytes: int, seconds: int) -> int:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
         save_file(_plain(torch, loaded, max_bytes), target)
     except Exception as error:
-        # PyTorch's own messages recommend to load without weights_only: not shown.
+        # Not PyTorch's own message, which recommends loading without weights_only.
         reason = str(error) if isinstance(error, _Refused) else "it is damaged, or holds more than tensors"
         with open(target, "w", encoding="ascii", errors="backslashreplace") as file:
             file.write(reason)
@@ -37,7 +37,7 @@ def main(source: str, target: str, max_bytes: int, seconds: int) -> int:
 
 
 def _limit(max_bytes: int, seconds: int) -> None:
-    """Bounds memory to what PyTorch itself took and the tensors take, and time and output. Not on Windows."""
+    """Limits memory to what PyTorch already uses plus the tensors, and limits time and output. Not on Windows."""
     try:
         import resource
 
@@ -64,7 +64,7 @@ def _tensors(torch: Any, value: Any, path: str, depth: int) -> Iterator[tuple[st
 
 
 def _plain(torch: Any, loaded: Any, max_bytes: int) -> dict[str, Any]:
-    """The tensors, each with memory of its own, once they are known to be plain and small."""
+    """Checks that the tensors are plain and small, and gives each its own memory."""
     found: dict[str, Any] = {}
     memory: set[int] = set()
     for path, tensor in _tensors(torch, loaded, "", 0):
@@ -72,7 +72,7 @@ def _plain(torch: Any, loaded: Any, max_bytes: int) -> dict[str, Any]:
         odd = tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex()
         if max_bytes < 0 or path in found or len(found) == _MAX_TENSORS:
             raise _Refused(f"tensor {path[:40]!r} is too large, one too many or has the name of another")
-        if odd:  # handed over as what is no real number: whoever reads it leaves it out by its name, or refuses
+        if odd:  # passed on as a complex tensor, which the reader will leave out by name, or refuse
             found[path] = torch.zeros(1, dtype=torch.complex64)
             continue
         whole = tensor.detach().contiguous()

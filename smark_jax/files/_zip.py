@@ -1,4 +1,4 @@
-"""Zip archives, of which npz and PyTorch files are made: checked before anything is unpacked."""
+"""Opens zip archives, the containers of npz and PyTorch files, and checks them before unpacking anything."""
 
 import io
 import struct
@@ -11,13 +11,13 @@ from smark_jax.files._limits import shown
 
 ADVICE = "The file is damaged or forged: ask for it again, as safetensors."
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError, RuntimeError, ValueError)
-"""What zipfile raises at damaged files: RuntimeError for what it cannot do, ValueError for places outside the file."""
+"""What zipfile raises on damaged files: RuntimeError for unsupported features, ValueError for invalid offsets."""
 
-_MAX_DIRECTORY = 4 * 2**20  # a zip's directory grows some twenty-fold when it is parsed
+_MAX_DIRECTORY = 4 * 2**20  # a zip's directory grows about twenty-fold when parsed
 
 
 class _ShortReads(io.BytesIO):
-    """Bytes as a file that refuses long reads: zipfile reads a whole directory at once, however long."""
+    """A file in memory that refuses long reads, since zipfile reads a whole directory at once, however long."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -32,15 +32,15 @@ class _ShortReads(io.BytesIO):
 
 
 def matches(data: bytes) -> bool:
-    """Whether the content begins as a zip does, with a member or without any."""
+    """Whether the content begins like a zip, empty or not."""
     return data[:4] in (b"PK\x03\x04", b"PK\x05\x06")
 
 
 def opened(data: bytes) -> zipfile.ZipFile:
-    """The archive, once its members are known to be few, named as files inside of it, and plainly packed.
+    """Opens the archive, and checks that its members are few, have safe names and use a common compression.
 
     Raises:
-      Unreadable: when they are not, or its directory is damaged or too long.
+      Unreadable: when a member fails these checks, or the directory is damaged or too long.
     """
     try:
         archive = zipfile.ZipFile(_ShortReads(data))
@@ -61,7 +61,7 @@ def opened(data: bytes) -> zipfile.ZipFile:
 
 
 def bounded(data: bytes, max_bytes: int) -> zipfile.ZipFile:
-    """The archive as :func:`opened` gives it, once it is known to unpack to no more than ``max_bytes``."""
+    """Opens the archive as :func:`opened` does, and checks that it unpacks to at most ``max_bytes``."""
     archive = opened(data)
     total = sum(info.file_size for info in archive.infolist())
     if total > max_bytes:

@@ -1,6 +1,6 @@
-"""All formats of weights files, in the order in which a file is asked whether it is one.
+"""All formats of weights files, in the order in which they are tried.
 
-A new format is a module with ``matches``, ``read`` and, where files of it are written, ``write``, and one entry here.
+To add a format, write a module with ``matches``, ``read`` and, if it can be written, ``write``, and add an entry here.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,12 +22,12 @@ class Format(NamedTuple):
 
     Attributes:
       name: as in :attr:`smark_jax.files.Weights.format`.
-      matches: ``matches(content)``, whether a file that is not empty is of this format: by its first bytes, never by
-        its name. It may raise :class:`Unreadable`.
-      read: ``read(content, max_bytes)``, the leaves by name, in no more than ``max_bytes`` beside the content. Whatever
-        the content is, it returns or raises :class:`Unreadable`, and runs no code of the file.
-      write: ``write(file, leaves, like)``, which writes and returns the SHA-256 of what was written, in hex; None for a
-        format that is only read.
+      matches: ``matches(content)``, whether a non-empty file is of this format, judged by its content and never by its
+        name. It may raise :class:`Unreadable`.
+      read: ``read(content, max_bytes)``, the leaves by name, using at most ``max_bytes`` besides the content. For any
+        content it returns or raises :class:`Unreadable`, and it never runs code from the file.
+      write: ``write(file, leaves, like)``, which writes the file and returns its SHA-256 in hex; None for a format that
+        is only read.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Format(NamedTuple):
 
 
 def refused(start: bytes | tuple[bytes, ...], what: str, advice: str) -> Format:
-    """A format that is not read: what begins so is known, and what to do is said."""
+    """A format that is recognised by its first bytes and refused, with advice on what to do instead."""
 
     def read(content: bytes, max_bytes: int) -> Leaves:
         raise Unreadable(f"it is {what}", advice)
@@ -58,12 +58,12 @@ FORMATS = (
     refused(b"GGUF", "a GGUF file", "Convert it to safetensors."),
     refused(b"version https://git-lfs", "a pointer to a file in Git LFS", "Fetch the file itself (git lfs pull)."),
     refused(b"<", "text", "Was a web page saved in place of the file?"),
-    Format("msgpack", _msgpack.matches, _msgpack.read),  # last: it has one byte to be told by
+    Format("msgpack", _msgpack.matches, _msgpack.read),  # last: only its first byte identifies it
 )
 
 
 def of(content: bytes) -> Format:
-    """The format of a file's content.
+    """Detects the format of a file's content.
 
     Raises:
       Unreadable: when it is none of :data:`FORMATS`.
@@ -75,6 +75,6 @@ def of(content: bytes) -> Format:
 
 
 def writer(name: str) -> Writer:
-    """What writes files of a format."""
+    """The function that writes files of a format."""
     (found,) = (format.write for format in FORMATS if format.name == name and format.write)
     return found

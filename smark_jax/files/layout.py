@@ -1,16 +1,17 @@
-r"""A suspect's leaves under the base's names and in the base's layout.
+r"""Brings a suspect's leaves under the base's names and into the base's layout.
 
-Leaves are paired by name where the names agree, and otherwise layer by layer: by the shapes that a layer's leaves can
-take (:mod:`smark_jax.files._changes`), then by content (:mod:`smark_jax.files._pairing`). A true copy of a leaf
-correlates with the base's leaf, in the right layout and in no other; what is left over is paired where only one layer
-fits. Leaves for which neither tells, and leaves that the suspect lacks, are left out; where content tells nothing at
-all, the question is asked (:class:`smark_jax.errors.Ambiguous`). Suspect and base are looked at, and nothing else:
-no customer's codeword can enter, so that p-values hold as they do without.
+Leaves are paired by name if the names agree. Otherwise they are paired layer by layer: by the shapes that a layer's
+leaves can take (:mod:`smark_jax.files._changes`), then by content (:mod:`smark_jax.files._pairing`). A true copy of a
+leaf correlates with the base's leaf in the right layout and in no other. Remaining leaves are paired if only one layer
+fits. Leaves that remain ambiguous, or that the suspect lacks, are left out. If content determines nothing at all, the
+caller is asked (:class:`smark_jax.errors.Ambiguous`). Pairing uses only the suspect and the base and no customer's
+codeword, so p-values stay valid.
 
-A map that somebody gives could be chosen by a look at codewords. So it is taken only where content does not decide,
-and p-values pay for every map that could have been given there. Let the leaves that content leaves open form G sets of
-equal shapes, of which the map names leaves in t; in each of these, let K be the base's leaves, n the suspect's, and o
-the layouts of one. Then they pay for this many maps, of which the sum of inverses over all maps is at most 1:
+A map given by the caller could have been chosen by looking at codewords. So it is accepted only where content does not
+decide, and p-values pay for every map that could have been given there. Let the leaves that content leaves open form G
+sets of equal shapes, and let the map name leaves in t of them. In each of these t sets, let K be the number of the
+base's leaves, n the number of the suspect's, and o the number of layouts of one leaf. P-values then pay for the
+following number of maps; the sum of its inverse over all maps is at most 1:
 
 .. math:: \binom{G}{t} 2^t \prod_{\text{sets}} \sum_{k \ge 1} \binom{K}{k} \frac{n!}{(n - k)!} o^k .
 """
@@ -29,7 +30,7 @@ from smark_jax.files import _changes, _pairing
 from smark_jax.files._changes import Option
 
 _WHO = "match_layout"
-_AS_IT_IS = "as it is"  # an answer's change, where content does not tell and none was made
+_AS_IT_IS = "as it is"  # an answer's change for an unchanged leaf, where content does not decide
 _NEXT = (
     "If the suspect is of another width, give it the base's names and layout and run alignment.align. If leaves are "
     "named otherwise, say which is which: given={'base leaf': 'suspect leaf: transposed'} (smark trace: --map)."
@@ -56,14 +57,14 @@ class Move(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A suspect as the base is laid out.
+    """A suspect in the base's layout.
 
     Attributes:
       leaves: the suspect's values under the base's names, with the suspect's dtypes.
-      moves: the leaves that had another name or layout; none for a file that was left as it is.
-      unused: the suspect's leaves that the base has no place for, such as ``num_batches_tracked``.
-      missing: the base's leaves that the suspect lacks, or has where nothing tells which of several it is.
-      log_maps: natural logarithm of the number of maps that ``given`` was chosen from; 0 where it chose nothing.
+      moves: the leaves that had another name or layout; empty for a file whose leaves were used unchanged.
+      unused: the suspect's leaves that have no counterpart in the base, such as ``num_batches_tracked``.
+      missing: the base's leaves that the suspect lacks, or whose counterpart remains ambiguous.
+      log_maps: natural logarithm of the number of maps that ``given`` was chosen from; 0 if it decided nothing.
     """
 
     leaves: dict[str, np.ndarray]
@@ -74,7 +75,7 @@ class Layout(NamedTuple):
 
 
 def _ambiguous(options: Mapping[str, tuple[str, ...]]) -> errors.Ambiguous:
-    """The error that asks how leaves of the base are laid out in the suspect."""
+    """The error that asks the caller how leaves of the base are laid out in the suspect."""
     name, answers = next(iter(options.items()))
     listed = "; ".join(f"{leaf}: {' or '.join(map(repr, some[:4]))}" for leaf, some in list(options.items())[:4])
     more = f"; and {len(options) - 4} leaves more" if len(options) > 4 else ""
@@ -97,24 +98,24 @@ def match_layout(
 ) -> Layout:
     """Brings a suspect from another framework, or with other names, into the base's layout.
 
-    Known are PyTorch's conventions: kernels of convolutions as OIHW, dense kernels as [out, in], the rows of the dense
-    layer behind a flattening in the order CHW, the names of layers, of batch norm and of its statistics, and a level
-    such as ``params`` or ``state_dict`` around the whole. Values are moved and never changed.
+    It knows PyTorch's conventions: convolution kernels as OIHW, dense kernels as [out, in], CHW order in the rows of a
+    dense layer after a flattening, the names of layers, of batch norm and of its statistics, and an outer level such as
+    ``params`` or ``state_dict``. Values are moved but never changed.
 
-    Leaves of the base's names whose shapes fit in no layout (another width, another number of classes) are returned as
-    they are, for :func:`smark_jax.alignment.align`. What is no array of real numbers is left out.
+    Leaves that have the base's names but fit in no layout (another width, another number of classes) are returned
+    unchanged, for :func:`smark_jax.alignment.align`. Leaves that are not arrays of real numbers are left out.
 
     Args:
       suspect: leaves by name, as :func:`read` returns them.
       base: the base's leaves by name, as :func:`flatten` returns them.
-      given: for some of the base's leaves, the suspect's leaf, and, behind a colon, its change where content does not
-        tell: ``{"Dense_0/kernel": "fc1.weight: transposed"}``. Content is not overruled, and p-values have to count
+      given: for some of the base's leaves, the suspect's leaf and, after a colon, its change if content does not
+        decide: ``{"Dense_0/kernel": "fc1.weight: transposed"}``. It cannot overrule content, and p-values must count
         the maps that could have been given: ``log_maps``.
 
     Raises:
-      Ambiguous: when several places or layouts fit alike, and content tells nothing about any leaf.
+      Ambiguous: when several places or layouts fit equally well, and content determines no leaf.
       Undecided: when no leaf fits any of the base's, or too many leaves have equal shapes.
-      SmarkError: when the base is empty, or ``given`` names what is not there or contradicts content.
+      SmarkError: when the base is empty, or ``given`` names a leaf that does not exist or contradicts content.
 
     Examples:
       >>> import numpy as np
@@ -163,7 +164,7 @@ def _with_given(
     found: _pairing.Paired,
     channels: set[int],
 ) -> tuple[dict[str, Option], float]:
-    """What was found, with the caller's answers where content leaves them open, and the logarithm of their number."""
+    """The pairs found, completed by the caller's answers where content is undecided, and the log of how many maps."""
     answers = {name: _answer(suspect, base, name, answer, channels) for name, answer in given.items()}
     same = lambda a, b: b is not None and (a.source, a.change) == (b.source, b.change)  # noqa: E731
     free = {name: option for name, option in answers.items() if not same(option, found.choices.get(name))}
@@ -186,7 +187,7 @@ def _with_given(
 def _answer(
     suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], name: str, answer: str, channels: set[int]
 ) -> Option:
-    """One of the caller's answers."""
+    """Parses and checks one of the caller's answers."""
     source, colon, change = (answer, "", "") if answer in suspect else answer.partition(": ")
     if name not in base or source not in suspect:
         wrong, names = (name, base) if name not in base else (source, suspect)
@@ -212,7 +213,7 @@ def _log_maps(
     found: _pairing.Paired,
     channels: set[int],
 ) -> float:
-    """The natural logarithm of the number of maps that could have been given, as the module's docstring has it."""
+    """The natural logarithm of the number of maps that could have been given; see the module's docstring."""
     used = {found.choices[name].source for name in found.settled}
     theirs: dict[tuple[int, ...], dict[str, int]] = {}
     for source in suspect.keys() - used:
@@ -237,9 +238,9 @@ def _log_maps(
 
 
 def _same_names(suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """For the base's leaves the suspect's with the same names, a level around the whole aside.
+    """The suspect's leaves with the same names as the base's leaves, apart from an outer level.
 
-    Of all levels the one with the most names counts; none does with less than half of them.
+    Uses the outer level under which the most names agree. The result is empty if fewer than half of the names agree.
     """
     plain = {name.replace(".", "/"): name for name in suspect}
     if len(plain) < len(suspect):
@@ -261,7 +262,7 @@ def _same_names(suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray
 
 
 def _levels(name: str) -> list[str]:
-    """What may stand around the whole: nothing, or up to four steps of a leaf's path."""
+    """The possible outer levels of a leaf: none, or up to four steps of its path."""
     steps = name.split("/", 4)
     return ["/".join([*steps[:depth], ""]) for depth in range(len(steps))]
 
@@ -269,9 +270,10 @@ def _levels(name: str) -> list[str]:
 def _by_name(
     suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], names: Mapping[str, str], channels: set[int]
 ) -> _pairing.Paired:
-    """Pairs by name, and by content what the names leave over.
+    """Pairs leaves by name, and the remaining ones by content.
 
-    Names can be exchanged on purpose: where content denies those of a layer and tells better, it is followed.
+    Names can be swapped on purpose. So if content contradicts the names in a layer and gives a better match, content
+    wins.
     """
     choices: dict[str, Option] = {}
     settled: set[str] = set()
@@ -317,7 +319,7 @@ _NOTHING = _pairing.Paired({}, frozenset(), {})
 
 
 def _by_layer(suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], channels: set[int]) -> _pairing.Paired:
-    """Pairs by content, layers first, and then leaf by leaf; what is left over, where only one layer or leaf fits."""
+    """Pairs by content, layers first, then single leaves; the remaining ones if only one layer or leaf fits."""
     choices: dict[str, Option] = {}
     settled: frozenset[str] = frozenset()
     asked: dict[str, tuple[str, ...]] = {}

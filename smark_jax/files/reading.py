@@ -1,4 +1,4 @@
-"""Reading a file of weights that may be hostile, its format detected from its content."""
+"""Reads a possibly hostile file of weights; its format is detected from its content."""
 
 import hashlib
 import os
@@ -19,10 +19,10 @@ class Weights(NamedTuple):
     """What a file of weights holds.
 
     Attributes:
-      leaves: by name, the steps of a leaf's path joined by ``/`` (PyTorch's names are as PyTorch has them).
-      format: its name in :data:`smark_jax.files.formats.FORMATS`, such as ``"safetensors"``.
+      leaves: arrays by name; a name is the leaf's path with its steps joined by ``/`` (PyTorch's names stay unchanged).
+      format: the format's name in :data:`smark_jax.files.formats.FORMATS`, such as ``"safetensors"``.
       sha256: of the file, in hex.
-      foreign: names of leaves that are no arrays of real numbers (complex numbers, text) and were left out.
+      foreign: names of leaves that were left out because they are not real arrays (complex numbers, text).
     """
 
     leaves: dict[str, np.ndarray]
@@ -32,20 +32,20 @@ class Weights(NamedTuple):
 
 
 def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, strict: bool = True) -> Weights:
-    """The weights in a file of any supported format; safe on hostile files.
+    """Reads the weights in a file of any supported format; safe on hostile files.
 
     Args:
-      path: of the file. Its name says nothing: the format is detected from the content.
-      max_bytes: largest file, and largest sum of its leaves, that is read. Twice as much memory may be used.
-      strict: whether to refuse a file with a leaf that is no array of real numbers. A suspect is read without it: one
-        such leaf must not hide the others.
+      path: of the file. The format is detected from the content, not from the name.
+      max_bytes: limit on the file's size and on the total size of its leaves. Memory use can be twice this.
+      strict: whether to refuse a file with a leaf that is not an array of real numbers. Suspects are read with
+        ``strict=False``, so that one such leaf cannot hide the others.
 
     Returns:
       The leaves with the dtypes and the names of the file, its format and its hash.
 
     Raises:
       Unreadable: when there is no file, or none that can be read safely.
-      SmarkError: when ``max_bytes`` is no count.
+      SmarkError: when ``max_bytes`` is not a positive whole number.
     """
     _validate.positive("read", "max_bytes", max_bytes)
     try:
@@ -63,7 +63,7 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, st
 
 
 def _content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """All bytes of a regular file, read once, so that what is hashed is what is read."""
+    """All bytes of a regular file, read once, so that the hash covers exactly what is parsed."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -78,7 +78,7 @@ def _content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         raise Unreadable(f"it cannot be opened ({reason})", "Check the path and its permissions.") from None
     with os.fdopen(handle, "rb") as file:
         size = os.fstat(handle).st_size
-        data = file.read(size + 1) if size <= max_bytes else None  # room is made for as much as is asked for
+        data = file.read(size + 1) if size <= max_bytes else None  # Python allocates as much as is requested
     if data is None or len(data) > size:
         raise _limits.too_large(f"it is larger than {max_bytes:,} bytes")
     if not data:

@@ -1,4 +1,4 @@
-"""A model as a dict of its leaves by name, and back."""
+"""Converts a model to a dict of its leaves by name, and back."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ import numpy as np
 from smark_jax import _trees, _validate
 from smark_jax.files import _limits
 
-PyTree = Any  # as _types.PyTree, which comes with jax; jax is loaded only where a tree is walked
+PyTree = Any  # like _types.PyTree, whose module imports jax; here jax is imported only to walk a tree
 
 
 def flatten(params: PyTree) -> dict[str, np.ndarray]:
     """The leaves of a parameter tree by name, on the host; a leaf's name is its path, the steps joined by ``/``.
 
-    Keys of random generators (``jax.random.key``), such as the states of Dropout in an nnx model, become their data,
-    uint32: :func:`jax.random.wrap_key_data` makes keys of it again.
+    Random keys (``jax.random.key``), such as Dropout's in an nnx model, become their uint32 data;
+    :func:`jax.random.wrap_key_data` turns it back into keys.
 
     Raises:
-      SmarkError: when two leaves have the same name, or one is no array of real numbers.
+      SmarkError: when two leaves have the same name, or one is not an array of real numbers.
 
     Examples:
       >>> import numpy as np
@@ -42,12 +42,12 @@ def flatten(params: PyTree) -> dict[str, np.ndarray]:
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict whose :func:`flatten` these leaves are.
+    """The nested dict from which :func:`flatten` gives these leaves.
 
     Lists in the original tree come back as dicts with the keys ``"0"``, ``"1"``, ...
 
     Raises:
-      SmarkError: when a name is both a leaf and the beginning of another.
+      SmarkError: when a name is both a leaf and the beginning of another name.
 
     Examples:
       >>> from smark_jax import files
@@ -71,12 +71,13 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def content_hash(leaves: Mapping[str, Any]) -> str:
     """The SHA-256, in hex, of the leaves' names, dtypes, shapes and values.
 
-    The same for a model in any file format, which the hash of a file is not. By name in sorted order (code points):
-    the name's length in bytes as four bytes, big-endian, then the name in UTF-8; likewise the line ``DTYPE SHAPE``
-    (such as ``float32 3,4``); then the values in C order, little-endian. The whole begins with ``smark weights v1``.
+    Unlike the hash of a file, it is the same for a model in any file format. The hashed bytes begin with
+    ``smark weights v1``. Then each leaf follows, sorted by name (by code points): the name's length in bytes as four
+    bytes, big-endian, and the name in UTF-8; likewise the line ``DTYPE SHAPE`` (such as ``float32 3,4``); then the
+    values in C order, little-endian.
 
     Raises:
-      SmarkError: when a leaf is no array of real numbers.
+      SmarkError: when a leaf is not an array of real numbers.
     """
     digest = hashlib.sha256(b"smark weights v1")
     for name in sorted(leaves):
@@ -91,6 +92,6 @@ def content_hash(leaves: Mapping[str, Any]) -> str:
 
 
 def raw(leaf: np.ndarray) -> memoryview:
-    """A leaf's bytes in C order, little-endian; a copy only where it is laid out otherwise."""
+    """A leaf's bytes in C order, little-endian; copied only if it is laid out differently."""
     plain = np.ascontiguousarray(leaf, leaf.dtype.newbyteorder("<") if leaf.dtype.kind in "iuf" else None)
     return plain.reshape(-1).view(np.uint8).data

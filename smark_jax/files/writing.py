@@ -1,4 +1,4 @@
-"""Writing safetensors so that a file under its name is whole, whatever happens."""
+"""Writes safetensors files atomically: a file under its final name is always complete."""
 
 import os
 from pathlib import Path
@@ -13,19 +13,19 @@ from smark_jax.files import formats, trees
 def write(path: str | os.PathLike[str], params: Any, *, like: str | os.PathLike[str] | None = None) -> str:
     """Writes a model as safetensors and returns the SHA-256 of the file, in hex.
 
-    The file appears whole or not at all: it is written beside its place under a name that begins with a dot and ends
-    in ``.part``, flushed to the disk, and renamed. One that is there already is replaced. The leaves are written one
-    after the other, without a second copy of the model, and keep their dtypes. The same leaves give the same bytes.
+    The file appears complete or not at all: it is written in the same folder under a name that begins with a dot and
+    ends in ``.part``, flushed to disk, and renamed. An existing file is replaced. The leaves are written one after
+    another, without a second copy of the model, and keep their dtypes. The same leaves give the same bytes.
 
     Args:
-      path: where; its folder exists.
+      path: the file to write; its folder must exist.
       params: a parameter tree, or a dict of leaves by name.
-      like: a safetensors file of a model with the same names, dtypes and shapes, such as the base of a copy. Its
-        metadata and the order of its leaves are taken over: only values differ.
+      like: a safetensors file of a model with the same names, dtypes and shapes, such as the base of a copy. The new
+        file gets its metadata and leaf order, so that only values differ.
 
     Raises:
-      SmarkError: when there are no leaves, or others than in ``like``, or as :func:`flatten`.
-      OSError: when the disk is full, or the folder missing or not writable; nothing is left behind then.
+      SmarkError: when there are no leaves, when they do not match those in ``like``, or as for :func:`flatten`.
+      OSError: when the disk is full, or the folder is missing or not writable; nothing is left behind then.
 
     Examples:
       >>> import tempfile, numpy as np
@@ -43,7 +43,7 @@ def write(path: str | os.PathLike[str], params: Any, *, like: str | os.PathLike[
 def dump(file: BinaryIO, params: Any, *, like: str | os.PathLike[str] | None = None) -> str:
     """Writes the bytes of :func:`write` into an open file, and returns their SHA-256 in hex.
 
-    For who writes many files and names them together: flushing to the disk and a name are the caller's.
+    Use this to write many files and name them together; the caller must flush the file to disk and name it.
 
     Args:
       file: open for writing in binary.
@@ -51,7 +51,7 @@ def dump(file: BinaryIO, params: Any, *, like: str | os.PathLike[str] | None = N
       like: as for :func:`write`.
 
     Raises:
-      SmarkError: as :func:`write`.
+      SmarkError: as for :func:`write`.
 
     Examples:
       >>> import hashlib, io, numpy as np
