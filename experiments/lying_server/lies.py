@@ -98,7 +98,7 @@ def _arrays(rng: np.random.Generator, record: ArrayRecord) -> ArrayRecord:
         values = array.numpy().copy()
         choice = rng.integers(7)
         if choice == 0:
-            values[:] = 1e4  # a model that cannot be trained
+            values[:] = 1e4  # ruins the model
         elif choice == 1:
             values += 1e-3
         elif choice == 2:
