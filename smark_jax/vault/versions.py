@@ -2,6 +2,9 @@
 
 A model names its algorithms when it is added, and commitments bind them. To change an algorithm, add an entry under a
 new name here and put that name into :data:`NEW`. Keep the old entry: existing models still use the one they name.
+
+Carriers, codes and decoders are looked up here. Ciphers and shapes are only checked by name: a second one must first
+reach the code that draws and marks, or models would commit to a name that changes nothing.
 """
 
 from collections.abc import Callable, Mapping
