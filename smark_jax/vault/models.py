@@ -176,7 +176,7 @@ def _choose(
     known = {name for name, share in publicity.shares(leaves, public).items() if share >= publicity.MOST}
     if known >= {leaf.path for leaf in chosen.leaves}:
         cause = (
-            "Whoever has the public model can subtract it from a copy. Train more of it, or mark none of its copies."
+            "Anybody with the public model can subtract it from a copy. Train more of it, or mark none of its copies."
         )
         raise _validate.fail("add-model", "leaves that you trained yourself", "public weights alone", cause)
     fits = re.compile(match or "").search
