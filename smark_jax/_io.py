@@ -1,6 +1,7 @@
 """Files: atomic writes, owner-only permissions where needed, and locks between processes."""
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
     Until then it lies in the same folder under a name that begins with a dot and ends in ``.part``.
     """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     with new_file(part) as file:
         yield file

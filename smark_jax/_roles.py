@@ -75,7 +75,7 @@ class Facts(NamedTuple):
       high: largest value.
       whole: whether all values are whole numbers.
       ramp: whether they rise or fall throughout, for vectors.
-      waves: whether a matrix consists of sines and their cosines, half beside half or in turn.
+      waves: whether a matrix consists of sines and their cosines, in two halves or alternating.
     """
 
     shape: tuple[int, ...]
@@ -155,7 +155,7 @@ def _of_leaf(path: str, fact: Facts) -> Role | None:
 
 
 def _quantisers(paths: list[str], found: Mapping[str, Role], facts: Mapping[str, Facts]) -> dict[str, Role]:
-    """Scales beside a zero point or beside weights of one byte."""
+    """Scales next to a zero point or to one-byte weights."""
     names = {steps(path)[-1] for path in paths}
     narrow = any(facts[path].narrow and len(facts[path].shape) > 1 for path in paths)
     if not narrow and not any("zero_point" in name for name in names):
@@ -165,7 +165,7 @@ def _quantisers(paths: list[str], found: Mapping[str, Role], facts: Mapping[str,
 
 
 def _statistics(paths: list[str], named: Mapping[str, Role | None], facts: Mapping[str, Facts]) -> dict[str, Role]:
-    """Vectors without a telling name beside others of their shape, when one of them may be a variance."""
+    """Vectors without a recognised name, next to others of their shape of which one may be a variance."""
     found: dict[str, Role] = {}
     vectors = [path for path in paths if facts[path].floating and 1 < facts[path].size == max(facts[path].shape)]
     for path in vectors:

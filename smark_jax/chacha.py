@@ -1,7 +1,7 @@
 """The ChaCha20 keystream (RFC 8439) under jit.
 
-Codewords, carrier signs and masks are drawn from it, not from ``jax.random``: threefry has a 64-bit key, which is too
-short for a secret.
+Codewords, carrier signs and masks come from it, not from ``jax.random``: the 64-bit key of threefry is too short for a
+secret.
 """
 
 import functools

@@ -241,7 +241,7 @@ def _embed_batch(
 
 
 class FingerprintState(NamedTuple):
-    """What :func:`add_fingerprint_gradient` keeps in the optimiser's state, so that jit takes it as an argument.
+    """The optimiser state of :func:`add_fingerprint_gradient`; it holds the data so that jit takes it as an argument.
 
     Attributes:
       base: the carrying weights to measure against, in the mark's coordinates, shape [D].

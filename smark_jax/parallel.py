@@ -65,7 +65,7 @@ def own_parties(num_parties: int) -> range:
     if len(set(owners)) < jax.process_count():
         expected = f"at least one party in each of {jax.process_count()} processes"
         got = f"{num_parties} parties, which the first {len(set(owners))} have room for"
-        cause = f"Have a party for each of the {jax.device_count()} devices, or start fewer processes."
+        cause = f"Use one party for each of the {jax.device_count()} devices, or start fewer processes."
         raise _validate.fail("own_parties", expected, got, cause)
     first = owners.index(jax.process_index())
     return range(first, first + owners.count(jax.process_index()))

@@ -88,7 +88,7 @@ class Sampling:
 
 
 class Guarantee(NamedTuple):
-    """What a run with this noise guarantees; ``str`` says it in words.
+    """The guarantee of a run with this noise; ``str`` states it in words.
 
     Attributes:
       epsilon: of differential privacy for adding or removing one example.
@@ -246,7 +246,7 @@ def gaussian_noise(
       SmarkError: from ``update``, when the mean's type is narrower than float32: the sensitivity does not cover a cast.
     """
     if not isinstance(key, keys.SecretKey):
-        got, cause = type(key).__name__, "Noise that others can draw again protects nobody: keys.new()."
+        got, cause = type(key).__name__, "Noise that others can reproduce protects nobody: use keys.new()."
         raise _validate.fail("gaussian_noise", "a SecretKey", got, cause)
     num_weights = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
     stddev = guarantee.noise_multiplier * sensitivity(guarantee.sampling, clip, num_weights)
@@ -258,7 +258,7 @@ def gaussian_noise(
         narrow = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(updates) if leaf.dtype != _at_least_float32(leaf)})
         if narrow:
             cause = (
-                "Chain the noise first and cast afterwards: rounding may move two means further apart than it hides."
+                "Chain the noise first and cast afterwards: rounding may move two means further apart than noise hides."
             )
             raise _validate.fail("gaussian_noise", "a mean in float32", f"{narrow}", cause)
         return noise.update(updates, state, params)
@@ -281,7 +281,7 @@ def batches(
       Images of shape [P, B, ...] and labels of shape [P, B]; padding is zeros labelled -1.
 
     Raises:
-      SmarkError: when a party has another number of examples than the sampling says, or no key of its own.
+      SmarkError: when a party's number of examples differs from the sampling's, or two parties share a key.
     """
     if labels.shape[1:] != (sampling.examples,) or images.shape[:2] != labels.shape:
         got = f"images {images.shape} and labels {labels.shape}"
@@ -326,4 +326,4 @@ def _at_least_float32(leaf: Array) -> jnp.dtype:
 
 def _check_delta(who: str, delta: float) -> None:
     if not 0 < delta < 1:
-        raise _validate.fail(who, "delta strictly between 0 and 1", repr(delta), "Take below one over all examples.")
+        raise _validate.fail(who, "delta strictly between 0 and 1", repr(delta), "Stay below 1 / all examples.")

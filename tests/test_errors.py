@@ -95,7 +95,9 @@ def test_the_layout_question_names_the_option_at_the_desk_and_the_argument_elsew
 
 
 def test_a_missing_extra_is_an_import_error_that_says_how_to_install_it():
-    error = _validate.missing("queries", "PIL", "blackbox")
-    assert isinstance(error, errors.MissingExtra) and isinstance(error, ImportError)
-    assert "pip install 'smark-jax[blackbox]'" in str(error)
-    assert (error.extra, error.name) == ("blackbox", "PIL")
+    with pytest.raises(errors.MissingExtra) as missing, _validate.needs("query", "query"):
+        raise ModuleNotFoundError("No module named 'PIL'", name="PIL")
+    error = missing.value
+    assert isinstance(error, ImportError)
+    assert "pip install 'smark-jax[query]'" in str(error)
+    assert (error.extra, error.name) == ("query", "PIL")

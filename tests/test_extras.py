@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from smark_jax import errors
-from smark_jax.cli import _console, _demo, _issue, _query, _vault
+from smark_jax.cli import _console, _demo, _demo_show, _issue, _query, _vault
 from smark_jax.training import checkpoints
 from smark_jax.vault import timestamps
 
@@ -33,7 +33,7 @@ NEEDS = {
     "demo": (
         "matplotlib",
         "demo",
-        lambda path: _demo.run(_demo.Config(path / "demo", 1, 3, 1, 0), _console.Console()),
+        lambda path: _demo_show.run(_demo.Config(path / "demo", 1, 3, 1, 0), _console.Console()),
     ),
     "a checkpoint as base": ("orbax.checkpoint", "train", lambda path: _vault._base(path)),
     "train": (

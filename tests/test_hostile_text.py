@@ -26,7 +26,7 @@ import terminal
 import smark_jax
 from smark_jax import _foreign, _validate, cli, errors, report, vault
 from smark_jax.cli import _common
-from smark_jax.vault import bundles, verdicts
+from smark_jax.vault import bundles, documents, verdicts
 
 # Goes up over the line with the failed check, erases it, and writes a passed one in its place; then by markup, by a
 # line's end, by turning the direction, and by what stands in no encoding.
@@ -60,7 +60,7 @@ def case(tmp_path_factory) -> Case:
         done = terminal.run(*command, folder=folder)
         assert done.code == 0, done.err
     with vault.opened(folder / "vault", terminal.SECRET) as desk:
-        verdict = verdicts.get(desk, 1)
+        verdict = documents.plain(verdicts.get(desk, 1))
     return Case(folder, json.loads((folder / "evidence.json").read_text()), verdict)
 
 

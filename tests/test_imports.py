@@ -19,7 +19,7 @@ MAY_LOAD = {
     "aggregation": set(),
     "alignment": {JAX, SCIPY},
     "attacks": {JAX, SCIPY, OPTAX},
-    "blackbox": {JAX, OPTAX},
+    "blackbox": {JAX, OPTAX, SCIPY},
     "carriers": {JAX},
     "cli": {"typer", "rich"},
     "codes": {JAX},
@@ -36,7 +36,7 @@ MAY_LOAD = {
     "privacy": {JAX, SCIPY, OPTAX, "jax_privacy", "dp_accounting"},
     "report": {"jinja2"},
     "statistics": {JAX, SCIPY},
-    "tracing": {JAX, SCIPY, "rich"},
+    "tracing": {JAX, SCIPY},
     "training": {JAX, SCIPY, OPTAX, "rich"},
     "vault": {JAX, SCIPY, OPTAX, "rich"},
 }

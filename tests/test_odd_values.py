@@ -142,7 +142,7 @@ def test_an_odd_line_in_a_training_configuration_ends_in_one_clear_error(desk, l
     (desk.folder / "odd.toml").write_text(line)
     code, told = run(desk, "train", "odd.toml", "--out", "odd")
     assert code == 1
-    assert told.startswith("smark: train: expected ")
+    assert told.startswith("smark: expected ")
     assert not (desk.folder / "odd").exists()
 
 

@@ -1,11 +1,13 @@
 """Tables at the widths at which people read them: the answer is never cut."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import terminal
 
 from smark_jax.cli import _common, _demo, _demo_show
+from smark_jax.vault import documents
 
 WIDTHS = [40, 60, 80, 120, None]  # None: into a pipe, where nobody says how wide it is
 
@@ -85,9 +87,9 @@ def test_the_control_a_plain_table_of_rich_cuts_the_verdict(tmp_path):
     assert "customer 17 (whole)" not in terminal.shown(cut, 60, tty=True)
 
 
-def accusations(name: str, number: int = 3) -> dict:
-    one = {"serial": 123456, "statistic": -16.7, "log10_p": -90.4, "share": 0.5}
-    return {"threshold": 5.3, "accused": [{**one, "customer": f"{name} {k}"} for k in range(number)]}
+def accusations(name: str, number: int = 3) -> SimpleNamespace:
+    accused = [documents.Accused(f"{name} {k}", 123456, -16.7, 1e-90, -90.4, 0.5) for k in range(number)]
+    return SimpleNamespace(threshold=5.3, accused=accused)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

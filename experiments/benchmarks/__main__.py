@@ -1,9 +1,9 @@
-"""smark_jax beside a PyTorch version of the same system and beside what the machine can do, in one run.
+"""Compares smark_jax with a PyTorch version of the same system and with the machine's limits, in one run.
 
-Each side works in a process of its own, on the same cores, one lap at a time in turn. Measure on a quiet machine;
-ratios travel better than seconds. Without PyTorch (extra ``bench``), smark_jax runs alone. A section writes NAME.json
-and NAME.png into the output folder, and is skipped where they exist for the same configuration and seed; one that was
-interrupted goes on where it stopped.
+Each side works in its own process, on the same cores; the sides take turns, one lap at a time. Measure on an idle
+machine; ratios transfer to other machines better than seconds. Without PyTorch (extra ``bench``), smark_jax runs alone.
+A section writes NAME.json and NAME.png into the output folder, and is skipped where they exist for the same
+configuration and seed; an interrupted section resumes where it stopped.
 """
 
 from collections.abc import Sequence

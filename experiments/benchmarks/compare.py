@@ -1,4 +1,4 @@
-"""What was aimed at, case by case: against PyTorch, against the same step without it, and against the machine."""
+"""Performance targets, case by case: against PyTorch, against the same step without masks or marks, and the machine."""
 
 import dataclasses
 import tempfile
@@ -160,7 +160,7 @@ def _copies(config: Config, setting: race.Setting, seed: int, tell: Callable[[st
             Entry("torch", "tune", {"model": model, "num_chips": config.num_chips, "seed": seed}),
         ]
         timings = race.race(entries, setting, config.rounds, seconds=2 * config.seconds, on_lap=tell)
-    for timing in timings:  # where they were is nobody's business
+    for timing in timings:  # file paths are private and stay out of the results
         timing["params"] = {key: value for key, value in timing["params"].items() if key not in ("folder", "model")}
     write = find(timings, "floor", "write")
     tuned = [timing for timing in timings if timing["side"] == "torch"]
@@ -209,7 +209,7 @@ def _verdict(config: Config, setting: race.Setting, seed: int, tell: Callable[[s
     }
     entries = [
         Entry("jax", "verdict", {**params, "decoder": "single"}),
-        # In workers of their own, since memory is counted by worker.
+        # In separate workers, since peak memory is measured per worker.
         *(Entry("torch", "verdict", params, (arm,)) for arm in hows),
         Entry("jax", "verdict", {**params, "decoder": "joint"}),
     ]

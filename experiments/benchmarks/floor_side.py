@@ -1,7 +1,7 @@
-"""What the machine itself can do, and the floor that this puts under each case's time.
+"""The machine's own rates, and the floor (lower bound) that they set on each case's time.
 
-A floor counts only what any method must do: each weight read and written once at the rate of a plain copy, the
-multiplications of the network, the keystream of codewords that nobody holds, the bytes of the files.
+A floor counts only what any method must do: read and write each weight once at the rate of a plain copy, multiply as
+the network requires, generate the keystream of codewords that are not stored, and write the bytes of the files.
 """
 
 import concurrent.futures
@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 Arms = Mapping[str, Callable[[], dict[str, Any] | None]]
 
 _KEYSTREAM_BLOCK = 64
-# Multiplications and additions of the CNN for one image: two convolutions and two dense layers; backward takes twice
-# as many as forward.
+# Multiplications and additions of the CNN for one image: two convolutions and two dense layers. The backward pass takes
+# twice as many as the forward pass.
 _CNN_FORWARD = 2 * (28 * 28 * 9 * 32 + 14 * 14 * 9 * 32 * 64 + 3136 * 128 + 128 * 10)
 
 
@@ -35,7 +35,7 @@ def rates(megabytes: int, matrix: int, threads: int) -> Arms:
     """A copy of float32 (bytes read plus written), a float32 matmul, and OpenSSL's ChaCha20, on all threads."""
     source = np.ones(megabytes * 250_000, np.float32)
     target = np.empty_like(source)
-    target[:] = 0  # its pages exist from here on
+    target[:] = 0  # writing maps its pages now, not during the measurement
     parts = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     a = np.random.default_rng(0).standard_normal((matrix, matrix), np.float32)
@@ -96,7 +96,7 @@ def floor(rates: Rates, case: str, arm: str, params: Mapping[str, Any]) -> float
     """
     if case in ("weights", "losses"):
         d = params["num_weights"]
-        # Float32 weights read, written, or both, and two sign bits for each.
+        # Float32 weights read, written, or both, plus two sign bits per weight.
         once, twice = 4 * d + d / 4, 8 * d + d / 4
         moved = {"copy": 8 * d, "spread": once, "despread": once, "embed": twice, "extract": twice}
         return moved.get(arm, twice) / rates.copy

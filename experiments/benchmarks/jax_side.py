@@ -1,4 +1,4 @@
-"""The system by smark_jax's public functions."""
+"""The system, built from smark_jax's public functions."""
 
 import functools
 import tempfile
@@ -66,7 +66,7 @@ def weights(num_weights: int, num_chips: int, seed: int) -> Arms:
     mark = carriers.mark(_secret(seed, "carrier"), base, num_chips)
     word = codes.codebook(_secret(seed, "code"), [1], num_chips)[0]
     chips = word.astype(jnp.float32)
-    marked = functools.cache(lambda: embedding.embed(base, mark, word))  # where nothing reads it, it takes none
+    marked = functools.cache(lambda: embedding.embed(base, mark, word))  # only made, and stored, if it is read
     copy = jax.jit(lambda vector: vector + 1)
 
     def extract() -> dict[str, Any]:
@@ -273,7 +273,7 @@ def model(name: str, dtype: str, num_chips: int, folder: str, seed: int, num_wei
     def embed() -> None:
         nonlocal customer, copy
         customer = next(customers) % len(book)
-        copy = None  # the copy before is on disk by now
+        copy = None  # the previous copy is already on disk
         copy = embedding.embed(base, mark, book[customer])
         _wait(copy)
 

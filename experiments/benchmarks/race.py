@@ -1,4 +1,4 @@
-"""Races: each side in a worker process of its own, one lap at a time, the others asleep meanwhile."""
+"""Races: each side has its own worker process; they run one lap at a time while the others sleep."""
 
 import contextlib
 import importlib.metadata
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-# PyTorch's threads go on spinning for some milliseconds after their work.
+# PyTorch's threads keep spinning for some milliseconds after their work.
 _PAUSE = 0.02
 _FEWEST_ROUNDS = 3
 

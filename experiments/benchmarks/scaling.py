@@ -1,4 +1,4 @@
-"""How time grows: with weights D, chips m, customers N, copies K and parties P, and the exponents fitted to it."""
+"""How time grows with weights D, chips m, customers N, copies K and parties P, with fitted exponents."""
 
 import dataclasses
 import functools
@@ -54,10 +54,10 @@ FULL = Config(
     dense_gigabytes=4,
 )
 
-# No faster than D log D: over the decades measured that is an exponent of at most this; N and K are to grow linearly.
+# Time may grow like D log D, an exponent of at most this over the measured decades, and linearly in N and K.
 _LIMIT = 1.1
 
-# By curve: the parameter that grows, and what is expected of its exponent (None: nothing was aimed at).
+# By curve: the parameter that grows, and the target for its exponent (None: no target).
 CURVES = {"D": ("num_weights", _LIMIT), "m": ("num_chips", None), "N": ("num_customers", _LIMIT)}
 CURVES |= {"K": ("num_copies", _LIMIT), "P": ("parties", None)}
 

@@ -1,4 +1,4 @@
-"""Tables and pictures that both sections have in common."""
+"""Tables and pictures that both sections share."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is timed of the system in PyTorch."""
+"""The timed parts of the PyTorch system."""
 # pyright: reportMissingImports=false
 
 import functools
@@ -39,8 +39,8 @@ from smark_jax import _memory
 Arms = Mapping[str, Callable[[], dict[str, Any] | None]]
 
 _COPIES_PER_BATCH = 32
-# Fine-tuning: the factor on Uchida's loss and Adam's rate, for a layer and for all weights. Of factors 0.1, 1 and 10
-# and rates 0.001 and 0.003 these took the least time among those that left the accuracy about where it was.
+# Fine-tuning: the factor of Uchida's loss and Adam's rate, for a layer and for all weights. Among factors 0.1, 1 and 10
+# and rates 0.001 and 0.003, these took the least time of those that roughly kept the accuracy.
 _LAYER, _ALL, _BATCH = (10.0, 1e-3), (1.0, 3e-3), 64
 
 
@@ -202,7 +202,7 @@ def verdict(num_customers: int, num_chips: int, seed: int) -> Arms:
     guilty = min(num_customers, ROWS_PER_BLOCK) // 3
 
     def arm(score: Callable[..., Tensor], rows: int, stream: Stream = generator_stream) -> Callable[[], dict[str, Any]]:
-        @functools.cache  # made by the first lap, so that an arm which does not run takes no memory
+        @functools.cache  # made by the first lap, so that an arm that does not run takes no memory
         def chips() -> Tensor:
             word = signs(min(rows, num_customers), num_chips, seed, stream)[guilty]
             return word + torch.randn(num_chips, generator=generator(seed), device=DEVICE)

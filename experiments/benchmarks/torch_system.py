@@ -1,8 +1,8 @@
 """The same system in PyTorch, with the dense projections of Uchida et al. 2017 and DeepMarks (Chen et al. 2019).
 
-It is written to be fast: no gradient where none is needed, memory used in place, channels last, codewords in blocks.
-It neither imports JAX nor smark_jax. Its codewords come from PyTorch's generator, which anybody can predict, or from
-OpenSSL's ChaCha20.
+It is written to be fast: no unneeded gradients, in-place operations, channels last, codewords in blocks. It imports
+neither JAX nor smark_jax. Its codewords come from PyTorch's generator, which anybody can predict, or from OpenSSL's
+ChaCha20.
 """
 # pyright: reportMissingImports=false
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STRENGTH = 0.03
-ROWS_PER_BLOCK = 16_384  # codewords that are made at a time
+ROWS_PER_BLOCK = 16_384  # codewords made at a time
 Stream = Callable[[int, int, int], Tensor]
-# The eight signs of each byte: looking them up unpacks bits several times as fast as shifting them.
+# The eight signs of each byte: looking them up unpacks bits several times faster than shifting.
 _BYTE_SIGNS = 1 - 2 * ((torch.arange(256, device=DEVICE)[:, None] >> torch.arange(8, device=DEVICE)) & 1).float()
 
 
@@ -128,7 +128,7 @@ class CNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv_0(images)), 2)
         x = F.max_pool2d(F.relu(self.conv_1(x)), 2)
-        x = x.permute(0, 2, 3, 1).flatten(1)  # in the order of Flax; free with channels last
+        x = x.permute(0, 2, 3, 1).flatten(1)  # Flax's order; costs nothing with channels last
         return self.dense_1(F.relu(self.dense_0(x)))
 
 

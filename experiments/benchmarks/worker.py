@@ -1,8 +1,8 @@
-"""One side of a race, in a process of its own: it sets a case up, then runs one of its arms whenever it is asked to.
+"""One side of a race, in its own process: it sets up a case, then runs one of its arms on request.
 
-Standard input brings one JSON line with the case, then the name of an arm on each line; a JSON line answers each. A
-side is a module with ``CASES``, functions that return a case's arms, and ``device()`` and ``device_peak()``. An arm is
-a function that returns when its work is done, with what it found; ``seconds`` among that replaces its wall time.
+The first line of standard input is JSON with the case; each later line names an arm. A JSON line answers each. A side
+is a module with ``CASES``, functions that return a case's arms, and with ``device()`` and ``device_peak()``. An arm is
+a function that returns its results when its work is done; a result ``seconds`` replaces its wall time.
 """
 
 import importlib
@@ -20,11 +20,11 @@ def memory(what: str) -> float | None:
 
 
 def main() -> None:
-    # What libraries print must not end up among the answers.
+    # Output printed by libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     order = json.loads(sys.stdin.readline())
-    if hasattr(os, "sched_setaffinity"):  # before numpy, JAX and PyTorch count the cores that they may use
+    if hasattr(os, "sched_setaffinity"):  # before NumPy, JAX and PyTorch count the available cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: order["threads"]])
     side = importlib.import_module(f"experiments.benchmarks.{sys.argv[1]}_side")
     imported = memory("VmRSS")

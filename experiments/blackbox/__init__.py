@@ -1,1 +1,1 @@
-"""What can be done where nobody shows weights: payloads in images, traces by answers alone."""
+"""Black-box methods, for suspects whose weights are hidden: payloads in images, and tracing by answers alone."""

@@ -1,7 +1,7 @@
-"""Payloads of 304 bits in images, leaks traced by labels alone, and how many probes that takes.
+"""Payloads of 304 bits in images, leaks traced by labels alone, and the number of probes needed.
 
 Each section writes NAME.json and NAME.png into the output folder, and is skipped where they exist for the same
-configuration and seed, so that an interrupted run goes on where it stopped.
+configuration and seed, so that an interrupted run resumes where it stopped.
 """
 
 from collections.abc import Sequence

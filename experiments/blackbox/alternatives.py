@@ -1,4 +1,4 @@
-"""Other ways to hide the same bits, for comparison: spread spectrum, and an encoder and a decoder that are learned."""
+"""Other ways to hide the same bits, for comparison: spread spectrum, and a learned encoder and decoder."""
 
 from collections.abc import Iterator
 

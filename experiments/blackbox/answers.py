@@ -1,4 +1,4 @@
-"""Copies that answer probes each in their own way, traced by labels alone: after attacks, and at what cost."""
+"""Copies that each answer probes differently, traced by labels alone: after attacks, and what it costs."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Images of several kinds, and what happens to them on their way."""
+"""Images of several kinds, and the distortions that they undergo in transit."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""304 bits in images of several kinds: what they cost and what they survive."""
+"""Payloads of 304 bits in images of several kinds: what they cost and what they survive."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How many probes a query takes: the number that the desk asks, and what its decoder traces with so many."""
+"""How many probes a query needs: the number that the desk asks, and how many suspects its decoder then traces."""
 
 import dataclasses
 from pathlib import Path
@@ -42,7 +42,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         needed = [shown.needed(customers, _ALPHA, agreement) for customers in config.customers]
         words = np.asarray(codes.codebook(sections.secret(seed, "words"), range(number), needed[0]), np.float64)
         right = np.where(rng.random((config.copies, needed[0])) < agreement, 1, -1)
-        # A batch counts all its suspects; so each is judged at alpha.
+        # A batch divides its level among all its suspects, so each is tested at alpha.
         found = tracing.trace_batch(right * words[: config.copies], words.astype(np.int8), _ALPHA * config.copies)
         accused = [[a.serial for a in verdict.accused] for verdict in found]
         rows.append(

@@ -1,1 +1,1 @@
-"""What this project claims about coalitions, measured by one command: ``python -m experiments.collusion``."""
+"""Measures this project's claims about coalitions with one command: ``python -m experiments.collusion``."""

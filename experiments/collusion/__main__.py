@@ -1,7 +1,7 @@
-"""Coalitions, measured: what is traced, who is accused wrongly, and what it takes.
+"""Measurements on coalitions: what is traced, how often a false accusation occurs, and what tracing costs.
 
 Each section writes NAME.json and NAME.png into the output folder, and is skipped where they exist for the same
-configuration and seed, so that an interrupted run goes on where it stopped.
+configuration and seed, so that an interrupted run resumes where it stopped.
 """
 
 from collections.abc import Sequence

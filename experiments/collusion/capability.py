@@ -1,7 +1,7 @@
-"""The table of what can be traced: y = mean of K codewords + N(0, sigma^2), at most 5 % of trials missed.
+"""The table of traceable coalitions: y = mean of K codewords + N(0, sigma^2), with at most 5 % of trials missed.
 
-The joint decoder is run on all N customers. The single decoder's decision on a colluder depends on N only through the
-level alpha / N, so its rows take the colluders' exact statistics and p-values and need no innocents, for any N.
+The joint decoder runs on all N customers. The single decoder's decision on a colluder depends on N only through the
+level alpha / N, so its rows use the colluders' exact statistics and p-values and need no innocents, for any N.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from smark_jax import codes, keys, statistics, tracing
 ALPHA = 1e-6
 LEAST_SUCCESS = 0.95
 _MOST_HELD = 200_000_000
-# GUARANTEES.md: (decoder, m, SNR in dB, N) to the largest K with catch-any / catch-all.
+# From GUARANTEES.md: maps (decoder, m, SNR in dB, N) to the largest K with catch-any / catch-all.
 STATED = {
     **{("single", 304, 0, n): k for n, k in ((10**3, "2/1"), (10**6, "1/1"), (10**7, "1/1"))},
     **{("single", 304, 10, n): k for n, k in ((10**3, "5/3"), (10**6, "3/2"), (10**7, "3/2"))},
@@ -138,7 +138,7 @@ def _single(
 
 
 def _joint(key: keys.SecretKey, m: int, snr: int, customers: int, trials: int, rng: np.random.Generator) -> Catch:
-    # Held where it fits: streamed words of a new number of customers at a time would compile anew each time.
+    # The codebook is held in memory where it fits: streaming would recompile for each new number of customers.
     book = codes.Codebook(key, customers, m)
     if customers * m <= _MOST_HELD:
         book = np.asarray(codes.codebook(key, range(customers), m))
@@ -146,7 +146,7 @@ def _joint(key: keys.SecretKey, m: int, snr: int, customers: int, trials: int, r
     def catch(size: int) -> tuple[float, float]:
         coalitions = [rng.choice(customers, size, replace=False) for _ in range(trials)]
         y = np.stack([_read_out(_words(book, c), snr, rng) for c in coalitions])
-        # One pass for all trials; trace_batch divides alpha by their number, so that each is tested at ALPHA.
+        # One pass serves all trials. trace_batch divides alpha by their number, so each is tested at ALPHA.
         verdicts = tracing.trace_batch(y, book, ALPHA * trials, keep_statistics=False)
         guilty = np.array([common.caught(v, set(c.tolist()))[0] for v, c in zip(verdicts, coalitions, strict=True)])
         return float(np.mean(guilty > 0)), float(np.mean(guilty == size))

@@ -1,8 +1,8 @@
-"""Our code and others', traced against the size of the coalition, at equal strength per weight on the same attacks.
+"""Our code and others: traced share by coalition size, at equal strength per weight and under the same attacks.
 
 Each code's words are embedded by its own carrier in the same base of normal weights; the copies are attacked weight by
-weight, and noise is added. Longer words have fainter chips. BIBD fixes its length and the number of customers, which
-all codes therefore share; orthogonal words need more chips than customers.
+weight, and noise is added. Longer words have weaker chips. BIBD determines its length and its number of customers, so
+all codes use that number; orthogonal words need more chips than customers.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the sections share: keys, coalitions, names of decoders."""
+"""Shared by the sections: keys, coalitions, names of decoders."""
 
 from typing import Any
 

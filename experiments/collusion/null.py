@@ -1,9 +1,9 @@
-"""How often anybody innocent is accused, at a level high enough to be measured, and two decoders that break it.
+"""The rate of false accusation, at a level high enough to be measured, and two flawed decoders as negative controls.
 
-Negative controls, implemented here only. *Support minus j*: a pursuit selects customers, and each is tested on the
-residual that leaves it out of the selected support, though the support was chosen by looking at its word. Beside it the
-same pursuit with true leave-one-out runs. *One-sided*: accuses on large positive statistics only, and so misses who
-entered an extrapolation negatively.
+The negative controls are implemented here only. *Support minus j*: a pursuit selects customers, and each is tested on
+the residual that leaves it out of the selected support, although the customer's word influenced the choice of that
+support. For comparison, the same pursuit is run with true leave-one-out runs. *One-sided*: it accuses on large positive
+statistics only, and so misses a colluder who enters an extrapolation negatively.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def _interleave(words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return words[owner, np.arange(words.shape[1])]
 
 
-# Chip by chip, what the attacks of smark_jax.attacks do weight by weight.
+# The attacks of smark_jax.attacks, applied to chips instead of weights.
 READ_OUTS: dict[str, ReadOut] = {
     "noise alone": lambda words, rng: np.zeros(words.shape[1]),
     "average": lambda words, rng: words.mean(axis=0),
@@ -157,7 +157,7 @@ def _residual(u: np.ndarray, words: np.ndarray) -> np.ndarray:
 
 def _one_sided(trials: int, key: keys.SecretKey, rng: np.random.Generator, meter: sections.Meter) -> sections.Result:
     """How often the colluder who enters negatively escapes a one-sided and the two-sided single decoder."""
-    # A one-sided test may spend the whole level on its side: twice that of a two-sided one.
+    # A one-sided test may spend the whole level on one side: twice as much as a two-sided test.
     level = math.log(_SIDED_ALPHA) - math.log(_SIDED_CUSTOMERS)
     missed_one = missed_two = 0
     for trial in range(trials):

@@ -1,9 +1,8 @@
-"""How often a verdict at the desk accuses anybody innocent: unrelated models, maps chosen by an adversary, and so on.
+"""The rate of false accusation at the desk: unrelated models, maps chosen by an adversary, and so on.
 
-The suspects are nobody's copies, so that every accusation is false. They are read and judged by the functions that the
-vault uses. The adversary of the maps holds all codewords and the carrier: it gives the map of the suspect's leaves by
-which some customer's statistic is largest, which is a linear assignment. The control takes that map without counting
-those that it was chosen from.
+No suspect is a copy, so every accusation is false. The vault's own functions read and judge the suspects. An adversary
+who knows all codewords and the carrier supplies the map of the suspect's leaves that maximises some customer's
+statistic (a linear assignment problem). The control uses that map without correcting for the number of maps.
 """
 
 import contextlib
@@ -191,7 +190,7 @@ def accuses(reads: Reads, book: np.ndarray, counted: bool) -> bool:
         return False
     maps = reads.log_maps if counted else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the decoys' alarm
+        warnings.simplefilter("ignore", RuntimeWarning)  # decoy alarms are expected
         found = tracing.trace_batch(np.stack(reads.chips), book, ALPHA, log_maps=maps, keep_statistics=False)
     return any(verdict.accused for verdict in found)
 

@@ -1,4 +1,4 @@
-"""Real copies of a CNN trained on digits, a million customers, and the coalitions' pirate models."""
+"""Real copies of a CNN trained on digits, with a million customers, and the pirate models of coalitions."""
 
 import dataclasses
 import time

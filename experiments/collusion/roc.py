@@ -1,4 +1,4 @@
-"""The share of innocents whose p-value falls below x, against x: the bound is the diagonal."""
+"""The share of innocents whose p-value is below x, plotted against x: the bound is the diagonal."""
 
 import dataclasses
 from pathlib import Path
@@ -49,7 +49,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
             book = codes.Codebook(keys.derive(key, name, str(number)), config.customers, config.num_chips)
             statistic = np.abs(tracing.trace(y, book, 1e-6, "single").statistics)
             statistic.sort()
-            # p falls with |T|, so p <= p(t) just where |T| >= t (less the rounding of float32 scores).
+            # p falls with |T|, so p <= p(t) exactly where |T| >= t (up to the rounding of float32 scores).
             levels = np.linspace(0.5, min(6.5, float(statistic[-1])), _POINTS)
             log_p = statistics.log_p_value(levels, y) / np.log(10)
             above = config.customers - np.searchsorted(statistic, levels * (1 - 1e-6), side="left")

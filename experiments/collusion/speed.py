@@ -1,4 +1,4 @@
-"""Seconds and peak memory from key to corrected p-values, each case in a process of its own.
+"""Time and peak memory from key to corrected p-values, with a separate process for each case.
 
     python -m experiments.collusion.speed 1000000 single 3
 

@@ -1,1 +1,1 @@
-"""What experiments share: sections and their command line, networks to attack, other codes to compare with."""
+"""Shared by experiments: sections and their command line, networks to attack, other codes for comparison."""

@@ -1,4 +1,4 @@
-"""The networks under attack, trained on digits, and what every section asks of them."""
+"""The networks under attack, trained on digits, and the functions on them that all sections need."""
 
 from typing import NamedTuple
 

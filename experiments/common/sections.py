@@ -1,7 +1,7 @@
-"""What experiments with several sections share: the command line, results that resume, progress, pictures.
+"""Shared by experiments with several sections: the command line, resumable results, progress, pictures.
 
 A section is a module with ``QUICK`` and ``FULL`` (frozen dataclasses), ``run(config, seed, meter)``,
-``show(console, result)`` and ``picture(path, result)``; its result is of what JSON can hold.
+``show(console, result)`` and ``picture(path, result)``; its result consists of JSON values.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def run_section(
     """Runs one section unless its result is there, prints its tables, draws its picture, and returns the result."""
     name = section.__name__.rpartition(".")[2]
     path = out / f"{name}.json"
-    # As JSON gives it back: tuples are lists there.
+    # As JSON returns it, with lists in place of tuples.
     parameters = json.loads(json.dumps(dataclasses.asdict(config)))
     identity = {"section": name, "config": label, "parameters": parameters, "seed": seed}
     document = json.loads(path.read_text()) if path.exists() and not fresh else {}
@@ -188,7 +188,7 @@ def run_sections(
     """
     console = rich.console.Console()
     if not console.is_terminal:
-        console = rich.console.Console(width=140)  # a log has room for the tables
+        console = rich.console.Console(width=140)  # wide enough for the tables in a log
     out = options.out or Path("out") / package / options.config
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()

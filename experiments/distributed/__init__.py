@@ -1,1 +1,1 @@
-"""The training step over several processes, and over one with differential privacy."""
+"""The training step over several processes, or in one process with differential privacy."""

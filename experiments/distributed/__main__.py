@@ -1,7 +1,7 @@
-"""Trains on mnist_5k over several processes, one party a device, and prints the accuracy on held-out digits.
+"""Trains on mnist_5k over several processes, one party per device, and prints the accuracy on held-out digits.
 
-With --epsilon each example is protected by differential privacy, and the guarantee is printed. All keys of this
-experiment are derived from --seed: a real run takes fresh ones (keys.new), else masks and noise protect nobody.
+With --epsilon, differential privacy protects each example, and the guarantee is printed. This experiment derives all
+keys from --seed: a real run must draw fresh ones (keys.new), or masks and noise protect nobody.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = list(sys.argv[1:] if arguments is None else arguments)
         group = ["--coordinator", f"127.0.0.1:{launch.free_port()}"]
         command = [sys.executable, "-m", "experiments.distributed", *given, *group, "--process"]
-        # Else a terminated launcher would leave the others running: JAX's own handler makes them ignore the signal.
+        # JAX's own handler makes workers ignore the signal, so a terminated launcher would leave them running.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         launch.run([[*command, str(i)] for i in range(options.processes)], options.timeout, show_first=True)
         return

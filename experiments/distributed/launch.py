@@ -1,4 +1,4 @@
-"""Processes of one machine, side by side: when one fails or is late, all end, with an error that shows why."""
+"""Runs parallel processes on one machine: when one fails or is late, all are stopped, and an error shows why."""
 
 import os
 import socket

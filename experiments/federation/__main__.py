@@ -2,10 +2,10 @@
 
 killed        SuperLink and SuperNodes as processes on loopback (TLS, authenticated nodes); a client's process is
               killed in the middle of several rounds, and training goes on
-timing        seconds a round: masked, plain FedAvg, and the SecAgg+ of Flower, on the same processes and the same
+timing        seconds per round: masked, plain FedAvg, and Flower's SecAgg+, on the same processes and the same
               million weights
-participants  ten participants in one process, a fingerprint of its own in every copy of the global model: leaks of
-              several rounds are traced, the global model stays clean
+participants  ten participants in one process, with a separate fingerprint in each copy of the global model: leaks from
+              several rounds are traced, and the global model stays unmarked
 simulation    the same app in Flower's own simulation (needs ray)
 """
 
@@ -85,7 +85,7 @@ def killed(options: argparse.Namespace, console: rich.console.Console) -> dict[s
                 del down[client]
             victim = plan.get(finished + 1)
             if victim is not None and processes.training(federation.nodes[victim]):
-                time.sleep(1)  # into its work
+                time.sleep(1)  # until it is at work
                 processes.kill(federation.nodes[victim])
                 down[victim] = finished + 1
                 victims.append({"round": finished + 1, "client": victim})
@@ -133,7 +133,7 @@ def timing(options: argparse.Namespace, console: rich.console.Console) -> dict[s
 
 
 def _simulation(options: argparse.Namespace, console: rich.console.Console) -> dict[str, Any]:
-    from experiments.federation import simulation  # it alone needs ray
+    from experiments.federation import simulation  # only this import needs ray
 
     return simulation.run(options, console)
 
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/federation"), help="folder for results")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are stopped as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are stopped too
     console = rich.console.Console()
     result = _COMMANDS[options.what](options, console)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """A Flower grid in one process: every client is a ClientApp that is called when its message arrives.
 
-No sockets and no Ray, so that many rounds of many clients take seconds; clients can be made to fail. Everything else is
-Flower's own: messages, contexts, mods, strategies.
+It uses neither sockets nor Ray, so that many rounds of many clients take seconds, and it can make clients fail.
+Everything else is Flower's own: messages, contexts, mods, strategies.
 """
 
 import copy
@@ -107,7 +107,7 @@ class LocalGrid(Grid):
         else:
             try:
                 reply = self._app(arrived, self._contexts[node])
-            except Exception as error:  # as Flower does: the server sees an error
+            except Exception as error:  # as in Flower, the server sees an error
                 reply = Message(Error(0, f"{type(error).__name__}: {error}"), reply_to=arrived)
         self.received.append(reply)
         self._replies[name] = self._changes(reply)

@@ -15,7 +15,7 @@ from smark_jax import codes, extraction, federation, keys, tracing
 from smark_jax.federation import wire
 
 PARTICIPANTS = 10
-_REGISTRY = 1000  # participants who might be accused, here or elsewhere
+_REGISTRY = 1000  # participants who might be accused, in this run or another
 _ALPHA = 1e-6
 
 
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str,
     book = codes.Codebook(keys.derive(key, "code"), _REGISTRY, marks.num_chips)
 
     def verdict(leak: dict[str, np.ndarray], base: ArrayRecord) -> tracing.Verdict:
-        mark = federation.participant_mark(_tree(base), marks)  # another one for each round's model
+        mark = federation.participant_mark(_tree(base), marks)  # a new mark for each round's model
         return tracing.trace(extraction.extract(leak, _tree(base), mark), book, _ALPHA)
 
     serials = {node: strategy.serial(node) for node in grid.get_node_ids()}
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str,
             }
         )
     statistics = []
-    for base in (marked[0], marked[-2]):  # against the start, and against the round before
+    for base in (marked[0], marked[-2]):  # relative to the start, and to the previous round
         found = verdict(_tree(marked[-1]), base)
         own = np.abs(found.statistics[list(serials.values())])
         statistics.append({"largest": float(own.max()), "threshold": float(found.threshold)})

@@ -92,7 +92,7 @@ def start(folder: Path, clients: int, wait_seconds: float = 90.0) -> Iterator[Fe
             command += ["--auth-supernode-private-key", f"node{index}.key", "--port", str(runtime[index])]
             command += ["--trusted-entities", "trusted.yaml"]
             config = f'partition-id={index} smark-identity="{folder}/{index}.identity" smark-roster="{roster}"'
-            config += " smark-least-share=0.5"  # of five, a sum of three while two come back
+            config += " smark-least-share=0.5"  # allows a sum over three of five while two restart
             return _spawn(stack, [*command, "--node-config", config], folder, environment, f"node{index}")
 
         nodes = [launch(index) for index in range(clients)]

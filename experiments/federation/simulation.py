@@ -1,4 +1,4 @@
-"""The same app in Flower's own simulation: clients are actors of Ray in this machine's processes."""
+"""The same app in Flower's own simulation: clients are Ray actors in processes of this machine."""
 
 import argparse
 import logging

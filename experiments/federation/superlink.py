@@ -1,7 +1,7 @@
-"""``flower-superlink`` that hands out a publisher's signature with each bundle.
+"""A ``flower-superlink`` that delivers a publisher's signature with each bundle.
 
-Flower's SuperNodes verify such signatures with ``--trusted-entities``. They come from Flower's Hub, for apps that are
-published there; for an app that is submitted from a folder, SuperLink has none to hand out. Here they stand in a file.
+Flower's SuperNodes verify such signatures with ``--trusted-entities``. For apps that are published on Flower's Hub,
+they come from there; for an app that is submitted from a folder, SuperLink has none. Here they are read from a file.
 """
 
 import base64

@@ -1,1 +1,1 @@
-"""What a party's messages give away about its images, measured by one command: ``python -m experiments.inversion``."""
+"""Measures what a party's messages reveal about its images, with one command: ``python -m experiments.inversion``."""

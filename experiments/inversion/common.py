@@ -1,4 +1,4 @@
-"""What the sections share: networks, data, and how alike two sets of images are."""
+"""Shared by the sections: networks, data, and similarity measures for images."""
 
 import functools
 from typing import Any, NamedTuple, cast
@@ -31,7 +31,7 @@ class LeNet(nn.Module):
 
 
 def _uniform(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    return jax.random.uniform(key, shape, dtype, -0.5, 0.5)  # as Zhu et al. draw their weights
+    return jax.random.uniform(key, shape, dtype, -0.5, 0.5)  # the initialisation of Zhu et al.
 
 
 NETWORKS = {"LeNet": LeNet(), "CNN": models.CNN()}

@@ -1,7 +1,7 @@
-"""One party's gradient of one digit, sent as it is and sent masked, and what an attacker makes of each.
+"""One party's gradient of one digit, sent unmasked and masked, and what an attacker reconstructs from each.
 
-Both messages take the same way, through fixed-point words and back as if they were a sum of one party; the mask is the
-only difference. The control is an attacker who saw nothing and answers with the mean training digit.
+Both messages are encoded as fixed-point words and decoded as if they were a sum of one party; the mask is the only
+difference. The control is an attacker who saw nothing and answers with the mean training digit.
 """
 
 import base64

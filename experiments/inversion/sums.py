@@ -1,7 +1,7 @@
-"""The sum of several parties' gradients, one digit each, which masked aggregation does reveal: what is in it?
+"""The sum of several parties' gradients, one digit each, which masked aggregation reveals: what can be learnt from it?
 
-The masks cancel exactly, so the sum is inverted as it is. The attacker is given the parties' labels; each original is
-compared with the reconstruction that a best assignment gives it, and with the mean training digit as the control.
+The masks cancel exactly, so the plain sum is inverted. The attacker knows the parties' labels. Each original is
+compared with its reconstruction under the best assignment, and with the mean training digit as the control.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> dict[str, Any]:
                 reconstruction = attacks.invert_gradient(
                     victim.apply_fn,
                     victim.params,
-                    # The mean of the parties' gradients, their sum over their number: that of the batch of all.
+                    # The mean of the parties' gradients equals the gradient of the batch of all their images.
                     victim.gradient(images[theirs], labels[theirs]),
                     jax.random.fold_in(jax.random.key(seed), trial),
                     shape=(parties, *common.IMAGE_SHAPE),
@@ -119,7 +119,7 @@ def picture(path: Path, result: dict[str, Any]) -> None:
             axes.plot(parties, [row["psnr"] for row in rows], "o-", color=colour, label=f"{', '.join(name)}: mean")
             best = [row["psnr_highest"] for row in rows]
             axes.plot(parties, best, "^:", color=colour, ms=4, label=f"{', '.join(name)}: best digit")
-            for row in rows:  # The case with the most trials gives the line.
+            for row in rows:  # The case with the most trials determines the line.
                 if row["trials"] >= max(r["trials"] for r in result["rows"] if r["parties"] == row["parties"]):
                     control[row["parties"]] = row["control"]["psnr"]
         points = sorted(control.items())

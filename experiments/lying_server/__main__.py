@@ -1,15 +1,15 @@
-"""Lying servers against honest participants of Flower's own classes: none may open an update, or hang anybody.
+"""Lying servers against honest participants of Flower's own classes: no server may open an update or hang anybody.
 
-Each server lies in one of the planned ways, and most of them alter, drop or repeat messages at random besides. A judge
-who sees all answers and knows the true updates tries every combination from which masks fall off. It is a breach when a
-sum of fewer than three participants is bare, when a bare sum is one participant's update, when a participant raises
-anything but SmarkError (of which ProtocolError is one), computes for more than ten seconds on one message, or when a
-round is not over in a minute.
+Each server follows one of the planned lies, and most of them also alter, drop or repeat messages at random. A judge
+who sees all answers and knows the true updates tries every combination in which masks cancel. A breach is a bare sum of
+fewer than three participants, a bare sum that equals one participant's update, a participant that raises anything but
+SmarkError (which includes ProtocolError) or computes for more than ten seconds on one message, or a round that takes
+longer than a minute.
 
-Three controls show that the judge can convict: the same servers against participants whose operators agreed to
+Three controls show that the judge detects breaches: the same servers against participants whose operators agreed to
 anything, against masks that are not bound to what participants are told, and against participants that keep no ledger.
-The result is servers.json in the output folder; the exit code is 1 when the default policy was broken or a control was
-not.
+The result is servers.json in the output folder. The exit code is 1 if the default policy was broken, or if a control
+was not.
 """
 
 import argparse

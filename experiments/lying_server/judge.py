@@ -1,4 +1,4 @@
-"""What a server that keeps everything can compute from answers, and whether it is more than a sum over a quorum."""
+"""What a server that keeps all answers can compute from them, and whether it is more than a sum over a quorum."""
 
 import itertools
 from collections.abc import Mapping
@@ -59,7 +59,7 @@ def opened(heard: Heard) -> list[Opened]:
     found = []
     for signs in itertools.product((1, 0, -1), repeat=len(rows)):
         if next((sign for sign in signs if sign), 0) != 1:
-            continue  # nothing, or the negative of another one
+            continue  # empty, or the negative of another combination
         coefficients = np.array(signs).astype(np.uint32)[:, None]
         total = (coefficients * stripped).sum(axis=0, dtype=np.uint32)
         if (total == (coefficients * true).sum(axis=0, dtype=np.uint32)).all():
@@ -110,7 +110,7 @@ def _strip(heard: Heard, party: int, message: messages.Masked) -> np.ndarray:
             peer = heard.advertised[other].mask
             words -= parties.pair_stream(setup, bound, message.task, party, other, own, peer)
         elif theirs is not None and exchange.public_key(theirs) == heard.advertised[other].mask:
-            # What the other would have added is the opposite of what this party added.
+            # The other party would have added the negative of what this party added.
             peer = heard.advertised[party].mask
             words += parties.pair_stream(setup, bound, message.task, other, party, theirs, peer)
     return words

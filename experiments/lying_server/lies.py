@@ -1,4 +1,4 @@
-"""Lies: any field of any message altered."""
+"""Lies: alterations of any field of any message."""
 
 import contextlib
 import copy
@@ -85,7 +85,7 @@ def _config(rng: np.random.Generator, record: ConfigRecord, name: str) -> None:
         del record[key]
     elif name == wire.RECORD and isinstance(value, bytes):
         data = _bytes(rng, value)
-        with contextlib.suppress(ValueError):  # when it was altered before
+        with contextlib.suppress(ValueError):  # in case it was altered before
             data = wire.dump(alter(rng, wire.load(value))) if rng.random() < 0.7 else data
         record[key] = [data, value[: len(value) // 2], b"[" * 5000, 5][rng.choice(4, p=[0.85, 0.05, 0.05, 0.05])]
     else:
@@ -98,7 +98,7 @@ def _arrays(rng: np.random.Generator, record: ArrayRecord) -> ArrayRecord:
         values = array.numpy().copy()
         choice = rng.integers(7)
         if choice == 0:
-            values[:] = 1e4  # a dead model
+            values[:] = 1e4  # ruins the model
         elif choice == 1:
             values += 1e-3
         elif choice == 2:

@@ -1,4 +1,4 @@
-"""Honest participants of Flower's own classes, as a server that owns the network sees them."""
+"""Honest participants of Flower's own classes, as seen by a server that controls the network."""
 
 import contextlib
 import copy
@@ -121,7 +121,7 @@ class Parties:
             with _recorded(encoded):
                 reply = self.app(message(party, sent, kind), context)
             items, error = wire.take(reply.content), None
-        except Exception as raised:  # Flower answers with its text; which types may come is the judge's business
+        except Exception as raised:  # Flower would send its text; the judge decides which types are allowed
             items, error = {}, raised
         words = encoded[-1] if encoded else None
         return Answer(items, error, words, self._updates[party], time.process_time() - began)

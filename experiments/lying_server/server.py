@@ -1,9 +1,8 @@
-"""A server that lies: it plays one round with honest participants, and writes down all that they answer.
+"""A server that lies: it runs one round with honest participants, and records all their answers.
 
-It keeps the books of the protocol as far as its own lies allow, with no check that an honest server makes: what it can
-open decides the judge. Some lies are planned (a roster of one, a quorum of one, a format, a configuration or a model of
-its own for everybody but the victim, a decoy, the same question twice); others alter any field of any message, drop or
-repeat it.
+It follows the protocol as far as its own lies allow, without any of an honest server's checks; the judge decides what
+it can open. Some lies are planned (a roster of one, a quorum of one, a different format, configuration or model for
+everybody but the victim, a decoy, the same question twice); others alter any field of any message, drop or repeat it.
 """
 
 from typing import Any, NamedTuple
@@ -72,7 +71,7 @@ class LyingServer:
         self._copies: dict[int, Context] = {}
         self._sybils: dict[int, Any] = {}
         self._replays: list[tuple[int, RecordDict, str]] = []
-        self._clip = float(rng.choice([1e30, 1e4]))  # beyond and within what participants accept
+        self._clip = float(rng.choice([1e30, 1e4]))  # one value that participants refuse, and one that they accept
         self._invented: dict[int, keys.SecretKey] = {}
         setup = self._setup()
         self._heard = Heard(setup, {}, [], [], frozenset(self._invented))
@@ -215,7 +214,7 @@ class LyingServer:
         answers = [self.parties.deliver(party, sent, kind)]
         if rng.random() < rate:
             answers.append(self.parties.deliver(party, sent, kind))
-        if self.plan.name == "old state":  # Flower stored the context from before the answer, and asks again
+        if self.plan.name == "old state":  # Flower restores the context from before the answer, and asks again
             answers.append(self.parties.deliver(party, sent, kind, before))
         for answer in answers:
             self._hear(answer)

@@ -1,7 +1,7 @@
-"""The tables of a paper: the abstract's claims, and what this field usually shows.
+"""The tables of a paper: the abstract's claims, and the field's usual comparisons.
 
 Each section writes NAME.json and NAME.png into the output folder, and is skipped where they exist for the same
-configuration and seed, so that an interrupted run goes on where it stopped. At the end tables.md is written from all
+configuration and seed, so that an interrupted run resumes where it stopped. At the end tables.md is written from all
 results in the folder.
 """
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = sections.command_line("paper", SECTIONS, __doc__, _EXAMPLES)
     parser.add_argument("--data", choices=tuple(common.DATA), default="mnist_5k", help="cifar10: by TFDS, ResNet-18")
     options = parser.parse_args(arguments)
-    with contextlib.suppress(RuntimeError):  # A caller who has begun to compute brings devices of their own.
+    with contextlib.suppress(RuntimeError):  # raised if computation has begun; the caller then keeps its devices
         jax.config.update("jax_num_cpu_devices", _MOST_PARTIES)
     _need(parser, options.data)
 

@@ -1,4 +1,4 @@
-"""What the sections share: data sets and their networks, intervals, secrets, and what a read-out says."""
+"""Shared by the sections: data sets and their networks, intervals, secrets, and the evaluation of read-outs."""
 
 import math
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Four fingerprints on the same network, data and budget, each tuned on a small grid that is shown.
 
-Tuning: on copies for throw-away customers and secrets, by accuracy on images that were held out from training and are
-not the test images. Chosen is what traces most, an innocent counting as much as a colluder, among the settings that
-lose at most a point; ties go to the smaller loss. The choice then stands for all seeds.
+Tuning uses copies for throw-away customers and secrets, and accuracy on images held out from both training and test.
+Among the settings that lose at most one point, it chooses the one that traces most, where accusing an innocent cancels
+a traced colluder; ties go to the smaller loss. The choice is then fixed for all seeds.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from experiments.paper import common, report, schemes
 from smark_jax import alignment, attacks, data, models
 
 Params = Any
-_TOLERATED = 0.01  # of accuracy, in tuning
+_TOLERATED = 0.01  # the accuracy that a setting may lose in tuning
 _TUNING_COPIES = 3
 _SCHEMES: dict[str, Callable[[schemes.World, Mapping[str, Any]], schemes.Scheme]] = {
     "Uchida": schemes.uchida,

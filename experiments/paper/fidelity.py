@@ -1,4 +1,4 @@
-"""What a fingerprint costs and how it reads, by length and strength: copies in closed form, several base models."""
+"""Cost and read-out of fingerprints by length and strength: copies in closed form, several base models."""
 
 import dataclasses
 from pathlib import Path

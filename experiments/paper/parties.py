@@ -1,6 +1,6 @@
-"""Training across parties: masked, unmasked (a plain mean) and with differential privacy, on data alike or not.
+"""Training across parties: masked, unmasked (a plain mean) and with differential privacy, on IID and non-IID data.
 
-All three see the same split, the same number of rounds and the same optimiser. Copies of each model are traced after.
+All three use the same split, number of rounds and optimiser. Copies of each trained model are then traced.
 """
 
 import dataclasses
@@ -134,7 +134,7 @@ class _Way:
     def private(self) -> parallel.TrainStep:
         return parallel.train_step(
             self.apply_fn,
-            self.private_optimizer(0),  # whose key is in the state, and so another for each seed
+            self.private_optimizer(0),  # its state holds the key, which differs for each seed
             privacy.fixed_point(self.sampling, _CLIP),
             value_and_grad=privacy.value_and_clipped_grad(self.sampling, _CLIP),
         )

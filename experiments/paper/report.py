@@ -1,4 +1,4 @@
-"""Tables that a section prints and that tables.md keeps: the same rows both ways."""
+"""Tables that a section prints and tables.md repeats, with the same rows."""
 
 import json
 from collections.abc import Mapping, Sequence

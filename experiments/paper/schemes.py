@@ -1,4 +1,4 @@
-"""Fingerprints of others, in JAX, and ours: each embeds a copy for a customer, reads a suspect, and accuses.
+"""Other authors' fingerprints, in JAX, and ours: each embeds a copy for a customer, reads a suspect, and accuses.
 
 ======================= ============================ ======================= ==================================
 scheme                  where                        what it minimises       whom it accuses
@@ -12,9 +12,10 @@ FedTracker-like         scales of norm layers, a     hinge on the signs      as 
 ours                    all weights, closed form     -                       joint decoding, proved bound
 ======================= ============================ ======================= ==================================
 
-The first three train the copy on with the task's loss, for the same number of epochs: Uchida and DeepMarks add theirs
-to it, FedTracker's server sets the scales before each epoch and at the end. FedTracker itself names whoever agrees
-best, and so always somebody; a binomial test in its place is to its advantage where nobody is to be accused.
+The first three train the copy further with the task's loss, for the same number of epochs. Uchida and DeepMarks add
+their own loss to it; FedTracker's server sets the scales before each epoch and at the end. The original FedTracker
+names the best match, and so always accuses somebody; the binomial test used here favours it where nobody should be
+accused.
 """
 
 import functools
@@ -47,7 +48,7 @@ from smark_jax import (
 
 Params = Any
 Aim = dict[str, Array]
-_MARGIN = 0.1  # of FedTracker's hinge
+_MARGIN = 0.1  # margin of FedTracker's hinge
 _MOST_SIGNING_STEPS = 500
 
 

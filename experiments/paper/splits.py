@@ -1,4 +1,4 @@
-"""How data are dealt to parties whose classes differ."""
+"""Non-IID splits: deals data to parties with different class proportions."""
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def dirichlet(
     dealt: list[list[int]] = [[] for _ in range(num_parties)]
     for _ in range(len(labels) // num_parties):
         for party in range(num_parties):
-            # A party whose classes are used up takes from what is left, whatever it is.
+            # A party whose classes are used up takes any of the remaining examples.
             odds = np.where([len(pool) > 0 for pool in left], np.maximum(wanted[party], 1e-12), 0.0)
             label = int(rng.choice(classes, p=odds / odds.sum()))
             dealt[party].append(left[label].pop())

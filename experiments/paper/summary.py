@@ -1,4 +1,4 @@
-"""The abstract's promises beside the figures that other experiments left in their results: nothing is typed by hand."""
+"""The abstract's promises next to figures taken from other experiments' result files: nothing is typed by hand."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ from experiments.common import sections
 from experiments.paper import report
 
 _ROOT = Path(__file__).parent.parent
-_POINTS = 0.05  # of accuracy: an attack that costs more has thrown the model away
+_POINTS = 0.05  # an attack that costs more accuracy has ruined the model
 _NOT_MEASURED = "not measured yet"
 
 
@@ -48,7 +48,7 @@ def current(config: Config) -> Config:
 
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
-    del seed  # the sources have their own
+    del seed  # the sources have their own seeds
     meter.start(len(SOURCES))
     rows = []
     for source in SOURCES:
@@ -94,7 +94,7 @@ def _committed(path: Path) -> str:
     return f"file of {found}" if found else ""
 
 
-# --- What the sources say ---
+# --- Figures from the sources ---
 
 
 def _payload(result: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""Are fingerprints unique: every copy's statistic against all other customers' words, which must look like noise.
+"""Uniqueness of fingerprints: every copy's statistics against all other customers' words, which must look like noise.
 
-The control is a codebook in which words repeat: copies must then point at innocents, and the same test must show it.
+The control is a codebook in which words repeat: copies must then match innocents, and the same test must show it.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
                 chips[name].append(np.asarray(extraction.extract(suspect, base, mark), np.float64))
                 meter.step(name)
     rows = [{"copies": name, **_against_others(np.stack(read), words)} for name, read in chips.items()]
-    # The same copies, read by an owner who dealt out the same few words again and again.
+    # The same copies, read by an owner who assigned the same few words repeatedly.
     again = np.tile(words[: -(-config.customers // config.repeated)], (config.repeated, 1))[: config.customers]
     rows.append({"copies": "control: words repeat", **_against_others(np.stack(chips["intact"]), again)})
     return {"num_chips": config.num_chips, "customers": config.customers, "data": config.data, "rows": rows}
@@ -85,7 +85,7 @@ def _against_others(chips: np.ndarray, words: np.ndarray) -> dict[str, Any]:
         above = int((np.abs(found) >= bars[:, None]).sum() - (np.abs(own) >= bars).sum())
         low, high = intervals.clopper_pearson(above, others.size, _CONFIDENCE)
         levels.append({"level": level, "above": above, "low": low, "high": high, "exceeded": low > level})
-    # Ranks from both ends, dense where the tails are: T that large or larger, as often as a normal variable.
+    # Ranks from both ends, dense in the tails: how often T is at least this large, compared with a normal variable.
     ranks = np.unique(np.geomspace(1, others.size / 2, _POINTS).astype(int))
     ranks = np.concatenate([ranks, others.size + 1 - ranks[::-1]])
     observed = np.sort(others)[ranks - 1]

@@ -1,1 +1,1 @@
-"""Fingerprints under attack: removal, and rewrites that leave the function alone."""
+"""Fingerprints under attack: removal, and rewrites that preserve the network's function."""

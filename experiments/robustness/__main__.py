@@ -1,7 +1,7 @@
-"""Copies under attack: what is still traced.
+"""Copies under attack: which ones can still be traced.
 
 Each section writes NAME.json and NAME.png into the output folder, and is skipped where they exist for the same
-configuration and seed, so that an interrupted run goes on where it stopped.
+configuration and seed, so that an interrupted run resumes where it stopped.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Attempts to remove the fingerprint from one copy: accuracy kept against the trace."""
+"""Attacks that try to remove the fingerprint from one copy: accuracy kept, and whether it is still traced."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from smark_jax import _batches, attacks, carriers, codes, embedding, extraction,
 from smark_jax._types import PyTree
 
 _LAST = "Dense_1"
-_TOLERATED = 0.05  # of accuracy: a leaker who loses more has thrown the model away
+_TOLERATED = 0.05  # a leaker who loses more accuracy has ruined the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ def removals(subject: Subject, seed: int, most_epochs: int, strength: float) -> 
             True,
         ),
     ]
-    return list({(removal.name, removal.setting): removal for removal in found}.values())  # capped epochs may agree
+    return list({(removal.name, removal.setting): removal for removal in found}.values())  # capped epochs may coincide
 
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:

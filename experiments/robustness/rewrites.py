@@ -1,4 +1,4 @@
-"""Compositions of rewrites that leave the function alone, traced with and without alignment."""
+"""Compositions of rewrites that preserve the network's function, traced with and without alignment."""
 
 import dataclasses
 import math
@@ -129,7 +129,7 @@ def _one(
         "accuracy": subject.accuracy(base),
         "accuracy_of_copy": subject.accuracy(copy),
         "compositions": found,
-        # A thousand innocents share one read-out: their mean has standard error 1 / sqrt(1000) for each suspect.
+        # A thousand innocents share one read-out: their mean has a standard error of 1 / sqrt(1000) per suspect.
         "innocent_mean": float(np.mean(means)),
         "innocent_mean_largest": float(max(means, key=abs)),
         "standard_error": INNOCENTS**-0.5,
@@ -163,7 +163,7 @@ def _combined(
     """Fine-tuning, 30 % pruning, permutation, scaling, 20 % dummy neurons: damage first, and rewrites first."""
 
     def damage(params: PyTree) -> PyTree:
-        # Scaled channels want a smaller step than the network did.
+        # Scaled channels need a smaller step than the original network.
         tuned = attacks.fine_tune(
             params, subject.any_width, subject.images, subject.labels, epochs=3, learning_rate=3e-4
         )

@@ -1,4 +1,4 @@
-"""Which layers to mark, and how strongly: accuracy lost by copies against what a leaker's attack leaves of T."""
+"""Which layers to mark, and how strongly: accuracy that copies lose, and what remains of T after a leaker's attack."""
 
 import dataclasses
 import functools

@@ -71,7 +71,7 @@ def run_round(
         if party not in updates or stage not in server.STAGES:
             got = f"party {party} at stage {stage!r}"
             raise _validate.fail(
-                "run_round", f"drop-outs of {sorted(updates)} at {server.STAGES}", got, "Typing error?"
+                "run_round", f"drop-outs of {sorted(updates)} at {server.STAGES}", got, "Is it misspelt?"
             )
     numbers = sorted(updates)
     leaves, structure = jax.tree.flatten(updates[numbers[0]])

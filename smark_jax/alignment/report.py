@@ -10,7 +10,7 @@ Refusal = TypeVar("Refusal", errors.NothingMatched, errors.Undecided)
 
 
 class SpaceReport(NamedTuple):
-    """What happened to one set of interchangeable channels.
+    """The alignment of one set of interchangeable channels.
 
     Attributes:
       places: path and axis of its entries, as ``"path[axis]"``.
@@ -28,7 +28,7 @@ class SpaceReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What alignment found.
+    """The findings of an alignment.
 
     Attributes:
       spaces: each set of interchangeable channels.
@@ -69,7 +69,7 @@ class Alignment(NamedTuple):
 
     Attributes:
       params: the suspect's weights in the base's structure, order and scale.
-      report: what was found.
+      report: the findings.
     """
 
     params: PyTree

@@ -167,7 +167,7 @@ def randomised_negative(copies: PyTree, key: Array, probability: float = 0.5) ->
       SmarkError: when the leaves share no leading axis of at least two colluders, or the probability is outside (0, 1).
     """
     _num_colluders("randomised_negative", copies)
-    _validate.unit_interval("randomised_negative", "probability", probability, "Sure outcomes are minimum and maximum.")
+    _validate.unit_interval("randomised_negative", "probability", probability, "For 1 and 0, use minimum and maximum.")
     return _merge(functools.partial(_random_extreme, probability=probability), copies, key)
 
 
@@ -242,7 +242,7 @@ def largest_difference(copies: PyTree, key: Array, fraction: float = 0.5) -> PyT
       SmarkError: when the leaves share no leading axis of at least two colluders, or the fraction is outside (0, 1).
     """
     _num_colluders("largest_difference", copies)
-    _validate.unit_interval("largest_difference", "fraction", fraction, "All is randomised_negative, none is average.")
+    _validate.unit_interval("largest_difference", "fraction", fraction, "1 is randomised_negative; 0 is average.")
 
     def rule(x: Array, key: Array) -> Array:
         difference = x.max(axis=0) - x.min(axis=0)

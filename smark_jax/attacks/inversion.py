@@ -161,7 +161,7 @@ def _check_gradient(params: PyTree, gradient: PyTree) -> None:
             "invert_gradient",
             f"a gradient like the parameters (leaf {leaf!r}: {wanted.get(leaf, 'absent')})",
             str(given.get(leaf, "absent")),
-            "Was it taken of another network?",
+            "Was it taken from another network?",
         )
     if not _validate.is_traced(gradient):
         largest = float(jnp.max(jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(gradient)])))
@@ -178,7 +178,7 @@ def _check_labels(labels: Int[AnyArray, " B"], num_images: int, num_classes: int
         raise _validate.fail("invert_gradient", expected, got, "One-hot labels need an argmax first.")
     if not _validate.is_traced(labels) and not bool(((labels >= 0) & (labels < num_classes)).all()):
         got = f"{int(labels.min())} to {int(labels.max())}"
-        raise _validate.fail("invert_gradient", f"{expected} below {num_classes}", got, "Is the network another one?")
+        raise _validate.fail("invert_gradient", f"{expected} below {num_classes}", got, "Is it another network?")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

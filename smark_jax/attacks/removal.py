@@ -120,7 +120,7 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
     except (TypeError, ValueError, SyntaxError):
         fits = False
     if not fits:
-        cause = "Such as bfloat16 or float16; for whole numbers, use quantise."
+        cause = "Take bfloat16 or float16, say; for whole numbers, use quantise."
         raise _validate.fail("cast", "a floating-point dtype", f"{dtype!r:.60}", cause)
     floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
     return jax.tree.map(lambda leaf: leaf.astype(dtype).astype(leaf.dtype) if floating(leaf) else leaf, params)

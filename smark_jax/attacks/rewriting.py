@@ -134,7 +134,7 @@ def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, ki
     """
     _validate.finite_number("add_neurons", "share", share)
     if kind not in ("zero", "clique", "split"):
-        raise _validate.fail("add_neurons", "kind 'zero', 'clique' or 'split'", repr(kind), "Typing error?")
+        raise _validate.fail("add_neurons", "kind 'zero', 'clique' or 'split'", repr(kind), "Is it misspelt?")
     if max(graph.groups, default=1) > 1:
         raise _validate.fail("add_neurons", "a network without group norm", "one with it", "Its function would change.")
     rng = _rng(key)

@@ -31,7 +31,7 @@ def shift(found: AnyArray, base: AnyArray, factor: float | Array) -> Float[Array
     Args:
       found: the suspect's.
       base: the base's.
-      factor: one over the leaf's root mean square in the base.
+      factor: one over the leaf's RMS in the base.
     """
     found, base = (jnp.asarray(x).astype(jnp.float32) for x in (found, base))
     return jnp.where(jnp.isfinite(found), found - base, 0) * factor

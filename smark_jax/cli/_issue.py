@@ -60,7 +60,7 @@ def issue(
     A copy differs from the base's file only in the bytes of its carrying leaves. With --network, each copy is run on up
     to 256 images, and a copy that answers NaN is not written.
     """
-    _outputs.check("--out", out, vault=vault)
+    _outputs.check("--out", out, vault=vault, folder=True)
     if timestamp_request:
         _outputs.check("--timestamp-request", timestamp_request, (csv, passphrase_file), vault)
         with _validate.needs("issue", "timestamps"):

@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from smark_jax.vault.documents import Verdict
 
 
-def check(option: str, out: Path, inputs: Iterable[Path | None] = (), vault: Path | None = None) -> None:
-    """Refuses an output path that is one of the inputs or lies in the vault's folder; call it before writing.
+def check(
+    option: str, out: Path, inputs: Iterable[Path | None] = (), vault: Path | None = None, *, folder: bool = False
+) -> None:
+    """Refuses an output that is an input, lies in the vault, or is a folder by mistake; call it before writing.
 
     Links and other spellings of a path count as the path itself.
 
@@ -20,10 +22,13 @@ def check(option: str, out: Path, inputs: Iterable[Path | None] = (), vault: Pat
       out: the file or folder to write.
       inputs: the files to read.
       vault: the vault's folder.
+      folder: whether ``out`` is a folder to write into.
 
     Raises:
       typer.BadParameter: naming the output and what it would overwrite.
     """
+    if not folder and out.is_dir():
+        raise typer.BadParameter(f"'{out}' is a folder; name a file", param_hint=option)
     for read in inputs:
         if read is not None and _same(out, read):
             raise typer.BadParameter(f"{out} would take the place of {read}, which is read", param_hint=option)

@@ -27,7 +27,7 @@ def scores(
     Args:
       suspect: its carrying leaves.
       base: the base's carrying leaves.
-      factors: one over each leaf's root mean square in the base.
+      factors: one over each leaf's RMS in the base.
       limit: the bound of all shifts together.
     """
     least = _ROUNDING + _STILL * jnp.square(shifts.typical(limit))

@@ -101,7 +101,7 @@ def sequential(near: Near) -> Decoded:
 
 
 DECODERS = {"joint": Decoder(joint), "sequential": Decoder(sequential), "single": Decoder(single, margin=1.0)}
-"""All decoders by the names that :func:`smark_jax.tracing.trace` takes."""
+"""All decoders, by the names that :func:`smark_jax.tracing.trace` accepts."""
 
 
 def _chase(near: Near) -> pursuit.Pursuit:

@@ -1,4 +1,4 @@
-"""Decoys: codewords that nobody received, scored beside every verdict as a check of its assumptions."""
+"""Decoys: codewords that nobody received, scored with every verdict as a check of its assumptions."""
 
 import math
 import warnings
@@ -34,7 +34,7 @@ def score_decoys(rest: Float[np.ndarray, " m"], decoys: Float[np.ndarray, "D m"]
     alarm = bool(statistics.log_p_value(largest, rest) + math.log(len(decoys)) <= math.log(_DECOY_LEVEL))
     if alarm:
         warnings.warn(
-            f"trace: a codeword that nobody received scores {largest:.1f}, which chance does less than once in a "
+            f"trace: a codeword that nobody received scores {largest:.1f}, which by chance happens less than once in a "
             "million verdicts. An assumption is broken (did codewords leak, or shape the carrier or the alignment?): "
             "trust no accusation of this verdict.",
             RuntimeWarning,

@@ -153,7 +153,7 @@ def _resumed(checkpoints: Any, fresh: _Snapshot, environment: dict[str, str], sa
         if known.get(name) != environment.get(name)
     ]
     reason = "; ".join(changed[:_SHOWN]) + (f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
-    reason = reason or "accelerators do not repeat themselves exactly"
+    reason = reason or "results on accelerators do not repeat exactly"
     say(f"The parties agree new secrets ({reason}): the model may differ in last digits.")
     if changed:
         say(

@@ -71,7 +71,7 @@ def minibatches(
       A tuple with [B, ...] of each array. There are :func:`smark_jax.training.num_batches` of them.
 
     Raises:
-      ValueError: when the arrays differ in length, a batch is larger than the data, or epochs are not at least 1.
+      SmarkError: when the arrays differ in length, a batch is larger than the data, or epochs are not at least 1.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         _validate.positive("minibatches", name, value)

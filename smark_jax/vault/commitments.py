@@ -103,9 +103,9 @@ def get(vault: folder.Vault, model: str, number: int) -> Commitment:
     Raises:
       SmarkError: when there is none.
     """
-    row = store.commitment(vault.connection, model, number)
+    row = store.commitment(vault.connection, models.get(vault, model).name, number)
     if row is None:
-        newest = latest(vault, models.get(vault, model).name)
+        newest = latest(vault, model)
         cause = f"The newest is number {newest.number}." if newest else "'smark issue' makes the first."
         raise _validate.fail("vault", f"a commitment to {model}", f"number {number}, which does not exist", cause)
     return _stored(row)

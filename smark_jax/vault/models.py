@@ -249,10 +249,10 @@ def get(vault: folder.Vault, name: str) -> OpenModel:
     Raises:
       SmarkError: when there is no such model, or it needs a newer version of smark-jax.
     """
-    text = store.model_document(vault.connection, name)
+    known = names(vault)
+    text = store.model_document(vault.connection, name) if name in known else None
     if text is None:
-        known = ", ".join(names(vault)) or "none yet"
-        cause = f"Models in this vault: {known}. 'smark add-model' adds one."
+        cause = f"Models in this vault: {', '.join(known) or 'none yet'}. 'smark add-model' adds one."
         raise _validate.fail("vault", "the name of a model", repr(name), cause)
     found = documents.stored(documents.Model, text)
     used = found.versions or documents.Versions()

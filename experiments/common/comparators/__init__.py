@@ -1,4 +1,4 @@
-"""Codes and decoders of others behind one interface, so that a table compares them on the same copies and attacks.
+"""Codes and decoders from the literature behind one interface, to compare them on the same copies and attacks.
 
 Every comparator has words of -1 and +1, which :func:`smark_jax.embedding.embed` takes like ours, and a decoder that
 takes the same soft chips. Only code and decoder differ, never carrier, distortion or read-out.
@@ -12,7 +12,7 @@ constructor                  code                                    accusation
 :func:`nuida`                discrete biases for c colluders         symmetric score, bound on false accusations
 ============================ ======================================= =============================================
 
-Words are held whole on the host, N x m bytes: comparators are for tables, not for a registry of 1e8 customers.
+All words are kept in host memory, N x m bytes: comparators are for tables, not for a registry of 1e8 customers.
 """
 
 from experiments.common.comparators.biased import centre, nuida, nuida_distribution, tardos

@@ -4,12 +4,12 @@ Chip i of every word is +1 with probability p_i, drawn once for the code. Biases
 derived from the code key. Words are compared with p_i rounded to multiples of 2^-32, and the rounded p_i is the one
 that scores and bounds use, so that the null distribution is exact.
 
-Scores. The published symmetric score (hard bits, y in {-1, +1}) adds y_i (x_i - p_i)/sqrt(p_i q_i) at each chip, x
-the bit: mean 0 and variance 1 for an innocent. Here y is soft, and centred first (:func:`centre`). Accusation is
-two-sided with the bound of :mod:`experiments.common.comparators.chernoff`, Bonferroni over the N customers.
+Scores. The published symmetric score (hard bits, y in {-1, +1}) adds y_i (x_i - p_i)/sqrt(p_i q_i) at each chip, where
+x is the bit: mean 0 and variance 1 for an innocent. Here y is soft, and is centred first (:func:`centre`). Accusation
+is two-sided with the bound of :mod:`experiments.common.comparators.chernoff`, Bonferroni-corrected for N customers.
 
-Formal guarantee. Given p, an innocent's word is independent of y (assumptions A1 to A3 of :mod:`smark_jax.tracing`)
-and so of every function of y and p, the centred read-out among them. The bound holds for each such function, hence
+Formal guarantee. Given p, an innocent's word is independent of y (assumptions A1 to A3 of :mod:`smark_jax.tracing`),
+and so of every function of y and p, including the centred read-out. The bound holds for each such function, and hence
 for any attack, even by colluders who know p.
 """
 

@@ -4,16 +4,16 @@ Bit x_i is 1 with probability p_i, independently; q_i = 1 - p_i. For a direction
 
 .. math:: T = \sum_i u_i \frac{x_i - p_i}{\sqrt{p_i q_i}},
 
-of mean 0 and variance 1 when x is independent of y: an innocent's. With up_i = u_i sqrt(q_i/p_i), dn_i = -u_i
+with mean 0 and variance 1 when x is independent of y, as for an innocent. With up_i = u_i sqrt(q_i/p_i), dn_i = -u_i
 sqrt(p_i/q_i) and psi(l) = sum_i ln(p_i e^{l up_i} + q_i e^{l dn_i}), Chernoff's bound for t > 0 is
 
 .. math:: \ln P(T \ge t) \le \inf_{l \ge 0} \psi(l) - l t, \qquad \psi'(l) = t \text{ at the infimum},
 
-whose value there is minus the sum of the divergences KL(pi_i || p_i), pi_i the tilted probability
+whose value there is minus the sum of the divergences KL(pi_i || p_i), where pi_i is the tilted probability:
 logit(pi_i) = logit(p_i) + l u_i / sqrt(p_i q_i). That form neither overflows nor cancels. The other tail is the same
-with u replaced by -u. Testing both costs a factor of 2: p = 2 exp(bound of the side on which T lies).
+with u replaced by -u. Testing both tails costs a factor of 2: p = 2 exp(bound of the tail in which T lies).
 
-A normal tail in its place is not a bound: rare bits of small p_i carry large scores (see the negative control in the
+A normal tail would not be a bound: rare bits with small p_i carry large scores (see the negative control in the
 tests).
 """
 
@@ -27,7 +27,7 @@ from smark_jax import _validate, statistics
 from smark_jax._types import AnyArray
 
 _LOG_TWO = math.log(2)
-# Rounding of a score must not decide against the accused.
+# Rounding errors of a score must not count against the accused.
 _ROUNDING = 1e-12
 _NEGLIGIBLE = 1e-100
 _CANDIDATES_PER_PASS = 256

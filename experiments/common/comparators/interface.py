@@ -1,4 +1,4 @@
-"""What every comparator offers: words to embed and a trace from soft chips to accusations."""
+"""The interface of every comparator: words to embed, and a trace from soft chips to accusations."""
 
 import math
 import sys

@@ -1,1 +1,1 @@
-"""A Flower app whose updates are masked: see the README beside it."""
+"""A Flower app with masked updates: see its README."""

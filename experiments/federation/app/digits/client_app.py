@@ -1,4 +1,4 @@
-"""A participant. One line makes it masked: the mod."""
+"""A participant. The mod, a single line, masks its updates."""
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -11,7 +11,7 @@ app = ClientApp(mods=[masked_mod])
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Trains on this participant's digits."""
-    from digits import task  # heavy imports only where there is training to do: each message is a process of its own
+    from digits import task  # heavy imports only for training, since each message starts a process
 
     index = int(str(context.node_config["partition-id"]))
     round_ = int(str(message.content.config_records["config"]["server-round"]))

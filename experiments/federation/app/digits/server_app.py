@@ -1,4 +1,4 @@
-"""The server: FedAvg, wrapped so that it sees nothing but sums."""
+"""The server: FedAvg, wrapped so that it sees only sums."""
 
 import json
 import time

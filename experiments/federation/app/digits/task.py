@@ -1,4 +1,4 @@
-"""The model and its training: what one would write without masks, too."""
+"""The model and its training, just as without masks."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""FedAvg without masks, on the masked app's digits: an app of its own, since the masked one has no door for it."""
+"""FedAvg without masks, on the masked app's digits: a separate app, since the masked one cannot turn masks off."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A participant whose bare updates the server sees."""
+"""A participant that sends its updates unmasked."""
 
 from digits.client_app import train  # pyright: ignore[reportMissingImports]
 from flwr.clientapp import ClientApp

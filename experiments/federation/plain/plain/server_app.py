@@ -1,4 +1,4 @@
-"""FedAvg as it is."""
+"""Plain FedAvg."""
 
 from digits.server_app import train  # pyright: ignore[reportMissingImports]
 from flwr.app import Context

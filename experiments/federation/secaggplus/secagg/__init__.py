@@ -1,1 +1,1 @@
-"""Digits under the SecAgg+ of Flower."""
+"""Training on digits under Flower's SecAgg+."""

@@ -14,7 +14,7 @@ class Participant(NumPyClient):
         self._context = context
 
     def fit(self, parameters: list[np.ndarray], config: dict) -> tuple[list[np.ndarray], int, dict]:
-        from experiments.federation.app.digits import task  # only where there is training to do, as in the masked app
+        from experiments.federation.app.digits import task  # imported only for training, as in the masked app
 
         settings = self._context.run_config
         record = task.to_record(task.initial(settings))
