@@ -235,7 +235,7 @@ def _claims(
 def _under(
     vault: folder.Vault, model: str, shown: Sequence[int], newest: int, commitment: int | None
 ) -> dict[int, int]:
-    """For each serial the number of the commitment under which its codeword is opened."""
+    """The number of the commitment under which each serial's codeword is opened."""
     licensed = {licence.serial: licence.number for licence in store.licences(vault.connection, model)}
     under = {serial: licensed[serial] for serial in shown}
     if commitment is None:

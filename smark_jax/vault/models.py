@@ -103,7 +103,7 @@ class OpenModel:
 
 
 class Source(NamedTuple):
-    """The safetensors file that a base was read from, and the SHA-256 that it had then."""
+    """The safetensors file that a base was read from, and its SHA-256 at that time."""
 
     path: Path
     sha256: str

@@ -215,7 +215,7 @@ def _between(connection: Connection, begin: str) -> Iterator[None]:
 
 
 def is_sealed(connection: Connection) -> bool:
-    """Whether no byte of the file is older than the sealing of findings (:mod:`smark_jax.vault.sealing`)."""
+    """Whether the file is marked as free of plaintext findings (:mod:`smark_jax.vault.sealing`)."""
     (kind,) = connection.execute("PRAGMA application_id").fetchone()
     return kind == SEALED
 
