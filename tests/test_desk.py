@@ -320,6 +320,9 @@ def test_the_passphrase_comes_from_a_file_or_a_prompt_and_not_from_nowhere(tmp_p
     desk = Desk(tmp_path)
     (tmp_path / "secret").write_text(SECRET + "\n")
     nothing = {"SMARK_PASSPHRASE": ""}
+    (desk.folder / "bytes").write_bytes(b"\xff\xfe" * 9)
+    desk.run("init", "vault", "--passphrase-file", "bytes", code=1, environment=nothing)
+    assert "text in UTF-8" in desk.stderr
     desk.run("init", "vault", "--passphrase-file", "secret", environment=nothing)
     assert desk.json("customers", "vault") == {"customers": [], "added": 0}
     desk.run("init", "other", environment=nothing, code=1)

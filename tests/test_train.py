@@ -27,7 +27,7 @@ from PIL import Image
 from smark_jax import data, errors, files, keys, models
 from smark_jax.cli import _train, _train_config
 from smark_jax.cli._console import Console
-from smark_jax.training import checkpoints
+from smark_jax.training import checkpoints, runs
 
 TINY = _train_config.Config(
     network="small",
@@ -353,6 +353,18 @@ def test_two_runs_do_not_share_a_folder(whole):
         with pytest.raises(errors.InUse, match="another smark train at work"):
             run(out)
         other.kill()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]", b"{"])
+@pytest.mark.parametrize("name", ["private/config.json", "results.json"])
+def test_a_damaged_file_of_a_run_is_named(tmp_path, monkeypatch, name, content):
+    monkeypatch.setattr(runs, "_same_settings" if name == "results.json" else "_start", lambda *_: None)
+    (tmp_path / "private").mkdir()
+    (tmp_path / name).write_bytes(content)
+    if name == "results.json":
+        (tmp_path / "base.safetensors").touch()
+    with pytest.raises(errors.SmarkError, match=name.rpartition("/")[2]):
+        run(tmp_path)
 
 
 def test_a_damaged_key_is_not_shown(tmp_path):

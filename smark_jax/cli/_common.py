@@ -53,7 +53,11 @@ def passphrase(file: Path | None, *, new: bool = False) -> str:
     """
     from_variable = os.environ.pop(VARIABLE, None)
     if file is not None:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:  # raised without its cause, which would show part of the file
+            advice = "Is it the file that holds the passphrase? Save it as plain text."
+            raise _validate.fail("vault", f"text in UTF-8 in {file}", "other bytes", advice) from None
         found = lines[0] if lines else ""
     elif from_variable is not None:
         found = from_variable

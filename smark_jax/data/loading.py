@@ -33,7 +33,7 @@ class _DamagedError(OSError):
     def __init__(self, name: str, folder: str | os.PathLike[str], error: Exception):
         super().__init__(
             f"data.load: the files of {name!r} in {os.fspath(folder)} cannot be read ({first_line(error)}); delete "
-            "that folder to have it made anew."
+            "that folder, and it will be rebuilt."
         )
 
 

@@ -94,7 +94,7 @@ def install(runtime: Any, pinned: Collection[str], add_mod: bool) -> None:
             _check(fab_hash, pinned)  # the folder that is loaded is named by this hash
             if any(part in ("", ".", "..") for part in fab_id.split("/")) or "/" in fab_version:
                 cause = "The server states a version that leads out of the folder of apps."
-                raise _validate.fail("guard", "a version that is no path", repr(fab_version), cause)
+                raise _validate.fail("guard", "a version that is not a path", repr(fab_version), cause)
             app = load(fab_id, fab_version, fab_hash)
             return _under_the_mod(app) if add_mod else app
 

@@ -45,7 +45,7 @@ def roster(path: Path) -> tuple[bytes, ...]:
     except (ValueError, OSError) as error:
         raise _no_roster(path, str(error)) from error
     if any(len(identity) != 32 for identity in found):
-        raise _no_roster(path, "a line of other than 64 digits")
+        raise _no_roster(path, "a line that does not have 64 digits")
     return found
 
 

@@ -46,8 +46,9 @@ def claim(folder: Path, session: bytes, stage: str, round: int) -> None:
     except (
         OSError,
         json.JSONDecodeError,
+        UnicodeDecodeError,
         AttributeError,
         TypeError,
-    ) as error:  # the last three: the file is not a ledger
+    ) as error:  # the last four: the file is not a ledger
         cause = "Nothing is answered without it: check the folder's free space and permissions."
         raise refuse("ledger", f"to write {folder}", f"{type(error).__name__}: {error}", cause) from None

@@ -139,7 +139,9 @@ def _train(
 
 
 def _failed() -> errors.SmarkError:
-    cause = "This client's own log says why; the server is not told, since the reason may tell of the data."
+    cause = (
+        "This client's own log says why; the server is not told, since the reason may reveal something about the data."
+    )
     return _validate.fail("masked_mod", "an update to mask", "an error", cause)
 
 

@@ -46,7 +46,7 @@ def encode(
     missing = [name for name in form.metrics if name not in metrics]
     if missing:
         cause = "Return it in the MetricRecord of the train function, or take it out of the strategy's metrics."
-        raise _validate.fail("federation", f"the metrics {form.metrics}", f"none of name {missing}", cause)
+        raise _validate.fail("federation", f"the metrics {form.metrics}", f"none named {missing}", cause)
     change = {name: np.asarray(after[name], np.float32) - np.asarray(before[name], np.float32) for name in before}
     # Clipped, not refused: a server that saw who fails would learn something about a participant's data each time.
     clipped = sum(int(np.count_nonzero(~(np.abs(array) <= form.clip))) for array in change.values())

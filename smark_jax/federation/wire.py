@@ -194,5 +194,5 @@ def tree(arrays: object, kind: Any = np.floating) -> dict[str, np.ndarray]:
 
 
 def record(arrays: Mapping[str, Any], like: ArrayRecord) -> ArrayRecord:
-    """Arrays by name as a record in the order and with the dtypes of another."""
+    """Makes a record of arrays, in the order and with the dtypes of the record ``like``."""
     return ArrayRecord({name: Array(np.asarray(arrays[name], like[name].dtype)) for name in like})

@@ -81,7 +81,7 @@ def check_number(leaves: int) -> None:
     if leaves == 0:
         raise Unreadable("it holds no arrays", "Is it a file of weights?")
     if leaves > MAX_LEAVES:
-        raise Unreadable(f"it holds more than {MAX_LEAVES:,} leaves", "Leave out what is no weight.")
+        raise Unreadable(f"it holds more than {MAX_LEAVES:,} leaves", "Leave out everything that is not a weight.")
 
 
 def check_shape(name: str, shape: Any, dtype: np.dtype, num_bytes: int) -> tuple[int, ...]:

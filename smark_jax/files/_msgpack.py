@@ -26,7 +26,7 @@ _MAX_MEMORY = 192 * 2**20
 _VIEW, _NODE, _SMALL, _CHAR = 256, 104, 80, 4
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _CHUNKED = "__msgpack_chunked_array__"
-_ADVICE = "The file is damaged or no Flax checkpoint: ask for it again, as safetensors."
+_ADVICE = "The file is damaged or not a Flax checkpoint: ask for it again, as safetensors."
 _NUMBERS = dict(zip(range(0xCA, 0xD4), (">f", ">d", ">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q"), strict=True))
 # Bytes of the length that follows the marker.
 _TEXTS = {0xD9: 1, 0xDA: 2, 0xDB: 4}
@@ -137,7 +137,7 @@ class _Walk:
             key = self.value(depth + 1)
             name = str(key) if type(key) is int else key
             if not isinstance(name, str) or name in found:
-                wrong = f"the key {shown(key)} twice" if isinstance(name, str) else "a key that is no short text"
+                wrong = f"the key {shown(key)} twice" if isinstance(name, str) else "a key that is not a short text"
                 raise Unreadable(f"a map in it has {wrong}", _ADVICE)
             found[name] = self.value(depth + 1, path + len(name) + 1)
         return found
@@ -176,7 +176,7 @@ def _array(path: str, value: _Extension) -> np.ndarray | Foreign:
     walk = _Walk(value.data, values=64)
     parts = walk.value(_MAX_DEPTH - 3)
     if not isinstance(parts, list) or len(parts) != 3 or walk.position != len(value.data):
-        raise Unreadable(f"leaf {shown(path)} is no array as Flax writes them", _ADVICE)
+        raise Unreadable(f"leaf {shown(path)} is not an array as Flax writes them", _ADVICE)
     shape, kind, content = parts
     name = bytes(kind).decode(errors="replace") if isinstance(kind, memoryview) else kind
     dtype = _limits.BY_NAME.get(name) if isinstance(name, str) else None
@@ -192,7 +192,7 @@ def _chunks(path: str, value: dict[str, Any]) -> np.ndarray | Foreign:
     """Joins an array of more than 1 GiB, which Flax cuts into pieces."""
     shape, pieces = value.get("shape"), value.get("chunks")
     if not isinstance(shape, dict) or not isinstance(pieces, dict) or not pieces:
-        raise Unreadable(f"leaf {shown(path)} is no array in pieces as Flax writes them", _ADVICE)
+        raise Unreadable(f"leaf {shown(path)} is not an array in pieces as Flax writes them", _ADVICE)
     read = [_array(path, piece) for piece in pieces.values() if isinstance(piece, _Extension)]
     foreign = [array for array in read if isinstance(array, Foreign)]
     if foreign:

@@ -55,7 +55,7 @@ def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
 
 
 def write(file: BinaryIO, leaves: Mapping[str, np.ndarray], like: Path | None) -> str:
-    """Writes leaves, laid out as in the file ``like`` where one is named; returns the SHA-256 of what was written."""
+    """Writes leaves, in the layout of the file ``like`` if one is given; returns the SHA-256 of the written file."""
     header, names = _laid_out(leaves) if like is None else _as_in(like, leaves)
     digest = hashlib.sha256()
     for piece in (header, *(leaves[name] for name in names)):

@@ -79,7 +79,7 @@ def _ambiguous(options: Mapping[str, tuple[str, ...]]) -> errors.Ambiguous:
     name, answers = next(iter(options.items()))
     listed = "; ".join(f"{leaf}: {' or '.join(map(repr, some[:4]))}" for leaf, some in list(options.items())[:4])
     more = f"; and {len(options) - 4} leaves more" if len(options) > 4 else ""
-    expected, got = "names, shapes or content that tell each leaf's place", f"several that fit ({listed}{more})"
+    expected, got = "names, shapes or content that determine each leaf's place", f"several that fit ({listed}{more})"
     known = "It may be another model. If you know the layout, say it:"
     question = _validate.fail(
         _WHO,
@@ -134,7 +134,7 @@ def match_layout(
     try:
         found = _by_name(suspect, base, names, channels) if names else _by_layer(suspect, base, channels)
     except _pairing.TooMany as error:
-        cause = "Give the suspect the base's names, or leave out what is none of its weights."
+        cause = "Give the suspect the base's names, or leave out everything that is not one of its weights."
         raise _validate.fail(_WHO, "layers that can be compared", str(error), cause, kind=errors.Undecided) from None
     chosen, log_maps = _with_given(suspect, base, given or {}, found, channels)
     asked = {name: some for name, some in found.open.items() if name not in chosen}

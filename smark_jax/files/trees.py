@@ -35,7 +35,7 @@ def flatten(params: PyTree) -> dict[str, np.ndarray]:
             value = jax.random.key_data(value)
         leaf = np.asarray(value)
         if leaf.dtype.name not in _limits.BY_NAME:
-            cause = "Weights are real numbers: leave out what is no weight."
+            cause = "Weights are real numbers: leave out everything else."
             raise _validate.fail("flatten", f"real numbers in leaf {name!r}", f"dtype {leaf.dtype}", cause)
         leaves[name] = leaf
     return leaves

@@ -78,7 +78,7 @@ def run(
             say(f"{out} holds this model already; nothing is left to do.")
             shutil.rmtree(private / "checkpoints", ignore_errors=True)
             (out / "base.safetensors").chmod(0o600)  # earlier versions left it readable by everybody
-            return json.loads((out / "results.json").read_text())
+            return _json(out / "results.json")
         task = load()
         start = _start(private / "start.safetensors", task.init)
         key = _owner_key(private / "owner.key") if owner_mark else None
@@ -140,12 +140,24 @@ def _same_settings(settings: Mapping[str, Any], path: Path, out: Path) -> None:
     if not path.exists():
         _io.write(path, (json.dumps(settings, indent=2) + "\n").encode(), private=True)
         return
-    before = json.loads(path.read_text())
+    before = _json(path)
     changed = [f"{name} {before.get(name)!r}" for name, value in settings.items() if before.get(name) != value]
     if changed:
         got = f"one that began with {', '.join(changed)}"
         cause = "Choose another folder, or go on with the configuration it began with."
         raise _validate.fail("train", f"a run of this configuration in {out}", got, cause)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object that an earlier run of the same training wrote."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of UTF-8
+        cause = "Was it changed? Restore it from a backup, or train into another folder."
+        raise _validate.fail("train", f"what smark train wrote in {path}", str(error), cause) from error
+    if not isinstance(found, dict):
+        raise _validate.fail("train", f"an object in {path}", type(found).__name__, "Was it changed by hand?")
+    return found
 
 
 def _start(path: Path, init: Callable[[], PyTree]) -> PyTree:

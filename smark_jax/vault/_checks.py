@@ -142,13 +142,13 @@ def _stamped(tree: Commitment, stamp: Stamp) -> bool:
 def _spec(bundle: Bundle, base: Mapping[str, np.ndarray]) -> carriers.Spec:
     """The carrying leaves; requires that they were committed to and belong to the base."""
     spec, header = documents.spec(bundle.spec), bundle.header
-    require(models.spec_digest(bundle.spec) == header.spec, "others were committed to")
+    require(models.spec_digest(bundle.spec) == header.spec, "different ones were committed to")
     for leaf, (_, _, committed) in zip(spec.leaves, bundle.spec, strict=True):
         there = base.get(leaf.path)
         require(there is not None and there.shape == leaf.shape, f"the base has no leaf {leaf.path!r} of that shape")
         scale = float(np.sqrt(np.mean(np.square(np.asarray(there, np.float64)))))
-        require(abs(scale - committed) <= _ROUNDING * scale, f"the base's {leaf.path!r} is of another size")
-    require(len({leaf.path for leaf in spec.leaves}) == len(spec.leaves) > 0, "one is named twice, or none at all")
+        require(abs(scale - committed) <= _ROUNDING * scale, f"the base's {leaf.path!r} has a different RMS")
+    require(len({leaf.path for leaf in spec.leaves}) == len(spec.leaves) > 0, "one is named twice, or there are none")
     require(0 < header.num_chips <= spec.num_weights, "there are more chips than weights")
     return spec
 
@@ -166,12 +166,15 @@ def _words(bundle: Bundle) -> dict[int, np.ndarray]:
         found = merkle.root_of_path(commitments.leaf(leaf), opened.index_, tree.header.customers + 1, path)
         there = found == bytes.fromhex(tree.root)
         require(there, f"the leaf of {leaf.customer!r} is not under the root: it is another one")
-        require(len(leaf.word) == 2 * -(-num_chips // 8), "a codeword is of another length")
+        require(len(leaf.word) == 2 * -(-num_chips // 8), "a codeword has the wrong length")
         words[leaf.serial] = commitments.word(leaf, num_chips)
     require(len(words) == len(bundle.opened), "a serial was opened twice")
     serials = [claim.serial for claim in bundle.accused]
-    require(0 < len(serials) == len(set(serials)), "nobody is accused, or somebody twice")
+    require(0 < len(serials) == len(set(serials)), "nobody is accused, or somebody is accused twice")
     for claim in bundle.accused:
         used = [claim.serial, *claim.support]
-        require(words.keys() >= set(used) and len(set(used)) == len(used), "an accusation uses words not opened")
+        require(
+            words.keys() >= set(used) and len(set(used)) == len(used),
+            "an accusation uses codewords that were not opened",
+        )
     return words

@@ -109,4 +109,4 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
 
 
 def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is no number")  # the JSON parser treats it like an error of its own
+    raise ValueError(f"{text} is not a number")  # the JSON parser treats it like an error of its own

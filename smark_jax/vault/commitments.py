@@ -107,7 +107,7 @@ def get(vault: folder.Vault, model: str, number: int) -> Commitment:
     if row is None:
         newest = latest(vault, model)
         cause = f"The newest is number {newest.number}." if newest else "'smark issue' makes the first."
-        raise _validate.fail("vault", f"a commitment to {model}", f"number {number}, which there is not", cause)
+        raise _validate.fail("vault", f"a commitment to {model}", f"number {number}, which does not exist", cause)
     return _stored(row)
 
 

@@ -1,4 +1,4 @@
-"""The master key in a file that only the passphrase opens, and the key that signs evidence."""
+"""The master key, kept in a file that only the passphrase opens, and the key that signs evidence."""
 
 import json
 import os

@@ -227,7 +227,7 @@ def _claims(
             left_out.append(accused.customer)
     if not claims:
         got = "none: the joint decoder found them, but what an arbiter can check alone is weaker"
-        cause = "Trace more of what leaked; docs/evidence.md tells what an arbiter can check."
+        cause = "Trace more of what leaked; docs/evidence.md explains what an arbiter can check."
         raise _validate.fail("evidence", f"an accusation that holds at alpha {settings.alpha:g}", got, cause)
     return claims, left_out
 
@@ -235,7 +235,7 @@ def _claims(
 def _under(
     vault: folder.Vault, model: str, shown: Sequence[int], newest: int, commitment: int | None
 ) -> dict[int, int]:
-    """For each serial the number of the commitment under which its codeword is opened."""
+    """The number of the commitment under which each serial's codeword is opened."""
     licensed = {licence.serial: licence.number for licence in store.licences(vault.connection, model)}
     under = {serial: licensed[serial] for serial in shown}
     if commitment is None:

@@ -35,7 +35,7 @@ Teacher = Callable[[PyTree, np.ndarray], PyTree]
 
 
 class Issued(NamedTuple):
-    """What an issue did, in numbers and files.
+    """The result of an issue.
 
     Attributes:
       commitment: the newest commitment, which covers all copies.

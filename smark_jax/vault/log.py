@@ -24,7 +24,7 @@ _START = bytes(32)
 
 
 class Entry(NamedTuple):
-    """One entry: its number from 1, and what happened (``"event"``, ``"time"``, ``"rows"`` and details)."""
+    """One entry: its number, from 1, and what happened (``"event"``, ``"time"``, ``"rows"`` and details)."""
 
     number: int
     body: dict[str, Any]

@@ -103,7 +103,7 @@ class OpenModel:
 
 
 class Source(NamedTuple):
-    """The safetensors file that a base was read from, and the SHA-256 that it had then."""
+    """The safetensors file that a base was read from, and its SHA-256 at that time."""
 
     path: Path
     sha256: str
@@ -176,7 +176,7 @@ def _choose(
     known = {name for name, share in publicity.shares(leaves, public).items() if share >= publicity.MOST}
     if known >= {leaf.path for leaf in chosen.leaves}:
         cause = (
-            "Whoever has the public model can subtract it from a copy. Train more of it, or mark none of its copies."
+            "Anybody with the public model can subtract it from a copy. Train more of it, or mark none of its copies."
         )
         raise _validate.fail("add-model", "leaves that you trained yourself", "public weights alone", cause)
     fits = re.compile(match or "").search

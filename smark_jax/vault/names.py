@@ -60,7 +60,7 @@ def from_csv(path: Path, column: str | None = None, heading: bool | None = None)
       SmarkError: when the delimiter, the column or the first line is ambiguous, or when names are bad or repeated; it
         lists those with their line numbers.
     """
-    # Excel may put a line of its own first that names the delimiter: sep=;
+    # Excel may write an extra first line that names the delimiter: sep=;
     delimiter, rows = _table(path, re.sub(r'\A"?sep=[,;|\t]"?[\r\n]+', "\n", _decoded(path)))
     if not rows:
         raise _validate.fail("customers", f"at least one name in {path}", "none", "Write one name per line.")

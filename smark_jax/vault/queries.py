@@ -144,13 +144,13 @@ def ask(
 
 
 def _notes(details: Answers) -> tuple[str, ...]:
-    """What a reader of the verdict must know."""
+    """Notes that a reader of the verdict must know."""
     asked = f"{details.asked} of {details.of} probes were asked from {details.from_} to {details.to}"
     note = f"{asked}; none had been shown to anybody before."
     if details.seen_before:
         whom = ", ".join(f"{number} to {target}" for target, number in sorted(details.seen_before.items()))
         note = (
-            f"{asked}; of these had been shown before: {whom}. Whoever saw them may have prepared the answers by "
+            f"{asked}; of these had been shown before: {whom}. Those who saw them may have prepared the answers by "
             "asking an innocent customer's service. Do not accuse anybody on these answers alone."
         )
     return (

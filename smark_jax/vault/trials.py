@@ -16,7 +16,7 @@ _OF_COPY = "Nothing was written of it. Mark fewer leaves or less: add the model 
 
 
 class Network(NamedTuple):
-    """How to run copies: ``apply_fn(params, images) -> logits``, images, and their labels where they are known."""
+    """How to run copies: ``apply_fn(params, images) -> logits``, images, and their labels if known."""
 
     apply_fn: ApplyFn
     images: Any

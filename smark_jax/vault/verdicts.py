@@ -273,7 +273,7 @@ def get(vault: folder.Vault, number: int) -> Verdict:
     if row is None:
         last = store.last_verdict(vault.connection)
         cause = f"Verdicts 1 to {last} are there." if last else "'smark trace' makes the first."
-        raise _validate.fail("vault", "the number of a verdict", f"{number}, which there is not", cause)
+        raise _validate.fail("vault", "the number of a verdict", f"{number}, which does not exist", cause)
     verdict = documents.stored(Verdict, row.document, number=number, created=row.created, suspects=[])
     customers = store.covered_names(vault.connection, row.model, verdict.commitment.number)
     serials, names = list(customers), list(customers.values())

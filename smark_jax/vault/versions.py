@@ -1,4 +1,4 @@
-"""Which algorithm a name of :class:`smark_jax.vault.documents.Versions` means.
+"""Maps the names in :class:`smark_jax.vault.documents.Versions` to algorithms.
 
 A model names its algorithms when it is added, and commitments bind them. To change an algorithm, add an entry under a
 new name here and put that name into :data:`NEW`. Keep the old entry: existing models still use the one they name.

@@ -85,7 +85,7 @@ _ADVICE = {
     sqlite3.SQLITE_IOERR: f"Is the disk full, or no longer connected? {_NO_ROOM}",
     sqlite3.SQLITE_BUSY: _IN_USE,
     sqlite3.SQLITE_LOCKED: _IN_USE,
-    sqlite3.SQLITE_CONSTRAINT: "Another smark may have written the same meanwhile: run this again.",
+    sqlite3.SQLITE_CONSTRAINT: "Another smark process may have written the same data in the meantime: run this again.",
     sqlite3.SQLITE_NOMEM: "End other programs to free memory, and run this again.",
 }
 
@@ -215,7 +215,7 @@ def _between(connection: Connection, begin: str) -> Iterator[None]:
 
 
 def is_sealed(connection: Connection) -> bool:
-    """Whether no byte of the file is older than the sealing of findings (:mod:`smark_jax.vault.sealing`)."""
+    """Whether the file is marked as free of plaintext findings (:mod:`smark_jax.vault.sealing`)."""
     (kind,) = connection.execute("PRAGMA application_id").fetchone()
     return kind == SEALED
 
