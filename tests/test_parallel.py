@@ -1,4 +1,5 @@
 import functools
+import typing
 from collections.abc import Callable
 
 import conftest
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from smark_jax import aggregation, carriers, codes, embedding, keys, losses, parallel, tracing
 
-ENGINES = ("pmap", "shard_map")
+ENGINES = typing.get_args(parallel.Engine)
 TREES = {
     "one leaf": lambda rng: np.float32(rng.normal(0, 0.1, 33)),
     "nested, scalars and empty axes": lambda rng: {

@@ -12,7 +12,7 @@ KEY = keys.from_bytes(bytes(range(32)))
 M = 304
 
 
-DECODERS = ("joint", "sequential", "single")
+DECODERS = tuple(tracing.DECODERS)
 
 
 def words(serials, num_chips=M):

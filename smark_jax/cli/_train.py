@@ -11,8 +11,6 @@ from smark_jax import data, models, training
 from smark_jax.cli import _common, _console, _train_config
 from smark_jax.cli._console import Console
 
-_NETWORKS = {"cnn": models.CNN, "resnet18": models.ResNet18}
-
 
 def run(config: _train_config.Config, out: Path, console: Console) -> dict[str, Any]:
     """Trains, or resumes training, and returns the results (:func:`smark_jax.training.run`)."""
@@ -22,7 +20,7 @@ def run(config: _train_config.Config, out: Path, console: Console) -> dict[str, 
         console.say(f"Loading {config.dataset} ...")
         train = data.load(config.dataset, config.train_split)
         test = data.load(config.dataset, config.test_split)
-        network = _NETWORKS[config.network](num_classes=train.num_classes)
+        network = getattr(models, _train_config.NETWORKS[config.network])(num_classes=train.num_classes)
         apply_fn = models.apply_fn(network)
         init = functools.partial(models.init, network, jax.random.key(config.seed), train.images.shape[1:])
         accuracy = functools.partial(models.accuracy, apply_fn, images=test.images, labels=test.labels)

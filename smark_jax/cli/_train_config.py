@@ -28,7 +28,8 @@ owner_mark = true        # mark the base as the owner's own while it is trained;
 checkpoint_every = 100   # rounds between checkpoints, from which a killed run resumes
 """
 
-_NETWORKS = ("cnn", "resnet18")
+NETWORKS = {"cnn": "CNN", "resnet18": "ResNet18"}
+"""The networks that a configuration names, as :mod:`smark_jax.models` calls them."""
 _RANGES = {"seed": (0, 2**32 - 1), "parties": (1, 1024), "epochs": (1, 1_000_000)}  # all others: 1 to 2^31 - 1
 
 
@@ -76,7 +77,7 @@ def _check(path: Path, name: str, value: Any) -> None:
     wanted = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
     fits = isinstance(value, kind | int if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     if fits and name == "network":
-        wanted, fits = " or ".join(map(repr, _NETWORKS)), value in _NETWORKS
+        wanted, fits = " or ".join(map(repr, NETWORKS)), value in NETWORKS
     elif fits and kind is int:
         least, most = _RANGES.get(name, (1, 2**31 - 1))
         bound = f"at most {most:,}" if value > most else f"at least {least}"

@@ -226,7 +226,7 @@ def _claims(
         else:
             left_out.append(accused.customer)
     if not claims:
-        got = "none: the joint decoder found them, but what an arbiter can check alone is weaker"
+        got = "none: the verdict names them, but what an arbiter can check alone is weaker"
         cause = "Trace more of what leaked; docs/evidence.md explains what an arbiter can check."
         raise _validate.fail("evidence", f"an accusation that holds at alpha {settings.alpha:g}", got, cause)
     return claims, left_out
