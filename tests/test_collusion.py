@@ -208,7 +208,9 @@ def test_add_noise_has_the_stated_size_in_each_leaf():
     assert abs(np.corrcoef(drawn["small"].reshape(-1), drawn["large"].reshape(-1))[0, 1]) < 0.05
     np.testing.assert_array_equal(noisy["zero"], 0)
     assert int(noisy["steps"]) == 3
-    with pytest.raises(ValueError, match="add_noise: expected relative to be a positive finite number"):
+    with pytest.raises(
+        ValueError, match="add_noise: expected the noise relative to the RMS to be a positive finite number"
+    ):
         attacks.add_noise(params, KEY, 0.0)
 
 

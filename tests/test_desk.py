@@ -287,6 +287,8 @@ def test_every_command_has_an_example_in_its_help(command, tmp_path):
         (("evidence", "timestamp", "vault", "net", "1", "base.npz"), "granted RFC 3161 response"),
         (("query", "vault", "net", "http://127.0.0.1:9"), "--probes"),
         (("attack", "absent", "x", "--prune", "0.5"), "Check the path"),
+        (("attack", "base.npz", "x", "--noise", "-1"), "the noise relative to the RMS"),
+        (("attack", "base.npz", "x", "--prune", "0"), "50 % is 0.5"),
     ],
 )
 def test_an_error_is_one_piece_and_says_what_to_do(small, arguments, message):

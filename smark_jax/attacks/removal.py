@@ -69,7 +69,7 @@ def add_noise(params: PyTree, key: Array, relative: float) -> PyTree:
     Raises:
       SmarkError: when ``relative`` is not positive and finite.
     """
-    _validate.finite_number("add_noise", "relative", relative)
+    _validate.finite_number("add_noise", "the noise relative to the RMS", relative)
     add = functools.partial(_add_noise_to_leaf, relative=relative)
     return jax.tree.map(add, params, optax.tree.split_key_like(key, params))
 

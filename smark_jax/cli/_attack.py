@@ -24,7 +24,7 @@ def attack(
 ) -> None:
     """Damage a copy as a leaker would, and write it; several attacks are applied in the order of the options here."""
     chosen = {"mix": mix, "prune": prune, "quantise": quantise, "noise": noise, "cast": cast}
-    done = [name for name, value in chosen.items() if value]
+    done = [name for name, value in chosen.items() if value is not None]
     if not done:
         raise typer.BadParameter("name at least one attack: " + ", ".join(f"--{name}" for name in chosen))
     _outputs.check("OUT", out, (copy, *(mix or [])))
