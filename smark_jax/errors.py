@@ -52,9 +52,7 @@ class NothingMatched(SmarkError):
       attempt: the best :class:`smark_jax.alignment.Alignment` that was found.
     """
 
-    def __init__(self, message: str, attempt: Any = None, *, desk: str | None = None) -> None:
-        super().__init__(message, desk=desk)
-        self.attempt = attempt
+    attempt: Any = None
 
 
 class Undecided(SmarkError):
@@ -64,9 +62,7 @@ class Undecided(SmarkError):
       attempt: the best :class:`smark_jax.alignment.Alignment` that was found, or None.
     """
 
-    def __init__(self, message: str, attempt: Any = None, *, desk: str | None = None) -> None:
-        super().__init__(message, desk=desk)
-        self.attempt = attempt
+    attempt: Any = None
 
 
 class Ambiguous(Undecided):

@@ -143,8 +143,9 @@ def timestamp(
     -verify' with the authority's certificate.
     """
     with _common.desk(vault, passphrase_file) as desk:
-        from smark_jax.vault import commitments, timestamps
+        from smark_jax.vault import commitments, models, timestamps
 
-        time = timestamps.add(desk, commitments.get(desk, name, number), response.read_bytes())
+        commitment = commitments.get(desk, models.get(desk, name).name, number)
+        time = timestamps.add(desk, commitment, response.read_bytes())
     document = {"model": name, "number": number, "time": time}
     _common.show(document, as_json, lambda: say(f"Commitment {number} to {name} was stamped at {time}."))

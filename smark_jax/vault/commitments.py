@@ -103,7 +103,7 @@ def get(vault: folder.Vault, model: str, number: int) -> Commitment:
     Raises:
       SmarkError: when there is none.
     """
-    row = store.commitment(vault.connection, models.get(vault, model).name, number)
+    row = store.commitment(vault.connection, model, number)
     if row is None:
         newest = latest(vault, model)
         cause = f"The newest is number {newest.number}." if newest else "'smark issue' makes the first."
