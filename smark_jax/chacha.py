@@ -100,16 +100,11 @@ def word_by_word(key: UInt32[Array, "8 *keys"], rows: UInt32[Array, "4 *n"]) -> 
     Returns:
       16 arrays of the shape of a row.
     """
-    shape = rows.shape[1:]
-    start = (
-        *(jnp.full(shape, word, jnp.uint32) for word in _CONSTANTS),
-        *(jnp.broadcast_to(word, shape) for word in key),
-        *rows,
-    )
-    # The first double round runs outside the loop: it mixes key and counter into every word. Under shard_map these may
-    # differ between devices while the constants do not; so mixed, all words of the loop's carry have the same type.
-    mixed = _double_round(start)
-    end = jax.lax.fori_loop(1, 10, lambda _, state: _double_round(state), mixed)
+    # Under shard_map key and rows may differ between devices while the constants do not. With these zeros, which are
+    # computed from both, all words of the loop's carry have the same type.
+    zeros = (key[0] ^ rows[0]) & 0
+    start = tuple(zeros | word for word in (*_CONSTANTS, *key, *rows))
+    end = jax.lax.fori_loop(0, 10, lambda _, state: _double_round(state), start)
     return tuple(a + b for a, b in zip(start, end, strict=True))
 
 
