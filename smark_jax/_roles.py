@@ -55,7 +55,7 @@ _NAMES = {
 }
 _BY_NAME = {name: role for role, names in _NAMES.items() for name in names.split()}
 # Collections that hold no weights, whatever their leaves are called: linen's, and path steps of these names.
-_COLLECTIONS = ("batch_stats", "state", "cache", "buffers")
+_WITHOUT_WEIGHTS = ("batch_stats", "state", "cache", "buffers")
 # nnx ends a path with "value" or "raw_value", and TensorFlow ends a name with an output number.
 _ENDINGS = re.compile(r"(/(raw_)?value)?(:\d+)?$")
 _RAMP = 8  # this many trained values in a row rise or fall throughout with probability 1 in 20,160
@@ -141,7 +141,7 @@ def of(facts: Mapping[str, Facts]) -> dict[str, Role]:
 def _of_leaf(path: str, fact: Facts) -> Role | None:
     """The role that a leaf's name and its own content imply."""
     said = of_name(path)
-    if any(step in _COLLECTIONS for step in steps(path)[:1]):
+    if any(step in _WITHOUT_WEIGHTS for step in steps(path)[:1]):
         return said if said in (Role.VAR, Role.COUNTER) else Role.MEAN
     if said is not None and not said.carries:
         return said

@@ -1,9 +1,12 @@
 """Eight virtual CPU devices, no silent broadcasting, quick compilation, and keys for the tests."""
 
 import atexit
+import gc
 import os
+import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 # Most of the tests' time is compilation, and few of them compute for long. Set before JAX is imported, for the
 # processes that tests start as well. What must be exact to the bit is tested at XLA's own level too, in a process that
@@ -36,6 +39,25 @@ _FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; the others, and the tests of each, stay in their order."""
     items.sort(key=lambda item: _FIRST.index(item.path.stem) if item.path.stem in _FIRST else len(_FIRST))
+
+
+# Linux gives a process 65,530 mappings of memory, and each program that XLA compiles takes a few: a worker that kept
+# the programs of the whole suite would run out of them, and crash.
+_MOST_MAPPINGS = 15_000
+
+
+def _mappings() -> int:
+    maps = pathlib.Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings() -> Iterator[None]:
+    """Forgets compiled programs between files once there are many."""
+    yield
+    if _mappings() > _MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

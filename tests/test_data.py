@@ -269,8 +269,7 @@ def test_no_network_is_one_quick_connection_error(tmp_path, offline, capfd, capl
         data.load("cifar10", "train", tmp_path)
     assert time.monotonic() - start < 30
     assert str(caught.value) == (
-        "data.load: 'cifar10' is not on this machine and could not be downloaded; "
-        "use the embedded set data.load('mnist_5k', ...)."
+        "'cifar10' is not on this machine and could not be downloaded; use the embedded set, 'mnist_5k'."
     )
     assert caught.value.__cause__ is not None
     assert capfd.readouterr() == ("", "") and not caplog.records

@@ -290,7 +290,7 @@ def test_bars_in_names_do_not_break_a_markdown_table():
 
 def test_paper_says_what_to_do_without_the_data(monkeypatch, capsys, tmp_path):
     def load(name, split, data_dir=None):
-        raise ConnectionError(f"data.load: {name!r} is not on this machine and could not be downloaded; ...")
+        raise ConnectionError(f"{name!r} is not on this machine and could not be downloaded; ...")
 
     monkeypatch.setattr(data, "load", load)
     with pytest.raises(SystemExit):

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 
 EMBEDDED = "mnist_5k"
-INSTEAD = f"use the embedded set data.load({EMBEDDED!r}, ...)"
+INSTEAD = f"use the embedded set, {EMBEDDED!r}"
 
 
 def first_line(error: BaseException) -> str:

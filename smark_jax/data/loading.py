@@ -32,7 +32,7 @@ class _DamagedError(OSError):
 
     def __init__(self, name: str, folder: str | os.PathLike[str], error: Exception):
         super().__init__(
-            f"data.load: the files of {name!r} in {os.fspath(folder)} cannot be read ({first_line(error)}); delete "
+            f"the files of {name!r} in {os.fspath(folder)} cannot be read ({first_line(error)}); delete "
             "that folder, and it will be rebuilt."
         )
 
@@ -129,7 +129,7 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
         raise _validate.fail("data.load", expected, repr(name), f"TFDS says: {first_line(error)}") from error
     except Exception as error:
         where = data_dir or "TFDS's default folder"
-        raise OSError(f"data.load: TFDS cannot open {name!r} in {where}: {first_line(error)}") from error
+        raise OSError(f"TFDS cannot open {name!r} in {where}: {first_line(error)}") from error
 
 
 def _embedded_folder(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:

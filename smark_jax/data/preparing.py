@@ -119,14 +119,14 @@ def _explained(name: str, builder: Any, error: Exception) -> Exception:
     import tensorflow_datasets as tfds
 
     if isinstance(error, requests.RequestException | tfds.download.DownloadError | ConnectionError | TimeoutError):
-        return ConnectionError(f"data.load: {name!r} is not on this machine and could not be downloaded; {INSTEAD}.")
+        return ConnectionError(f"{name!r} is not on this machine and could not be downloaded; {INSTEAD}.")
     if isinstance(error, ImportError):
         return missing(name, error)
     if isinstance(error, OSError):
         kind = PermissionError if isinstance(error, PermissionError) else OSError
         return kind(
-            f"data.load: cannot write {name!r} to {builder.data_dir} ({first_line(error)}); pass data_dir, or set "
-            "TFDS_DATA_DIR, to a folder that you can write to."
+            f"cannot write {name!r} to {builder.data_dir} ({first_line(error)}); set TFDS_DATA_DIR "
+            "(or pass data_dir) to a folder that you can write to."
         )
     got, cause = f"an error of TFDS ({first_line(error)})", f"{INSTEAD[0].upper()}{INSTEAD[1:]}."
     desk = f"Name the embedded set, {EMBEDDED}."

@@ -12,7 +12,7 @@ ALIKE = 0.3  # the correlation is above 0.5 for a copy that is still useful, and
 MARGIN = 0.2
 _SAMPLE = 1 << 14
 _TOLD = (Role.KERNEL, Role.BIAS, Role.SCALE, Role.MEAN, Role.VAR)  # roles that names reveal in every framework
-_COLLECTIONS = ("params/", "batch_stats/")
+_PREFIXES = ("params/", "batch_stats/")  # of linen, which other frameworks' names lack
 
 
 class Option(NamedTuple):
@@ -129,7 +129,7 @@ def layers(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, str]]:
     """The leaves' names by layer and role: ``{"conv1": {"kernel": "conv1.weight", "bias": "conv1.bias"}, ...}``."""
     found: dict[str, dict[str, str]] = {}
     for name, leaf in leaves.items():
-        bare = next((name[len(c) :] for c in _COLLECTIONS if name.startswith(c)), name).replace("/", ".")
+        bare = next((name[len(c) :] for c in _PREFIXES if name.startswith(c)), name).replace("/", ".")
         layer, _, last = bare.rpartition(".")
         said = of_name(last)
         role: str = said if said is not None and said in _TOLD else last
