@@ -14,7 +14,7 @@ from smark_jax.carriers import inputs
 from smark_jax.carriers.selection import Leaf
 
 # Directions are taken until they hold this share of the inputs' mean square.
-_HELD = 0.999
+_HELD = 0.99
 _IMAGES_PER_PASS = 8
 _MOST_ROWS = 2048
 
@@ -70,7 +70,7 @@ def _rows(
 
 
 def _principal(rows: Float[AnyArray, "n inputs"], most: int) -> Float[np.ndarray, "inputs k"] | None:
-    """The principal directions that hold nearly all of the rows' mean square; None where more than ``most`` do."""
+    """The principal directions that hold 99 % of the rows' mean square; None where more than ``most`` do."""
     rows = np.asarray(rows, np.float64)
     wide = len(rows) < rows.shape[1]
     values, vectors = np.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
