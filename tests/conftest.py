@@ -66,10 +66,6 @@ def key() -> keys.SecretKey:
     return keys.from_bytes(bytes(range(32)))
 
 
-def party_secrets(num_parties: int) -> list[keys.SecretKey]:
-    return [keys.derive(keys.from_bytes(bytes(32)), "party", str(party)) for party in range(num_parties)]
-
-
 @pytest.fixture
 def small_cnn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CNN of 105,866 weights for experiments, whose own has 421,642."""
