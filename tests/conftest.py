@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, no silent broadcasting, quick compilation, and keys for the tests."""
 
 import atexit
+import functools
 import gc
 import os
 import pathlib
@@ -65,5 +66,9 @@ def key() -> keys.SecretKey:
     return keys.from_bytes(bytes(range(32)))
 
 
-def party_secrets(num_parties: int) -> list[keys.SecretKey]:
-    return [keys.derive(keys.from_bytes(bytes(32)), "party", str(party)) for party in range(num_parties)]
+@pytest.fixture
+def small_cnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CNN of 105,866 weights for experiments, whose own has 421,642."""
+    from smark_jax import models
+
+    monkeypatch.setattr(models, "CNN", functools.partial(models.CNN, width=16))
