@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 # Most of the tests' time is compilation, and few of them compute for long. Set before JAX is imported, for the
 # processes that tests start as well. What must be exact to the bit is tested at XLA's own level too, in a process that
@@ -59,6 +59,15 @@ def _few_mappings() -> Iterator[None]:
     if _mappings() > _MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Notebooks compute for longer than they compile: their kernels do not see the flag above."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.path.suffix == ".ipynb":
+            patch.delenv("XLA_FLAGS", raising=False)
+        return (yield)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import test_package
 
 FOLDER = test_package.ROOT / "notebooks"
-NAMES = sorted(path.stem for path in FOLDER.iterdir() if path.suffix in (".py", ".ipynb") and path.stem != "conftest")
+NAMES = sorted(path.stem for path in FOLDER.iterdir() if path.suffix in (".py", ".ipynb"))
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES)))
