@@ -1,5 +1,7 @@
 """Shapes: scales from sensitivities, coordinates, and the weighted reading, against float64 NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,16 +83,20 @@ def test_strength_is_the_relative_change_of_the_logits():
     assert 0.005 < np.sqrt(np.mean(changes)) < 0.02  # the default strength is 0.01
 
 
-def dense(mark=MARK) -> np.ndarray:
+@functools.cache
+def kept() -> np.ndarray:
+    return reference.carrier_matrix(*map(np.asarray, MARK.carrier.arrays), MARK.carrier.num_weights)
+
+
+def dense() -> np.ndarray:
     """X for the coordinates of all leaves, zero where one is left out, in float64."""
-    total, counts = mark.carrier.num_weights, mark.shape.counts
-    matrix = reference.carrier_matrix(*map(np.asarray, mark.carrier.arrays), total)
+    total, counts, matrix = MARK.carrier.num_weights, MARK.shape.counts, kept()
     parts, start, end = [], 0, 0
     for count in counts:
         begin, end = end, end + count
-        kept = end * total // sum(counts) - begin * total // sum(counts)
-        parts.append(np.pad(matrix[:, start : start + kept], ((0, 0), (0, count - kept))))
-        start += kept
+        size = end * total // sum(counts) - begin * total // sum(counts)
+        parts.append(np.pad(matrix[:, start : start + size], ((0, 0), (0, count - size))))
+        start += size
     return np.concatenate(parts, axis=1)
 
 
@@ -120,11 +126,11 @@ def test_what_a_carrier_leaves_out_is_spread_over_all_leaves():
     assert carriers.hadamard.even(2048 * 3 + 2000, 64) == (3, 2688)
 
 
-def weighted(suspect, mark=MARK, weigh=None) -> np.ndarray:
+def weighted(suspect) -> np.ndarray:
     """The reading of the kernels in float64 NumPy: for shifts within bounds."""
-    strength, values, weights = float(mark.strength), [], []
+    strength, values, weights = float(MARK.strength), [], []
     suspect, base = float64(suspect), float64(BASE)
-    for leaf, one in mark.shape:
+    for leaf, one in MARK.shape:
         name, last = leaf.path.split("/")
         basis = np.eye(leaf.shape[0]) if one.basis is None else np.asarray(one.basis, np.float64)
         if last == "bias":
@@ -142,9 +148,8 @@ def weighted(suspect, mark=MARK, weigh=None) -> np.ndarray:
         weight = np.minimum(strength**2 / noise, 1)
         values.append((weight * shift).reshape(-1))
         weights.append(weight.reshape(-1))
-    values, weights, matrix = np.concatenate(values), np.concatenate(weights), dense(mark)
-    kept = np.abs(matrix).sum(axis=0) > 0
-    return matrix @ values / weights[kept].mean()
+    values, weights, matrix = np.concatenate(values), np.concatenate(weights), dense()
+    return matrix @ values / weights[np.abs(matrix).sum(axis=0) > 0].mean()
 
 
 def noisy(copy, seed=1, size=0.03):
@@ -281,7 +286,6 @@ def test_inputs_are_those_that_the_kernel_multiplies(transposed):
 def test_false_accusations_stay_within_the_bound_unless_weights_see_the_word():
     """T of an innocent's word: normal tails whatever the suspect; weights chosen by the word break them."""
     rng, found, control = np.random.default_rng(3), [], []
-    matrix = reference.carrier_matrix(*map(np.asarray, MARK.carrier.arrays), MARK.carrier.num_weights)
     suspects = [noisy(embedding.embed(BASE, MARK, word), seed, 0.1) for seed, word in enumerate(WORDS[:4])]
     suspects += [jax.tree.map(lambda leaf: leaf + 0.1 * leaf[::-1], BASE)]
     for suspect in suspects:
@@ -290,7 +294,7 @@ def test_false_accusations_stay_within_the_bound_unless_weights_see_the_word():
         found.extend(innocent @ chips / np.linalg.norm(chips))
         vector = np.asarray(carriers.coordinates(suspect, MARK) - carriers.coordinates(BASE, MARK), np.float64)
         for word in innocent[:50]:
-            chosen = matrix @ np.where(vector * (word @ matrix) > 0, vector, 0)
+            chosen = kept() @ np.where(vector * (word @ kept()) > 0, vector, 0)
             control.append(word @ chosen / np.linalg.norm(chosen))
     level = 0.1 / len(suspects)
     bar = np.sqrt(2 * np.log(2 / level))
