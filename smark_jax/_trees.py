@@ -3,6 +3,7 @@
 A leaf's name is its pytree path, the steps joined by ``/``: ``Conv_0/kernel``. Files use the same names.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,21 @@ def rebuilt(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     import jax
 
     return jax.tree.unflatten(jax.tree.structure(tree), [leaves[leaf] for leaf in names(tree)])
+
+
+def matching(who: str, tree: PyTree, match: str) -> PyTree:
+    """A tree of the same structure that says of each leaf whether the regular expression is found in its name.
+
+    Raises:
+      SmarkError: when it is found in none; the message names ``who`` as the caller.
+    """
+    import jax
+
+    chosen = map_named(lambda path, _: re.search(match, path) is not None, tree)
+    if not any(jax.tree.leaves(chosen)):
+        expected, paths = "a pattern found in a leaf's path", ", ".join(names(tree))
+        raise _validate.fail(who, expected, repr(match), f"The paths are {paths}.")
+    return chosen
 
 
 def split(tree: PyTree, chosen: PyTree) -> tuple[PyTree, PyTree]:

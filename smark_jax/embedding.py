@@ -29,7 +29,9 @@ FingerprintLoss = Callable[[Array, Array], Array]
 """``loss(chips [m], word [m]) -> scalar``, such as those in :mod:`smark_jax.losses`."""
 
 
-def embed(base: PyTree, mark: carriers.Mark, word: Num[AnyArray, " m"], strength: float | Array = 0.03) -> PyTree:
+def embed(
+    base: PyTree, mark: carriers.Mark, word: Num[AnyArray, " m"], strength: float | Array | None = None
+) -> PyTree:
     """A copy of the model that carries ``word``, in closed form and without data.
 
     Composes with jit and vmap, where values cannot be checked; all arguments may be traced.
@@ -43,7 +45,8 @@ def embed(base: PyTree, mark: carriers.Mark, word: Num[AnyArray, " m"], strength
       base: the base model.
       mark: the model's mark.
       word: the customer's codeword in {-1, +1}, shape [m].
-      strength: RMS change of a weight in units of its leaf's RMS.
+      strength: None for the mark's own. Without a shape, the RMS change of a weight in units of its leaf's RMS; with
+        one, that of a coordinate in units of its scale: the relative change of the logits that the shape predicts.
 
     Returns:
       The marked copy, with the structure and dtypes of ``base``. Leaves that do not carry are those of ``base``,
@@ -65,6 +68,7 @@ def embed(base: PyTree, mark: carriers.Mark, word: Num[AnyArray, " m"], strength
       >>> bool((jnp.sign(extraction.extract(copy, base, mark)) == word).all())
       True
     """
+    strength = mark.strength if strength is None else strength
     _check("embed", base, mark, strength)
     _check_word("embed", mark, word)
     where = sharded.layout("embed", base, mark.spec)
@@ -73,6 +77,9 @@ def embed(base: PyTree, mark: carriers.Mark, word: Num[AnyArray, " m"], strength
         changed, ok, signs = _embed(leaves, mark, jnp.asarray(word), strength)
         copy = selection.replace(base, mark.spec, changed)
         ok = _wide_too(ok, base, mark.spec)
+    elif mark.shape is not None:
+        cause = "Gather them: jax.device_put(params, jax.devices()[0])."
+        raise _validate.fail("embed", "a shaped mark's leaves whole on a device", "leaves split over a mesh", cause)
     else:
         copy = sharded.add_spread(base, mark, where, word, _delta(mark, strength))
         ok, signs = _finite(copy, mark.spec), jnp.all(jnp.abs(jnp.asarray(word)) == 1)
@@ -81,7 +88,7 @@ def embed(base: PyTree, mark: carriers.Mark, word: Num[AnyArray, " m"], strength
 
 
 def embed_batch(
-    base: PyTree, mark: carriers.Mark, words: Num[AnyArray, "K m"], strength: float | Array = 0.03
+    base: PyTree, mark: carriers.Mark, words: Num[AnyArray, "K m"], strength: float | Array | None = None
 ) -> PyTree:
     """:func:`embed` for K customers at once: a pytree whose leaves have a leading axis of K copies.
 
@@ -91,6 +98,7 @@ def embed_batch(
     Raises:
       SmarkError: as :func:`embed`.
     """
+    strength = mark.strength if strength is None else strength
     _check("embed_batch", base, mark, strength)
     if jnp.ndim(words) != 2 or jnp.shape(words)[0] == 0 or jnp.shape(words)[1] != mark.num_chips:
         expected = f"words of shape [K, {mark.num_chips}] with K >= 1"
@@ -225,7 +233,7 @@ def _wide_too(ok: Any, base: PyTree, spec: carriers.Spec) -> Any:
 def _embed(
     leaves: list[Any], mark: carriers.Mark, word: Array, strength: Array | float
 ) -> tuple[list[Array], Array, Array]:
-    changed = selection.add(leaves, mark.spec, _delta(mark, strength) * carriers.spread(word, mark))
+    changed = selection.add(leaves, marks.changes(_delta(mark, strength) * carriers.spread(word, mark), mark))
     # The check is on the copy, so that it also catches a strength that overflows a narrow dtype.
     return changed, jnp.stack([jnp.isfinite(leaf).all() for leaf in changed]).all(), jnp.all(jnp.abs(word) == 1)
 
@@ -245,12 +253,12 @@ class FingerprintState(NamedTuple):
 
     Attributes:
       base: the carrying weights to measure against, in the mark's coordinates, shape [D].
-      carrier: the mark's; secret.
+      mark: the mark; its carrier is secret.
       code: the codeword in {-1, +1}, shape [m].
     """
 
     base: Float[Array, " D"]
-    carrier: carriers.Carrier
+    mark: carriers.Mark
     code: Float[Array, " m"]
 
 
@@ -303,9 +311,9 @@ def add_fingerprint_gradient(
 
     def init(params: PyTree) -> Any:
         marks.check(who, mark, params)
-        weights = carriers.read(params, spec)
+        weights = carriers.coordinates(params, mark)
         _verify(who, jnp.isfinite(weights).all(), jnp.asarray(True))
-        aim = FingerprintState(weights, mark.carrier, jnp.asarray(word, jnp.float32))
+        aim = FingerprintState(weights, mark, jnp.asarray(word, jnp.float32))
         return (aim, jnp.zeros((), jnp.int32)) if callable(weight) else aim
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
@@ -319,7 +327,7 @@ def add_fingerprint_gradient(
         if callable(weight):
             aim, count = state
             factor, state = weight(count), (aim, optax.safe_increment(count))
-        gradient = _fingerprint_gradient(loss_fn, selection.carrying(who, params, spec), spec, aim)
+        gradient = _fingerprint_gradient(loss_fn, selection.carrying(who, params, spec), aim)
         pairs = zip(spec.leaves, gradient, strict=True)
         by_name = {name: part for leaf, part in pairs for name in (leaf.path, *leaf.tied)}
 
@@ -331,12 +339,10 @@ def add_fingerprint_gradient(
     return optax.GradientTransformation(init, update)
 
 
-def _fingerprint_gradient(
-    loss_fn: FingerprintLoss, leaves: list[Any], spec: carriers.Spec, aim: FingerprintState
-) -> list[Array]:
+def _fingerprint_gradient(loss_fn: FingerprintLoss, leaves: list[Any], aim: FingerprintState) -> list[Array]:
     """The gradient with respect to the carrying leaves of the fingerprint loss of their read-out against the base."""
-    weights, back = jax.vjp(lambda leaves: selection.read_leaves(leaves, spec.factors), leaves)
-    by_chip = jax.grad(loss_fn)(hadamard.despread(weights - aim.base, aim.carrier), aim.code)
+    weights, back = jax.vjp(lambda leaves: marks.coordinates_of(leaves, aim.mark), leaves)
+    by_chip = jax.grad(loss_fn)(hadamard.despread(weights - aim.base, aim.mark.carrier), aim.code)
     # Losses such as the hinge have no gradient once all chips read well, as in most rounds of a training.
-    spread = lambda: hadamard.spread(by_chip, aim.carrier)  # noqa: E731
+    spread = lambda: hadamard.spread(by_chip, aim.mark.carrier)  # noqa: E731
     return back(jax.lax.cond(jnp.any(by_chip != 0), spread, lambda: jnp.zeros_like(weights)))[0]

@@ -32,6 +32,7 @@ class CNN(nn.Module):
 
     Attributes:
       num_classes: length of the logits.
+      width: channels of the first convolution; the second has twice as many, and the hidden dense layer four times.
 
     Examples:
       >>> import jax
@@ -43,15 +44,16 @@ class CNN(nn.Module):
     """
 
     num_classes: int = 10
+    width: int = 32
 
     @nn.compact
     def __call__(self, images: Num[Array, "B H W C"]) -> Float[Array, "B classes"]:
         """Logits of a batch of images."""
         x = _scaled(images)
-        for features in (32, 64):
+        for features in (self.width, 2 * self.width):
             x = nn.relu(nn.Conv(features, (3, 3))(x))
             x = max_pool(x)
-        x = nn.relu(nn.Dense(128)(x.reshape(x.shape[0], -1)))
+        x = nn.relu(nn.Dense(4 * self.width)(x.reshape(x.shape[0], -1)))
         return nn.Dense(self.num_classes)(x)
 
 

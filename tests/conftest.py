@@ -1,12 +1,13 @@
 """Eight virtual CPU devices, no silent broadcasting, quick compilation, and keys for the tests."""
 
 import atexit
+import functools
 import gc
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 # Most of the tests' time is compilation, and few of them compute for long. Set before JAX is imported, for the
 # processes that tests start as well. What must be exact to the bit is tested at XLA's own level too, in a process that
@@ -60,10 +61,23 @@ def _few_mappings() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Notebooks compute for longer than they compile: their kernels do not see the flag above."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.path.suffix == ".ipynb":
+            patch.delenv("XLA_FLAGS", raising=False)
+        return (yield)
+
+
 @pytest.fixture
 def key() -> keys.SecretKey:
     return keys.from_bytes(bytes(range(32)))
 
 
-def party_secrets(num_parties: int) -> list[keys.SecretKey]:
-    return [keys.derive(keys.from_bytes(bytes(32)), "party", str(party)) for party in range(num_parties)]
+@pytest.fixture
+def small_cnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CNN of 105,866 weights for experiments, whose own has 421,642."""
+    from smark_jax import models
+
+    monkeypatch.setattr(models, "CNN", functools.partial(models.CNN, width=16))

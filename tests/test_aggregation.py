@@ -1,4 +1,3 @@
-import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +6,7 @@ import reference
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parties import party_secrets
 from scipy import stats
 
 from smark_jax import aggregation, chacha
@@ -162,7 +162,7 @@ def test_stack_refuses_trees_that_differ():
 
 @pytest.mark.parametrize("num_parties", [1, 2, 3, 8])
 def test_masks_cancel_exactly_and_are_fresh_each_round(num_parties):
-    pair_keys = aggregation.pair_keys(conftest.party_secrets(num_parties))
+    pair_keys = aggregation.pair_keys(party_secrets(num_parties))
     masks = [
         [np.asarray(aggregation.pairwise_mask(pair_keys[p], p, round_, 500)) for p in range(num_parties)]
         for round_ in (0, 1)
@@ -175,7 +175,7 @@ def test_masks_cancel_exactly_and_are_fresh_each_round(num_parties):
 
 
 def test_a_mask_is_the_signed_sum_of_the_pairs_streams():
-    pair_keys = aggregation.pair_keys(conftest.party_secrets(4))
+    pair_keys = aggregation.pair_keys(party_secrets(4))
 
     def stream(u: int, v: int) -> np.ndarray:
         nonce = (9).to_bytes(4, "little") + bytes(4) + (1).to_bytes(4, "little")
@@ -191,7 +191,7 @@ def test_a_mask_is_the_signed_sum_of_the_pairs_streams():
 
 def test_a_party_needs_its_own_row_only():
     """Each agrees its row from its own secret and public keys; together rows are symmetric, and own keys unique."""
-    secrets = conftest.party_secrets(5)
+    secrets = party_secrets(5)
     public = [aggregation.public_key(s) for s in secrets]
     rows = np.stack([aggregation.agree(s, p, public) for p, s in enumerate(secrets)])
     np.testing.assert_array_equal(rows, aggregation.pair_keys(secrets))
@@ -207,7 +207,7 @@ def uniformity_p_value(words: np.ndarray) -> float:
 
 
 def test_masked_words_look_uniform_and_unmasked_words_do_not():
-    pair_keys = aggregation.pair_keys(conftest.party_secrets(3))
+    pair_keys = aggregation.pair_keys(party_secrets(3))
     fixed = aggregation.FixedPoint(1.0, 3)
     update = jnp.float32(np.random.default_rng(0).normal(0, 0.01, 100_000))
     words = aggregation.encode(update, fixed, jax.random.key(0))
@@ -219,7 +219,7 @@ def test_masked_words_look_uniform_and_unmasked_words_do_not():
 
 
 def test_bad_keys_are_refused():
-    secrets = conftest.party_secrets(3)
+    secrets = party_secrets(3)
     public = [aggregation.public_key(s) for s in secrets]
     with pytest.raises(ValueError, match="its own from each party"):
         aggregation.pair_keys([secrets[0], secrets[0]])
@@ -235,7 +235,7 @@ def test_bad_keys_are_refused():
 
 
 def test_rounding_keys_differ_between_parties_and_rounds():
-    row = aggregation.pair_keys(conftest.party_secrets(2))[0]
+    row = aggregation.pair_keys(party_secrets(2))[0]
     drawn = {
         tuple(np.asarray(jax.random.key_data(aggregation.rounding_key(row, p, r)))) for p in (0, 1) for r in (0, 1)
     }

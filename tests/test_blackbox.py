@@ -10,6 +10,8 @@ from experiments.blackbox import answers, images, payloads, subsets
 from experiments.common import networks
 from smark_jax import blackbox
 
+pytestmark = pytest.mark.usefixtures("small_cnn")
+
 
 def test_payloads_are_read_back_and_other_ways_are_worse(tmp_path):
     counts = tuple((name, 3) for name in payloads._STRONG)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import party_secrets
+from parties import party_secrets
 from test_parallel import apply_linear
 
 from smark_jax import aggregation, attacks, data, parallel

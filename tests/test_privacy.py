@@ -1,12 +1,12 @@
 """Differential privacy: the accountant against theory, sensitivity and clipping against float64."""
 
-import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import reference
+from parties import party_secrets
 from scipy import optimize, stats
 
 pytest.importorskip("jax_privacy")
@@ -110,7 +110,7 @@ def decoded_mean(value_and_grad):
     keep = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, updates))
     form = privacy.fixed_point(SAMPLING, CLIP)
     step = parallel.train_step(apply_linear, keep, form, value_and_grad=value_and_grad)
-    pair_keys = aggregation.pair_keys(conftest.party_secrets(2))
+    pair_keys = aggregation.pair_keys(party_secrets(2))
 
     def mean(params, images, labels, round_=0):
         state = step.init(jax.tree.map(jnp.asarray, params))._replace(round=jnp.uint32(round_))
@@ -183,7 +183,7 @@ def test_training_in_bfloat16_adds_the_noise_before_it_rounds(key):
     private = privacy.value_and_clipped_grad(SAMPLING, CLIP)
     step = parallel.train_step(apply_linear, optax.chain(noise, seen, optax.adam(1e-3)), form, value_and_grad=private)
     state, _ = step.update(
-        step.init(cast(params, jnp.bfloat16)), images, labels, aggregation.pair_keys(conftest.party_secrets(2))
+        step.init(cast(params, jnp.bfloat16)), images, labels, aggregation.pair_keys(party_secrets(2))
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
     noisy = np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(state.opt_state[1])])
@@ -237,7 +237,7 @@ def test_batches_are_poisson_and_padded():
     images = np.float32(labels[..., None] + 1)
     sampling = privacy.Sampling(2, 40, 0.25, 2000)
     counts, sizes = np.zeros((2, 40)), []
-    for image, label in privacy.batches(sampling, images, labels, conftest.party_secrets(2)):
+    for image, label in privacy.batches(sampling, images, labels, party_secrets(2)):
         assert label.shape == (2, sampling.batch_size)
         np.testing.assert_array_equal(image[..., 0], label + 1)  # zeros where padding
         for party in range(2):
@@ -265,6 +265,6 @@ def test_bad_input_is_refused(key):
         privacy.gaussian_noise(privacy.Guarantee(1.0, 1e-5, 1.0, SAMPLING), CLIP, {"a": jnp.zeros(2)}, 0)
     images, labels = np.zeros((2, 39, 6), np.float32), np.zeros((2, 39), int)
     with pytest.raises(ValueError, match="batches: expected 40 examples"):
-        privacy.batches(SAMPLING, images, labels, conftest.party_secrets(2))
+        privacy.batches(SAMPLING, images, labels, party_secrets(2))
     with pytest.raises(ValueError, match="a key of its own"):
         privacy.batches(SAMPLING, np.zeros((2, 40, 6)), np.zeros((2, 40), int), [key, key])

@@ -1,10 +1,10 @@
 import itertools
 
-import conftest
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from parties import party_secrets
 from test_parallel import apply_linear, linear_problem
 
 from smark_jax import aggregation, parallel, training
@@ -50,7 +50,7 @@ def test_batches_go_on_where_they_were_interrupted(start):
 
 def step_and_keys(num_parties: int = 2):
     step = parallel.train_step(apply_linear, optax.adam(0.1), aggregation.FixedPoint(1.0, num_parties))
-    return step, aggregation.pair_keys(conftest.party_secrets(num_parties))
+    return step, aggregation.pair_keys(party_secrets(num_parties))
 
 
 def test_fit_learns_and_can_be_resumed_where_it_stopped():

@@ -18,6 +18,7 @@ from smark_jax.attacks.collusion import (
     randomised_negative,
 )
 from smark_jax.attacks.inversion import InversionMethod, Reconstruction, infer_label, invert_gradient
+from smark_jax.attacks.projection import project_inputs
 from smark_jax.attacks.removal import (
     add_noise,
     cast,
@@ -59,6 +60,7 @@ __all__ = [
     "overwrite",
     "permute",
     "predicted_labels",
+    "project_inputs",
     "prune",
     "prune_filters",
     "quantise",

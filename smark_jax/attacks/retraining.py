@@ -5,7 +5,6 @@ of a floating-point type.
 """
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -175,7 +174,7 @@ def reinitialise(params: PyTree, fresh: PyTree, match: str) -> PyTree:
     """
     _trees.same("reinitialise", [params, fresh])
     return jax.tree.map(
-        lambda old, new, chosen: new if chosen else old, params, fresh, _match("reinitialise", params, match)
+        lambda old, new, chosen: new if chosen else old, params, fresh, _trees.matching("reinitialise", params, match)
     )
 
 
@@ -265,16 +264,9 @@ def _trainable(who: str, params: PyTree, match: str | None) -> PyTree:
     weights = _trees.map_named(
         lambda name, leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and roles[name].trains, params
     )
-    return weights if match is None else jax.tree.map(lambda a, b: a and b, weights, _match(who, params, match))
-
-
-def _match(who: str, params: PyTree, match: str) -> PyTree:
-    """For each leaf, whether the regular expression is found in its path."""
-    chosen = _trees.map_named(lambda name, _: re.search(match, name) is not None, params)
-    if not any(jax.tree.leaves(chosen)):
-        paths = ", ".join(_trees.names(params))
-        raise _validate.fail(who, "a pattern found in a leaf's path", repr(match), f"The paths are {paths}.")
-    return chosen
+    return (
+        weights if match is None else jax.tree.map(lambda a, b: a and b, weights, _trees.matching(who, params, match))
+    )
 
 
 def _logits(params: PyTree, apply_fn: ApplyFn, images: AnyArray) -> np.ndarray:

@@ -8,8 +8,10 @@ and ``despread(v) = X v`` reads it back.
 
 from smark_jax._roles import Role
 from smark_jax.carriers.hadamard import Carrier, Coverage, coverage, draw
-from smark_jax.carriers.marks import Mark, despread, mark, spread
+from smark_jax.carriers.marks import Mark, coordinates, despread, mark, spread
 from smark_jax.carriers.selection import Leaf, Spec, read, roles, select, with_tied, with_ties, write
+from smark_jax.carriers.shapes import Scales, Shape
+from smark_jax.carriers.shaping import shape
 
 __all__ = [
     "Carrier",
@@ -17,7 +19,10 @@ __all__ = [
     "Leaf",
     "Mark",
     "Role",
+    "Scales",
+    "Shape",
     "Spec",
+    "coordinates",
     "coverage",
     "despread",
     "draw",
@@ -25,6 +30,7 @@ __all__ = [
     "read",
     "roles",
     "select",
+    "shape",
     "spread",
     "with_tied",
     "with_ties",

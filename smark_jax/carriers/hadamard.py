@@ -14,7 +14,8 @@ Walsh spectrum would show which coefficients are in use. The inner signs S_1 hid
 
 *Block length.* L is a power of two, at least 4 m and at least 2,048; the last D mod L weights carry nothing. A model
 smaller than that is one block of all its D weights: when D is no power of two, H is replaced by its product over two
-overlapping windows (the first and the last 2^k weights), which is orthonormal too.
+overlapping windows (the first and the last 2^k weights), which is orthonormal too. A carrier for a shape
+(:func:`draw_even`) has such longer blocks wherever there are fewer than 64, so that hardly a coordinate is left out.
 """
 
 import dataclasses
@@ -32,6 +33,10 @@ from smark_jax import _validate, chacha, keys
 from smark_jax.carriers.selection import Spec
 
 _MIN_BLOCK = 2048
+# With this many blocks or more, a remainder shorter than a block is at most a 64th of the coordinates.
+_MANY_BLOCKS = 64
+# Longer blocks are whole words of packed signs.
+_WORD_BITS = 32
 # Blocks are transformed this many weights at a time (1 MiB of float32), which stay in cache between the factors.
 _PASS_WEIGHTS = 1 << 18
 # H of length 2^k is applied as matmuls with Hadamard factors of at most this size.
@@ -41,7 +46,7 @@ _MAX_FACTOR = 64
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("inner_signs", "outer_signs", "positions"),
-    meta_fields=("num_weights",),
+    meta_fields=("num_weights", "length"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Carrier:
@@ -52,12 +57,14 @@ class Carrier:
       outer_signs: packed sign bits of S_2, likewise.
       positions: the coefficient of each chip in each block, int32, shape [n, m].
       num_weights: D, static.
+      length: L, static; None for :func:`cut`'s.
     """
 
     inner_signs: UInt32[Array, "n words"]
     outer_signs: UInt32[Array, "n words"]
     positions: Int32[Array, "n m"]
     num_weights: int
+    length: int | None = None
 
     @property
     def num_chips(self) -> int:
@@ -67,8 +74,15 @@ class Carrier:
     @property
     def num_carrying(self) -> int:
         """How many weights the rows cover: n L, which is D less a tail shorter than a block."""
-        n, length = cut(self.num_weights, self.num_chips)
+        n, length = self.blocks
         return n * length
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """The number of blocks and their length."""
+        if self.length is None:
+            return cut(self.num_weights, self.num_chips)
+        return self.num_weights // self.length, self.length
 
     @property
     def arrays(self) -> tuple[Array, Array, Array]:
@@ -122,29 +136,49 @@ def draw(key: keys.SecretKey, spec: Spec, num_chips: int = 304) -> Carrier:
     Raises:
       SmarkError: when there are more chips than weights, or none.
     """
-    _validate.positive("draw", "num_chips", num_chips)
-    if num_chips > spec.num_weights:
+    _check("draw", spec.num_weights, num_chips)
+    return _draw(key, *cut(spec.num_weights, num_chips), num_chips, spec.num_weights, None)
+
+
+def draw_even(key: keys.SecretKey, num_coordinates: int, num_chips: int = 304) -> Carrier:
+    """A carrier for at most ``num_coordinates`` coordinates of a shape, all of which it covers: it has no tail.
+
+    The coordinates that are left over are fewer than a 64th. Which ones these are is up to the caller.
+
+    Raises:
+      SmarkError: as :func:`draw`.
+    """
+    _check("mark", num_coordinates, num_chips)
+    n, length = even(num_coordinates, num_chips)
+    return _draw(key, n, length, num_chips, n * length, length)
+
+
+def _check(who: str, num_weights: int, num_chips: int) -> None:
+    _validate.positive(who, "num_chips", num_chips)
+    if num_chips > num_weights:
         raise _validate.fail(
-            "draw",
-            f"at most as many chips as the {spec.num_weights:,} carrying weights",
+            who,
+            f"at most as many chips as the {num_weights:,} carrying weights",
             f"{num_chips:,} chips",
             "Select more leaves, or take fewer chips.",
         )
-    n, length = cut(spec.num_weights, num_chips)
-    words = -(-length // 32)
+
+
+def _draw(key: keys.SecretKey, n: int, length: int, num_chips: int, num_weights: int, stated: int | None) -> Carrier:
+    words = -(-length // _WORD_BITS)
     zero = np.zeros(3, np.uint32)
     inner, outer = (
         chacha.keystream(keys.derive(key, label).to_words(), zero, n * words).reshape(n, words)
         for label in ("inner signs", "outer signs")
     )
     positions = _positions(keys.derive(key, "positions"), n, length, num_chips)
-    return Carrier(inner, outer, jnp.asarray(positions), spec.num_weights)
+    return Carrier(inner, outer, jnp.asarray(positions), num_weights, stated)
 
 
 @jax.jit
 def spread(chips: Array, carrier: Carrier) -> Float[Array, " D"]:
     """``X^T chips``, unchecked."""
-    n, length = cut(carrier.num_weights, carrier.num_chips)
+    n, length = carrier.blocks
     block = lambda args: spread_block(chips * n**-0.5, length, *args)  # noqa: E731
     blocks = jax.lax.map(block, carrier.arrays, batch_size=_blocks_a_pass(n, length))
     # Only adding -0 leaves every weight unchanged: adding 0 turns -0 into 0.
@@ -154,7 +188,7 @@ def spread(chips: Array, carrier: Carrier) -> Float[Array, " D"]:
 @jax.jit
 def despread(vector: Array, carrier: Carrier) -> Float[Array, " m"]:
     """``X vector``, unchecked."""
-    n, length = cut(carrier.num_weights, carrier.num_chips)
+    n, length = carrier.blocks
     arrays = (vector[: n * length].reshape(n, length), *carrier.arrays)
     chips = jax.lax.map(lambda args: despread_block(*args), arrays, batch_size=_blocks_a_pass(n, length))
     return chips.sum(axis=0) * n**-0.5
@@ -176,6 +210,12 @@ def cut(num_weights: int, num_chips: int) -> tuple[int, int]:
     """The number of blocks and their length."""
     length = max(_MIN_BLOCK, 1 << (4 * num_chips - 1).bit_length())
     return (num_weights // length, length) if num_weights >= length else (1, num_weights)
+
+
+def even(num_coordinates: int, num_chips: int) -> tuple[int, int]:
+    """The number of blocks and their length for :func:`draw_even`."""
+    n, length = cut(num_coordinates, num_chips)
+    return n, num_coordinates // n // _WORD_BITS * _WORD_BITS if 1 < n < _MANY_BLOCKS else length
 
 
 def _blocks_a_pass(n: int, length: int) -> int:

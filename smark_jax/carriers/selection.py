@@ -96,11 +96,7 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
       ['dense/kernel']
     """
     named = _named("select", params)
-    wanted: Callable[[str], object]
-    if match is None:
-        wanted = lambda path: True  # noqa: E731
-    else:
-        wanted = match if callable(match) else _expression(match).search
+    wanted = predicate(match)
     facts = _facts(named)
     found = _roles.of(facts)
     chosen = {path: fact for path, fact in facts.items() if found[path].carries and fact.floating and wanted(path)}
@@ -121,6 +117,13 @@ def select(params: PyTree, match: str | Callable[[str], object] | None = None) -
             f"The model's leaves: {some}{', ...' if len(named) > 5 else ''}.",
         )
     return Spec(tuple(leaves.values()), tuple(chosen[path].rms for path in leaves))
+
+
+def predicate(match: str | Callable[[str], object] | None) -> Callable[[str], object]:
+    """``match`` of :func:`select` as a predicate on a leaf's path."""
+    if match is None:
+        return lambda path: True
+    return match if callable(match) else _expression(match).search
 
 
 def roles(params: PyTree) -> dict[str, _roles.Role]:
@@ -246,7 +249,12 @@ def write(params: PyTree, spec: Spec, vector: Float[AnyArray, " D"]) -> PyTree:
       SmarkError: when a carrying leaf is missing or has another shape, or ``vector`` has another length.
     """
     _validate.vector("write", "vector", vector, spec.num_weights, "Was it made for another model's spec?")
-    return replace(params, spec, add(narrow("write", params, spec), spec, vector))
+    return replace(params, spec, _write(narrow("write", params, spec), spec, vector))
+
+
+@jax.jit
+def _write(leaves: list[Any], spec: Spec, vector: Array) -> list[Array]:
+    return add(leaves, changes(vector, spec))
 
 
 def narrow(who: str, params: PyTree, spec: Spec) -> list[Any]:
@@ -314,15 +322,21 @@ def read_leaves(leaves: list[Any], factors: tuple[float | Array, ...]) -> Float[
     return jnp.concatenate(jax.lax.optimization_barrier(scaled))
 
 
-@jax.jit
-def add(leaves: list[Any], spec: Spec, vector: Array) -> list[Array]:
-    """The leaves of :func:`narrow` with ``vector`` added; in place of None, the change to add."""
-    changed, start = [], 0
-    for x, leaf, scale in zip(leaves, spec.leaves, spec.scales, strict=True):
-        delta = vector[start : start + leaf.size].reshape(leaf.shape) * scale
+def changes(vector: Array, spec: Spec) -> list[Array]:
+    """The changes of the carrying leaves for a vector of shape [D] in units of their scales."""
+    found, start = [], 0
+    for leaf, scale in zip(spec.leaves, spec.scales, strict=True):
+        found.append(vector[start : start + leaf.size].reshape(leaf.shape) * scale)
+        start += leaf.size
+    return found
+
+
+def add(leaves: list[Any], changes: list[Array]) -> list[Array]:
+    """The leaves of :func:`narrow` with the changes added; in place of None, the change to add."""
+    added = []
+    for x, change in zip(leaves, changes, strict=True):
         if x is not None:
             wide = x if x.dtype.itemsize > 4 else x.astype(jnp.float32)
-            delta = (wide + delta).astype(x.dtype)
-        changed.append(delta)
-        start += leaf.size
-    return changed
+            change = (wide + change).astype(x.dtype)
+        added.append(change)
+    return added

@@ -80,7 +80,7 @@ def _split(leaf: Any) -> NamedSharding | None:
 
 def add_spread(params: PyTree, mark: Mark, where: Layout, code: Num[AnyArray, " m"], size: float | Array) -> PyTree:
     """``write(params, spec, size * spread(code, mark))`` for a model on a mesh; each leaf stays in place."""
-    spec, carrier = mark
+    spec, carrier = mark.spec, mark.carrier
     leaves = _placed(carrying("add_spread", params, spec), where)
     common = _everywhere((jnp.asarray(code, jnp.float32), carrier, jnp.float32(size)), where)
     scales = _everywhere([np.float32(scale) for scale in spec.scales], where)
@@ -96,7 +96,7 @@ def despread_difference(
 
     A leaf that does not lie as ``where`` says is moved first.
     """
-    spec, carrier = mark
+    spec, carrier = mark.spec, mark.carrier
     pair = [_placed(carrying("despread_difference", params, spec), where) for params in (found, base)]
     starts, carrier = _starts(spec, where, carrier), _everywhere(carrier, where)
     factors = _everywhere([np.float32(factor) for factor in spec.factors], where)
@@ -117,7 +117,7 @@ class _Start(NamedTuple):
 
 
 def _starts(spec: Spec, where: Layout, carrier: hadamard.Carrier) -> list[_Start]:
-    _, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
+    _, length = carrier.blocks
     starts, at = [], 0
     for leaf in spec.leaves:
         starts.append(_Start(np.asarray(at // length, np.int32), np.asarray(at % length, np.int32)))
@@ -148,7 +148,7 @@ def _add_to_leaf(
     mesh: Mesh,
 ) -> Array:
     """Adds the mark to a leaf, on each device to its shard."""
-    n, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
+    n, length = carrier.blocks
 
     def on_device(shard: Array, start: _Start, scale: Array, code: Array, carrier: hadamard.Carrier, size: Array):
         part = _part(leaf.shape, axes, mesh)
@@ -182,7 +182,7 @@ def _despread_leaf(
     mesh: Mesh,
 ) -> tuple[Float[Array, " m"], Bool[Array, ""]]:
     """A leaf's contribution to the chips. Devices with the same shard divide its blocks, so that none counts twice."""
-    n, length = hadamard.cut(carrier.num_weights, carrier.num_chips)
+    n, length = carrier.blocks
     shape = found.shape
 
     def on_device(found: Array, base: Array, start: _Start, factor: Array, limit: Array, carrier: hadamard.Carrier):

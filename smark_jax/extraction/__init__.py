@@ -3,6 +3,14 @@
 The base is subtracted because its weights are by far the largest noise that a read-out could contain.
 """
 
-from smark_jax.extraction.reading import Coverage, LeftOut, coverage, extract, extract_batch, least_weights
+from smark_jax.extraction.reading import (
+    Coverage,
+    LeftOut,
+    coverage,
+    extract,
+    extract_batch,
+    extract_vectors,
+    least_weights,
+)
 
-__all__ = ["Coverage", "LeftOut", "coverage", "extract", "extract_batch", "least_weights"]
+__all__ = ["Coverage", "LeftOut", "coverage", "extract", "extract_batch", "extract_vectors", "least_weights"]

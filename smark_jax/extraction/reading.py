@@ -10,6 +10,7 @@ left out. All of this depends on suspect and base only.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float
 from smark_jax import _trees, _validate, carriers
 from smark_jax._types import PyTree
 from smark_jax.carriers import hadamard, marks, selection, sharded, shifts
-from smark_jax.extraction import rectification
+from smark_jax.extraction import rectification, weighting
 
 # extract_batch reads this many suspects at a time, so that working memory does not grow with the batch.
 _SUSPECTS_PER_PASS = 8
@@ -40,11 +41,12 @@ class Coverage(NamedTuple):
     """The part of a suspect that is read.
 
     Attributes:
-      weights: carrying weights of the base, without those that the carrier does not cover (a tail of the last leaves).
+      weights: carrying weights of the base; for a white mark without those that the carrier does not cover (a tail of
+        the last leaves).
       read: how many of these the suspect has; too low where single weights of the tail's first leaf are missing.
       left_out: the others, by leaf.
-      bounded: weights whose shift exceeds ``bound`` and counts as ``bound``.
-      bound: in units of their leaf's RMS.
+      bounded: weights whose shift exceeds the bound: it counts as ``bound``, or as none where the mark has a shape.
+      bound: in units of their leaf's RMS; 0 where the mark has a shape.
     """
 
     weights: int
@@ -57,7 +59,8 @@ class Coverage(NamedTuple):
         missing = sum(left.weights for left in self.left_out)
         parts = [f"{left.leaf} ({left.weights:,}: {left.reason})" for left in self.left_out]
         lines = [f"{missing:,} weights were left out: {', '.join(parts)}"] if parts else []
-        what = f"{self.bounded:,} weights are so far from the base's that they count as {self.bound:g} RMS away"
+        what = f"{self.bounded:,} weights are so far from the base's that they count as "
+        what += f"{self.bound:g} RMS away" if self.bound else "unchanged"
         return "; ".join(lines + [what] * bool(self.bounded)) or "all carrying weights were read"
 
 
@@ -108,12 +111,44 @@ def extract(suspect: PyTree, base: PyTree, mark: carriers.Mark, rectify: bool = 
     spec = mark.spec
     found, original = _carried("extract", suspect, base, spec)
     where = None if rectify else sharded.layout("extract", found, spec) or sharded.layout("extract", original, spec)
-    if where is None:
+    if mark.shape is not None:
+        _whole("extract", where, rectify)
+        chips, ok = weighting.read(_leaves(found, spec), _leaves(original, spec), mark)
+    elif where is None:
         chips, ok = _extract(_leaves(found, spec), _leaves(original, spec), spec.factors, mark.carrier, rectify)
     else:
         chips, ok = sharded.despread_difference(found, original, mark, where)
     _validate.all_finite("extract", "carrying weights in the base", ok)
     return chips
+
+
+def extract_vectors(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Float[Array, " m"]:
+    """The chips in the leaves of a shaped mark that :func:`extract` does not count as evidence: gains and biases.
+
+    They are read in the same way. Usual attacks leave these leaves alone, and whoever wants to can reset them, so what
+    they say is reported beside the verdict and is not part of it. Chips of zero where a mark has no such leaves.
+
+    Raises:
+      SmarkError: as :func:`extract`, or when the mark has no shape.
+    """
+    marks.check("extract_vectors", mark, base)
+    if mark.shape is None:
+        cause = "Without a shape, extract reads all leaves together."
+        raise _validate.fail("extract_vectors", "a mark with a shape", "one without", cause)
+    found, original = _carried("extract_vectors", suspect, base, mark.spec)
+    chips, ok = weighting.read(_leaves(found, mark.spec), _leaves(original, mark.spec), mark, vectors=True)
+    _validate.all_finite("extract_vectors", "carrying weights in the base", ok)
+    return chips
+
+
+def _whole(who: str, where: sharded.Layout | None, rectify: bool) -> None:
+    """Refuses what a shaped mark does not have: other readings, and leaves that are split over devices."""
+    if rectify:
+        cause = "The one reading of a shaped mark already subtracts shrinkage and weighs."
+        raise _validate.fail(who, "a mark without a shape to rectify", "one with a shape", cause)
+    if where is not None:
+        cause = "Gather them: jax.device_put(params, jax.devices()[0])."
+        raise _validate.fail(who, "a shaped mark's leaves whole on a device", "leaves split over a mesh", cause)
 
 
 def extract_batch(suspects: PyTree, base: PyTree, mark: carriers.Mark) -> Float[Array, "M m"]:
@@ -134,7 +169,10 @@ def extract_batch(suspects: PyTree, base: PyTree, mark: carriers.Mark) -> Float[
     marks.check("extract_batch", mark, base)
     spec = mark.spec
     found, original = (_leaves(part, spec) for part in _carried("extract_batch", suspects, base, spec, number))
-    chips, ok = _extract_batch(found, original, spec.factors, mark.carrier)
+    if mark.shape is None:
+        chips, ok = _extract_batch(found, original, spec.factors, mark.carrier)
+    else:
+        chips, ok = _read_batch(found, original, mark)
     _validate.all_finite("extract_batch", "carrying weights in the base", ok)
     return chips
 
@@ -159,21 +197,25 @@ def coverage(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Coverage:
       93 weights were left out: bias (90: missing), kernel (3: NaN or infinite)
     """
     marks.check("coverage", mark, base)
-    spec, carrier = mark
+    spec, total = mark.spec, mark.carrier.num_carrying
     odd = _odd(suspect, spec)
-    found, original = _carried("coverage", suspect, base, spec, require=False)
-    counts, limit, beyond = jax.device_get(_counts(_leaves(found, spec), _leaves(original, spec), spec.factors))
-    left_out, read, start = [], 0, 0
-    for leaf, broken in zip(spec.leaves, counts, strict=True):
-        carries = min(max(0, carrier.num_carrying - start), leaf.size)
-        start += leaf.size
+    found, original = (_leaves(part, spec) for part in _carried("coverage", suspect, base, spec, require=False))
+    if mark.shape is None:
+        ends = list(itertools.accumulate(leaf.size for leaf in spec.leaves))
+        carries = [min(max(0, total - end + leaf.size), leaf.size) for leaf, end in zip(spec.leaves, ends, strict=True)]
+        counts, limit, beyond = jax.device_get(_counts(found, original, spec.factors))
+    else:
+        carries = [leaf.size for leaf in spec.leaves]
+        counts, limit, beyond = jax.device_get(weighting.counts(found, original, mark))
+    left_out, read = [], 0
+    for leaf, broken, carried in zip(spec.leaves, counts, carries, strict=True):
         if leaf.path in odd:
             left_out.append(LeftOut(leaf.path, leaf.size, odd[leaf.path]))
             continue
         if broken:
             left_out.append(LeftOut(leaf.path, int(broken), "NaN or infinite"))
-        read += max(0, carries - int(broken))
-    return Coverage(carrier.num_carrying, read, tuple(left_out), int(beyond), float(limit))
+        read += max(0, carried - int(broken))
+    return Coverage(sum(carries), read, tuple(left_out), int(beyond), float(limit))
 
 
 def least_weights(num_chips: int, threshold: float) -> int:
@@ -293,5 +335,13 @@ def _extract_batch(
 ) -> tuple[Array, Array]:
     chips, ok = jax.lax.map(
         lambda suspect: _extract(suspect, base, factors, carrier), suspects, batch_size=_SUSPECTS_PER_PASS
+    )
+    return chips, ok.all()
+
+
+@jax.jit
+def _read_batch(suspects: Sequence[Array], base: Sequence[Array], mark: carriers.Mark) -> tuple[Array, Array]:
+    chips, ok = jax.lax.map(
+        lambda suspect: weighting.read(suspect, base, mark), suspects, batch_size=_SUSPECTS_PER_PASS
     )
     return chips, ok.all()

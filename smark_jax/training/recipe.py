@@ -90,6 +90,6 @@ def owner_mark(start: PyTree, key: keys.SecretKey) -> Owner:
 
 def owner_log10_p(params: PyTree, owner: Owner) -> float:
     """Logarithm to base 10 of the p-value of the owner's mark in ``params``; 0 where it cannot be read."""
-    now, before = (carriers.read(tree, owner.mark.spec) for tree in (params, owner.base))
+    now, before = (carriers.coordinates(tree, owner.mark) for tree in (params, owner.base))
     verdict = tracing.trace(carriers.despread(now - before, owner.mark), owner.word[None])
     return verdict.accused[0].log10_p if verdict.accused else 0.0

@@ -1,0 +1,210 @@
+"""Where a network multiplies by its kernels, and with which inputs, found by interpreting its jaxpr."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from smark_jax import _trees, _validate
+from smark_jax._types import ApplyFn, PyTree
+
+_SAME = frozenset("convert_element_type copy copy_p stop_gradient reduce_precision optimization_barrier".split())
+_SCALED = frozenset("add sub mul div max min neg clamp round select_n".split())
+_CALLS = frozenset(
+    """pjit jit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr checkpoint remat remat2
+    custom_lin""".split()
+)
+
+
+class Source(NamedTuple):
+    """The leaf that a value is made of, and for each of the value's axes the leaf's axes that it runs over."""
+
+    path: str
+    axes: tuple[tuple[int, ...], ...]
+
+
+class Site(NamedTuple):
+    """A place where the network multiplies by a kernel and sums.
+
+    Attributes:
+      path: the kernel's leaf.
+      rows: the leaf's axes over which the layer sums, in rising order.
+      inputs: gives the layer's inputs, shape [any, inputs], in the order of the leaf's rows; None where it is unknown.
+    """
+
+    path: str
+    rows: tuple[int, ...]
+    inputs: Callable[[], Float[Array, "n inputs"]] | None
+
+
+Visit = Callable[[Site], None]
+
+
+def interpret(apply_fn: ApplyFn, params: PyTree, images: Any, visit: Visit) -> Any:
+    """``apply_fn(params, images)``; calls ``visit`` at each place where a kernel is used, in order.
+
+    Loops and branches are run as a whole: kernels within them are not visited.
+    """
+    closed, shapes = jax.make_jaxpr(apply_fn, return_shape=True)(params, images)
+    sources = [
+        Source(path, tuple((axis,) for axis in range(np.ndim(leaf))))
+        for path, leaf in _trees.named("shape", params).items()
+    ]
+    values = [*jax.tree.leaves(params), images]
+    found = _run(closed.jaxpr, closed.consts, values, [*sources, None], visit)
+    return jax.tree.unflatten(jax.tree.structure(shapes), found[0])
+
+
+def sites(apply_fn: ApplyFn, params: PyTree, images: Any) -> dict[str, tuple[int, ...]]:
+    """For each kernel that the network multiplies by, the axes over which it sums; in order of last use.
+
+    Raises:
+      SmarkError: when the network refuses the parameters or the images.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+
+    def visit(site: Site) -> None:
+        found.pop(site.path, None)
+        found[site.path] = site.rows
+
+    try:
+        jax.eval_shape(lambda p, x: interpret(apply_fn, p, x, visit), params, images)
+    except Exception as error:
+        cause = "apply_fn(base, images) must give logits; with batch norm, base is the whole variables dict."
+        raise _validate.fail("shape", "a network that takes base and images", f"an error: {error}", cause) from error
+    return found
+
+
+def output_width(apply_fn: ApplyFn, params: PyTree, images: Any) -> int:
+    """The number of outputs for each image."""
+    return math.prod(jax.eval_shape(apply_fn, params, images).shape[1:])
+
+
+def _run(
+    jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], sources: Sequence[Source | None], visit: Visit
+) -> tuple[list[Any], list[Source | None]]:
+    env: dict[Any, tuple[Any, Source | None]] = {}
+    env |= zip(jaxpr.constvars, ((const, None) for const in consts), strict=True)
+    env |= zip(jaxpr.invars, zip(values, sources, strict=True), strict=True)
+    read = lambda atom: (atom.val, None) if hasattr(atom, "val") else env[atom]  # noqa: E731
+    for eqn in jaxpr.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        results = _equation(eqn, [value for value, _ in operands], [source for _, source in operands], visit)
+        env |= zip(eqn.outvars, results, strict=True)
+    out = [read(atom) for atom in jaxpr.outvars]
+    return [value for value, _ in out], [source for _, source in out]
+
+
+def _equation(eqn: Any, values: list[Any], sources: list[Source | None], visit: Visit) -> list[Any]:
+    name, params = eqn.primitive.name, eqn.params
+    if name in _CALLS:
+        inner = next((params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params), None)
+        if inner is not None:
+            body, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+            if len(body.invars) == len(values):
+                return list(zip(*_run(body, consts, values, sources, visit), strict=True))
+    if name in _VISITS and any(sources):
+        for site in _VISITS[name](values, sources, params):
+            visit(site)
+    found = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(params))
+    if eqn.primitive.multiple_results:
+        return [(value, None) for value in found]
+    return [(found, _passed_on(name, params, values, sources, found))]
+
+
+def _passed_on(
+    name: str, params: Mapping[str, Any], values: Sequence[Any], sources: Sequence[Source | None], found: Any
+) -> Source | None:
+    """The source of a result, where its axes still are those of one leaf."""
+    known = [(source, np.shape(value)) for source, value in zip(sources, values, strict=True) if source is not None]
+    if not known:
+        return None
+    source, shape = max(known, key=lambda pair: len(pair[1]))
+    if name in _SAME or (name in _SCALED and shape == found.shape):
+        return source
+    if name == "transpose":
+        return Source(source.path, tuple(source.axes[axis] for axis in params["permutation"]))
+    if name in ("reshape", "squeeze", "expand_dims"):
+        return _regrouped(source, shape, found.shape)
+    if name == "broadcast_in_dim" and math.prod(shape) == found.size:
+        return _regrouped(source, shape, found.shape)
+    return None
+
+
+def _regrouped(source: Source, before: Sequence[int], after: Sequence[int]) -> Source | None:
+    """The source after a reshape that only joins axes, or adds and removes axes of length 1."""
+    left = [(size, axes) for size, axes in zip(before, source.axes, strict=True) if size > 1]
+    axes: list[tuple[int, ...]] = []
+    for size in after:
+        joined, product = [], 1
+        while product < size and left:
+            length, ones = left.pop(0)
+            product *= length
+            joined.extend(ones)
+        if product != size:
+            return None
+        axes.append(tuple(joined))
+    return Source(source.path, tuple(axes))
+
+
+def _of_dot(values: Sequence[Any], sources: Sequence[Source | None], params: Mapping[str, Any]) -> list[Site]:
+    contracted, batch = params["dimension_numbers"]
+    found = []
+    for side, source in enumerate(sources):
+        if source is None or batch[0]:
+            continue
+        ours, theirs = contracted[side], contracted[1 - side]
+        other = values[1 - side]
+        axes = [axis for place in ours for axis in source.axes[place]]
+        places = [place for _, place in sorted(zip([source.axes[p] for p in ours], theirs, strict=True))]
+
+        def inputs(other: Any = other, places: Sequence[int] = tuple(places)) -> Array:
+            moved = jnp.moveaxis(other, places, range(other.ndim - len(places), other.ndim))
+            return moved.reshape(-1, math.prod(other.shape[place] for place in places))
+
+        found.append(Site(source.path, tuple(sorted(axes)), inputs if _in_order(source, ours) else None))
+    return found
+
+
+def _in_order(source: Source, places: Sequence[int]) -> bool:
+    """Whether the leaf's axes within each of these axes rise, so that sorting the axes sorts the entries."""
+    axes = [axis for group in sorted(source.axes[place] for place in places) for axis in group]
+    return axes == sorted(axes)
+
+
+def _of_conv(values: Sequence[Any], sources: Sequence[Source | None], params: Mapping[str, Any]) -> list[Site]:
+    source = sources[1]
+    if source is None:
+        return []
+    numbers = params["dimension_numbers"]
+    _, into, *window = numbers.rhs_spec
+    rows = sorted(axis for place in (into, *window) for axis in source.axes[place])
+    places = sorted((into, *window), key=lambda place: source.axes[place])
+    plain = params["feature_group_count"] == params["batch_group_count"] == 1
+
+    def inputs() -> Array:
+        kernel = values[1]
+        shape = [kernel.shape[place] for place in window]
+        patches = jax.lax.conv_general_dilated_patches(
+            values[0],
+            shape,
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+            jax.lax.ConvDimensionNumbers(numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec),
+        )
+        last = jnp.moveaxis(patches, numbers.out_spec[1], -1)  # features in the order of input channel, window
+        split = last.reshape(-1, kernel.shape[into], *shape)
+        order = [1 + (into, *window).index(place) for place in places]
+        return split.transpose(0, *order).reshape(split.shape[0], -1)
+
+    known = plain and _in_order(source, (into, *window))
+    return [Site(source.path, tuple(rows), inputs if known else None)]
+
+
+_VISITS: dict[str, Callable[..., list[Site]]] = {"dot_general": _of_dot, "conv_general_dilated": _of_conv}

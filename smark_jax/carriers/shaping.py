@@ -1,0 +1,213 @@
+r"""Making a shape: the sensitivity of the logits to each coordinate, from unlabelled images.
+
+With fresh random signs r for each image and class, the sensitivity of coordinate (i, j) is
+
+.. math:: F_{ij} = \mathrm{E} \, \Big(\frac{\partial}{\partial w_{ij}} \sum_{b, c} r_{bc} \tilde z_{bc}\Big)^2 / B
+   = \mathrm{E} \sum_c \Big(\frac{\partial \tilde z_c}{\partial w_{ij}}\Big)^2
+
+over passes of B images, where :math:`\tilde z` are the logits less their mean over classes. This is the diagonal of the
+Gauss-Newton matrix by Hutchinson's estimator. Its sums by row and by column are all that is kept of a kernel:
+:math:`D_{ij} = R_i C_j / \sum F + 0.03 \, \overline{F}`. A vector keeps :math:`F + 0.3 \, \overline F` for each entry,
+since single entries are known from a few passes only.
+
+Scales are :math:`a D^{-1/2}`, with a such that an independent shift of standard deviation s in each coordinate changes
+the logits by their own RMS, to first order. So a mark's strength is the relative change of the logits that is
+predicted. What is measured is often larger: :func:`smark_jax.embedding.calibrate` measures it.
+
+References:
+  Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines".
+  Martens, Grosse (2015), "Optimizing neural networks with Kronecker-factored approximate curvature".
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Num
+
+from smark_jax import _validate
+from smark_jax._types import AnyArray, ApplyFn, PyTree
+from smark_jax.carriers import inputs, selection
+from smark_jax.carriers.selection import Leaf
+from smark_jax.carriers.shapes import Scales, Shape, is_vector
+
+_PASSES, _BATCH = 16, 8
+_FLOOR, _VECTOR_FLOOR = 0.03, 0.3
+# At the default strength of 0.01 no coordinate moves by more than 0.3 RMS of its leaf.
+_CAP = 30.0
+# RMS of s in units of the leaves' RMS where nobody can run the network: measured on real networks.
+_UNSEEN = 0.18
+# Kernels in PyTorch's order have their outputs first, and windows of at most this size last.
+_WINDOW = 11
+
+
+def shape(
+    base: PyTree,
+    apply_fn: ApplyFn | None = None,
+    images: Num[AnyArray, "N H W C"] | None = None,
+    *,
+    match: str | Callable[[str], object] | None = None,
+    seed: int = 0,
+) -> Shape:
+    """How far each coordinate of a model may move, from what the network does with it.
+
+    With the network and a few dozen unlabelled images, scales follow from sensitivities. Without them, each leaf moves
+    by a share of its RMS that grows with the square root of its size: a conservative default. The last kernel never
+    carries, since a new one is easily trained: it is the last that the network multiplies by, or without the network
+    the one with a number of outputs that only its own bias shares.
+
+    The same arguments give the same shape on one platform. Other images give a slightly different one, so store it
+    (:meth:`Shape.to_arrays`) and commit to it (:meth:`Shape.digest`) before the first copy.
+
+    Args:
+      base: the model that copies are made from, as ``apply_fn`` takes it.
+      apply_fn: the network, pure; logits or any other output with the images as first axis.
+      images: in the form that the network takes.
+      match: as for :func:`smark_jax.carriers.select`: the leaves to choose from.
+      seed: of the order of images and of the signs.
+
+    Returns:
+      The shape.
+
+    Raises:
+      SmarkError: when network and images are not given together, the network refuses them or gives NaN, no leaf is
+        left, or as :func:`smark_jax.carriers.select`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from smark_jax import carriers
+      >>> base = {"a": jnp.sin(jnp.arange(600.0)).reshape(20, 30), "b": jnp.cos(jnp.arange(90.0)).reshape(30, 3)}
+      >>> carriers.shape(base, lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], jnp.ones((4, 20)))
+      Shape(1 leaves, 600 coordinates)
+    """
+    if (apply_fn is None) != (images is None):
+        cause = "Without both, the conservative default needs neither."
+        raise _validate.fail("shape", "apply_fn and images together", "one of them", cause)
+    spec = selection.select(base, match)
+    if apply_fn is None or images is None:
+        return _unseen(spec)
+    sites = inputs.sites(apply_fn, base, images[:1])
+    head = next(reversed(sites), None)
+    leaves = [leaf for leaf in spec.leaves if leaf.path != head]
+    axes = [sites.get(leaf.path, _rows(leaf)) for leaf in leaves]
+    chosen = {leaf.path for leaf in leaves}
+    spec = selection.select(base, chosen.__contains__)
+    sums, power = _sensitivities(base, apply_fn, images, spec, axes, seed)
+    return _scaled(spec, axes, sums, power)
+
+
+def _rows(leaf: Leaf) -> tuple[int, ...]:
+    """The axes over which a layer presumably sums, from the shape of its kernel alone."""
+    axes, sizes = range(len(leaf.shape)), leaf.shape
+    outputs_first = len(sizes) > 2 and max(sizes[2:]) <= _WINDOW and max(sizes[:2]) > max(sizes[2:])
+    return tuple(axes[1:] if outputs_first else axes[:-1])
+
+
+def _unseen(spec: selection.Spec) -> Shape:
+    """A share of each leaf's RMS, proportional to the square root of its size; without the presumed head."""
+    sizes = [leaf.shape for leaf in spec.leaves if is_vector(leaf)]
+    inner = [leaf for leaf in spec.leaves if not is_vector(leaf)]
+    axes_of = {leaf.path: [n for n in leaf.shape if n > 1] for leaf in inner}
+
+    def is_head(leaf: Leaf) -> bool:
+        """A matrix one side of which is that of a vector and of no other kernel."""
+        sides = axes_of.get(leaf.path, [])
+        others = {n for path, ns in axes_of.items() if path != leaf.path for n in ns}
+        return len(sides) == 2 and any((n,) in sizes and n not in others for n in sides)
+
+    heads = [leaf.path for leaf in spec.leaves if is_head(leaf)]
+    kept = [(leaf, rms) for leaf, rms in zip(spec.leaves, spec.scales, strict=True) if leaf.path not in heads[-1:]]
+    if not any(leaf.path in axes_of for leaf, _ in kept):
+        kept = list(zip(spec.leaves, spec.scales, strict=True))
+    share = _UNSEEN * math.sqrt(sum(leaf.size for leaf, _ in kept) / sum(leaf.size**2 for leaf, _ in kept))
+    one = lambda leaf, rms: _flat(leaf, share * leaf.size**0.5 * float(rms), _CAP * float(rms))  # noqa: E731
+    return Shape(tuple(leaf for leaf, _ in kept), tuple(one(leaf, rms) for leaf, rms in kept))
+
+
+def _flat(leaf: Leaf, size: float, cap: float) -> Scales:
+    ones = np.ones([1] * len(leaf.shape), np.float32)
+    return Scales(ones / np.float32(size) ** 2, ones, _single(0), _single(cap), None, _rows(leaf))
+
+
+def _single(value: Any) -> np.ndarray:
+    return np.asarray(value, np.float32)
+
+
+def _sensitivities(
+    base: PyTree,
+    apply_fn: ApplyFn,
+    images: Any,
+    spec: selection.Spec,
+    axes: Sequence[tuple[int, ...]],
+    seed: int,
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], float]:
+    """For each leaf the sums of F over columns and over rows (a vector: F and 1), and the mean square of an output."""
+
+    def objective(leaves: list[Any], params: PyTree, batch: Any, signs: Any) -> tuple[Any, Any]:
+        outputs = centred(apply_fn(selection.replace(params, spec, leaves), batch))
+        return jnp.sum(signs * outputs), jnp.mean(jnp.sum(jnp.square(outputs), axis=1))
+
+    @jax.jit
+    def one_pass(params: PyTree, batch: Any, signs: Any) -> tuple[Any, Any]:
+        leaves = [jnp.asarray(x).astype(jnp.float32) for x in selection.carrying("shape", params, spec)]
+        gradients, power = jax.grad(objective, has_aux=True)(leaves, params, batch, signs)
+        squares = [jnp.square(gradient) / len(batch) for gradient in gradients]
+        return [_margins(square, leaf, rows) for square, leaf, rows in zip(squares, spec.leaves, axes, strict=True)], (
+            power
+        )
+
+    rng, size = np.random.default_rng(seed), min(_BATCH, len(images))
+    width = inputs.output_width(apply_fn, base, images[:size])
+    order = np.concatenate([rng.permutation(len(images)) for _ in range(-(-_PASSES * size // len(images)))])
+    total, powers = None, []
+    for batch in order[: _PASSES * size].reshape(_PASSES, size):
+        signs = rng.choice(np.asarray([-1, 1], np.float32), (size, width))
+        found, power = one_pass(base, images[np.sort(batch)], signs)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        powers.append(power)
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64) / _PASSES, total)
+    power = float(np.mean(jax.device_get(powers)))
+    finite = math.isfinite(power) and all(np.isfinite(x).all() for pair in sums for x in pair)
+    _validate.all_finite("shape", "outputs and gradients of the network", finite)
+    return sums, power
+
+
+def centred(outputs: Any) -> Any:
+    """Outputs of shape [B, classes], less each image's mean where there are several classes; float32."""
+    flat = outputs.reshape(outputs.shape[0], -1).astype(jnp.float32)
+    return flat - flat.mean(axis=1, keepdims=True) if flat.shape[1] > 1 else flat
+
+
+def _margins(square: Any, leaf: Leaf, rows: tuple[int, ...]) -> tuple[Any, Any]:
+    if is_vector(leaf):
+        return square, jnp.ones([1] * square.ndim)
+    columns = tuple(axis for axis in range(square.ndim) if axis not in rows)
+    return square.sum(axis=columns, keepdims=True), square.sum(axis=rows, keepdims=True)
+
+
+def _scaled(
+    spec: selection.Spec, axes: Sequence[tuple[int, ...]], sums: Sequence[tuple[np.ndarray, np.ndarray]], power: float
+) -> Shape:
+    """The scales of the leaves that the network uses at all."""
+    parts, cost = [], 0.0
+    for leaf, rms, rows, (by_row, by_column) in zip(spec.leaves, spec.scales, axes, sums, strict=True):
+        vector, total = is_vector(leaf), float(by_row.sum())
+        if total == 0:
+            continue
+        by_column = by_column if vector else by_column / total
+        floor = (_VECTOR_FLOOR if vector else _FLOOR) * total / leaf.size
+        plain = by_row * by_column
+        cost += float((plain / (plain + floor)).sum())
+        parts.append((leaf, rows, by_row, by_column, floor, _CAP * float(rms)))
+    if not any(not is_vector(leaf) for leaf, *_ in parts) or power == 0:
+        cause = "Does apply_fn use its parameters? The last kernel never carries: a network of one layer has no shape."
+        raise _validate.fail("shape", "a kernel, besides the last, on which the outputs depend", "none", cause)
+    unit = power / cost  # a^2
+    scales = [
+        Scales(_single(by_row / unit), _single(by_column), _single(floor / unit), _single(cap), None, rows)
+        for _, rows, by_row, by_column, floor, cap in parts
+    ]
+    return Shape(tuple(leaf for leaf, *_ in parts), tuple(scales))
