@@ -115,7 +115,7 @@ def test_a_device_needs_room_for_its_own_share_only(axes):
     leaf, start = like(2**13, 2**13, axes=axes), sharded._Start(like(dtype=jnp.int32), like(dtype=jnp.int32))
     embed = sharded._add_to_leaf.lower(leaf, start, like(), like(304), carrier, like(), axes, mesh)
     extract = sharded._despread_leaf.lower(leaf, leaf, start, like(), like(), carrier, axes, mesh)
-    finite = embedding._finite.lower({"w": leaf}, spec)
+    finite = embedding.copies._finite.lower({"w": leaf}, spec)
     for program, room in ((embed, 1.1 * share), (extract, 0.4 * share), (finite, 0.4 * share)):
         program = program.compile()
         assert program.memory_analysis().temp_size_in_bytes < room

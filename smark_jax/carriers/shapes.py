@@ -170,6 +170,8 @@ class Shape:
             try:
                 leaf = Leaf(path, tuple(fields.pop("shape").tolist()))
                 axes = tuple(fields.pop("axes").tolist())
+                if not set(axes) <= set(range(len(leaf.shape))):
+                    raise ValueError(f"axes {axes} of a leaf of shape {leaf.shape}")
                 one = Scales(**{"basis": None, **{k: np.float32(x) for k, x in fields.items()}}, axes=axes)  # pyright: ignore[reportArgumentType]
                 jax.eval_shape(lambda leaf=leaf, one=one: one.weights(one.sizes(leaf), leaf).reshape(leaf.shape))
             except (KeyError, TypeError, ValueError) as error:
