@@ -275,7 +275,7 @@ def test_inputs_are_those_that_the_kernel_multiplies(transposed):
         return z
 
     images, seen = jnp.float32(RNG.normal(size=(2, 6, 5, 3))), {}
-    inputs.interpret(network, params, images, lambda site: seen.update({site.path: (site.rows, site.inputs())}))
+    inputs.interpret(network, params, images, lambda site: seen.update({site.path: (site.rows, site.inputs(99))}))
     network(params, images)
     for path, y in zip(("conv", "dense"), outputs, strict=True):
         rows, found = seen[path]
