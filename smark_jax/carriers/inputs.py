@@ -186,12 +186,10 @@ def _of_conv(values: Sequence[Any], sources: Sequence[Source | None], params: Ma
         kernel, images = values[1], values[0]
         shape = [kernel.shape[place] for place in window]
         # Patches take much room, so they are made of no more images than are needed.
-        positions = math.prod(images.shape[axis] for axis in numbers.lhs_spec[2:]) // math.prod(
-            params["window_strides"]
-        )
-        images = jax.lax.slice_in_dim(
-            images, 0, min(images.shape[numbers.lhs_spec[0]], -(-2 * most // positions)), axis=numbers.lhs_spec[0]
-        )
+        size = math.prod(images.shape[axis] for axis in numbers.lhs_spec[2:])
+        positions = max(1, size // math.prod(params["window_strides"]))
+        count = min(images.shape[numbers.lhs_spec[0]], -(-2 * most // positions))
+        images = jax.lax.slice_in_dim(images, 0, count, axis=numbers.lhs_spec[0])
         patches = jax.lax.conv_general_dilated_patches(
             images,
             shape,
