@@ -285,6 +285,24 @@ def test_inputs_are_those_that_the_kernel_multiplies(transposed):
     assert seen["conv"][0] == ((1, 2, 3) if transposed else (0, 1, 2)) and seen["dense"][0] == (2,)
 
 
+def test_depthwise_convolutions_are_interpreted_as_they_are_run():
+    x = jnp.float32(RNG.normal(size=(2, 9, 8, 6)))
+    for kernel, numbers, options in (
+        (RNG.normal(size=(3, 2, 1, 6)), ("NHWC", "HWIO", "NHWC"), {"padding": "SAME", "window_strides": (2, 1)}),
+        (RNG.normal(size=(6, 1, 3, 3)), ("NHWC", "OIHW", "NCHW"), {"padding": "VALID", "window_strides": (1, 2)}),
+        (
+            RNG.normal(size=(3, 3, 1, 6)),
+            ("NHWC", "HWIO", "NHWC"),
+            {"padding": ((1, 0), (2, 3)), "rhs_dilation": (2, 1)},
+        ),
+    ):
+        settings = {"window_strides": (1, 1), "dimension_numbers": numbers, "feature_group_count": 6, **options}
+        network = lambda w, x, settings=settings: jax.lax.conv_general_dilated(x, w, **settings)  # noqa: E731
+        kernel = jnp.asarray(kernel, jnp.float32)
+        found, expected = inputs.interpret(network, kernel, x), network(kernel, x)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_false_accusations_stay_within_the_bound_unless_weights_see_the_word():
     """T of an innocent's word: normal tails whatever the suspect; weights chosen by the word break them."""
     rng, found, control = np.random.default_rng(3), [], []

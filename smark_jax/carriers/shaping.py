@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from smark_jax import _validate
+from smark_jax import _trees, _validate
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 from smark_jax.carriers import directions, inputs, selection
 from smark_jax.carriers.selection import Leaf
@@ -92,15 +92,20 @@ def shape(
         raise _validate.fail("shape", "apply_fn and images together", "one of them", cause)
     spec = selection.select(base, match)
     if apply_fn is None or images is None:
-        return _unseen(spec)
+        return _unseen(spec, base)
     sites = inputs.sites(apply_fn, base, images[:1])
     head = next(reversed(sites), None)
     spec = selection.select(base, {leaf.path for leaf in spec.leaves if leaf.path != head}.__contains__)
-    kernels = {leaf.path: leaf for leaf in spec.leaves if leaf.path in sites and not is_vector(leaf)}
+    kernels = {leaf.path: leaf for leaf in spec.leaves if leaf.path in sites and _narrows(leaf, sites[leaf.path])}
     bases = directions.of(apply_fn, base, images, kernels, _RATIO, seed)
     frames = [_plain(bases.get(leaf.path), sites.get(leaf.path, _rows(leaf))) for leaf in spec.leaves]
     sums, power = _sensitivities(base, apply_fn, images, spec, frames, seed)
     return _scaled(base, spec, frames, sums, power)
+
+
+def _narrows(leaf: Leaf, rows: tuple[int, ...]) -> bool:
+    """Whether a kernel has more inputs than outputs, without which it is not over-parametrised."""
+    return math.prod(leaf.shape[axis] for axis in rows) ** 2 > leaf.size
 
 
 def _plain(basis: np.ndarray | None, axes: tuple[int, ...]) -> Scales:
@@ -116,22 +121,22 @@ def _rows(leaf: Leaf) -> tuple[int, ...]:
     return tuple(axes[1:] if outputs_first else axes[:-1])
 
 
-def _unseen(spec: selection.Spec) -> Shape:
+def _unseen(spec: selection.Spec, base: PyTree) -> Shape:
     """A share of each leaf's RMS, proportional to the square root of its size; without the presumed head."""
-    sizes = [leaf.shape for leaf in spec.leaves if is_vector(leaf)]
-    inner = [leaf for leaf in spec.leaves if not is_vector(leaf)]
-    axes_of = {leaf.path: [n for n in leaf.shape if n > 1] for leaf in inner}
+    every = [Leaf(path, np.shape(leaf)) for path, leaf in _trees.named("shape", base).items()]
+    vectors = {leaf.size for leaf in every if is_vector(leaf)}
+    sides = {leaf.path: [n for n in leaf.shape if n > 1] for leaf in every if not is_vector(leaf)}
 
-    def is_head(leaf: Leaf) -> bool:
-        """A matrix one side of which is that of a vector and of no other kernel."""
-        sides = axes_of.get(leaf.path, [])
-        others = {n for path, ns in axes_of.items() if path != leaf.path for n in ns}
-        return len(sides) == 2 and any((n,) in sizes and n not in others for n in sides)
+    def is_head(path: str) -> bool:
+        """Whether a leaf is a matrix one side of which is that of a vector and of no other kernel."""
+        others = {n for other, ns in sides.items() if other != path for n in ns}
+        return len(sides[path]) == 2 and any(n in vectors and n not in others for n in sides[path])
 
-    heads = [leaf.path for leaf in spec.leaves if is_head(leaf)]
-    kept = [(leaf, rms) for leaf, rms in zip(spec.leaves, spec.scales, strict=True) if leaf.path not in heads[-1:]]
-    if not any(leaf.path in axes_of for leaf, _ in kept):
-        kept = list(zip(spec.leaves, spec.scales, strict=True))
+    heads = [leaf.path for leaf in spec.leaves if leaf.path in sides and is_head(leaf.path)]
+    pairs = list(zip(spec.leaves, spec.scales, strict=True))
+    kept = [(leaf, rms) for leaf, rms in pairs if leaf.path not in heads[-1:]]
+    if all(is_vector(leaf) for leaf, _ in kept):
+        kept = pairs
     share = _UNSEEN * math.sqrt(sum(leaf.size for leaf, _ in kept) / sum(leaf.size**2 for leaf, _ in kept))
     one = lambda leaf, rms: _flat(leaf, share * leaf.size**0.5 * float(rms), _CAP * float(rms))  # noqa: E731
     return Shape(tuple(leaf for leaf, _ in kept), tuple(one(leaf, rms) for leaf, rms in kept))
@@ -152,7 +157,7 @@ def _sensitivities(
     """For each leaf the sums of F by row and by column (a vector: F and 1), and the mean square of an output."""
 
     def objective(leaves: list[Any], params: PyTree, batch: Any, signs: Any) -> tuple[Any, Any]:
-        outputs = centred(apply_fn(selection.replace(params, spec, leaves), batch))
+        outputs = centred(inputs.interpret(apply_fn, selection.replace(params, spec, leaves), batch))
         return jnp.sum(signs * outputs), jnp.mean(jnp.sum(jnp.square(outputs), axis=1))
 
     @jax.jit
