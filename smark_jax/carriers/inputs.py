@@ -79,11 +79,6 @@ def sites(apply_fn: ApplyFn, params: PyTree, images: Any) -> dict[str, tuple[int
     return found
 
 
-def output_width(apply_fn: ApplyFn, params: PyTree, images: Any) -> int:
-    """The number of outputs for each image."""
-    return math.prod(jax.eval_shape(apply_fn, params, images).shape[1:])
-
-
 def _run(
     jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], sources: Sequence[Source | None], visit: Visit
 ) -> tuple[list[Any], list[Source | None]]:

@@ -67,6 +67,14 @@ class Scales:
         inputs, directions = self.basis.shape
         return directions, leaf.size // inputs
 
+    def sides(self, leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of the coordinates that run over rows, and those over columns; a vector has neither."""
+        if self.basis is not None:
+            return (0,), (1,)
+        if is_vector(leaf):
+            return (), ()
+        return self.axes, tuple(axis for axis in range(len(leaf.shape)) if axis not in self.axes)
+
     def coefficients(self, change: Array) -> Array:
         """A change of the leaf's weights by its coordinates, in the weights' unit: the transpose of :meth:`weights`."""
         if self.basis is None:

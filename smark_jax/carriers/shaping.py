@@ -30,7 +30,7 @@ from jaxtyping import Num
 
 from smark_jax import _validate
 from smark_jax._types import AnyArray, ApplyFn, PyTree
-from smark_jax.carriers import inputs, selection
+from smark_jax.carriers import directions, inputs, selection
 from smark_jax.carriers.selection import Leaf
 from smark_jax.carriers.shapes import Scales, Shape, is_vector
 
@@ -38,6 +38,10 @@ _PASSES, _BATCH = 16, 8
 _FLOOR, _VECTOR_FLOOR = 0.03, 0.3
 # At the default strength of 0.01 no coordinate moves by more than 0.3 RMS of its leaf.
 _CAP = 30.0
+# The same for a direction, which moves by at most half the RMS of its own coefficients.
+_ROW_CAP = 50.0
+# A kernel is over-parametrised if its inputs lie in at most this share of as many directions.
+_RATIO = 0.25
 # RMS of s in units of the leaves' RMS where nobody can run the network: measured on real networks.
 _UNSEEN = 0.18
 # Kernels in PyTorch's order have their outputs first, and windows of at most this size last.
@@ -91,12 +95,18 @@ def shape(
         return _unseen(spec)
     sites = inputs.sites(apply_fn, base, images[:1])
     head = next(reversed(sites), None)
-    leaves = [leaf for leaf in spec.leaves if leaf.path != head]
-    axes = [sites.get(leaf.path, _rows(leaf)) for leaf in leaves]
-    chosen = {leaf.path for leaf in leaves}
-    spec = selection.select(base, chosen.__contains__)
-    sums, power = _sensitivities(base, apply_fn, images, spec, axes, seed)
-    return _scaled(spec, axes, sums, power)
+    spec = selection.select(base, {leaf.path for leaf in spec.leaves if leaf.path != head}.__contains__)
+    kernels = {leaf.path: leaf for leaf in spec.leaves if leaf.path in sites and not is_vector(leaf)}
+    bases = directions.of(apply_fn, base, images, kernels, _RATIO, seed)
+    frames = [_plain(bases.get(leaf.path), sites.get(leaf.path, _rows(leaf))) for leaf in spec.leaves]
+    sums, power = _sensitivities(base, apply_fn, images, spec, frames, seed)
+    return _scaled(base, spec, frames, sums, power)
+
+
+def _plain(basis: np.ndarray | None, axes: tuple[int, ...]) -> Scales:
+    """The coordinates of a leaf, whose scales are not known yet."""
+    one = _single(1)
+    return Scales(one, one, one, one, None if basis is None else _single(basis), axes)
 
 
 def _rows(leaf: Leaf) -> tuple[int, ...]:
@@ -137,35 +147,28 @@ def _single(value: Any) -> np.ndarray:
 
 
 def _sensitivities(
-    base: PyTree,
-    apply_fn: ApplyFn,
-    images: Any,
-    spec: selection.Spec,
-    axes: Sequence[tuple[int, ...]],
-    seed: int,
+    base: PyTree, apply_fn: ApplyFn, images: Any, spec: selection.Spec, frames: Sequence[Scales], seed: int
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], float]:
-    """For each leaf the sums of F over columns and over rows (a vector: F and 1), and the mean square of an output."""
+    """For each leaf the sums of F by row and by column (a vector: F and 1), and the mean square of an output."""
 
     def objective(leaves: list[Any], params: PyTree, batch: Any, signs: Any) -> tuple[Any, Any]:
         outputs = centred(apply_fn(selection.replace(params, spec, leaves), batch))
         return jnp.sum(signs * outputs), jnp.mean(jnp.sum(jnp.square(outputs), axis=1))
 
     @jax.jit
-    def one_pass(params: PyTree, batch: Any, signs: Any) -> tuple[Any, Any]:
+    def one_pass(params: PyTree, frames: Sequence[Scales], batch: Any, signs: Any) -> tuple[Any, Any]:
         leaves = [jnp.asarray(x).astype(jnp.float32) for x in selection.carrying("shape", params, spec)]
         gradients, power = jax.grad(objective, has_aux=True)(leaves, params, batch, signs)
-        squares = [jnp.square(gradient) / len(batch) for gradient in gradients]
-        return [_margins(square, leaf, rows) for square, leaf, rows in zip(squares, spec.leaves, axes, strict=True)], (
-            power
-        )
+        parts = zip(frames, spec.leaves, gradients, strict=True)
+        return [_margins(one, leaf, gradient / len(batch) ** 0.5) for one, leaf, gradient in parts], power
 
     rng, size = np.random.default_rng(seed), min(_BATCH, len(images))
-    width = inputs.output_width(apply_fn, base, images[:size])
+    width = math.prod(jax.eval_shape(apply_fn, base, images[:size]).shape[1:])
     order = np.concatenate([rng.permutation(len(images)) for _ in range(-(-_PASSES * size // len(images)))])
     total, powers = None, []
     for batch in order[: _PASSES * size].reshape(_PASSES, size):
         signs = rng.choice(np.asarray([-1, 1], np.float32), (size, width))
-        found, power = one_pass(base, images[np.sort(batch)], signs)
+        found, power = one_pass(base, frames, images[np.sort(batch)], signs)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
         powers.append(power)
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64) / _PASSES, total)
@@ -181,33 +184,49 @@ def centred(outputs: Any) -> Any:
     return flat - flat.mean(axis=1, keepdims=True) if flat.shape[1] > 1 else flat
 
 
-def _margins(square: Any, leaf: Leaf, rows: tuple[int, ...]) -> tuple[Any, Any]:
+def _margins(one: Scales, leaf: Leaf, gradient: Any) -> tuple[Any, Any]:
+    square = jnp.square(one.coefficients(gradient))
     if is_vector(leaf):
         return square, jnp.ones([1] * square.ndim)
-    columns = tuple(axis for axis in range(square.ndim) if axis not in rows)
+    rows, columns = one.sides(leaf)
     return square.sum(axis=columns, keepdims=True), square.sum(axis=rows, keepdims=True)
 
 
 def _scaled(
-    spec: selection.Spec, axes: Sequence[tuple[int, ...]], sums: Sequence[tuple[np.ndarray, np.ndarray]], power: float
+    base: PyTree,
+    spec: selection.Spec,
+    frames: Sequence[Scales],
+    sums: Sequence[tuple[np.ndarray, np.ndarray]],
+    power: float,
 ) -> Shape:
     """The scales of the leaves that the network uses at all."""
-    parts, cost = [], 0.0
-    for leaf, rms, rows, (by_row, by_column) in zip(spec.leaves, spec.scales, axes, sums, strict=True):
-        vector, total = is_vector(leaf), float(by_row.sum())
+    found, cost = [], 0.0
+    weights = selection.carrying("shape", base, spec)
+    for leaf, rms, one, weight, (by_row, by_column) in zip(
+        spec.leaves, spec.scales, frames, weights, sums, strict=True
+    ):
+        total = float(by_row.sum())
         if total == 0:
             continue
+        vector = is_vector(leaf)
         by_column = by_column if vector else by_column / total
-        floor = (_VECTOR_FLOOR if vector else _FLOOR) * total / leaf.size
+        floor = (_VECTOR_FLOOR if vector else _FLOOR) * total / math.prod(one.coordinates(leaf))
         plain = by_row * by_column
         cost += float((plain / (plain + floor)).sum())
-        parts.append((leaf, rows, by_row, by_column, floor, _CAP * float(rms)))
-    if not any(not is_vector(leaf) for leaf, *_ in parts) or power == 0:
+        cap = _CAP * float(rms) if one.basis is None else _ROW_CAP * _row_rms(one, weight)
+        found.append((leaf, one, by_row, by_column, floor, cap))
+    if power == 0 or all(is_vector(leaf) for leaf, *_ in found):
         cause = "Does apply_fn use its parameters? The last kernel never carries: a network of one layer has no shape."
         raise _validate.fail("shape", "a kernel, besides the last, on which the outputs depend", "none", cause)
     unit = power / cost  # a^2
     scales = [
-        Scales(_single(by_row / unit), _single(by_column), _single(floor / unit), _single(cap), None, rows)
-        for _, rows, by_row, by_column, floor, cap in parts
+        Scales(_single(by_row / unit), _single(by_column), _single(floor / unit), _single(cap), one.basis, one.axes)
+        for _, one, by_row, by_column, floor, cap in found
     ]
-    return Shape(tuple(leaf for leaf, *_ in parts), tuple(scales))
+    return Shape(tuple(leaf for leaf, *_ in found), tuple(scales))
+
+
+def _row_rms(one: Scales, weight: Any) -> np.ndarray:
+    """The RMS of each direction's coefficients in the base."""
+    coefficients = one.coefficients(jnp.asarray(weight).astype(jnp.float32))
+    return np.asarray(jnp.sqrt(jnp.mean(jnp.square(coefficients), axis=1, keepdims=True)))

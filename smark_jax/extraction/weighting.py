@@ -107,7 +107,7 @@ def _wide(leaf: Array) -> Array:
 def _less_shrinkage(shift: Shifts, own: Array, leaf: Leaf, one: Scales) -> Array:
     """The shifts, less what the base's own weights predict of them."""
     own = jnp.where(shift.there, own, 0)
-    _, columns = _axes(leaf, one)
+    _, columns = one.sides(leaf)
     over = columns if _count(own, columns) >= _LEAST else tuple(range(own.ndim))
     power = jnp.sum(own * own, axis=over, keepdims=True)
     share = jnp.sum(own * shift.values, axis=over, keepdims=True) / jnp.where(power > 0, power, 1)
@@ -115,7 +115,7 @@ def _less_shrinkage(shift: Shifts, own: Array, leaf: Leaf, one: Scales) -> Array
 
 
 def _precision(shift: Array, leaf: Leaf, one: Scales, strength: float | Array) -> Array:
-    rows, columns = _axes(leaf, one)
+    rows, columns = one.sides(leaf)
     square = jnp.square(shift)
     whole = square.mean()
     noise = whole
@@ -123,15 +123,6 @@ def _precision(shift: Array, leaf: Leaf, one: Scales, strength: float | Array) -
         if _count(shift, over) >= _LEAST:
             noise *= (square.mean(axis=over, keepdims=True) / jnp.maximum(whole, _TINY) + _SHARE) / (1 + _SHARE)
     return jnp.minimum(jnp.square(strength) / jnp.maximum(noise, _TINY), 1)
-
-
-def _axes(leaf: Leaf, one: Scales) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of the coordinates over rows, and those over columns; a vector has rows alone."""
-    if one.basis is not None:
-        return (0,), (1,)
-    if shapes.is_vector(leaf):
-        return (), ()
-    return one.axes, tuple(axis for axis in range(len(leaf.shape)) if axis not in one.axes)
 
 
 def _count(values: Array, axes: tuple[int, ...]) -> int:

@@ -2,9 +2,13 @@
 
 ::
 
-    suspect = files.read("leaked.bin")                  # safetensors, Flax msgpack, npz or PyTorch; format is detected
+    suspect = files.read("leaked.bin")  # safetensors, Flax msgpack, npz, ONNX or PyTorch: the format is detected
     layout = files.match_layout(suspect.leaves, files.flatten(base))
     params = files.nest(layout.leaves)
+
+A file that holds the network as well as its weights gives both, as a function of JAX::
+
+    params, apply_fn = files.network("classifier.onnx")
 
 A model is a dict of its leaves by name; a name is the leaf's path with its steps joined by ``/``. :func:`flatten` and
 :func:`nest` convert between this dict and a parameter tree.
@@ -17,6 +21,7 @@ weights are read unchanged; the functions that compute with weights refuse them.
 
 from smark_jax.files._limits import MAX_BYTES, MAX_LEAVES
 from smark_jax.files.layout import Layout, Move, match_layout
+from smark_jax.files.networks.loading import Network, network
 from smark_jax.files.reading import Weights, read
 from smark_jax.files.trees import content_hash, flatten, nest
 from smark_jax.files.writing import dump, write
@@ -26,12 +31,14 @@ __all__ = [
     "MAX_LEAVES",
     "Layout",
     "Move",
+    "Network",
     "Weights",
     "content_hash",
     "dump",
     "flatten",
     "match_layout",
     "nest",
+    "network",
     "read",
     "write",
 ]

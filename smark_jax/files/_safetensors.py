@@ -67,6 +67,10 @@ def write(file: BinaryIO, leaves: Mapping[str, np.ndarray], like: Path | None) -
 
 def _as_in(path: Path, leaves: Mapping[str, np.ndarray]) -> tuple[bytes, list[str]]:
     """Another file's header, and the leaves' names in the order of their bytes."""
+    with path.open("rb") as file:
+        if not matches(file.read(9)):
+            cause = "Copies are written as safetensors only: leave out like, or name a base that is safetensors."
+            raise _validate.fail("write", f"{path} to be safetensors", "a file of another format", cause)
     header, entries = head(path)
     theirs = {entry.name: (entry.dtype, entry.shape) for entry in entries}
     ours = {name: (leaf.dtype.newbyteorder("="), leaf.shape) for name, leaf in leaves.items()}

@@ -12,6 +12,7 @@ import numpy as np
 from smark_jax.errors import Unreadable
 from smark_jax.files import _msgpack, _npz, _safetensors, _torch
 from smark_jax.files._limits import Foreign
+from smark_jax.files.networks import onnx, pt2
 
 Leaves = Mapping[str, np.ndarray | Foreign]
 Writer = Callable[[BinaryIO, Mapping[str, np.ndarray], Path | None], str]
@@ -48,7 +49,8 @@ def refused(start: bytes | tuple[bytes, ...], what: str, advice: str) -> Format:
 _PICKLE = "Pickle can run code and is never loaded: save the state dict with safetensors.torch.save_file."
 
 FORMATS = (
-    Format("torch", _torch.matches, _torch.read),  # before npz: both are zips
+    Format("pt2", pt2.matches, pt2.read),
+    Format("torch", _torch.matches, _torch.read),  # before npz: all three are zips
     Format("npz", _npz.matches, _npz.read),
     Format("safetensors", _safetensors.matches, _safetensors.read, _safetensors.write),
     refused(tuple(bytes((0x80, version)) for version in (2, 3, 4, 5)), "a pickle", _PICKLE),
@@ -58,6 +60,7 @@ FORMATS = (
     refused(b"GGUF", "a GGUF file", "Convert it to safetensors."),
     refused(b"version https://git-lfs", "a pointer to a file in Git LFS", "Fetch the file itself (git lfs pull)."),
     refused(b"<", "text", "Was a web page saved in place of the file?"),
+    Format("onnx", onnx.matches, onnx.read),
     Format("msgpack", _msgpack.matches, _msgpack.read),  # last: only its first byte identifies it
 )
 
@@ -71,7 +74,7 @@ def of(content: bytes) -> Format:
     for format in FORMATS:
         if format.matches(content):
             return format
-    raise Unreadable("it is neither safetensors, Flax msgpack, npz nor PyTorch", "Convert it to safetensors.")
+    raise Unreadable("it is neither safetensors, Flax msgpack, npz, ONNX nor PyTorch", "Convert it to safetensors.")
 
 
 def writer(name: str) -> Writer:

@@ -1,8 +1,10 @@
 """Reads a possibly hostile file of weights; its format is detected from its content."""
 
+import contextlib
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -48,21 +50,28 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, st
       SmarkError: when ``max_bytes`` is not a positive whole number.
     """
     _validate.positive("read", "max_bytes", max_bytes)
-    try:
-        data = _content(path, max_bytes)
+    with naming(path):
+        data = content(path, max_bytes)
         format = formats.of(data)
         found = format.read(data, max_bytes)
         leaves = {name: leaf for name, leaf in sorted(found.items()) if not isinstance(leaf, _limits.Foreign)}
         foreign = {name: leaf for name, leaf in sorted(found.items()) if isinstance(leaf, _limits.Foreign)}
         if foreign and (strict or not leaves):
             raise Unreadable(*next(iter(foreign.values())))
-    except Unreadable as error:
-        where = f"cannot read {shown(os.fspath(path))}: "
-        raise Unreadable(f"{where}{error}", desk=f"{where}{error.desk}") from None
     return Weights(leaves, format.name, hashlib.sha256(data).hexdigest(), tuple(foreign))
 
 
-def _content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Refusals name the file."""
+    try:
+        yield
+    except Unreadable as error:
+        where = f"cannot read {shown(os.fspath(path))}: "
+        raise Unreadable(f"{where}{error}", desk=f"{where}{error.desk}") from None
+
+
+def content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     """All bytes of a regular file, read once, so that the hash covers exactly what is parsed."""
     try:
         mode = os.stat(path).st_mode

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 
 import msgpack
+import network_files
 import numpy as np
 import safetensors.numpy
 
@@ -71,6 +72,14 @@ def npz_file(rng: np.random.Generator) -> bytes:
     file = io.BytesIO()
     (np.savez if rng.integers(2) else np.savez_compressed)(file, **tree(rng))  # pyright: ignore[reportArgumentType]
     return file.getvalue()
+
+
+def onnx_file(rng: np.random.Generator) -> bytes:
+    return network_files.classifier(int(rng.integers(100))).onnx()
+
+
+def exported_program(rng: np.random.Generator) -> bytes:
+    return network_files.classifier(int(rng.integers(100))).exported()
 
 
 # Ways to break a valid file.

@@ -33,6 +33,8 @@ _WEIGHTS = {
     "safetensors": mutations.safetensors_file,
     "msgpack": mutations.msgpack_file,
     "npz": mutations.npz_file,
+    "onnx": mutations.onnx_file,
+    "pt2": mutations.exported_program,
 }
 TARGETS = (
     *(Target(name, make, mutations.FORGERIES, files.read, errors.Unreadable) for name, make in _WEIGHTS.items()),

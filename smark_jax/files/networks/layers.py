@@ -1,0 +1,140 @@
+"""Layers that the graphs of several frameworks share, over JAX arrays whose axis 1 is the channels."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Padding = Sequence[tuple[int, int]]
+
+
+class Window(NamedTuple):
+    """How a kernel or a pool slides over an image, by spatial axis.
+
+    Attributes:
+      size: of the window.
+      strides: of its steps.
+      padding: before and after the image.
+      dilations: distances between the window's entries.
+    """
+
+    size: Sequence[int]
+    strides: Sequence[int]
+    padding: Padding
+    dilations: Sequence[int]
+
+
+def aligned(*values: Any) -> list[Any]:
+    """The values with as many axes as the one that has most; numbers stay numbers."""
+    most = max(np.ndim(value) for value in values)
+    return [v.reshape((1,) * (most - v.ndim) + v.shape) if 0 < np.ndim(v) < most else v for v in values]
+
+
+def per_channel(vector: Any, ndim: int) -> Any:
+    """A vector of one entry per channel, in a shape that fits images of ``ndim`` axes."""
+    return vector.reshape(1, -1, *[1] * (ndim - 2))
+
+
+def convolution(images: Any, kernel: Any, bias: Any, window: Window, groups: int) -> Any:
+    """A convolution of images [B C ...] with a kernel [O I ...].
+
+    It runs with the channels last: XLA's convolutions on CPUs are several times faster that way.
+    """
+    space = "DHW"[-(kernel.ndim - 2) :]
+    out = lax.conv_general_dilated(
+        jnp.moveaxis(images, 1, -1),
+        kernel,
+        window.strides,
+        window.padding,
+        rhs_dilation=window.dilations,
+        feature_group_count=groups,
+        dimension_numbers=(f"N{space}C", f"OI{space}", f"N{space}C"),
+    )
+    out = jnp.moveaxis(out, -1, 1)
+    return out if bias is None else out + per_channel(bias, out.ndim)
+
+
+def rounded_up(window: Window, lengths: Sequence[int]) -> Window:
+    """The window with padding at the end that makes a last, partial step whole, if that begins inside the image."""
+    padding = []
+    for size, stride, (before, after), dilation, length in zip(*window, lengths, strict=True):
+        reach = dilation * (size - 1) + 1
+        steps = -(-(length + before + after - reach) // stride)
+        steps -= steps * stride >= length + before
+        padding.append((before, max(after, steps * stride + reach - length - before)))
+    return window._replace(padding=padding)
+
+
+def max_pool(images: Any, window: Window) -> Any:
+    """The largest value in each window."""
+    return _pooled(images, window, -jnp.inf, lax.max)
+
+
+def mean_pool(images: Any, window: Window, counted: Padding) -> Any:
+    """The mean of each window over the image and the part ``counted`` of the padding."""
+    total = _pooled(images, window, 0.0, lax.add)
+    counts = np.ones((), np.float32)
+    for axis, (size, stride, (before, _), dilation) in enumerate(zip(*window, strict=True)):
+        length, (left, right) = images.shape[2 + axis], counted[axis]
+        at = np.arange(total.shape[2 + axis])[:, None] * stride - before + np.arange(size) * dilation
+        here = ((at >= -left) & (at < length + right)).sum(1).astype(np.float32)
+        counts = counts[..., None] * here
+    return total / (float(counts.flat[0]) if (counts == counts.flat[0]).all() else counts[None, None])
+
+
+def _pooled(images: Any, window: Window, start: float, combine: Any) -> Any:
+    ones, none = (1, 1), [(0, 0), (0, 0)]
+    return lax.reduce_window(
+        images,
+        np.asarray(start, images.dtype),
+        combine,
+        (*ones, *window.size),
+        (*ones, *window.strides),
+        [*none, *window.padding],
+        window_dilation=(*ones, *window.dilations),
+    )
+
+
+def batch_norm(images: Any, scale: Any, bias: Any, mean: Any, variance: Any, epsilon: float) -> Any:
+    """Normalisation by running statistics; scale and bias may be None."""
+    centred = images - per_channel(mean, images.ndim)
+    factor = lax.rsqrt(per_channel(variance, images.ndim) + epsilon)
+    out = centred * (factor if scale is None else factor * per_channel(scale, images.ndim))
+    return out if bias is None else out + per_channel(bias, images.ndim)
+
+
+def standardised(values: Any, axes: Sequence[int], epsilon: float) -> Any:
+    """Values less their mean, over the root of their variance plus ``epsilon``, both along ``axes``."""
+    centred = values - values.mean(tuple(axes), keepdims=True)
+    return centred * lax.rsqrt((centred * centred).mean(tuple(axes), keepdims=True) + epsilon)
+
+
+def layer_norm(values: Any, scale: Any, bias: Any, first: int, epsilon: float) -> Any:
+    """Normalisation over the axes from ``first`` on; scale and bias may be None."""
+    out = standardised(values, range(first, values.ndim), epsilon)
+    lead = (1,) * first
+    out = out if scale is None else out * scale.reshape(*lead, *scale.shape)
+    return out if bias is None else out + bias.reshape(*lead, *bias.shape)
+
+
+def group_norm(images: Any, groups: int, scale: Any, bias: Any, epsilon: float) -> Any:
+    """Normalisation over groups of neighbouring channels of each image; scale and bias may be None."""
+    batch, channels, *space = images.shape
+    grouped = images.reshape(batch, groups, channels // groups, *space)
+    out = standardised(grouped, range(2, grouped.ndim), epsilon).reshape(images.shape)
+    out = out if scale is None else out * per_channel(scale, images.ndim)
+    return out if bias is None else out + per_channel(bias, images.ndim)
+
+
+def attention(queries: Any, keys: Any, values: Any, mask: Any, scale: float | None) -> Any:
+    """Softmax attention; ``mask`` is None, boolean (False is hidden), or added to the scores."""
+    factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
+    scores = jnp.matmul(queries, jnp.swapaxes(keys, -1, -2)) * factor
+    if mask is not None:
+        mask = mask.reshape((1,) * (scores.ndim - mask.ndim) + mask.shape)
+        scores = jnp.where(mask, scores, -jnp.inf) if mask.dtype == bool else scores + mask
+    return jnp.matmul(jax.nn.softmax(scores, -1), values)

@@ -1,0 +1,64 @@
+"""The one way from a network's file to its weights and its function."""
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from smark_jax.errors import Unreadable
+from smark_jax.files import _limits, formats, reading
+from smark_jax.files.networks import graph, onnx, pt2
+
+_KINDS = {"onnx": (onnx.load, "onnx_operators"), "pt2": (pt2.load, "aten")}  # the operators' modules load JAX
+
+
+class Network(NamedTuple):
+    """A network: its weights and its function.
+
+    Attributes:
+      params: weights and running statistics by name. What does not carry a mark says so by its own name
+        (``bn.running_mean``), or its name begins with ``buffers/``.
+      apply_fn: ``apply_fn(params, images) -> logits``: pure, jitted, and a plain sequence of operations in a jaxpr.
+    """
+
+    params: dict[str, np.ndarray]
+    apply_fn: Callable[[Mapping[str, Any], Any], Any]
+
+
+def network(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES) -> Network:
+    """Reads a network that was saved as ONNX or by ``torch.export.save`` (``.pt2``); safe on hostile files.
+
+    Neither format's package is needed, and nothing in the file runs as code: the graph is a list of operations, and
+    each is looked up in a table of functions of JAX. The format is detected from the content.
+
+    The function takes images as the graph does: PyTorch's take [B C H W], TensorFlow's [B H W C], of the size and in
+    the scale for which the network was exported. It returns the graph's first result; a Softmax at the end is left out,
+    so that the result is logits. A graph exported for a fixed number of images takes multiples of it.
+
+    Args:
+      path: of the file.
+      max_bytes: limit on the file's size and on the total size of its tensors.
+
+    Raises:
+      Unreadable: when the file cannot be read safely, holds weights alone, or takes more than images.
+      SmarkError: when an operator is not supported; later, when the function is called, for a setting of an operator
+        that is not, for missing weights, and for images of another shape.
+
+    Examples:
+      >>> from smark_jax import embedding, files  # doctest: +SKIP
+      >>> params, apply_fn = files.network("classifier.onnx")  # doctest: +SKIP
+      >>> logits = apply_fn(params, images)  # doctest: +SKIP
+    """
+    with reading.naming(path):
+        data = reading.content(path, max_bytes)
+        format = formats.of(data).name
+        if format not in _KINDS:
+            said = "Give weights alone to files.read, and write their network as a function of JAX."
+            raise Unreadable(f"it is {format}, and holds no network", said)
+        load, operators = _KINDS[format]
+        found = load(data, max_bytes)
+        params = found.params
+    table = importlib.import_module(f"smark_jax.files.networks.{operators}").OPERATORS
+    return Network(params, graph.function(found, table))

@@ -1,0 +1,322 @@
+"""ONNX's operators that image classifiers use, over JAX arrays.
+
+What is known without weights and images (shapes, indices) comes as NumPy arrays and stays one, so that it can serve as
+a shape. An operator's settings are keyword arguments under ONNX's names. Where a newer version takes a setting as an
+input, the parameter of that name takes both.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from smark_jax.files.networks import layers
+from smark_jax.files.networks.layers import Window, aligned
+from smark_jax.files.networks.onnx import DTYPES
+
+_MAX_STATIC = 2**12  # values of an array that is computed at once; two such arrays can make one of 2**24
+
+
+def _is_static(*values: Any) -> bool:
+    return all(
+        value is None or (isinstance(value, np.ndarray | np.generic) and value.size <= _MAX_STATIC) for value in values
+    )
+
+
+def _library(*values: Any) -> Any:
+    return np if _is_static(*values) else jnp
+
+
+def _integers(value: Any) -> list[int]:
+    """A setting that is a list of whole numbers, whether it is given as a setting or as an input."""
+    if not isinstance(value, list | np.ndarray):
+        raise ValueError("expected whole numbers that depend on no image")
+    return [int(number) for number in np.asarray(value).reshape(-1)]
+
+
+def _elementwise(name: str) -> Callable[..., Any]:
+    def apply(*values: Any) -> Any:
+        return getattr(_library(*values), name)(*aligned(*values))
+
+    return apply
+
+
+def _fold(name: str) -> Callable[..., Any]:
+    pair = _elementwise(name)
+    return lambda *values: functools.reduce(pair, values)
+
+
+def _divide(a: Any, b: Any) -> Any:
+    whole = np.issubdtype(a.dtype, np.integer)
+    return _elementwise("floor_divide" if whole else "divide")(a, b)
+
+
+def _clip(x: Any, min: Any = None, max: Any = None) -> Any:
+    return _library(x, min, max).clip(x, min, max)
+
+
+def _cast(x: Any, *, to: int, saturate: int = 1) -> Any:
+    return x.astype(jax.dtypes.canonicalize_dtype(DTYPES[to]) if not _is_static(x) else DTYPES[to])
+
+
+def _shape(x: Any, *, start: int = 0, end: int | None = None) -> np.ndarray:
+    return np.array(np.shape(x), np.int64)[start:end]
+
+
+def _constant_of_shape(shape: Any, *, value: Any = None) -> Any:
+    number = np.zeros(1, np.float32) if value is None else value
+    return np.broadcast_to(number.reshape(-1)[0], _integers(shape))  # a view of one number, however large
+
+
+def _range(start: Any, limit: Any, delta: Any) -> np.ndarray:
+    if not _is_static(start, limit, delta) or not 0 <= (limit - start) / delta <= _MAX_STATIC:
+        raise ValueError(f"expected a range of at most {_MAX_STATIC:,} numbers that depends on no image")
+    return np.arange(start.item(), limit.item(), delta.item()).astype(start.dtype)
+
+
+def _concat(*values: Any, axis: int) -> Any:
+    return _library(*values).concatenate(values, axis)
+
+
+def _gather(x: Any, indices: Any, *, axis: int = 0) -> Any:
+    if np.ndim(indices) == 0 and _is_static(indices):
+        pick = np.take if _is_static(x) else lambda array, i, place: lax.index_in_dim(array, i, place, False)
+        return pick(x, int(indices), axis)
+    return _library(x, indices).take(x, indices, axis)
+
+
+def _expand(x: Any, shape: Any) -> Any:
+    return _library(x).broadcast_to(x, np.broadcast_shapes(np.shape(x), tuple(_integers(shape))))
+
+
+def _tile(x: Any, repeats: Any) -> Any:
+    return jnp.tile(x, _integers(repeats))
+
+
+def _transpose(x: Any, *, perm: Sequence[int] | None = None) -> Any:
+    return x.transpose(perm or range(x.ndim)[::-1])
+
+
+def _reshape(x: Any, shape: Any, *, allowzero: int = 0) -> Any:
+    return x.reshape([x.shape[i] if n == 0 and not allowzero else n for i, n in enumerate(_integers(shape))])
+
+
+def _flatten(x: Any, *, axis: int = 1) -> Any:
+    return x.reshape(math.prod(x.shape[: axis % x.ndim if axis != x.ndim else axis]), -1)
+
+
+def _squeeze(x: Any, axes: Any = None) -> Any:
+    return _library(x).squeeze(x, None if axes is None else tuple(_integers(axes)))
+
+
+def _unsqueeze(x: Any, axes: Any) -> Any:
+    return _library(x).expand_dims(x, tuple(_integers(axes)))
+
+
+def _slice(x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Any:
+    begin, end = _integers(starts), _integers(ends)
+    cut = [slice(None)] * x.ndim
+    places = range(len(begin)) if axes is None else _integers(axes)
+    for axis, first, last, step in zip(
+        places, begin, end, [1] * len(begin) if steps is None else _integers(steps), strict=True
+    ):
+        past_start = step < 0 and last < -x.shape[axis]
+        cut[axis] = slice(first, None if past_start else last, step)
+    return x[tuple(cut)]
+
+
+def _split(x: Any, split: Any = None, *, axis: int = 0, num_outputs: int = 1) -> list[Any]:
+    length = x.shape[axis]
+    part = -(-length // num_outputs)
+    sizes = [min(part, length - i * part) for i in range(num_outputs)] if split is None else _integers(split)
+    ends = np.cumsum(sizes)[:-1].tolist()
+    return _library(x).split(x, ends, axis)
+
+
+def _pad(
+    x: Any, pads: Any, constant: Any = None, axes: Any = None, *, mode: str = "constant", value: float = 0.0
+) -> Any:
+    widths, sizes = [(0, 0)] * x.ndim, _integers(pads)
+    places = list(range(x.ndim)) if axes is None else _integers(axes)
+    for i, axis in enumerate(places):
+        widths[axis] = (sizes[i], sizes[i + len(places)])
+    if mode == "constant":
+        fill = np.asarray(value if constant is None else constant, x.dtype).reshape(())
+        return lax.pad(x, fill, [(before, after, 0) for before, after in widths])
+    return jnp.pad(x, widths, mode={"reflect": "reflect", "edge": "edge", "wrap": "wrap"}[mode])
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    return _elementwise("where")(condition, a, b)
+
+
+def _gemm(
+    a: Any, b: Any, c: Any = None, *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0
+) -> Any:
+    out = jnp.matmul(a.T if transA else a, b.T if transB else b)
+    out = out if alpha == 1 else out * alpha
+    return out if c is None else _elementwise("add")(out, c if beta == 1 else c * beta)
+
+
+def _reduction(name: str) -> Callable[..., Any]:
+    def reduce(x: Any, axes: Any = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Any:
+        places = [] if axes is None else _integers(axes)
+        if not places and noop_with_empty_axes:
+            return x
+        return getattr(_library(x), name)(x, axis=tuple(places) or None, keepdims=bool(keepdims))
+
+    return reduce
+
+
+def _norm2(x: Any, axes: Any = None, **settings: Any) -> Any:
+    return jnp.sqrt(_reduction("sum")(x * x, axes, **settings))
+
+
+def _flat(softmax: Callable[..., Any]) -> Callable[..., Any]:
+    """Softmax as it was before version 13: over all axes from ``axis`` on together."""
+
+    def apply(x: Any, *, axis: int = 1) -> Any:
+        return softmax(x.reshape(math.prod(x.shape[:axis]), -1), -1).reshape(x.shape)
+
+    return apply
+
+
+def _window(
+    x: Any,
+    size: Sequence[int],
+    strides: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    auto_pad: str = "NOTSET",
+) -> Window:
+    """The window of a convolution or a pool; automatic padding makes the result the image's length over the stride."""
+    axes = len(size)
+    strides, dilations, pads = strides or [1] * axes, dilations or [1] * axes, pads or [0] * 2 * axes
+    padding = list(zip(pads[:axes], pads[axes:], strict=True))
+    if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        padding = []
+        for length, n, stride, dilation in zip(x.shape[2:], size, strides, dilations, strict=True):
+            whole = max((-(-length // stride) - 1) * stride + dilation * (n - 1) + 1 - length, 0)
+            ends = (whole // 2, whole - whole // 2)
+            padding.append(ends if auto_pad == "SAME_UPPER" else ends[::-1])
+    return Window(size, strides, padding, dilations)
+
+
+def _conv(x: Any, w: Any, b: Any = None, *, group: int = 1, kernel_shape: Any = None, **window: Any) -> Any:
+    return layers.convolution(x, w, b, _window(x, w.shape[2:], **window), group)
+
+
+def _max_pool(x: Any, *, kernel_shape: Any, ceil_mode: int = 0, storage_order: int = 0, **window: Any) -> Any:
+    found = _window(x, kernel_shape, **window)
+    return layers.max_pool(x, layers.rounded_up(found, x.shape[2:]) if ceil_mode else found)
+
+
+def _average_pool(x: Any, *, kernel_shape: Any, ceil_mode: int = 0, count_include_pad: int = 0, **window: Any) -> Any:
+    found = _window(x, kernel_shape, **window)
+    counted = found.padding if count_include_pad else [(0, 0)] * len(kernel_shape)
+    return layers.mean_pool(x, layers.rounded_up(found, x.shape[2:]) if ceil_mode else found, counted)
+
+
+def _batch_norm(
+    x: Any, scale: Any, bias: Any, mean: Any, variance: Any, *, epsilon: float = 1e-5, momentum: float = 0.9
+) -> Any:
+    return layers.batch_norm(x, scale, bias, mean, variance, epsilon)
+
+
+def _layer_norm(
+    x: Any, scale: Any, bias: Any = None, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
+) -> Any:
+    return layers.layer_norm(x, scale, bias, axis % x.ndim, epsilon)
+
+
+def _group_norm(x: Any, scale: Any, bias: Any, *, num_groups: int, epsilon: float = 1e-5, stash_type: int = 1) -> Any:
+    return layers.group_norm(x, num_groups, scale, bias, epsilon)
+
+
+def _instance_norm(x: Any, scale: Any, bias: Any, *, epsilon: float = 1e-5) -> Any:
+    return layers.group_norm(x, x.shape[1], scale, bias, epsilon)
+
+
+def _local_response(x: Any, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0) -> Any:
+    reach = ((0, 0), ((size - 1) // 2, size // 2), *[(0, 0)] * (x.ndim - 2))
+    near = lax.reduce_window(
+        x * x, np.zeros((), x.dtype), lax.add, (1, size, *[1] * (x.ndim - 2)), (1,) * x.ndim, reach
+    )
+    return x / (bias + alpha / size * near) ** beta
+
+
+_SAME_NAMES = {
+    "Add": "add", "Sub": "subtract", "Mul": "multiply", "Pow": "power", "Sqrt": "sqrt", "Neg": "negative", "Abs": "abs",
+    "Exp": "exp", "Log": "log", "Floor": "floor", "Ceil": "ceil", "Round": "round", "Equal": "equal",
+    "Not": "logical_not",
+    "Greater": "greater", "GreaterOrEqual": "greater_equal", "Less": "less", "LessOrEqual": "less_equal",
+    "And": "logical_and", "Or": "logical_or", "Tanh": "tanh", "Sin": "sin", "Cos": "cos", "Reciprocal": "reciprocal",
+}  # fmt: skip
+_REDUCTIONS = {"ReduceMean": "mean", "ReduceSum": "sum", "ReduceMax": "max", "ReduceMin": "min", "ReduceProd": "prod"}
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    **{name: _elementwise(same) for name, same in _SAME_NAMES.items()},
+    **{name: _reduction(same) for name, same in _REDUCTIONS.items()},
+    "Div": _divide,
+    "Max": _fold("maximum"),
+    "Min": _fold("minimum"),
+    "Sum": _fold("add"),
+    "ReduceL2": _norm2,
+    "Where": _where,
+    "Clip": _clip,
+    "Cast": _cast,
+    "Identity": lambda x: x,
+    "Dropout": lambda x, ratio=None, training=None, **settings: x,
+    "Relu": lambda x: jnp.maximum(x, 0),
+    "LeakyRelu": lambda x, *, alpha=0.01: jnp.where(x >= 0, x, x * alpha),
+    "PRelu": lambda x, slope: jnp.where(x >= 0, x, _elementwise("multiply")(x, slope)),
+    "Elu": lambda x, *, alpha=1.0: jax.nn.elu(x, alpha),
+    "Selu": lambda x, *, alpha=1.67326319217681884765625, gamma=1.05070102214813232421875: gamma * jax.nn.elu(x, alpha),
+    "Sigmoid": jax.nn.sigmoid,
+    "HardSigmoid": lambda x, *, alpha=0.2, beta=0.5: jnp.clip(alpha * x + beta, 0, 1),
+    "HardSwish": lambda x: x * jnp.clip(x / 6 + 0.5, 0, 1),
+    "Gelu": lambda x, *, approximate="none": jax.nn.gelu(x, approximate=approximate == "tanh"),
+    "Erf": lax.erf,
+    "Softplus": jax.nn.softplus,
+    "Softsign": jax.nn.soft_sign,
+    "Mish": lambda x: x * jnp.tanh(jax.nn.softplus(x)),
+    "Softmax": lambda x, *, axis=-1: jax.nn.softmax(x, axis),
+    "LogSoftmax": lambda x, *, axis=-1: jax.nn.log_softmax(x, axis),
+    "Softmax before version 13": _flat(jax.nn.softmax),
+    "LogSoftmax before version 13": _flat(jax.nn.log_softmax),
+    "Shape": _shape,
+    "Size": lambda x: np.int64(math.prod(np.shape(x))),
+    "ConstantOfShape": _constant_of_shape,
+    "Range": _range,
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Transpose": _transpose,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Concat": _concat,
+    "Split": _split,
+    "Slice": _slice,
+    "Gather": _gather,
+    "Expand": _expand,
+    "Tile": _tile,
+    "Pad": _pad,
+    "MatMul": lambda a, b: jnp.matmul(a, b),
+    "Gemm": _gemm,
+    "Conv": _conv,
+    "MaxPool": _max_pool,
+    "AveragePool": _average_pool,
+    "GlobalAveragePool": lambda x: x.mean(tuple(range(2, x.ndim)), keepdims=True),
+    "GlobalMaxPool": lambda x: x.max(tuple(range(2, x.ndim)), keepdims=True),
+    "BatchNormalization": _batch_norm,
+    "LayerNormalization": _layer_norm,
+    "GroupNormalization": _group_norm,
+    "InstanceNormalization": _instance_norm,
+    "LRN": _local_response,
+}
+"""By ONNX's names; "before version 13" are operators whose meaning has changed."""
