@@ -129,14 +129,15 @@ for axis, (name, (apply_fn, base)) in zip(axes, networks.items(), strict=True):
 
     mark = carriers.mark(keys.derive(master, name, "carrier"), base)
     book = codes.codebook(keys.derive(master, name, "code"), range(1000))
-    found = embedding.calibrate(base, mark, score, strengths=(0.01, 0.03, 0.1, 0.2), copies=2)
+    found = embedding.calibrate(base, mark, apply_fn, pixels[:500], num_copies=2)
     copy = embedding.embed(base, mark, book[42], found.strength)
     leak = attacks.quantise(attacks.prune(copy, 0.5), 5)
     verdict = tracing.trace(extraction.extract(leak, base, mark), book)
     secrets[name] = (mark, book, copy)
     print(
-        f"{name}: {mark.carrier.num_carrying:,} weights carry; strength {found.strength}; accuracy {score(base):.3f}, "
-        f"copy {score(copy):.3f}, leak {score(leak):.3f}; accused: {[a.serial for a in verdict.accused]}"
+        f"{name}: {mark.carrier.num_carrying:,} weights carry; strength {found.strength:.3f}; "
+        f"accuracy {score(base):.3f}, copy {score(copy):.3f}, leak {score(leak):.3f}; "
+        f"accused: {[a.serial for a in verdict.accused]}"
     )
     axis.plot(verdict.statistics, ".", color="0.6", ms=3)
     axis.plot(42, verdict.statistics[42], "o", color="C3")

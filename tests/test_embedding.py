@@ -173,19 +173,39 @@ def test_bad_input_is_refused(mark, book):
 
 
 def test_calibrate_stops_where_copies_cost_too_much():
-    base = {"kernel": jnp.float32(np.random.default_rng(0).normal(size=(64, 64)))}
+    rng = np.random.default_rng(0)
+    base = {"kernel": jnp.float32(rng.normal(size=(64, 64)))}
     mark = carriers.mark(KEY, base, M)
+    images = np.float32(rng.normal(size=(200, 64)))
+    apply_fn = lambda params, x: x @ params["kernel"]  # noqa: E731  # changes by about the strength
 
-    def score(params):  # loses the square of the relative change: 0.0009 at strength 0.03
-        change = np.asarray(params["kernel"], np.float64) - np.asarray(base["kernel"], np.float64)
-        return 1 - np.square(change).mean() / np.square(np.asarray(base["kernel"], np.float64)).mean()
+    found = embedding.calibrate(base, mark, apply_fn, images, max_change=0.1)
+    before = np.asarray(images, np.float64) @ np.asarray(base["kernel"], np.float64)
+    words = np.random.default_rng(0).choice([-1, 1], (3, M)).astype(np.int8)
+    errors_of, same = [], []
+    for word in words:
+        copy = embedding.embed(base, mark, word, found.strength)
+        after = np.asarray(images, np.float64) @ np.asarray(copy["kernel"], np.float64)
+        centred, moved = (x - x.mean(axis=1, keepdims=True) for x in (before, after))
+        errors_of.append(np.square(moved - centred).sum() / np.square(centred).sum())
+        same.append((before.argmax(axis=1) == after.argmax(axis=1)).mean())
+    np.testing.assert_allclose(found.cost.change, np.sqrt(np.mean(errors_of)), rtol=1e-4)
+    np.testing.assert_allclose(found.worst.change, np.sqrt(np.max(errors_of)), rtol=1e-4)
+    np.testing.assert_allclose(found.cost.agreement, np.mean(same), rtol=1e-6)
+    assert 0.095 < found.cost.change <= 0.1  # the strength is known to within 4 %
+    assert found.interval.change[0] < found.cost.change < found.interval.change[1]
+    assert found.interval.agreement[0] < found.cost.agreement < found.interval.agreement[1]
 
-    found = embedding.calibrate(base, mark, score, max_drop=0.002, strengths=(0.1, 0.01, 0.03, 0.05))
-    assert found.strength == 0.03
-    assert found.strengths == (0.01, 0.03, 0.05)  # in rising order, and none beyond the first that costs too much
-    np.testing.assert_allclose(found.mean_drops, np.square(found.strengths), rtol=0.02)
-    assert found.worst_drops >= found.mean_drops
-    with pytest.raises(errors.TooCostly, match=r"calibrate: expected a strength that costs at most 1e-06"):
-        embedding.calibrate(base, mark, score, max_drop=1e-6)
+    answers = before.argmax(axis=1)
+    labelled = {"max_change": None, "max_drop": 0.02, "labels": answers}
+    found = embedding.calibrate(base, mark, apply_fn, images, **labelled)
+    assert found.cost.drop == pytest.approx(1 - found.cost.agreement)  # the base is right throughout
+    assert 0 < found.cost.drop <= 0.02 and found.worst.drop <= 0.06
+    with pytest.raises(errors.TooCostly, match=r"calibrate: expected a strength that costs at most 1e-06 of change"):
+        embedding.calibrate(base, mark, apply_fn, images, max_change=1e-6)
     with pytest.raises(ValueError, match="max_drop"):
-        embedding.calibrate(base, mark, score, max_drop=0)
+        embedding.calibrate(base, mark, apply_fn, images, max_drop=0, labels=answers)
+    with pytest.raises(ValueError, match="max_drop without labels"):
+        embedding.calibrate(base, mark, apply_fn, images, max_drop=0.1)
+    with pytest.raises(ValueError, match="calibrate: expected finite outputs of the base"):
+        embedding.calibrate(base, mark, lambda params, x: jnp.inf * (x @ params["kernel"]), images)

@@ -408,19 +408,33 @@ CASES = {
 }  # fmt: skip
 
 
-def single(op, inputs, settings, image=PIXELS, version=17):
-    names = [f"input_{number}" for number in range(len(inputs))]
-    tensors = {name: np.asarray(value) for name, value in zip(names, inputs, strict=True)}
-    return network_files.onnx([Step(op, ["x", *names], ["y"], settings)], tensors, image.shape, "y", version), image
+def together(version):
+    """One model of all cases of a version, whose result is their results end to end, and the cases' names."""
+    steps, tensors, names = [], {"flat": WHOLE(-1)}, []
+    for name, (op, inputs, settings, *others) in CASES.items():
+        image, its_version = (*others, *(PIXELS, 17)[len(others) :])
+        if its_version == version:
+            arguments = [f"{name}, argument {number}" for number in range(1 + len(inputs))]
+            tensors |= {key: np.asarray(value) for key, value in zip(arguments, [image, *inputs], strict=True)}
+            steps += [Step(op, arguments, [name], settings), Step("Reshape", [name, "flat"], [f"{name}, flat"])]
+            names.append(name)
+    steps.append(Step("Concat", [f"{name}, flat" for name in names], ["y"], {"axis": 0}))
+    outputs = b"".join(field(12, field(1, name)) for name in names)
+    return network_files.onnx(steps, tensors, (1,), "y", version, outputs), names
 
 
-def test_every_operator_agrees_with_onnx_runtime(tmp_path):
+@pytest.mark.parametrize("version", [9, 10, 11, 17, 18, 20, 21])
+def test_operators_agree_with_onnx_runtime(version, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
-    for name, case in CASES.items():
-        content, image = single(*case)
-        (expected,) = runtime.InferenceSession(content).run(None, {"x": image})
-        params, apply_fn = files.network(written(tmp_path, content))
-        np.testing.assert_allclose(apply_fn(params, image), expected, rtol=1e-4, atol=1e-5, err_msg=name)
+    content, names = together(version)
+    image = np.zeros(1, np.float32)
+    _, *expected = runtime.InferenceSession(content).run(None, {"x": image})
+    params, apply_fn = files.network(written(tmp_path, content))
+    ends = np.cumsum([result.size for result in expected])
+    found = np.split(np.asarray(apply_fn(params, image)), ends)
+    assert names and not found.pop().size
+    for name, result, flat in zip(names, expected, found, strict=True):
+        np.testing.assert_allclose(flat, result.reshape(-1), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_exported_programs_agree_with_pytorch(tmp_path):

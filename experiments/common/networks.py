@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from experiments.common import sections
-from smark_jax import data, keys, models, parallel, training
+from smark_jax import carriers, data, embedding, keys, models, parallel, training
 from smark_jax._types import ApplyFn, PyTree
 
 CUSTOMERS = 10**6
@@ -104,3 +104,17 @@ def steps(epochs: int, images: int = 4000) -> int:
 
 def secret(seed: int, *names: str) -> keys.SecretKey:
     return sections.secret(seed, "experiments.robustness", *names)
+
+
+def bearable(subject: Subject, mark: carriers.Mark, max_drop: float) -> embedding.Calibration:
+    """The strength that costs at most ``max_drop`` of the accuracy on the training images, whatever else changes."""
+    return embedding.calibrate(
+        subject.base,
+        mark,
+        subject.apply_fn,
+        subject.images,
+        max_change=None,
+        max_drop=max_drop,
+        labels=subject.labels,
+        num_copies=5,
+    )

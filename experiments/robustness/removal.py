@@ -172,8 +172,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     rows, strengths = [], {}
     for number, num_chips in enumerate(config.chips):
         mark = carriers.mark(networks.secret(seed, "removal", "carrier"), subject.base, num_chips)
-        score = functools.partial(models.accuracy, subject.apply_fn, images=subject.images, labels=subject.labels)
-        strength = embedding.calibrate(subject.base, mark, score, config.max_drop).strength
+        strength = networks.bearable(subject, mark, config.max_drop).strength
         strengths[str(num_chips)] = strength
         chosen = removals(subject, seed, config.most_epochs, strength)
         chosen = [removal for removal in chosen if not config.only or removal.name in config.only]

@@ -13,7 +13,6 @@ import rich.table
 from experiments.common import networks, sections
 from experiments.common.networks import ALPHA, CUSTOMERS
 from smark_jax import attacks, carriers, codes, embedding, errors, extraction, models, statistics
-from smark_jax._types import PyTree
 
 LAYERS = {
     "all": None,
@@ -106,18 +105,21 @@ def _calibrate(name: str, config: Config, seed: int, meter: sections.Meter) -> d
     for kind, match in (("all", None), ("kernels", "kernel")):
         mark = carriers.mark(networks.secret(seed, "calibrate", name), subject.base, config.num_chips, match=match)
 
-        def score(copy: PyTree) -> float:
-            return models.accuracy(subject.apply_fn, copy, subject.images, subject.labels)
-
         try:
-            found = embedding.calibrate(subject.base, mark, score, config.max_drop)
+            found = networks.bearable(subject, mark, config.max_drop)
         except errors.TooCostly:
             rows[kind] = None
             continue
         words = codes.codebook(networks.secret(seed, "strength", "code"), range(config.copies), config.num_chips)
         copies = (embedding.embed(subject.base, mark, word, found.strength) for word in words)
         drops = [rows["accuracy"] - subject.accuracy(copy) for copy in copies]
-        rows[kind] = {**found._asdict(), "test_mean_drop": float(np.mean(drops)), "test_worst_drop": float(max(drops))}
+        rows[kind] = {
+            "strength": found.strength,
+            "mean_drop": found.cost.drop,
+            "worst_drop": found.worst.drop,
+            "test_mean_drop": float(np.mean(drops)),
+            "test_worst_drop": float(max(drops)),
+        }
     return rows
 
 
@@ -153,9 +155,7 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
         for kind in ("all", "kernels"):
             found = row[kind]
             if found:
-                at = found["strengths"].index(found["strength"])
-                drops = [found["mean_drops"][at], found["worst_drops"][at]]
-                drops += [found["test_mean_drop"], found["test_worst_drop"]]
+                drops = [found[name] for name in ("mean_drop", "worst_drop", "test_mean_drop", "test_worst_drop")]
                 cells = [f"{found['strength']:g}", *(f"{drop:.4f}" for drop in drops)]
             else:
                 cells = ["none"] + [""] * 4

@@ -215,7 +215,8 @@ def cut(num_weights: int, num_chips: int) -> tuple[int, int]:
 def even(num_coordinates: int, num_chips: int) -> tuple[int, int]:
     """The number of blocks and their length for :func:`draw_even`."""
     n, length = cut(num_coordinates, num_chips)
-    return n, num_coordinates // n // _WORD_BITS * _WORD_BITS if 1 < n < _MANY_BLOCKS else length
+    few = n < _MANY_BLOCKS and length < num_coordinates
+    return n, num_coordinates // n // _WORD_BITS * _WORD_BITS if few else length
 
 
 def _blocks_a_pass(n: int, length: int) -> int:

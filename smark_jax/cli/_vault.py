@@ -44,7 +44,7 @@ def add_model(
     vault: VaultPath,
     name: Annotated[str, typer.Argument(help="A short name of your choice.", show_default=False)],
     base: Annotated[
-        Path, typer.Argument(help="Weights: safetensors, msgpack, npz, or an Orbax folder.", show_default=False)
+        Path, typer.Argument(help="Weights: safetensors, msgpack, npz, ONNX, or an Orbax folder.", show_default=False)
     ],
     chips: Annotated[int, typer.Option(min=1, help="Length of a fingerprint in bits.")] = 304,
     alpha: Annotated[

@@ -10,7 +10,6 @@ from smark_jax.files import _limits, _zip
 from smark_jax.files._limits import Foreign, shown
 
 _MAX_HEADER = 4096
-_CHUNK = 2**20
 _HEADER = re.compile(
     r"\{\s*'descr':\s*'([<>|=]?)([a-zA-NP-Z]\d+)',\s*'fortran_order':\s*(True|False),"
     r"\s*'shape':\s*\(([\d, ]{0,600})\),?\s*\}\s*"
@@ -59,13 +58,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | For
             return Foreign(f"leaf {shown(name)} is of dtype {shown(kind)}", "Cast it to float32 or float16.")
         shape = [int(n) for n in sizes.replace(" ", "").split(",") if n]
         whole = _limits.check_shape(name, shape, dtype, info.file_size - 8 - size - length)
-        content = np.empty(info.file_size - 8 - size - length, np.uint8)
-        position = 0
-        while piece := stream.read(min(_CHUNK, len(content) - position + 1)):
-            content[position : position + len(piece)] = np.frombuffer(piece, np.uint8)
-            position += len(piece)
-        if position < len(content):
-            raise Unreadable(f"leaf {shown(name)} has {position:,} bytes of {len(content):,}", _zip.ADVICE)
+        content = _zip.taken(stream, info.file_size - 8 - size - length, f"leaf {shown(name)}")
     if order == ">" and dtype.itemsize > 1:  # in place, since a copy would double the memory
         content.view(f"u{dtype.itemsize}").byteswap(inplace=True)
     array = content.view(dtype).reshape(whole, order="F" if fortran == "True" else "C")

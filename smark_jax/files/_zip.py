@@ -4,6 +4,9 @@ import io
 import struct
 import zipfile
 import zlib
+from typing import IO
+
+import numpy as np
 
 from smark_jax.errors import Unreadable
 from smark_jax.files import _limits
@@ -13,6 +16,7 @@ ADVICE = "The file is damaged or forged: ask for it again, as safetensors."
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError, RuntimeError, ValueError)
 """What zipfile raises on damaged files: RuntimeError for unsupported features, ValueError for invalid offsets."""
 
+_CHUNK = 2**20
 _MAX_DIRECTORY = 4 * 2**20  # a zip's directory grows about twenty-fold when parsed
 
 
@@ -67,3 +71,18 @@ def bounded(data: bytes, max_bytes: int) -> zipfile.ZipFile:
     if total > max_bytes:
         raise _limits.too_large(f"it unpacks to {total:,} bytes, more than {max_bytes:,}")
     return archive
+
+
+def taken(stream: IO[bytes], size: int, what: str) -> np.ndarray:
+    """The next ``size`` bytes of a member, read in pieces, since a long read would be refused.
+
+    Raises:
+      Unreadable: when there are fewer; ``what`` is what has too few.
+    """
+    content, position = np.empty(size, np.uint8), 0
+    while piece := stream.read(min(_CHUNK, size - position + 1)):
+        content[position : position + len(piece)] = np.frombuffer(piece, np.uint8)
+        position += len(piece)
+    if position < size:
+        raise Unreadable(f"{what} has {position:,} bytes of {size:,}", ADVICE)
+    return content

@@ -222,7 +222,9 @@ def check_strength(who: str, strength: float) -> None:
     """
     _validate.finite_number(who, "strength", strength)
     if strength > 1:
-        cause = "At 1 the mark is as large as the weights; embedding.calibrate tries 0.005 to 0.2, and 0.03 is usual."
+        cause = (
+            "At 1 the mark is as large as the weights; embedding.calibrate finds what a network bears; 0.03 is usual."
+        )
         raise _validate.fail(who, "a strength above 0 and up to 1", f"{strength:g}", cause)
 
 

@@ -27,8 +27,8 @@ DTYPES = {
 }  # fmt: skip
 _FLOATS = tuple(DTYPES[number] for number in (6, 7, 8, 13))
 _GRAPH = "models/model.json"
+_MAX_JSON = 32 * 2**20
 _TENSORS = {"data/weights": "model_weights_config.json", "data/constants": "model_constants_config.json"}
-_CHUNK = 2**20
 _AGAIN = "The file is damaged, or written by another version of PyTorch: export the network again."
 _ATEN = "torch.ops.aten."
 # Results that share memory with their first argument: a change in place would show in both.
@@ -78,32 +78,29 @@ class _Members:
         self._archive = _zip.bounded(data, max_bytes)
         self.root, self._left = _root(self._archive) or "", max_bytes
 
-    def content(self, name: str) -> bytearray:
-        """A member's bytes, by its name below the root."""
+    def content(self, name: str) -> np.ndarray:
+        """A member's bytes, by its name below the root; uint8."""
         try:
             info = self._archive.getinfo(self.root + name)
             self._left -= info.file_size
             if self._left < 0:
                 raise _limits.too_large("reading its members takes more bytes than are allowed")
-            content, position = bytearray(info.file_size), 0
             with self._archive.open(info) as stream:
-                while piece := stream.read(min(_CHUNK, info.file_size - position)):
-                    content[position : position + len(piece)] = piece
-                    position += len(piece)
+                return _zip.taken(stream, info.file_size, f"its member {shown(name)}")
         except Unreadable:
             raise
         except KeyError:
             raise Unreadable(f"it has no member {shown(name)}", _AGAIN) from None
         except _zip.DAMAGE as error:
             raise Unreadable(f"its member {shown(name)} is damaged ({shown(str(error))})", _zip.ADVICE) from None
-        if position < info.file_size:
-            raise Unreadable(f"its member {shown(name)} has {position:,} bytes of {info.file_size:,}", _zip.ADVICE)
-        return content
 
     def json(self, name: str) -> Any:
         """The value in a member that is JSON."""
+        text = self.content(name)
+        if len(text) > _MAX_JSON:
+            raise Unreadable(f"its member {shown(name)} has more than {_MAX_JSON:,} bytes", _AGAIN)
         try:
-            return json.loads(_limits.json_text(bytes(self.content(name))))
+            return json.loads(_limits.json_text(text.tobytes()))
         except Unreadable:
             raise
         except (ValueError, RecursionError):

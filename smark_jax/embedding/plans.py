@@ -1,0 +1,151 @@
+r"""What a mark can do, before the first copy is made: chips, strength, and what is then expected to be traced.
+
+*Damage.* Under noise n_i in coordinate i, a chip has the SNR
+:math:`\frac{1}{m} \sum_i (\text{strength} \, s_i / n_i)^2` when each coordinate is read by its precision, the sum taken
+over the coordinates of kernels. Then :math:`T = \sqrt{m / (1 + 1 / \text{SNR})}`. Damage is taken as noise in
+proportion to each leaf's RMS, as it is for weights that are normally distributed.
+
+*Coalitions.* Of K copies' mean with chip SNR q of one copy, the joint decoder (T2) finds a first colluder while
+:math:`\sqrt{m / (K + K^2 / q)}` reaches :math:`\sqrt{2 \ln 2N}`, and accuses each with probability 95 % while
+:math:`\sqrt{m / (1 + K^2 / q)}` exceeds the threshold by 1.64. The smaller K counts. Simulations of the decoder found
+10 of 10 at m = 304 and 20 dB among a million (here 10), and 28 at 1,024 (here 30 to 32): docs/tracing.md has what was
+measured on real copies.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from smark_jax import _validate, carriers, statistics
+from smark_jax.carriers import shapes
+
+_CHIPS = (304, 1024, 4096)
+_ALPHA = 1e-6
+_SURE = 1.645
+# Noise in units of a leaf's RMS, and the share of the mark that is left in the mean, for normal weights. Quantisers
+# round to steps of largest / (2^(bits - 1) - 1), with the largest at 4 RMS; half of all weights hold 7 % of the power.
+_DAMAGE = {
+    "intact": (1e-7, 1.0),
+    "float16": (2**-11 / math.sqrt(12), 1.0),
+    "int8": (4 / 127 / math.sqrt(12), 1.0),
+    "int4": (4 / 7 / math.sqrt(12), 1.0),
+    "noise 30 %": (0.3, 1.0),
+    "prune 50 %": (math.sqrt(0.072), 0.5),
+}
+# Seconds for each chip, customer and coordinate on one core: ``python -m experiments.benchmarks`` measures them.
+_SECONDS_PER_SIGN, _SECONDS_PER_COORDINATE = 3e-10, 1e-8
+
+
+class Row(NamedTuple):
+    """What is expected of one number of chips.
+
+    Attributes:
+      num_chips: m.
+      strength: the mark's, scaled to the cost asked for.
+      statistic: T expected of a copy after each damage, by its name.
+      coalition: the largest number of colluders of whom all are accused with probability 95 %, from intact copies.
+      coalition_after_noise: the same after noise of 30 % of each leaf's RMS.
+      carrier_bytes: memory that the carrier takes.
+      seconds: of one verdict on one core, a suspect's reading included.
+      enough: whether ``coalition`` is at least what was asked for.
+    """
+
+    num_chips: int
+    strength: float
+    statistic: dict[str, float]
+    coalition: int
+    coalition_after_noise: int
+    carrier_bytes: int
+    seconds: float
+    enough: bool
+
+
+class Plan(NamedTuple):
+    """A row for each number of chips, and the number to take.
+
+    Attributes:
+      rows: in rising order of chips.
+      num_chips: the smallest that is enough; None where none is.
+      threshold: the T from which a customer is accused, at the largest number of chips.
+    """
+
+    rows: tuple[Row, ...]
+    num_chips: int | None
+    threshold: float
+
+
+def plan(mark: carriers.Mark, *, customers: int, coalition: int = 1, max_change: float = 0.01) -> Plan:
+    """What numbers of chips can do for a model's mark, at one cost.
+
+    More chips at the same cost trace larger coalitions; fewer are faster. T of a lone leaker hardly depends on their
+    number.
+
+    Args:
+      mark: the model's mark; its own strength counts as that of a relative change of the logits of 1 %, as
+        :func:`calibrate` finds it by default.
+      customers: N, whom a verdict must tell apart at alpha = 1e-6.
+      coalition: how many colluders are to be accused, all of them.
+      max_change: relative change of the logits, to which the strength is scaled.
+
+    Returns:
+      The plan.
+
+    Raises:
+      SmarkError: when a number is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from smark_jax import carriers, embedding, keys
+      >>> base = {"kernel": jnp.sin(jnp.arange(90_000.0)).reshape(300, 300)}
+      >>> found = embedding.plan(carriers.mark(keys.from_bytes(bytes(32)), base), customers=1000, coalition=20)
+      >>> found.num_chips, [row.coalition for row in found.rows]
+      (1024, [20, 67, 269])
+    """
+    for name, value in (("customers", customers), ("coalition", coalition)):
+        _validate.positive("plan", name, value)
+    _validate.finite_number("plan", "max_change", max_change)
+    strength = float(mark.strength) * max_change / 0.01
+    power, count = _power(mark)
+    rows = [
+        _row(m, strength, power, count, customers, coalition)
+        for m in sorted({*_CHIPS, mark.num_chips})
+        if m <= count // 4 or m == mark.num_chips
+    ]
+    enough = [row.num_chips for row in rows if row.enough]
+    bar = _threshold(rows[-1].num_chips, customers)
+    return Plan(tuple(rows), min(enough, default=None), bar)
+
+
+def _power(mark: carriers.Mark) -> tuple[float, int]:
+    """The sum of (s / RMS)^2 over the coordinates of kernels, and the number of coordinates."""
+    if mark.shape is None:
+        return float(mark.carrier.num_carrying), mark.carrier.num_carrying
+    found = 0.0
+    for (leaf, one), rms in zip(mark.shape, mark.spec.scales, strict=True):
+        if not shapes.is_vector(leaf):
+            found += float(np.square(np.asarray(one.sizes(leaf), np.float64) / float(rms)).sum())
+    return found, mark.carrier.num_carrying
+
+
+def _row(m: int, strength: float, power: float, count: int, customers: int, coalition: int) -> Row:
+    ratios = {name: (left * strength / noise) ** 2 * power / m for name, (noise, left) in _DAMAGE.items()}
+    statistic = {name: math.sqrt(m / (1 + 1 / ratio)) for name, ratio in ratios.items()}
+    most, noisy = (_coalition(m, ratios[name], customers) for name in ("intact", "noise 30 %"))
+    carrier_bytes = count // 4 + 4 * m * max(1, count // max(2048, 4 * m))
+    seconds = _SECONDS_PER_SIGN * m * customers + _SECONDS_PER_COORDINATE * count
+    return Row(m, strength, statistic, most, noisy, carrier_bytes, seconds, most >= coalition)
+
+
+def _threshold(num_chips: int, customers: int) -> float:
+    return statistics.threshold(np.ones(num_chips), math.log(_ALPHA / customers))
+
+
+def _coalition(m: int, ratio: float, customers: int) -> int:
+    """The largest K that the joint decoder accuses; see the module's text."""
+    first, each = 2 * math.log(2 * customers), (_threshold(m, customers) + _SURE) ** 2
+    if m <= each:
+        return 0
+    found = ratio / 2 * (math.sqrt(1 + 4 * m / first / ratio) - 1)  # K + K^2 / q = m / first
+    found = m / first if ratio > 1e6 * m else found
+    return min(customers, int(found), int(math.sqrt(ratio * (m / each - 1))))
