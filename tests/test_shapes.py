@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from smark_jax import carriers, codes, embedding, errors, extraction, keys
 from smark_jax.carriers import inputs, shapes
@@ -149,7 +151,7 @@ def weighted(suspect) -> np.ndarray:
         values.append((weight * shift).reshape(-1))
         weights.append(weight.reshape(-1))
     values, weights, matrix = np.concatenate(values), np.concatenate(weights), dense()
-    return matrix @ values / weights[np.abs(matrix).sum(axis=0) > 0].mean()
+    return matrix @ values / weights.mean()
 
 
 def noisy(copy, seed=1, size=0.03):
@@ -273,7 +275,7 @@ def test_inputs_are_those_that_the_kernel_multiplies(transposed):
         return z
 
     images, seen = jnp.float32(RNG.normal(size=(2, 6, 5, 3))), {}
-    inputs.interpret(network, params, images, lambda site: seen.update({site.path: (site.rows, site.inputs())}))
+    inputs.interpret(network, params, images, lambda site: seen.update({site.path: (site.rows, site.inputs(99))}))
     network(params, images)
     for path, y in zip(("conv", "dense"), outputs, strict=True):
         rows, found = seen[path]
@@ -301,3 +303,18 @@ def test_false_accusations_stay_within_the_bound_unless_weights_see_the_word():
     assert np.mean(np.abs(found) >= bar) <= level
     assert np.mean(np.square(found)) == pytest.approx(1, abs=0.05)
     assert np.mean(np.abs(control) >= bar) > 0.9
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_leaves_that_are_split_over_a_mesh_stay_in_place_and_read_the_same(kind):
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"), axis_types=(kind, kind))
+    split = {"a": {"bias": P("x"), "kernel": P("x", None)}, "b": {"kernel": P("x", "y")}, "head": {"kernel": P()}}
+    held = jax.tree.map(lambda leaf, axes: jax.device_put(leaf, NamedSharding(mesh, axes)), BASE, split)
+    copy, alone = (embedding.embed(base, MARK, WORDS[0]) for base in (held, BASE))
+    for leaf in MARK.spec.leaves:
+        name, last = leaf.path.split("/")
+        assert copy[name][last].sharding == held[name][last].sharding
+        np.testing.assert_allclose(np.asarray(copy[name][last]), np.asarray(alone[name][last]), atol=1e-6)
+    expected = extraction.extract(alone, BASE, MARK)
+    for suspect, base in ((copy, held), (copy, BASE), (alone, held)):
+        np.testing.assert_allclose(extraction.extract(suspect, base, MARK), expected, atol=1e-5)

@@ -112,7 +112,7 @@ def test_a_device_needs_room_for_its_own_share_only(axes):
     n, length = spec.num_weights // 2048, 2048
     signs = like(n, length // 32, dtype=jnp.uint32)
     carrier = carriers.Carrier(signs, signs, like(n, 304, dtype=jnp.int32), spec.num_weights)
-    leaf, start = like(2**13, 2**13, axes=axes), sharded._Start(like(dtype=jnp.int32), like(dtype=jnp.int32))
+    leaf, start = like(2**13, 2**13, axes=axes), sharded._Start(*(like(dtype=jnp.int32) for _ in range(3)))
     embed = sharded._add_to_leaf.lower(leaf, start, like(), like(304), carrier, like(), axes, mesh)
     extract = sharded._despread_leaf.lower(leaf, leaf, start, like(), like(), carrier, axes, mesh)
     finite = embedding.copies._finite.lower({"w": leaf}, spec)
@@ -131,7 +131,7 @@ def test_places_are_counted_right_in_the_largest_leaves():
     rows, columns, start, length = 65_536, 32_000, 2**33 + 77, 2048
     begin = 7 * columns // 8
     part = sharded._Part((rows, columns), (rows, columns // 8), (0, begin), 0, 1)
-    at = sharded._Start(jnp.int32(start // length), jnp.int32(start % length))
+    at = sharded._Start(jnp.int32(start // length), jnp.int32(start % length), jnp.int32(rows * columns))
     n = (start + rows * columns) // length
     touched = sharded._touched(part, at, length)
     assert touched.first == (start % length + begin) // length

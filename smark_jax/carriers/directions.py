@@ -60,7 +60,7 @@ def _rows(
 
     def visit(site: inputs.Site) -> None:
         if site.path in paths and site.inputs is not None:
-            rows = site.inputs().astype(jnp.float32)
+            rows = site.inputs(most).astype(jnp.float32)
             if len(rows) > most:
                 rows = rows[jax.random.choice(key, len(rows), (most,), replace=False)]
             found[site.path] = rows if site.path not in found else jnp.concatenate([found[site.path], rows])

@@ -33,12 +33,13 @@ class Site(NamedTuple):
     Attributes:
       path: the kernel's leaf.
       rows: the leaf's axes over which the layer sums, in rising order.
-      inputs: gives the layer's inputs, shape [any, inputs], in the order of the leaf's rows; None where it is unknown.
+      inputs: gives about as many of the layer's input vectors as are asked for, or more, shape [any, inputs], in the
+        order of the leaf's rows; None where it is unknown.
     """
 
     path: str
     rows: tuple[int, ...]
-    inputs: Callable[[], Float[Array, "n inputs"]] | None
+    inputs: Callable[[int], Float[Array, "n inputs"]] | None
 
 
 Visit = Callable[[Site], None]
@@ -157,7 +158,7 @@ def _of_dot(values: Sequence[Any], sources: Sequence[Source | None], params: Map
         axes = [axis for place in ours for axis in source.axes[place]]
         places = [place for _, place in sorted(zip([source.axes[p] for p in ours], theirs, strict=True))]
 
-        def inputs(other: Any = other, places: Sequence[int] = tuple(places)) -> Array:
+        def inputs(_: int, other: Any = other, places: Sequence[int] = tuple(places)) -> Array:
             moved = jnp.moveaxis(other, places, range(other.ndim - len(places), other.ndim))
             return moved.reshape(-1, math.prod(other.shape[place] for place in places))
 
@@ -181,11 +182,16 @@ def _of_conv(values: Sequence[Any], sources: Sequence[Source | None], params: Ma
     places = sorted((into, *window), key=lambda place: source.axes[place])
     plain = params["feature_group_count"] == params["batch_group_count"] == 1
 
-    def inputs() -> Array:
-        kernel = values[1]
+    def inputs(most: int) -> Array:
+        kernel, images = values[1], values[0]
         shape = [kernel.shape[place] for place in window]
+        # Patches take much room, so they are made of no more images than are needed.
+        size = math.prod(images.shape[axis] for axis in numbers.lhs_spec[2:])
+        positions = max(1, size // math.prod(params["window_strides"]))
+        count = min(images.shape[numbers.lhs_spec[0]], -(-2 * most // positions))
+        images = jax.lax.slice_in_dim(images, 0, count, axis=numbers.lhs_spec[0])
         patches = jax.lax.conv_general_dilated_patches(
-            values[0],
+            images,
             shape,
             params["window_strides"],
             params["padding"],

@@ -209,8 +209,8 @@ def join(parts: Sequence[Array], shape: Shape, total: int) -> Float[Array, " D"]
     What ``total`` lacks is left out at the end of each leaf, in proportion to the leaf's size: so a carrier without a
     tail leaves out no leaf.
     """
-    kept = _kept(shape, total)
-    flat = [part.reshape(-1)[:count] for part, count in zip(parts, kept, strict=True)]
+    counts = kept(shape, total)
+    flat = [part.reshape(-1)[:count] for part, count in zip(parts, counts, strict=True)]
     # The barrier keeps XLA from fusing what made the parts into the concatenation, and computing it entry by entry.
     return jnp.concatenate(jax.lax.optimization_barrier(flat))
 
@@ -218,20 +218,20 @@ def join(parts: Sequence[Array], shape: Shape, total: int) -> Float[Array, " D"]
 def split(vector: Array, shape: Shape) -> list[Array]:
     """The inverse of :func:`join`, with -0 where a coordinate was left out: adding it leaves every weight unchanged."""
     parts, start = [], 0
-    for (leaf, one), count, size in zip(shape, _kept(shape, vector.shape[0]), shape.counts, strict=True):
+    for (leaf, one), count, size in zip(shape, kept(shape, vector.shape[0]), shape.counts, strict=True):
         part = jnp.pad(vector[start : start + count], (0, size - count), constant_values=-0.0)
         parts.append(part.reshape(one.coordinates(leaf)))
         start += count
     return parts
 
 
-def _kept(shape: Shape, total: int) -> list[int]:
+def kept(shape: Shape, total: int) -> list[int]:
     """How many of each leaf's coordinates are kept of ``total``, as evenly as whole numbers allow."""
-    kept, end = [], 0
+    found, end = [], 0
     for count in shape.counts:
         start, end = end, end + count
-        kept.append(end * total // shape.num_coordinates - start * total // shape.num_coordinates)
-    return kept
+        found.append(end * total // shape.num_coordinates - start * total // shape.num_coordinates)
+    return found
 
 
 def changes(vector: Array, shape: Shape) -> list[Array]:

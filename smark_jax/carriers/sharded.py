@@ -24,9 +24,9 @@ from jaxtyping import Array, Bool, Float, Int32, Num
 
 from smark_jax import _validate
 from smark_jax._types import AnyArray, PyTree
-from smark_jax.carriers import hadamard, shifts
+from smark_jax.carriers import hadamard, shapes, shifts
 from smark_jax.carriers.marks import Mark
-from smark_jax.carriers.selection import Spec, carrying, replace
+from smark_jax.carriers.selection import Leaf, Spec, carrying, replace
 
 # Places in a leaf are counted in int32, and a block may extend beyond the leaf on either side.
 _MAX_LEAF = 2**31 - 2**24
@@ -71,6 +71,11 @@ def layout(who: str, params: PyTree, spec: Spec) -> Layout | None:
     return Layout(meshes.pop(), specs)
 
 
+def automatic(where: Layout) -> Layout:
+    """The same layout, on a mesh whose axes the compiler may reason about, as a shape's arithmetic needs."""
+    return where._replace(mesh=Mesh(where.mesh.devices, where.mesh.axis_names))
+
+
 def _split(leaf: Any) -> NamedSharding | None:
     if not isinstance(leaf, jax.Array) or _validate.is_traced(leaf):
         return None
@@ -79,14 +84,50 @@ def _split(leaf: Any) -> NamedSharding | None:
 
 
 def add_spread(params: PyTree, mark: Mark, where: Layout, code: Num[AnyArray, " m"], size: float | Array) -> PyTree:
-    """``write(params, spec, size * spread(code, mark))`` for a model on a mesh; each leaf stays in place."""
-    spec, carrier = mark.spec, mark.carrier
-    leaves = _placed(carrying("add_spread", params, spec), where)
+    """The weights plus the change that carries ``size * spread(code, mark)``, on a mesh; each leaf stays in place."""
+    spec, carrier, given = mark.spec, mark.carrier, where
+    where = where if mark.shape is None else automatic(where)
+    leaves = placed(carrying("add_spread", params, spec), where)
     common = _everywhere((jnp.asarray(code, jnp.float32), carrier, jnp.float32(size)), where)
-    scales = _everywhere([np.float32(scale) for scale in spec.scales], where)
-    inputs = zip(leaves, _starts(spec, where, carrier), scales, where.specs, strict=True)
-    marked = [_add_to_leaf(x, start, scale, *common, axes, where.mesh) for x, start, scale, axes in inputs]
-    return replace(params, spec, _placed(marked, where))  # since jit rewrites P("x") as P("x", None)
+    starts, marked = _starts(mark, where), []
+    for number, (x, start, axes) in enumerate(zip(leaves, starts, where.specs, strict=True)):
+        if mark.shape is None:
+            scale = _everywhere(np.float32(spec.scales[number]), where)
+            marked.append(_add_to_leaf(x, start, scale, *common, axes, where.mesh))
+            continue
+        leaf, one = mark.shape.leaves[number], mark.shape.scales[number]
+        if one.basis is None:
+            scale = _sizes(one, leaf, NamedSharding(where.mesh, axes))
+            marked.append(_add_to_leaf(x, start, scale, *common, axes, where.mesh))
+        else:
+            scale = _sizes(one, leaf, NamedSharding(where.mesh, _ALL))
+            moved = _add_to_leaf(jnp.zeros_like(scale), start, scale, *common, _ALL, where.mesh)
+            marked.append(_add_directions(x, moved, _everywhere(one, where), leaf))
+    return replace(params, spec, placed(marked, given))  # since jit rewrites P("x") as P("x", None)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _sizes(one: shapes.Scales, leaf: Leaf, sharding: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(one.sizes(leaf), sharding)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _add_directions(x: Array, moved: Array, one: shapes.Scales, leaf: Leaf) -> Array:
+    return (x.astype(jnp.float32) + one.weights(moved, leaf)).astype(x.dtype)
+
+
+def despread_parts(values: list[Array], mark: Mark, where: Layout) -> Float[Array, " m"]:
+    """The chips in a vector in a shape's coordinates, given leaf by leaf; they are split as their leaves are."""
+    assert mark.shape is not None
+    axes = [split if one.basis is None else _ALL for one, split in zip(mark.shape.scales, where.specs, strict=True)]
+    where = Layout(where.mesh, tuple(axes))
+    one, limit, carrier = _everywhere((np.float32(1), np.float32(np.inf), mark.carrier), where)
+    inputs = zip(placed(values, where), _starts(mark, where), where.specs, strict=True)
+    read = [
+        _despread_leaf(x, jnp.zeros_like(x), start, one, limit, carrier, split, where.mesh)[0]
+        for x, start, split in inputs
+    ]
+    return jnp.stack(read).sum(axis=0)
 
 
 def despread_difference(
@@ -97,8 +138,8 @@ def despread_difference(
     A leaf that does not lie as ``where`` says is moved first.
     """
     spec, carrier = mark.spec, mark.carrier
-    pair = [_placed(carrying("despread_difference", params, spec), where) for params in (found, base)]
-    starts, carrier = _starts(spec, where, carrier), _everywhere(carrier, where)
+    pair = [placed(carrying("despread_difference", params, spec), where) for params in (found, base)]
+    starts, carrier = _starts(mark, where), _everywhere(carrier, where)
     factors = _everywhere([np.float32(factor) for factor in spec.factors], where)
     limit = _everywhere(shifts.bound_of(*pair, factors), where)
     inputs = zip(*pair, starts, factors, where.specs, strict=True)
@@ -110,22 +151,26 @@ def despread_difference(
 
 
 class _Start(NamedTuple):
-    """Where a leaf begins in the carrier: in which block, and at which weight of that block."""
+    """Where a leaf begins in the carrier: in which block, and at which weight of that block; and how many it has."""
 
     block: AnyArray
     offset: AnyArray
+    size: AnyArray
 
 
-def _starts(spec: Spec, where: Layout, carrier: hadamard.Carrier) -> list[_Start]:
-    _, length = carrier.blocks
+def _starts(mark: Mark, where: Layout) -> list[_Start]:
+    _, length = mark.carrier.blocks
+    counts = [leaf.size for leaf in mark.spec.leaves]
+    if mark.shape is not None:
+        counts = shapes.kept(mark.shape, mark.carrier.num_weights)
     starts, at = [], 0
-    for leaf in spec.leaves:
-        starts.append(_Start(np.asarray(at // length, np.int32), np.asarray(at % length, np.int32)))
-        at += leaf.size
+    for count in counts:
+        starts.append(_Start(*(np.asarray(number, np.int32) for number in (at // length, at % length, count))))
+        at += count
     return _everywhere(starts, where)
 
 
-def _placed(leaves: list[Any], where: Layout) -> list[Array]:
+def placed(leaves: list[Any], where: Layout) -> list[Array]:
     """The leaves placed as the layout says; those that are already in place are not touched."""
     return [jax.device_put(x, NamedSharding(where.mesh, axes)) for x, axes in zip(leaves, where.specs, strict=True)]
 
@@ -160,14 +205,15 @@ def _add_to_leaf(
             blocks = touched.first + number * a_pass + jnp.arange(a_pass, dtype=jnp.int32)
             numbers, index = _held(part, start, blocks, n, length)
             old = flat.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
-            new = old + size * spread(*(rows[numbers] for rows in carrier.arrays)) * scale
+            here = scale.reshape(-1).at[index].get(mode="fill", fill_value=0) if scale.ndim else scale
+            new = old + size * spread(*(rows[numbers] for rows in carrier.arrays)) * here
             return flat.at[index].set(new.astype(flat.dtype), mode="drop")
 
         flat = jax.lax.fori_loop(0, -(-touched.most // a_pass), one_pass, shard.reshape(-1))
         return flat.reshape(shard.shape)
 
     inputs = (leaf, start, scale, code, carrier, size)
-    return _on_mesh(on_device, mesh, (axes, *[_ALL] * 5), axes)(*inputs)
+    return _on_mesh(on_device, mesh, (axes, _ALL, axes if scale.ndim else _ALL, *[_ALL] * 3), axes)(*inputs)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "mesh"))
@@ -280,7 +326,7 @@ def _held(
     """
     numbers = start.block + blocks
     rest = blocks[:, None] * length - start.offset + jnp.arange(length, dtype=jnp.int32)[None]
-    here = (rest >= 0) & (rest < math.prod(part.sizes)) & (numbers < n)[:, None]
+    here = (rest >= 0) & (rest < start.size) & (numbers < n)[:, None]
     index, stride = jnp.zeros_like(rest), 1
     for axis in reversed(range(len(part.sizes))):
         place = rest

@@ -65,9 +65,6 @@ def embed(
         changed, ok, signs = _embed(leaves, mark, jnp.asarray(word), strength)
         copy = selection.replace(base, mark.spec, changed)
         ok = _wide_too(ok, base, mark.spec)
-    elif mark.shape is not None:
-        cause = "Gather them: jax.device_put(params, jax.devices()[0])."
-        raise _validate.fail("embed", "a shaped mark's leaves whole on a device", "leaves split over a mesh", cause)
     else:
         copy = sharded.add_spread(base, mark, where, word, _delta(mark, strength))
         ok, signs = _finite(copy, mark.spec), jnp.all(jnp.abs(jnp.asarray(word)) == 1)

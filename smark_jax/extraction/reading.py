@@ -112,8 +112,7 @@ def extract(suspect: PyTree, base: PyTree, mark: carriers.Mark, rectify: bool = 
     found, original = _carried("extract", suspect, base, spec)
     where = None if rectify else sharded.layout("extract", found, spec) or sharded.layout("extract", original, spec)
     if mark.shape is not None:
-        _whole("extract", where, rectify)
-        chips, ok = weighting.read(_leaves(found, spec), _leaves(original, spec), mark)
+        chips, ok = _shaped("extract", found, original, mark, where, rectify)
     elif where is None:
         chips, ok = _extract(_leaves(found, spec), _leaves(original, spec), spec.factors, mark.carrier, rectify)
     else:
@@ -141,14 +140,24 @@ def extract_vectors(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Float
     return chips
 
 
-def _whole(who: str, where: sharded.Layout | None, rectify: bool) -> None:
-    """Refuses what a shaped mark does not have: other readings, and leaves that are split over devices."""
+def _shaped(
+    who: str,
+    found: dict[str, Any],
+    base: dict[str, Any],
+    mark: carriers.Mark,
+    where: sharded.Layout | None,
+    rectify: bool,
+) -> tuple[Array, Array]:
+    """The one reading of a mark with a shape, and whether the base is finite."""
     if rectify:
         cause = "The one reading of a shaped mark already subtracts shrinkage and weighs."
         raise _validate.fail(who, "a mark without a shape to rectify", "one with a shape", cause)
-    if where is not None:
-        cause = "Gather them: jax.device_put(params, jax.devices()[0])."
-        raise _validate.fail(who, "a shaped mark's leaves whole on a device", "leaves split over a mesh", cause)
+    pair = [_leaves(part, mark.spec) for part in (found, base)]
+    if where is None:
+        return weighting.read(*pair, mark)
+    where = sharded.automatic(where)
+    values, mean, ok = weighting.parts(*(sharded.placed(leaves, where) for leaves in pair), mark)
+    return sharded.despread_parts(values, mark, where) / mean, ok
 
 
 def extract_batch(suspects: PyTree, base: PyTree, mark: carriers.Mark) -> Float[Array, "M m"]:

@@ -55,20 +55,30 @@ def read(
       vectors: read the leaves that are vectors, and them alone.
     """
     assert mark.shape is not None
-    values, weights = [], []
+    values, mean, finite = parts(found, base, mark, vectors)
+    vector = shapes.join(values, mark.shape, mark.carrier.num_weights)
+    return hadamard.despread(vector, mark.carrier) / mean, finite
+
+
+@functools.partial(jax.jit, static_argnames="vectors")
+def parts(
+    found: Sequence[Array], base: Sequence[Array], mark: Mark, vectors: bool = False
+) -> tuple[list[Array], Array, Array]:
+    """The weighted shifts leaf by leaf, the mean weight (1 where all are zero), and whether the base is finite."""
+    assert mark.shape is not None
+    values, total = [], jnp.float32(0)
     for (leaf, one), x, y, rms in zip(mark.shape, found, base, mark.spec.scales, strict=True):
+        if shapes.is_vector(leaf) != vectors:
+            values.append(jnp.zeros(one.coordinates(leaf)))
+            continue
         shift = shifts_of(x, y, leaf, one, rms, mark.strength)
-        if shapes.is_vector(leaf) == vectors:
-            value = _less_shrinkage(shift, one.coefficients(_wide(y)) / one.sizes(leaf), leaf, one)
-            weight = jnp.where(shift.there, _precision(value, leaf, one, mark.strength), 0)
-        else:
-            value = weight = jnp.zeros_like(shift.values)
+        value = _less_shrinkage(shift, one.coefficients(_wide(y)) / one.sizes(leaf), leaf, one)
+        weight = jnp.where(shift.there, _precision(value, leaf, one, mark.strength), 0)
         values.append(value * weight)
-        weights.append(weight)
-    vector, weight = (shapes.join(parts, mark.shape, mark.carrier.num_weights) for parts in (values, weights))
-    mean = weight.mean()
+        total += weight.sum()
+    mean = total / mark.shape.num_coordinates
     finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in base]).all()
-    return hadamard.despread(vector, mark.carrier) / jnp.where(mean > 0, mean, 1), finite
+    return values, jnp.where(mean > 0, mean, 1), finite
 
 
 @jax.jit
