@@ -112,7 +112,7 @@ def extract(suspect: PyTree, base: PyTree, mark: carriers.Mark, rectify: bool = 
     found, original = _carried("extract", suspect, base, spec)
     where = None if rectify else sharded.layout("extract", found, spec) or sharded.layout("extract", original, spec)
     if mark.shape is not None:
-        chips, ok = _shaped("extract", found, original, mark, where, rectify)
+        chips, ok = _shaped(_leaves(found, spec), _leaves(original, spec), mark, where, rectify)
     elif where is None:
         chips, ok = _extract(_leaves(found, spec), _leaves(original, spec), spec.factors, mark.carrier, rectify)
     else:
@@ -141,22 +141,16 @@ def extract_vectors(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Float
 
 
 def _shaped(
-    who: str,
-    found: dict[str, Any],
-    base: dict[str, Any],
-    mark: carriers.Mark,
-    where: sharded.Layout | None,
-    rectify: bool,
+    found: list[Any], base: list[Any], mark: carriers.Mark, where: sharded.Layout | None, rectify: bool
 ) -> tuple[Array, Array]:
     """The one reading of a mark with a shape, and whether the base is finite."""
     if rectify:
         cause = "The one reading of a shaped mark already subtracts shrinkage and weighs."
-        raise _validate.fail(who, "a mark without a shape to rectify", "one with a shape", cause)
-    pair = [_leaves(part, mark.spec) for part in (found, base)]
+        raise _validate.fail("extract", "a mark without a shape to rectify", "one with a shape", cause)
     if where is None:
-        return weighting.read(*pair, mark)
+        return weighting.read(found, base, mark)
     where = sharded.automatic(where)
-    values, mean, ok = weighting.parts(*(sharded.placed(leaves, where) for leaves in pair), mark)
+    values, mean, ok = weighting.parts(*(sharded.placed(leaves, where) for leaves in (found, base)), mark)
     return sharded.despread_parts(values, mark, where) / mean, ok
 
 
@@ -181,7 +175,7 @@ def extract_batch(suspects: PyTree, base: PyTree, mark: carriers.Mark) -> Float[
     if mark.shape is None:
         chips, ok = _extract_batch(found, original, spec.factors, mark.carrier)
     else:
-        chips, ok = _read_batch(found, original, mark)
+        chips, ok = weighting.read_batch(found, original, mark, _SUSPECTS_PER_PASS)
     _validate.all_finite("extract_batch", "carrying weights in the base", ok)
     return chips
 
@@ -344,13 +338,5 @@ def _extract_batch(
 ) -> tuple[Array, Array]:
     chips, ok = jax.lax.map(
         lambda suspect: _extract(suspect, base, factors, carrier), suspects, batch_size=_SUSPECTS_PER_PASS
-    )
-    return chips, ok.all()
-
-
-@jax.jit
-def _read_batch(suspects: Sequence[Array], base: Sequence[Array], mark: carriers.Mark) -> tuple[Array, Array]:
-    chips, ok = jax.lax.map(
-        lambda suspect: weighting.read(suspect, base, mark), suspects, batch_size=_SUSPECTS_PER_PASS
     )
     return chips, ok.all()

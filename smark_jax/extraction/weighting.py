@@ -60,6 +60,13 @@ def read(
     return hadamard.despread(vector, mark.carrier) / mean, finite
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def read_batch(suspects: Sequence[Array], base: Sequence[Array], mark: Mark, per_pass: int) -> tuple[Array, Array]:
+    """:func:`read` for suspects stacked along a leading axis, ``per_pass`` at a time."""
+    chips, ok = jax.lax.map(lambda suspect: read(suspect, base, mark), suspects, batch_size=per_pass)
+    return chips, ok.all()
+
+
 @functools.partial(jax.jit, static_argnames="vectors")
 def parts(
     found: Sequence[Array], base: Sequence[Array], mark: Mark, vectors: bool = False
