@@ -25,7 +25,8 @@ demo: $(VENV)/installed-demo  ## train on 4 parties, issue 20 copies, trace a le
 	$(BIN)/smark demo --out "$(OUT)"
 
 test: $(VENV)/installed-test  ## the test suite, notebooks included
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbmake --nbmake-timeout=300 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder \
+	  --nbmake --nbmake-timeout=300 $(PYTEST_ARGS)
 
 check: $(VENV)/installed-dev  ## ruff, pyright, import-linter
 	$(BIN)/ruff format --check .

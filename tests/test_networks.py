@@ -60,7 +60,7 @@ def test_the_jaxpr_is_a_plain_list_that_alignment_follows(kind, tmp_path):
     assert not alignment.trace_graph(apply_fn, params, IMAGES).unfollowed
     names = {equation.primitive.name for equation in jax.make_jaxpr(apply_fn)(params, IMAGES).eqns}
     assert "conv_general_dilated" in names and "jit" not in names
-    gradient = jax.grad(lambda p: apply_fn(p, IMAGES).sum())(params)
+    gradient = jax.jit(jax.grad(lambda p: apply_fn(p, IMAGES).sum()))(params)
     np.testing.assert_allclose(gradient["fc.bias"], np.full(5, 4.0), rtol=1e-6)
 
 
@@ -296,8 +296,48 @@ def test_a_graph_that_asks_for_enormous_arrays_is_refused_before_they_are_made(c
         "end": np.array(2**40), "many": np.arange(2**16), "column": whole(-1, 1),
     }  # fmt: skip
     params, apply_fn = network_of(tmp_path, GROWING[case], tensors, ("n", 1))
-    with pytest.raises(errors.SmarkError, match=r"values per image|can be computed"):
+    with pytest.raises(errors.SmarkError, match=r"values in a result|can be computed"):
         apply_fn(params, np.ones((1, 1), np.float32))
+
+
+MANY, NESTED = 2**40, []
+for _ in range(600):
+    NESTED = [NESTED]
+GROWING_TOO = {
+    "cells": [("adaptive_avg_pool2d.default", ["x", ints(MANY, 1)], "y")],
+    "windows": [
+        ("constant_pad_nd.default", ["x", ints(MANY, MANY)], "a"),
+        ("avg_pool2d.default", ["a", ints(1, MANY), ints(1, 1)], "y"),
+    ],
+    "pieces": [("expand.default", ["x", ints(-1, -1, 2**20, -1)], "a"), ("unbind.int", ["a", {"as_int": 2}], "y")],
+    "more pieces": [
+        ("expand.default", ["x", ints(-1, -1, 2**20, -1)], "a"),
+        ("split.Tensor", ["a", {"as_int": 1}, {"as_int": 2}], "y"),
+    ],
+    "reflections": [("pad.default", ["x", ints(MANY, 0), {"as_string": "reflect"}], "y")],
+    "a causal mask": [
+        ("expand.default", ["x", ints(-1, -1, 2**20, -1)], "a"),
+        (
+            "scaled_dot_product_attention.default",
+            ["a", "a", "a", {"as_none": True}, {"as_float": 0.0}, {"as_bool": True}],
+            "y",
+        ),
+    ],
+    "a list in a list in a list": [("view.default", ["x", {"as_ints": NESTED}], "y")],
+}
+
+
+@pytest.mark.parametrize("case", GROWING_TOO)
+def test_a_program_that_asks_for_too_much_is_refused_too(case, tmp_path):
+    content = network_files.exported(GROWING_TOO[case], {"w": np.ones(2, np.float32)}, {}, ["s0", 1, 1, 2], "y")
+    with pytest.raises(errors.SmarkError, match=r"values in a result|can be computed|as PyTorch writes it|no JSON"):
+        params, apply_fn = files.network(written(tmp_path, content))
+        apply_fn(params, np.ones((1, 1, 1, 2), np.float32))
+
+
+def test_an_input_whose_shape_the_file_does_not_tell_takes_any(tmp_path):
+    params, apply_fn = network_of(tmp_path, [Step("Relu", ["x"], ["y"])], image=())
+    assert apply_fn(params, np.ones((2, 3), np.float32)).shape == (2, 3)
 
 
 def test_what_parsing_may_create_is_limited(monkeypatch, tmp_path):

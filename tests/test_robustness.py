@@ -2,10 +2,13 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+import jax.numpy as jnp
+import numpy as np
 from section_checks import run_and_resume
 
 import experiments.robustness.__main__ as robustness
-from experiments.robustness import removal, rewrites, strength
+from experiments.common import real
+from experiments.robustness import real_networks, removal, rewrites, strength
 
 
 def test_rewritten_copies_are_traced_after_alignment_only(tmp_path):
@@ -62,3 +65,52 @@ def test_robustness_help_lists_examples(capsys):
     with pytest.raises(SystemExit):
         robustness.main(["--help"])
     assert "--config full" in capsys.readouterr().out
+
+
+def test_marks_on_real_networks_are_judged_by_their_answers(tmp_path, monkeypatch):
+    """A stand-in of 9,000 random weights; the network itself needs a package."""
+    rng = np.random.default_rng(0)
+    shapes = {"_stem.weight": (64, 48), "_blocks.0.weight": (96, 64), "_fc.weight": (10, 96), "_fc.bias": (10,)}
+    params = {name: np.float32(rng.normal(size=shape) / 8) for name, shape in shapes.items()}
+
+    def apply_fn(p, x):
+        x = x.reshape(x.shape[0], -1)
+        for name in ("_stem", "_blocks.0"):
+            x = jnp.tanh(x @ p[f"{name}.weight"].T)
+        return x @ p["_fc.weight"].T + p["_fc.bias"][None]
+
+    def crops(use, number):
+        return real.Crops(rng.integers(0, 256, (number, 4, 4, 3), np.uint8), ("noise",) * number)
+
+    network = real.Network("stand-in", params, apply_fn, lambda images: np.float32(images / 128 - 1), 10)
+    monkeypatch.setattr(real_networks, "NETWORKS", {"stand-in": lambda: network})
+    monkeypatch.setattr(real, "natural_images", crops)
+    tiny = real_networks.Config(
+        networks=("stand-in",),
+        marks=("channels",),
+        shape_images=16,
+        strength_images=16,
+        judging_images=40,
+        after=20,
+        copies=2,
+        customers=100,
+        num_chips=64,
+        only=("none", "int8", "new head", "PCA 99 %"),
+    )
+    result = run_and_resume({real_networks: tiny}, tmp_path)["real_networks"]["result"]
+    (found,) = result["networks"]
+    (row,) = found["rows"]
+    assert all(copy["T"] > 7.9 and copy["same"] > 30 and copy["change"] < 0.03 for copy in row["copies"])
+    traced = {one["attack"]: one["traced"] for one in row["attacks"]}
+    assert traced["none"] and traced["int8"] and traced["new head"]
+    assert not any(one["wrong"] for one in row["attacks"])
+
+
+def test_harm_is_counted_and_measured_in_nats():
+    before = np.log([[0.6, 0.3, 0.1], [0.4, 0.35, 0.25]])
+    after = np.log([[0.5, 0.4, 0.1], [0.3, 0.4, 0.3]])
+    found = real_networks.harm(before, after)
+    expected = [0.6 * np.log(0.6 / 0.5) + 0.3 * np.log(0.3 / 0.4), 0.4 * np.log(4 / 3) + 0.35 * np.log(7 / 8)]
+    expected[1] += 0.25 * np.log(0.25 / 0.3)
+    assert found["same"] == found["same_sure"] == 1
+    assert found["kl"] == pytest.approx(np.mean(expected))

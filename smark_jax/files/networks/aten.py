@@ -135,7 +135,7 @@ def _adaptive_mean_pool(x: Any, size: Any) -> Any:
     """Means over n cells of each axis: cell i has the entries from floor(i L / n) to ceil((i + 1) L / n)."""
     for axis, count in enumerate(_each(size, x.ndim - 2), start=2):
         length = x.shape[axis]
-        if length % count == 0:
+        if length % layers.countable(count) == 0:
             x = x.reshape(*x.shape[:axis], count, length // count, *x.shape[axis + 1 :]).mean(axis + 1)
         else:
             cells = [(i * length // count, -(-(i + 1) * length // count)) for i in range(count)]
@@ -158,7 +158,7 @@ def _attention(
     if enable_gqa and k.shape[-3] != q.shape[-3]:
         raise NotImplementedError("attention with fewer keys than queries is not supported")
     if causal:
-        mask = np.tri(q.shape[-2], k.shape[-2], dtype=bool)
+        mask = jnp.tri(q.shape[-2], k.shape[-2], dtype=bool)
     return layers.attention(q, k, v, mask, scale)
 
 
@@ -167,9 +167,8 @@ def _pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float | None
     widths = [(0, 0)] * x.ndim
     for i in range(len(pad) // 2):
         widths[-1 - i] = (pad[2 * i], pad[2 * i + 1])
-    if mode == "constant":
-        return lax.pad(x, np.asarray(value or 0, x.dtype), [(before, after, 0) for before, after in widths])
-    return jnp.pad(x, widths, mode={"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode])
+    same = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+    return layers.padded(x, widths, same[mode], value or 0)
 
 
 def _constant_pad(x: Any, pad: Sequence[int], value: float = 0) -> Any:
@@ -201,6 +200,8 @@ def _expand(x: Any, sizes: Sequence[int], implicit: bool = False) -> Any:
 
 def _split(x: Any, sizes: Any, axis: int = 0) -> list[Any]:
     length = x.shape[axis]
+    if isinstance(sizes, int):
+        layers.countable(length // sizes)
     ends = list(range(sizes, length, sizes)) if isinstance(sizes, int) else np.cumsum(sizes)[:-1].tolist()
     return jnp.split(x, ends, axis)
 
@@ -316,7 +317,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "split": _split,
     "split_with_sizes": _split,
     "chunk": lambda x, parts, axis=0: _split(x, -(-x.shape[axis] // parts), axis),
-    "unbind": lambda x, axis=0: [lax.index_in_dim(x, i, axis, False) for i in range(x.shape[axis])],
+    "unbind": lambda x, axis=0: [lax.index_in_dim(x, i, axis, False) for i in range(layers.countable(x.shape[axis]))],
     "select": lambda x, axis, index: lax.index_in_dim(x, index, axis, False),
     "slice": _slice,
     "squeeze": _squeeze,

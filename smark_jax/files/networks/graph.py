@@ -12,7 +12,8 @@ from smark_jax.files import _limits
 from smark_jax.files._limits import shown
 
 MAX_NODES = 50_000
-_MAX_VALUES = 2**26  # of one result, per image: a hostile graph can ask for far more than any computer has
+# Of one result, per image, and of one that depends on no image: a hostile graph can ask for far more than there is.
+_MAX_VALUES, _MAX_STATIC = 2**26, 2**22
 # What a function of NumPy or JAX raises when it gets what it cannot take.
 _MISUSE = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
 
@@ -58,7 +59,7 @@ class Graph(NamedTuple):
       tensors: by the name that nodes use.
       leaves: the name in the tree of weights, for each tensor that belongs there: weights and running statistics.
       image: the name of the one input that is no tensor.
-      shape: its shape; None where any length fits.
+      shape: its shape, None where any length fits; empty where the file does not tell it.
       output: the name of the result.
     """
 
@@ -131,7 +132,7 @@ _AGAIN = "The file is damaged: export the network again."
 
 
 def function(graph: Graph, operators: Operators) -> Callable[[Mapping[str, Any], Any], Any]:
-    """The function ``apply_fn(params, images)`` of a graph: pure, jitted, and a plain list of operations in a jaxpr.
+    """The function ``apply_fn(params, images)`` of a graph: pure, compiled, and a plain list of operations in a jaxpr.
 
     Raises:
       SmarkError: when an operator is not among ``operators``.
@@ -155,16 +156,22 @@ def function(graph: Graph, operators: Operators) -> Callable[[Mapping[str, Any],
             values.update(zip(node.outputs, _results(node, operators, values, images.shape[0]), strict=False))
         return values[graph.output]
 
-    def apply_fn(params: Mapping[str, Any], images: Any) -> Any:
+    def grouped(params: Mapping[str, Any], images: Any) -> Any:
         _check_call(graph.shape, leaves, params, np.shape(images))
-        fixed = graph.shape[0]
+        fixed = graph.shape[0] if graph.shape else None
         if fixed is None or fixed == images.shape[0]:
             return run(params, images)
-        grouped = images.reshape(images.shape[0] // fixed, fixed, *images.shape[1:])
-        logits = jax.vmap(run, (None, 0))(params, grouped)
+        groups = images.reshape(images.shape[0] // fixed, fixed, *images.shape[1:])
+        logits = jax.vmap(run, (None, 0))(params, groups)
         return logits.reshape(images.shape[0], *logits.shape[2:])
 
-    return jax.jit(apply_fn, inline=True)
+    jitted = jax.jit(grouped)
+
+    def apply_fn(params: Mapping[str, Any], images: Any) -> Any:
+        # Under a caller's jit its operations are the caller's; else they are compiled, so that sizes are known first.
+        return (grouped if _validate.is_traced(params, images) else jitted)(params, images)
+
+    return apply_fn
 
 
 def _check_call(
@@ -175,6 +182,8 @@ def _check_call(
     if missing is not None:
         cause = "Pass the params that files.network returned, or others of their names."
         raise _validate.fail("network", f"the leaf {shown(missing)} among params", "none", cause)
+    if not shape:
+        return
     fits = len(images) == len(shape) and all(n in (None, m) for n, m in zip(shape[1:], images[1:], strict=True))
     if not fits or (shape[0] and images[0] % shape[0]):
         said = " ".join("any" if n is None else str(n) for n in shape)
@@ -199,10 +208,11 @@ def _results(node: Node, operators: Operators, values: Mapping[str, Any], batch:
         raise _validate.fail("network", "nodes that can be computed", got, cause) from error
     results = tuple(found) if isinstance(found, tuple | list) else (found,)
     for result in results:
-        if math.prod(np.shape(result)) > _MAX_VALUES * max(batch, 1):
+        most = _MAX_STATIC if isinstance(result, np.ndarray) else _MAX_VALUES * max(batch, 1)
+        if math.prod(np.shape(result)) > most:
             got = f"an array of shape {np.shape(result)} from node {shown(node.name)} ({shown(node.op)})"
             cause = "Is the file damaged, or are the images far larger than usual?"
-            raise _validate.fail("network", f"at most {_MAX_VALUES:,} values per image in a result", got, cause)
+            raise _validate.fail("network", f"at most {most:,} values in a result", got, cause)
     return results
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 Padding = Sequence[tuple[int, int]]
+_MAX_LENGTH = 2**12  # of a window, of an axis that is pooled, and of a list of pieces: these are counted in Python
 
 
 class Window(NamedTuple):
@@ -77,6 +78,7 @@ def max_pool(images: Any, window: Window) -> Any:
 def mean_pool(images: Any, window: Window, counted: Padding) -> Any:
     """The mean of each window over the image and the part ``counted`` of the padding."""
     total = _pooled(images, window, 0.0, lax.add)
+    countable(max(*window.size, *total.shape[2:]))
     counts = np.ones((), np.float32)
     for axis, (size, stride, (before, _), dilation) in enumerate(zip(*window, strict=True)):
         length, (left, right) = images.shape[2 + axis], counted[axis]
@@ -84,6 +86,23 @@ def mean_pool(images: Any, window: Window, counted: Padding) -> Any:
         here = ((at >= -left) & (at < length + right)).sum(1).astype(np.float32)
         counts = counts[..., None] * here
     return total / (float(counts.flat[0]) if (counts == counts.flat[0]).all() else counts[None, None])
+
+
+def countable(number: int) -> int:
+    """A number of pieces or entries, unless it is more than any network has."""
+    if number > _MAX_LENGTH:
+        raise ValueError(f"expected at most {_MAX_LENGTH:,} entries, not {number:,}")
+    return number
+
+
+def padded(images: Any, widths: Padding, mode: str, value: Any) -> Any:
+    """Padding before and after each axis, by a number (``constant``) or by what lies near (``reflect, edge, wrap``)."""
+    if mode == "constant":
+        fill = np.asarray(value, images.dtype).reshape(())
+        return lax.pad(images, fill, [(before, after, 0) for before, after in widths])
+    if mode not in ("reflect", "edge", "wrap") or any(max(w) > n for w, n in zip(widths, images.shape, strict=True)):
+        raise ValueError(f"padding of mode {mode} by more than the image, or of a mode that is not supported")
+    return jnp.pad(images, widths, mode=mode)
 
 
 def _pooled(images: Any, window: Window, start: float, combine: Any) -> Any:
@@ -132,6 +151,7 @@ def group_norm(images: Any, groups: int, scale: Any, bias: Any, epsilon: float) 
 
 def attention(queries: Any, keys: Any, values: Any, mask: Any, scale: float | None) -> Any:
     """Softmax attention; ``mask`` is None, boolean (False is hidden), or added to the scores."""
+    countable(max(queries.shape[-2], keys.shape[-2]))
     factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
     scores = jnp.matmul(queries, jnp.swapaxes(keys, -1, -2)) * factor
     if mask is not None:

@@ -20,7 +20,7 @@ class Network(NamedTuple):
     Attributes:
       params: weights and running statistics by name. What does not carry a mark says so by its own name
         (``bn.running_mean``), or its name begins with ``buffers/``.
-      apply_fn: ``apply_fn(params, images) -> logits``: pure, jitted, and a plain sequence of operations in a jaxpr.
+      apply_fn: ``apply_fn(params, images) -> logits``: pure, compiled, and a plain list of operations in a jaxpr.
     """
 
     params: dict[str, np.ndarray]
@@ -59,6 +59,5 @@ def network(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES)
             raise Unreadable(f"it is {format}, and holds no network", said)
         load, operators = _KINDS[format]
         found = load(data, max_bytes)
-        params = found.params
-    table = importlib.import_module(f"smark_jax.files.networks.{operators}").OPERATORS
-    return Network(params, graph.function(found, table))
+        table = importlib.import_module(f"smark_jax.files.networks.{operators}").OPERATORS
+        return Network(found.params, graph.function(found, table))

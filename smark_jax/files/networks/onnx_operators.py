@@ -132,7 +132,7 @@ def _slice(x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) 
 
 def _split(x: Any, split: Any = None, *, axis: int = 0, num_outputs: int = 1) -> list[Any]:
     length = x.shape[axis]
-    part = -(-length // num_outputs)
+    part = -(-length // layers.countable(num_outputs))
     sizes = [min(part, length - i * part) for i in range(num_outputs)] if split is None else _integers(split)
     ends = np.cumsum(sizes)[:-1].tolist()
     return _library(x).split(x, ends, axis)
@@ -145,10 +145,7 @@ def _pad(
     places = list(range(x.ndim)) if axes is None else _integers(axes)
     for i, axis in enumerate(places):
         widths[axis] = (sizes[i], sizes[i + len(places)])
-    if mode == "constant":
-        fill = np.asarray(value if constant is None else constant, x.dtype).reshape(())
-        return lax.pad(x, fill, [(before, after, 0) for before, after in widths])
-    return jnp.pad(x, widths, mode={"reflect": "reflect", "edge": "edge", "wrap": "wrap"}[mode])
+    return layers.padded(x, widths, mode, value if constant is None else constant)
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:

@@ -59,7 +59,7 @@ def load(data: bytes, max_bytes: int) -> Graph:
     tensors, parameters = _tensors(members)
     try:
         return _graph(members.json(_GRAPH), tensors, parameters)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         if isinstance(error, Unreadable):
             raise
         raise Unreadable(f"its graph is not as PyTorch writes it ({shown(str(error))})", _AGAIN) from None

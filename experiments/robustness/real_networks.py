@@ -1,0 +1,293 @@
+"""Marks on networks that others trained: what a copy costs on natural images, and what a leaker leaves of the trace."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+from jax import Array
+
+from experiments.common import intervals, real, sections
+from experiments.common.networks import ALPHA
+from smark_jax import attacks, carriers, codes, embedding, extraction, statistics, tracing
+from smark_jax._types import PyTree
+
+NETWORKS: dict[str, Callable[[], real.Network]] = {"EfficientNet-Lite0": real.efficientnet_lite0}
+_BATCH = 16
+_SURE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Crops for the shape, for the strength and for judging are parts of different pictures.
+
+    The first of ``copies`` is attacked, and ``after`` crops tell what is left of the network then.
+    """
+
+    networks: tuple[str, ...] = tuple(NETWORKS)
+    marks: tuple[str, ...] = ("white", "white, weakened", "weights only", "channels")
+    shape_images: int = 48
+    strength_images: int = 48
+    judging_images: int = 500
+    after: int = 60
+    copies: int = 20
+    customers: int = 10**6
+    num_chips: int = 304
+    max_change: float = 0.01
+    tuning_steps: int = 8
+    only: tuple[str, ...] | None = None
+
+
+QUICK = Config(judging_images=100, after=20, copies=3, customers=10**4, marks=("white", "channels"), tuning_steps=2)
+FULL = Config()
+
+
+class Field(NamedTuple):
+    """A network, the images of each use as it takes them, and its function of images already preprocessed."""
+
+    network: real.Network
+    logits: Callable[[PyTree, np.ndarray], np.ndarray]
+    shape: np.ndarray
+    strength: np.ndarray
+    judging: np.ndarray
+
+
+def _field(name: str, config: Config) -> Field:
+    network = NETWORKS[name]()
+    apply_fn = jax.jit(network.apply_fn)
+
+    def logits(params: PyTree, images: np.ndarray) -> np.ndarray:
+        parts = [np.asarray(apply_fn(params, images[i : i + _BATCH])) for i in range(0, len(images), _BATCH)]
+        return np.concatenate(parts).astype(np.float64)
+
+    crops = lambda use, number: network.preprocess(real.natural_images(use, number).images)  # noqa: E731
+    shape, strength = crops("shape", config.shape_images), crops("strength", config.strength_images)
+    return Field(network, logits, shape, strength, crops("judging", config.judging_images))
+
+
+def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
+    found = []
+    for name in config.networks:
+        field = _field(name, config)
+        meter.start(len(config.marks) * (config.copies + len(_attacks(field, config, seed)) + 1))
+        before = field.logits(field.network.params, field.judging)
+        rows = [
+            meter.part(f"{name} {kind}", 1, functools.partial(_row, kind, field, before, config, seed, meter))
+            for kind in config.marks
+        ]
+        sure = int((_softmax(before).max(axis=1) > _SURE).sum())
+        found.append({"network": name, "images": len(before), "sure": sure, "rows": rows})
+    bar = statistics.threshold(np.ones(config.num_chips), math.log(ALPHA / config.customers))
+    return {"networks": found, "threshold": bar, "num_chips": config.num_chips}
+
+
+def _row(
+    kind: str, field: Field, before: np.ndarray, config: Config, seed: int, meter: sections.Meter
+) -> dict[str, Any]:
+    """One kind of mark on one network."""
+    base = field.network.params
+    key = sections.secret(seed, "experiments.robustness", "real", field.network.name, kind)
+    mark, strength = _marked(kind, key, field, config)
+    meter.step(f"{kind}: strength {strength:.2g}")
+    code = sections.secret(seed, "experiments.robustness", "real", "code")
+    book = codes.Codebook(code, config.customers, config.num_chips)
+    words = np.asarray(codes.codebook(code, range(config.copies), config.num_chips))
+    copies = []
+    for number, word in enumerate(words):
+        copy = embedding.embed(base, mark, word, strength)
+        chips = np.asarray(extraction.extract(copy, base, mark), np.float64)
+        copies.append({**harm(before, field.logits(copy, field.judging)), "T": _statistic(chips, word)})
+        meter.step(f"{kind}: copy {number}")
+    leaked = embedding.embed(base, mark, words[0], strength)
+    survived = []
+    for name, attack in _attacks(field, config, seed).items():
+        suspect = attack(leaked)
+        chips = np.asarray(extraction.extract(suspect, base, mark), np.float64)
+        verdict = tracing.trace(chips, book, ALPHA)
+        accused = {accusation.serial for accusation in verdict.accused}
+        after = field.logits(suspect, field.judging[: config.after])
+        survived.append(
+            {
+                "attack": name,
+                "T": _statistic(chips, words[0]),
+                "traced": 0 in accused,
+                "wrong": len(accused - {0}),
+                "same": float((after.argmax(axis=1) == before[: config.after].argmax(axis=1)).mean()),
+            }
+        )
+        meter.step(f"{kind}: {name}")
+    stored = None if mark.shape is None else mark.shape.num_stored
+    return {"mark": kind, "strength": strength, "stored": stored, "copies": copies, "attacks": survived}
+
+
+def _marked(kind: str, key: Any, field: Field, config: Config) -> tuple[carriers.Mark, float]:
+    """The mark, and the strength at which a copy's logits change by ``max_change`` (white: the default)."""
+    base, apply_fn = field.network.params, field.network.apply_fn
+    shape = None
+    if kind == "weights only":
+        shape = carriers.shape(base)
+    elif kind == "channels":
+        shape = carriers.shape(base, apply_fn, field.shape)
+    mark = carriers.mark(key, base, config.num_chips, shape=shape)
+    if kind in ("white", "weights only"):  # nobody can run the network, or nobody asked
+        return mark, float(mark.strength)
+    return mark, embedding.calibrate(base, mark, apply_fn, field.strength, max_change=config.max_change).strength
+
+
+def harm(before: np.ndarray, after: np.ndarray) -> dict[str, float | int]:
+    """What a copy does to the answers: those that stay, of all and of those of which the base was sure, and distances.
+
+    Args:
+      before: the base's logits, shape [N, classes].
+      after: the copy's.
+
+    Returns:
+      ``same`` and ``same_sure``: numbers of answers; ``kl``: the mean Kullback-Leibler divergence in nats; ``change``:
+      the relative change of the logits less their mean over classes, by root mean squares.
+    """
+    same, p, q = before.argmax(axis=1) == after.argmax(axis=1), _softmax(before), _softmax(after)
+    kl = (p * (np.log(np.maximum(p, 1e-300)) - np.log(np.maximum(q, 1e-300)))).sum(axis=1)
+    centre = lambda z: z - z.mean(axis=1, keepdims=True)  # noqa: E731
+    change = np.sqrt(np.square(centre(after - before)).mean() / np.square(centre(before)).mean())
+    sure = p.max(axis=1) > _SURE
+    return {
+        "same": int(same.sum()),
+        "same_sure": int(same[sure].sum()),
+        "kl": float(kl.mean()),
+        "change": float(change),
+    }
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def _statistic(chips: np.ndarray, word: np.ndarray) -> float:
+    return float(chips @ word / max(np.linalg.norm(chips), 1e-300))
+
+
+def _attacks(field: Field, config: Config, seed: int) -> dict[str, Callable[[PyTree], PyTree]]:
+    """Removal attacks without labels, by name; the leaker has the images of the shape."""
+    key, apply_fn, images = jax.random.key(seed), field.network.apply_fn, field.shape
+    blocks = (re.match(r"_blocks\.\d+", name) for name in field.network.params)
+    stages = [(block, f"^{re.escape(block)}[.]") for block in dict.fromkeys(b.group() for b in blocks if b)]
+    noise = functools.partial(attacks.add_noise, key=key, relative=0.3)
+    project = functools.partial(attacks.project_inputs, apply_fn=apply_fn, images=images, key=key)
+
+    def everything(copy: PyTree) -> PyTree:
+        copy = _new_head(project(copy, keep=0.999), key=key)
+        return per_channel(attacks.prune(noise(copy), 0.5), 4)
+
+    found: dict[str, Callable[[PyTree], PyTree]] = {
+        "none": lambda copy: copy,
+        "float16": functools.partial(attacks.cast, dtype=jnp.float16),
+        "int8": functools.partial(attacks.quantise, bits=8),
+        "int4 by channel": functools.partial(per_channel, bits=4),
+        "prune 50 %": functools.partial(attacks.prune, fraction=0.5),
+        "noise 30 %": noise,
+        "new head": functools.partial(_new_head, key=key),
+        **{f"new {stage}": functools.partial(_renewed, match=match, key=key) for stage, match in stages},
+        "PCA 99 %": functools.partial(project, keep=0.99),
+        "PCA 99.9 %, new head, noise, prune, int4": everything,
+        "fine-tuned on its own answers": lambda copy: attacks.fine_tune(
+            copy,
+            apply_fn,
+            images,
+            attacks.predicted_labels(copy, apply_fn, images),
+            epochs=config.tuning_steps,
+            batch_size=8,
+            learning_rate=1e-4,
+            seed=seed,
+        ),
+    }
+    return {name: attack for name, attack in found.items() if config.only is None or name in config.only}
+
+
+def per_channel(params: PyTree, bits: int) -> PyTree:
+    """Rounds kernels to 2^bits - 1 levels, evenly spaced in each output channel: the first axis, as in PyTorch."""
+    levels = 2 ** (bits - 1) - 1
+
+    def rounded(leaf: Array) -> Array:
+        if leaf.ndim < 2:
+            return leaf
+        step = jnp.abs(leaf).max(axis=tuple(range(1, leaf.ndim)), keepdims=True) / levels
+        step = jnp.maximum(step, 1e-30)
+        return jnp.round(leaf / step) * step
+
+    return jax.tree.map(lambda leaf: rounded(jnp.asarray(leaf)), params)
+
+
+def _renewed(copy: PyTree, match: str, key: Array) -> PyTree:
+    """Untrained layers in place of those that match: kernels of random weights with the same RMS, norms at one."""
+    keys = dict(zip(copy, jax.random.split(key, len(copy)), strict=True))
+
+    def fresh(name: str, leaf: Array) -> Array:
+        if leaf.ndim > 1:
+            return jnp.sqrt(jnp.mean(jnp.square(leaf))) * jax.random.normal(keys[name], leaf.shape, leaf.dtype)
+        if name.endswith((".running_mean", ".running_var")):
+            return leaf
+        return jnp.full_like(leaf, name.endswith(".weight"))
+
+    return attacks.reinitialise(copy, {name: fresh(name, jnp.asarray(leaf)) for name, leaf in copy.items()}, match)
+
+
+_new_head = functools.partial(_renewed, match=r"^_fc\.")
+
+
+def show(console: rich.console.Console, result: sections.Result) -> None:
+    for network in result["networks"]:
+        number, sure = network["images"], network["sure"]
+        table = rich.table.Table(
+            *("mark", "strength", "same answer", "worst copy", f"of {sure} sure", "KL [nats]", "logits' change", "T"),
+            title=f"{network['network']}: copies on {number} natural crops; 95 % intervals are of the first copy",
+            title_justify="left",
+        )
+        for row in network["rows"]:
+            values = {name: [copy[name] for copy in row["copies"]] for name in row["copies"][0]}
+            low, high = intervals.clopper_pearson(values["same"][0], number, 0.95)
+            table.add_row(
+                row["mark"],
+                f"{row['strength']:.2g}",
+                f"{np.mean(values['same']) / number:.2%} [{low:.1%}, {high:.1%}]",
+                f"{min(values['same']) / number:.2%}",
+                f"{min(values['same_sure']) / max(sure, 1):.2%}",
+                f"{np.mean(values['kl']):.2g}",
+                f"{np.mean(values['change']):.2g}",
+                f"{np.mean(values['T']):.2f}",
+            )
+        console.print(table)
+        table = rich.table.Table(
+            "attack",
+            *(f"{row['mark']}: T (same answer)" for row in network["rows"]),
+            title=f"{network['network']} attacked; accused from T {result['threshold']:.1f}",
+            title_justify="left",
+        )
+        for attack in zip(*(row["attacks"] for row in network["rows"]), strict=True):
+            cells = [f"{one['T']:.1f}{'' if one['traced'] else ', not traced'} ({one['same']:.0%})" for one in attack]
+            table.add_row(attack[0]["attack"], *cells)
+        console.print(table)
+
+
+def picture(path: Path, result: sections.Result) -> None:
+    networks = result["networks"]
+    with sections.figure(path, 9, 1.5 + 0.22 * sum(len(n["rows"][0]["attacks"]) for n in networks)) as figure:
+        for axes, network in zip(np.atleast_1d(figure.subplots(len(networks), 1)), networks, strict=True):
+            names = [one["attack"] for one in network["rows"][0]["attacks"]]
+            for number, row in enumerate(network["rows"]):
+                same = np.mean([copy["same"] for copy in row["copies"]]) / network["images"]
+                label = f"{row['mark']}: {same:.1%} of answers stay"
+                axes.plot([one["T"] for one in row["attacks"]], range(len(names)), "osD^v<>"[number], label=label)
+            axes.axvline(result["threshold"], color="0.4", lw=1)
+            axes.axvline(result["num_chips"] ** 0.5, color="0.8", lw=1)
+            axes.set(yticks=range(len(names)), yticklabels=names, xlabel="T of the leaker", title=network["network"])
+            axes.invert_yaxis()
+            axes.legend(fontsize=7)
