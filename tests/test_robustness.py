@@ -55,7 +55,8 @@ def test_strength_is_set_against_what_attacks_leave(tmp_path):
     )
     result = run_and_resume({strength: tiny}, tmp_path)["strength"]["result"]
     rows, (found,) = result["rows"], result["calibrations"]
-    assert found["all"]["strength"] in found["all"]["strengths"]
+    assert found["all"]["strength"] > 0 and found["all"]["mean_drop"] <= tiny.max_drop
+    assert found["all"]["worst_drop"] <= 3 * tiny.max_drop
     assert [(row["layers"], row["strength"]) for row in rows] == [("all", 0.01), ("all", 0.1)]
     weak, strong = (row["attacks"] for row in rows)
     assert all(strong[name]["T"] > weak[name]["T"] for name in ("fine-tune", "noise 0.5"))
