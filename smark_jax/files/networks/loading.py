@@ -34,8 +34,9 @@ def network(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES)
     each is looked up in a table of functions of JAX. The format is detected from the content.
 
     The function takes images as the graph does: PyTorch's take [B C H W], TensorFlow's [B H W C], of the size and in
-    the scale for which the network was exported. It returns the graph's first result; a Softmax at the end is left out,
-    so that the result is logits. A graph exported for a fixed number of images takes multiples of it.
+    the scale for which the network was exported. It returns the graph's first result. A Softmax at
+    the end of an ONNX graph is left out, so that the result is logits; in a ``.pt2`` it stays. A graph exported for a
+    fixed number of images takes multiples of it.
 
     Args:
       path: of the file.
