@@ -17,7 +17,7 @@ from jax import Array
 
 from experiments.common import intervals, real, sections
 from experiments.common.networks import ALPHA
-from smark_jax import attacks, carriers, codes, embedding, extraction, statistics, tracing
+from smark_jax import _batches, attacks, carriers, codes, embedding, extraction, statistics, tracing
 from smark_jax._types import PyTree
 
 NETWORKS: dict[str, Callable[[], real.Network]] = {"EfficientNet-Lite0": real.efficientnet_lite0}
@@ -65,8 +65,7 @@ def _field(name: str, config: Config) -> Field:
     apply_fn = jax.jit(network.apply_fn)
 
     def logits(params: PyTree, images: np.ndarray) -> np.ndarray:
-        parts = [np.asarray(apply_fn(params, images[i : i + _BATCH])) for i in range(0, len(images), _BATCH)]
-        return np.concatenate(parts).astype(np.float64)
+        return _batches.apply(functools.partial(apply_fn, params), _BATCH, images).astype(np.float64)
 
     crops = lambda use, number: network.preprocess(real.natural_images(use, number).images)  # noqa: E731
     shape, strength = crops("shape", config.shape_images), crops("strength", config.strength_images)
@@ -172,7 +171,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _statistic(chips: np.ndarray, word: np.ndarray) -> float:
-    return float(chips @ word / max(np.linalg.norm(chips), 1e-300))
+    return float(statistics.direction(chips) @ word)
 
 
 def _attacks(field: Field, config: Config, seed: int) -> dict[str, Callable[[PyTree], PyTree]]:

@@ -42,7 +42,7 @@ _CAP = 30.0
 _ROW_CAP = 50.0
 # A kernel is over-parametrised if its inputs lie in at most this share of as many directions.
 _RATIO = 0.25
-# RMS of s in units of the leaves' RMS where nobody can run the network: measured on real networks.
+# RMS of s in units of the leaves' RMS where nobody can run the network: a guess on the safe side, not yet measured.
 _UNSEEN = 0.18
 # Kernels in PyTorch's order have their outputs first, and windows of at most this size last.
 _WINDOW = 11

@@ -119,7 +119,8 @@ def measure(
       >>> embedding.measure({"w": 1.01 * jnp.eye(8)}, {"w": jnp.eye(8)}, lambda p, x: x @ p["w"], images).cost.agreement
       1.0
     """
-    return _summary([_compare("measure", copy, base, apply_fn, images, labels)])
+    before = _answers("measure", base, apply_fn, images)
+    return _summary([_compare("measure", copy, before, apply_fn, images, labels)])
 
 
 def calibrate(
@@ -172,11 +173,12 @@ def calibrate(
     bounds = _bounds(max_change, max_drop, labels)
     _validate.positive("calibrate", "num_copies", num_copies)
     words = np.random.default_rng(seed).choice([-1, 1], (num_copies, mark.num_chips)).astype(np.int8)
+    before = _answers("calibrate", base, apply_fn, images)
 
     def tried(strength: float) -> Calibration | None:
         made = (copies.embed(base, mark, word, strength) for word in words)
         try:
-            rows = [_compare("calibrate", copy, base, apply_fn, images, labels) for copy in made]
+            rows = [_compare("calibrate", copy, before, apply_fn, images, labels) for copy in made]
         except _Broken:
             return None
         mean, each = _summary(rows), [_cost(row) for row in rows]
@@ -222,25 +224,29 @@ class _Broken(errors.SmarkError):
     """The copy's outputs are not finite."""
 
 
-def _compare(who: str, copy: PyTree, base: PyTree, apply_fn: ApplyFn, images: Any, labels: Any) -> _Images:
-    images = np.asarray(images)
+def _answers(who: str, base: PyTree, apply_fn: ApplyFn, images: Any) -> np.ndarray:
+    """The base's outputs, shape [N, classes]."""
     if not len(images):
         raise _validate.fail(who, "at least one image", "none", "Is the split empty?")
-    run = functools.partial(_outputs, apply_fn)
-    before, after = (_batches.apply(functools.partial(run, one), _BATCH, images) for one in (base, copy))
-    _validate.all_finite(who, "outputs of the base", np.isfinite(before).all())
+    outputs = _batches.apply(functools.partial(_outputs, apply_fn, base), _BATCH, np.asarray(images))
+    _validate.all_finite(who, "outputs of the base", np.isfinite(outputs).all())
+    return outputs
+
+
+def _compare(who: str, copy: PyTree, before: np.ndarray, apply_fn: ApplyFn, images: Any, labels: Any) -> _Images:
+    after = _batches.apply(functools.partial(_outputs, apply_fn, copy), _BATCH, np.asarray(images))
     if not np.isfinite(after).all():
         cause = "The mark is too strong for this network: calibrate finds a strength that it bears."
         raise _validate.fail(who, "finite outputs of the copy", "NaN or infinite values", cause, kind=_Broken)
     before, after = before.astype(np.float64), after.astype(np.float64)
     wide, changed = (_logits(x) for x in (before, after))
     answers, given = wide.argmax(axis=1), changed.argmax(axis=1)
-    drop = np.full(len(images), math.nan)
+    drop = np.full(len(before), math.nan)
     if labels is not None:
         labels = np.asarray(labels)
         if labels.shape != answers.shape:
             cause = "Are images and labels of the same split?"
-            raise _validate.fail(who, f"one label for each of {len(images):,} images", f"{labels.shape}", cause)
+            raise _validate.fail(who, f"one label for each of {len(before):,} images", f"{labels.shape}", cause)
         drop = (answers == labels).astype(float) - (given == labels)
     kl = np.sum(np.exp(_log_softmax(wide)) * (_log_softmax(wide) - _log_softmax(changed)), axis=1)
     error, power = (np.square(x).sum(axis=1) for x in (after - before, before))

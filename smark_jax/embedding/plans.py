@@ -33,7 +33,7 @@ _DAMAGE = {
     "noise 30 %": (0.3, 1.0),
     "prune 50 %": (math.sqrt(0.072), 0.5),
 }
-# Seconds for each chip, customer and coordinate on one core: ``python -m experiments.benchmarks`` measures them.
+# Seconds for each chip of a customer, and for each coordinate, on one core: orders of magnitude.
 _SECONDS_PER_SIGN, _SECONDS_PER_COORDINATE = 3e-10, 1e-8
 
 
