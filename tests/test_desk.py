@@ -30,7 +30,7 @@ import time_stamps
 from PIL import Image
 
 from smark_jax import alignment, attacks, blackbox, cli, codes, data, files, keys, models, training, vault
-from smark_jax.vault import crypto
+from smark_jax.vault import crypto, queries
 from smark_jax.vault import models as vault_models
 from smark_jax.vault import probes as vault_probes
 
@@ -513,8 +513,8 @@ def test_a_service_is_traced_by_its_answers_and_a_broken_query_goes_on(asked):
         server.shutdown()
         server.server_close()
     assert [a["customer"] for a in found["suspects"][0]["accused"]] == ["Grace"]
-    # A grey picture, 64 answers that are kept, 5 that are not; 16 asked again, and what is missing of 72.
-    assert len(asked_for) == 70 + 16 + 72 - 64
+    # A grey picture, 64 answers that are kept, 5 that are not; 32 asked again, and what is missing of 72.
+    assert len(asked_for) == 70 + queries.CHECKED + 72 - 64
     assert set(asked_for) == {"image/png"}
     desk.run("report", "vault", found["number"], "--out", "answers.html")
     desk.run("evidence", "export", "vault", found["number"], "--out", "x.json", code=1)

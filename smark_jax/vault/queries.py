@@ -15,7 +15,11 @@ from smark_jax.vault.reading import Reading
 
 MAX_AGE = 7.0
 """Days after which answers no longer count."""
-_CHECKED = 16  # answered probes that are asked again before a query continues
+CHECKED = 32
+"""How many answered probes are asked again before a query continues."""
+CHANGED = 8
+"""How many of them may be answered with the other half of the classes. Another copy does so for each with probability
+1/2, and passes with probability P(Bin(32, 1/2) <= 8) = 0.0035."""
 
 
 class Query(NamedTuple):
@@ -201,12 +205,12 @@ def _check_unchanged(
     """Repeats a few probes that the target has answered: a different copy would answer half of them differently."""
     number = {digest: place for place, digest in enumerate(blackbox.digests(pictures))}
     label = {number[answer.probe]: answer.label for answer in answers}
-    few = np.random.default_rng().permutation(sorted(label))[:_CHECKED]
+    few = np.random.default_rng().permutation(sorted(label))[:CHECKED]
     sides = blackbox.halves(pictures[few], num_classes)
     now = blackbox.ask(predict, pictures[few], num_classes)
     each = np.arange(len(few))
     changed = int((sides[each, now] != sides[each, [label[place] for place in few.tolist()]]).sum())
-    if changed > len(few) / 4:
+    if changed > CHANGED * len(few) / CHECKED:
         got = f"other answers to {changed} of {len(few)} probes"
         cause = "Another model seems to answer by now: --fresh asks again, with other probes."
         raise _validate.fail("query", "the target that answered before", got, cause)
