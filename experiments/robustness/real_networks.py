@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import rich.console
 import rich.table
 from jax import Array
@@ -204,7 +205,7 @@ def _attacks(field: Field, config: Config, seed: int) -> dict[str, Callable[[PyT
             attacks.predicted_labels(copy, apply_fn, images),
             epochs=config.tuning_steps,
             batch_size=8,
-            learning_rate=1e-4,
+            optimizer=optax.adam(1e-4),
             seed=seed,
         ),
     }
