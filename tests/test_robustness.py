@@ -118,7 +118,9 @@ def test_marks_on_real_networks_are_judged_by_their_answers(tmp_path, monkeypatc
     def crops(use, number):
         return real.Crops(rng.integers(0, 256, (number, 4, 4, 3), np.uint8), ("noise",) * number)
 
-    network = real.Network("stand-in", params, apply_fn, lambda images: np.float32(images / 128 - 1), 10)
+    network = real.Network(
+        "stand-in", params, apply_fn, lambda images: np.float32(images / 128 - 1), 10, r"^_fc\.", r"_blocks\.\d+"
+    )
     monkeypatch.setattr(real_networks, "NETWORKS", {"stand-in": lambda: network})
     monkeypatch.setattr(real, "natural_images", crops)
     tiny = real_networks.Config(

@@ -34,6 +34,8 @@ class Network(NamedTuple):
       apply_fn: ``apply_fn(params, inputs) -> logits``.
       preprocess: makes ``inputs`` of RGB images, uint8 [B 224 224 3].
       num_classes: how many logits an image gets.
+      head: a regular expression that matches the leaves of the last layer.
+      stages: one that matches the start of all leaves of a stage, and differs between stages.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Network(NamedTuple):
     apply_fn: ApplyFn
     preprocess: Callable[[np.ndarray], np.ndarray]
     num_classes: int
+    head: str
+    stages: str
 
 
 def _package(name: str) -> Path:
@@ -67,7 +71,7 @@ def efficientnet_lite0() -> Network:
     def preprocess(images: np.ndarray) -> np.ndarray:
         return (images / np.float32(255) - _MEAN) / _STD
 
-    return Network("EfficientNet-Lite0", params, efficientnet, preprocess, 1000)
+    return Network("EfficientNet-Lite0", params, efficientnet, preprocess, 1000, r"^_fc\.", r"_blocks\.\d+")
 
 
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -84,7 +88,7 @@ def opennsfw() -> Network:
     def preprocess(images: np.ndarray) -> np.ndarray:
         return images[..., ::-1].astype(np.float32) - _MEAN_BGR
 
-    return Network("OpenNSFW", params, apply_fn, preprocess, 2)
+    return Network("OpenNSFW", params, apply_fn, preprocess, 2, "^fc_nsfw/", r"conv_stage\d+_block\d+")
 
 
 _MEAN_BGR = np.array([104, 117, 123], np.float32)

@@ -16,12 +16,16 @@ import rich.console
 import rich.table
 from jax import Array
 
-from experiments.common import intervals, real, sections
+from experiments.common import intervals, pipeline, real, sections
 from experiments.common.networks import ALPHA
-from smark_jax import _batches, attacks, carriers, codes, embedding, extraction, statistics, tracing
+from smark_jax import _batches, attacks, carriers, codes, embedding, extraction, statistics
 from smark_jax._types import PyTree
+from smark_jax.carriers import inputs
 
-NETWORKS: dict[str, Callable[[], real.Network]] = {"EfficientNet-Lite0": real.efficientnet_lite0}
+NETWORKS: dict[str, Callable[[], real.Network]] = {
+    "EfficientNet-Lite0": real.efficientnet_lite0,
+    "OpenNSFW": real.opennsfw,
+}
 _BATCH = 16
 _SURE = 0.5
 
@@ -47,7 +51,15 @@ class Config:
     only: tuple[str, ...] | None = None
 
 
-QUICK = Config(judging_images=100, after=20, copies=3, customers=10**4, marks=("white", "channels"), tuning_steps=2)
+QUICK = Config(
+    ("EfficientNet-Lite0",),
+    judging_images=100,
+    after=20,
+    copies=3,
+    customers=10**4,
+    marks=("white", "channels"),
+    tuning_steps=2,
+)
 FULL = Config()
 
 
@@ -63,7 +75,7 @@ class Field(NamedTuple):
 
 def _field(name: str, config: Config) -> Field:
     network = NETWORKS[name]()
-    apply_fn = jax.jit(network.apply_fn)
+    apply_fn = jax.jit(functools.partial(inputs.interpret, network.apply_fn))  # depthwise kernels are faster so
 
     def logits(params: PyTree, images: np.ndarray) -> np.ndarray:
         return _batches.apply(functools.partial(apply_fn, params), _BATCH, images).astype(np.float64)
@@ -103,23 +115,22 @@ def _row(
     copies = []
     for number, word in enumerate(words):
         copy = embedding.embed(base, mark, word, strength)
-        chips = np.asarray(extraction.extract(copy, base, mark), np.float64)
-        copies.append({**harm(before, field.logits(copy, field.judging)), "T": _statistic(chips, word)})
+        intact = pipeline.statistic(extraction.extract(copy, base, mark), word)
+        copies.append({**harm(before, field.logits(copy, field.judging)), "T": intact})
         meter.step(f"{kind}: copy {number}")
     leaked = embedding.embed(base, mark, words[0], strength)
     survived = []
     for name, attack in _attacks(field, config, seed).items():
         suspect = attack(leaked)
-        chips = np.asarray(extraction.extract(suspect, base, mark), np.float64)
-        verdict = tracing.trace(chips, book, ALPHA)
-        accused = {accusation.serial for accusation in verdict.accused}
+        judged = pipeline.judge(suspect, base, field.network.apply_fn, field.shape[:1], mark, book)
         after = field.logits(suspect, field.judging[: config.after])
         survived.append(
             {
                 "attack": name,
-                "T": _statistic(chips, words[0]),
-                "traced": 0 in accused,
-                "wrong": len(accused - {0}),
+                "T": judged.statistic(words[0]),
+                "refused": judged.refused,
+                "traced": 0 in judged.accused,
+                "wrong": len(judged.accused - {0}),
                 "same": float((after.argmax(axis=1) == before[: config.after].argmax(axis=1)).mean()),
             }
         )
@@ -171,20 +182,17 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def _statistic(chips: np.ndarray, word: np.ndarray) -> float:
-    return float(statistics.direction(chips) @ word)
-
-
 def _attacks(field: Field, config: Config, seed: int) -> dict[str, Callable[[PyTree], PyTree]]:
     """Removal attacks without labels, by name; the leaker has the images of the shape."""
     key, apply_fn, images = jax.random.key(seed), field.network.apply_fn, field.shape
-    blocks = (re.match(r"_blocks\.\d+", name) for name in field.network.params)
-    stages = [(block, f"^{re.escape(block)}[.]") for block in dict.fromkeys(b.group() for b in blocks if b)]
+    starts = (re.match(field.network.stages, name) for name in field.network.params)
+    stages = [(start, f"^{re.escape(start)}(?![0-9])") for start in dict.fromkeys(s.group() for s in starts if s)]
+    new_head = functools.partial(_renewed, match=field.network.head, key=key)
     noise = functools.partial(attacks.add_noise, key=key, relative=0.3)
     project = functools.partial(attacks.project_inputs, apply_fn=apply_fn, images=images, key=key)
 
     def everything(copy: PyTree) -> PyTree:
-        copy = _new_head(project(copy, keep=0.999), key=key)
+        copy = new_head(project(copy, keep=0.999))
         return per_channel(attacks.prune(noise(copy), 0.5), 4)
 
     found: dict[str, Callable[[PyTree], PyTree]] = {
@@ -194,7 +202,7 @@ def _attacks(field: Field, config: Config, seed: int) -> dict[str, Callable[[PyT
         "int4 by channel": functools.partial(per_channel, bits=4),
         "prune 50 %": functools.partial(attacks.prune, fraction=0.5),
         "noise 30 %": noise,
-        "new head": functools.partial(_new_head, key=key),
+        "new head": new_head,
         **{f"new {stage}": functools.partial(_renewed, match=match, key=key) for stage, match in stages},
         "PCA 99 %": functools.partial(project, keep=0.99),
         "PCA 99.9 %, new head, noise, prune, int4": everything,
@@ -240,9 +248,6 @@ def _renewed(copy: PyTree, match: str, key: Array) -> PyTree:
     return attacks.reinitialise(copy, {name: fresh(name, jnp.asarray(leaf)) for name, leaf in copy.items()}, match)
 
 
-_new_head = functools.partial(_renewed, match=r"^_fc\.")
-
-
 def show(console: rich.console.Console, result: sections.Result) -> None:
     for network in result["networks"]:
         number, sure = network["images"], network["sure"]
@@ -272,9 +277,15 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
             title_justify="left",
         )
         for attack in zip(*(row["attacks"] for row in network["rows"]), strict=True):
-            cells = [f"{one['T']:.1f}{'' if one['traced'] else ', not traced'} ({one['same']:.0%})" for one in attack]
+            cells = [f"{one['T']:.1f}{_outcome(one)} ({one['same']:.0%})" for one in attack]
             table.add_row(attack[0]["attack"], *cells)
         console.print(table)
+
+
+def _outcome(attack: dict[str, Any]) -> str:
+    if attack["traced"]:
+        return ""
+    return ", not aligned" if attack["refused"] else ", not traced"
 
 
 def picture(path: Path, result: sections.Result) -> None:

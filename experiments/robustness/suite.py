@@ -18,10 +18,10 @@ import optax
 import rich.console
 import rich.table
 
-from experiments.common import networks, sections
-from experiments.common.networks import ALPHA, CUSTOMERS, Subject
+from experiments.common import networks, pipeline, sections
+from experiments.common.networks import CUSTOMERS, Subject
 from experiments.robustness import rebuilding, recipes
-from smark_jax import alignment, carriers, codes, embedding, errors, extraction, models, parallel, tracing, training
+from smark_jax import carriers, codes, embedding, extraction, models, parallel, training
 from smark_jax._types import PyTree
 
 TOLERATED = 0.05  # a leaker who loses more accuracy has ruined the model
@@ -153,7 +153,7 @@ def _marked(kind: str, subject: Subject, config: Config, seed: int) -> tuple[Cas
     copies = [embedding.embed(subject.base, mark, word) for word in words]
     drops = [subject.accuracy(subject.base) - subject.accuracy(copy) for copy in copies]
     read = (extraction.extract(copy, subject.base, mark) for copy in copies)
-    intact = [_statistic(chips, word) for chips, word in zip(read, words, strict=True)]
+    intact = [pipeline.statistic(chips, word) for chips, word in zip(read, words, strict=True)]
     about = {"mean_drop": float(np.mean(drops)), "worst_drop": max(drops), "least_T": min(intact)}
     return Case(subject, copies[0], mark, book, int(customers[0])), about
 
@@ -183,35 +183,23 @@ def judge(case: Case, suspect: PyTree) -> dict[str, Any]:
         accuracy = models.accuracy(network, suspect, subject.test_images, subject.test_labels)
         return {"accuracy": accuracy, "refused": True, "T": None, "traced": False, "wrong": 0, "beside": {}}
     word = codes.codebook(case.book.key, [case.customer], mark.num_chips)[0]
-    statistic = lambda params, read=extraction.extract, **how: _statistic(  # noqa: E731
+    statistic = lambda params, read=extraction.extract, **how: pipeline.statistic(  # noqa: E731
         read(params, subject.base, mark, **how), word
     )
-    refused = False
-    try:
-        aligned = alignment.align(suspect, subject.base, subject.apply_fn, subject.test_images[:1]).params
-    except (errors.NothingMatched, errors.Undecided) as error:
-        refused, aligned = True, suspect if error.attempt is None else error.attempt.params
-    chips = np.asarray(extraction.extract(aligned, subject.base, mark), np.float64)
-    accused = [] if refused else [a.serial for a in tracing.trace(chips, case.book, ALPHA).accused]
+    judged = pipeline.judge(suspect, subject.base, subject.apply_fn, subject.test_images[:1], mark, case.book)
     beside = {"unaligned": statistic(suspect)}
     if mark.shape is None:
-        beside["rectified"] = statistic(aligned, rectify=True)
+        beside["rectified"] = statistic(judged.aligned, rectify=True)
     else:
-        beside["gains and biases"] = statistic(aligned, extraction.extract_vectors)
+        beside["gains and biases"] = statistic(judged.aligned, extraction.extract_vectors)
     return {
         "accuracy": subject.accuracy(suspect),
-        "refused": refused,
-        "T": _statistic(chips, word),
-        "traced": case.customer in accused,
-        "wrong": len(set(accused) - {case.customer}),
+        "refused": judged.refused,
+        "T": judged.statistic(word),
+        "traced": case.customer in judged.accused,
+        "wrong": len(judged.accused - {case.customer}),
         "beside": beside,
     }
-
-
-def _statistic(chips: Any, word: Any) -> float:
-    chips = np.asarray(chips, np.float64)
-    norm = float(np.linalg.norm(chips))
-    return float(chips @ np.asarray(word, np.float64)) / norm if norm > 0 else 0.0
 
 
 def place(row: dict[str, Any], base: float) -> str:
