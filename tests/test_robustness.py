@@ -119,7 +119,7 @@ def test_marks_on_real_networks_are_judged_by_their_answers(tmp_path, monkeypatc
         return real.Crops(rng.integers(0, 256, (number, 4, 4, 3), np.uint8), ("noise",) * number)
 
     network = real.Network(
-        "stand-in", params, apply_fn, lambda images: np.float32(images / 128 - 1), 10, r"^_fc\.", r"_blocks\.\d+"
+        "stand-in", params, apply_fn, lambda images: np.float32(images / 128 - 1), 10, r"^_fc\.", (r"^_blocks\.",)
     )
     monkeypatch.setattr(real_networks, "NETWORKS", {"stand-in": lambda: network})
     monkeypatch.setattr(real, "natural_images", crops)
@@ -133,7 +133,7 @@ def test_marks_on_real_networks_are_judged_by_their_answers(tmp_path, monkeypatc
         copies=2,
         customers=100,
         num_chips=64,
-        only=("none", "int8", "new head", "PCA 99 %"),
+        only=("none", "int8", "new head", "new stage 1", "PCA 99 %"),
     )
     result = run_and_resume({real_networks: tiny}, tmp_path)["real_networks"]["result"]
     (found,) = result["networks"]

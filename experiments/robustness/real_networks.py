@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,16 +33,18 @@ _SURE = 0.5
 class Config:
     """Crops for the shape, for the strength and for judging are parts of different pictures.
 
-    The first of ``copies`` is attacked, and ``after`` crops tell what is left of the network then.
+    Of the marks that channels are compared with, ``few_copies`` are made. The first copy is attacked, and ``after``
+    crops tell what is left of the network then.
     """
 
     networks: tuple[str, ...] = tuple(NETWORKS)
-    marks: tuple[str, ...] = ("white", "white, weakened", "weights only", "channels")
+    marks: tuple[str, ...] = ("channels", "weights only", "white, weakened", "white")
     shape_images: int = 48
     strength_images: int = 48
     judging_images: int = 500
     after: int = 60
     copies: int = 20
+    few_copies: int = 3
     customers: int = 10**6
     num_chips: int = 304
     max_change: float = 0.01
@@ -57,7 +58,7 @@ QUICK = Config(
     after=20,
     copies=3,
     customers=10**4,
-    marks=("white", "channels"),
+    marks=("channels", "white"),
     tuning_steps=2,
 )
 FULL = Config()
@@ -89,7 +90,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     found = []
     for name in config.networks:
         field = _field(name, config)
-        meter.start(len(config.marks) * (config.copies + len(_attacks(field, config, seed)) + 1))
+        meter.start(sum(_copies(kind, config) + len(_attacks(field, config, seed)) + 1 for kind in config.marks))
         before = field.logits(field.network.params, field.judging)
         rows = [
             meter.part(f"{name} {kind}", 1, functools.partial(_row, kind, field, before, config, seed, meter))
@@ -111,7 +112,7 @@ def _row(
     meter.step(f"{kind}: strength {strength:.2g}")
     code = sections.secret(seed, "experiments.robustness", "real", "code")
     book = codes.Codebook(code, config.customers, config.num_chips)
-    words = np.asarray(codes.codebook(code, range(config.copies), config.num_chips))
+    words = np.asarray(codes.codebook(code, range(_copies(kind, config)), config.num_chips))
     copies = []
     for number, word in enumerate(words):
         copy = embedding.embed(base, mark, word, strength)
@@ -137,6 +138,10 @@ def _row(
         meter.step(f"{kind}: {name}")
     stored = None if mark.shape is None else mark.shape.num_stored
     return {"mark": kind, "strength": strength, "stored": stored, "copies": copies, "attacks": survived}
+
+
+def _copies(kind: str, config: Config) -> int:
+    return config.copies if kind == "channels" else min(config.copies, config.few_copies)
 
 
 def _marked(kind: str, key: Any, field: Field, config: Config) -> tuple[carriers.Mark, float]:
@@ -185,8 +190,6 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 def _attacks(field: Field, config: Config, seed: int) -> dict[str, Callable[[PyTree], PyTree]]:
     """Removal attacks without labels, by name; the leaker has the images of the shape."""
     key, apply_fn, images = jax.random.key(seed), field.network.apply_fn, field.shape
-    starts = (re.match(field.network.stages, name) for name in field.network.params)
-    stages = [(start, f"^{re.escape(start)}(?![0-9])") for start in dict.fromkeys(s.group() for s in starts if s)]
     new_head = functools.partial(_renewed, match=field.network.head, key=key)
     noise = functools.partial(attacks.add_noise, key=key, relative=0.3)
     project = functools.partial(attacks.project_inputs, apply_fn=apply_fn, images=images, key=key)
@@ -203,7 +206,10 @@ def _attacks(field: Field, config: Config, seed: int) -> dict[str, Callable[[PyT
         "prune 50 %": functools.partial(attacks.prune, fraction=0.5),
         "noise 30 %": noise,
         "new head": new_head,
-        **{f"new {stage}": functools.partial(_renewed, match=match, key=key) for stage, match in stages},
+        **{
+            f"new stage {number}": functools.partial(_renewed, match=match, key=key)
+            for number, match in enumerate(field.network.stages, 1)
+        },
         "PCA 99 %": functools.partial(project, keep=0.99),
         "PCA 99.9 %, new head, noise, prune, int4": everything,
         "fine-tuned on its own answers": lambda copy: attacks.fine_tune(
