@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from smark_jax.carriers import Mark, Scales, hadamard, shapes, shifts
+from smark_jax.carriers import Carrier, Mark, Scales, hadamard, shapes, shifts
 from smark_jax.carriers.selection import Leaf
 
 # Means over fewer entries than this say little of a row's or a column's noise.
@@ -53,8 +53,15 @@ def read(
       mark: a mark with a shape.
       vectors: read the leaves that are vectors, and them alone.
     """
-    values, mean, finite = parts(found, base, mark, vectors)
-    return _chips(values, mark) / mean, finite
+    assert mark.shape is not None
+    vector, totals, start = jnp.zeros(mark.carrier.num_weights), [], 0
+    counts = shapes.kept(mark.shape, mark.carrier.num_weights)
+    for (leaf, one), x, y, rms, count in zip(mark.shape, found, base, mark.spec.scales, counts, strict=True):
+        if shapes.is_vector(leaf) == vectors:
+            vector, total = _write(vector, start, x, y, one, rms, mark.strength, _unnamed(leaf), count)
+            totals.append(total)
+        start += count
+    return _chips(vector, mark.carrier, _mean(totals, mark)), _finite(base)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -64,21 +71,25 @@ def read_batch(suspects: Sequence[Array], base: Sequence[Array], mark: Mark, per
     return chips, ok.all()
 
 
-def parts(
-    found: Sequence[Array], base: Sequence[Array], mark: Mark, vectors: bool = False
-) -> tuple[list[Array], Array, Array]:
-    """The weighted shifts leaf by leaf, the mean weight (1 where all are zero), and whether the base is finite."""
+def parts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[list[Array], Array, Array]:
+    """The weighted shifts leaf by leaf, the mean weight, and whether the base is finite."""
     assert mark.shape is not None
-    values, totals = [], [jnp.float32(0)]
+    values, totals = [], []
     for (leaf, one), x, y, rms in zip(mark.shape, found, base, mark.spec.scales, strict=True):
-        if shapes.is_vector(leaf) != vectors:
-            values.append(jnp.zeros(one.coordinates(leaf)))
+        if shapes.is_vector(leaf):
+            values.append(jnp.zeros(leaf.shape))
             continue
         value, total = _part(x, y, one, rms, mark.strength, _unnamed(leaf))
         values.append(value)
         totals.append(total)
-    mean = jnp.stack(totals).sum() / mark.shape.num_coordinates
-    return values, jnp.where(mean > 0, mean, 1), _finite(base)
+    return values, _mean(totals, mark), _finite(base)
+
+
+def _mean(totals: list[Array], mark: Mark) -> Array:
+    """The mean weight of a coordinate; 1 where all are zero."""
+    assert mark.shape is not None
+    mean = jnp.asarray(totals).sum() / mark.shape.num_coordinates
+    return jnp.where(mean > 0, mean, 1)
 
 
 # Compiled for each shape of a leaf, of which a model has few. One program for all leaves would hold the intermediate
@@ -94,10 +105,26 @@ def _part(
     return value * weight, weight.sum()
 
 
+@functools.partial(jax.jit, static_argnames=("leaf", "count"), donate_argnums=0)
+def _write(
+    vector: Array,
+    start: int,
+    found: Array,
+    base: Array,
+    one: Scales,
+    rms: float | Array,
+    strength: float | Array,
+    leaf: Leaf,
+    count: int,
+) -> tuple[Array, Array]:
+    """Writes the first ``count`` values of :func:`_part` into the vector of all leaves; their sum of weights."""
+    value, total = _part(found, base, one, rms, strength, leaf)
+    return jax.lax.dynamic_update_slice(vector, value.reshape(-1)[:count], (start,)), total
+
+
 @jax.jit
-def _chips(values: list[Array], mark: Mark) -> Float[Array, " m"]:
-    assert mark.shape is not None
-    return hadamard.despread(shapes.join(values, mark.shape, mark.carrier.num_weights), mark.carrier)
+def _chips(vector: Array, carrier: Carrier, mean: Array) -> Float[Array, " m"]:
+    return hadamard.despread(vector, carrier) / mean
 
 
 @jax.jit
