@@ -155,7 +155,7 @@ def _coalition(
     book = codes.Codebook(key, config.customers, num_chips)
     serials = np.random.default_rng([seed, num_chips]).choice(config.customers, colluders, replace=False)
     words = codes.codebook(key, serials, num_chips)
-    mixed = attacks.average([embedding.embed(base, other, word) for word in words])
+    mixed = attacks.average(jax.tree.map(lambda *x: jnp.stack(x), *(embedding.embed(base, other, w) for w in words)))
     judged = pipeline.judge(mixed, base, field.network.apply_fn, field.shape[:1], other, book)
     guilty = frozenset(serials.tolist())
     after = field.logits(mixed, field.judging[: config.after])
