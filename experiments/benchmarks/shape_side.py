@@ -30,7 +30,7 @@ def making(network: str, images: int, seed: int) -> jax_side.Arms:
         rng = np.random.default_rng(seed)
         base, apply_fn = models.init(models.CNN(), jax.random.key(seed), (28, 28, 1)), models.apply_fn(models.CNN())
         mixed = rng.dirichlet(np.ones(_PATTERNS), images) @ rng.integers(0, 256, (_PATTERNS, 784))
-        inputs = np.uint8(mixed.reshape(-1, 28, 28, 1))
+        inputs = mixed.reshape(-1, 28, 28, 1).astype(np.uint8)
     else:
         from experiments.common import real  # needs the extra 'real'
 
@@ -87,7 +87,9 @@ def _scales(size: tuple[int, ...], rng: np.random.Generator) -> carriers.Scales:
     outputs = size[-1:] if len(size) > 1 else ()
     rows = rng.uniform(1, 4, (*inputs, *[1] * len(outputs))).astype(np.float32)
     columns = rng.uniform(100, 400, (*[1] * len(inputs), *outputs)).astype(np.float32)
-    return carriers.Scales(rows, columns, np.float32(3), np.float32(1.5), basis, tuple(range(len(size) - 1)))
+    return carriers.Scales(
+        rows, columns, np.asarray(3, np.float32), np.asarray(1.5, np.float32), basis, tuple(range(len(size) - 1))
+    )
 
 
 def _peak(work: Callable[[], Any], weights: int) -> dict[str, Any]:
