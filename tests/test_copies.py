@@ -382,12 +382,12 @@ def test_what_is_public_is_told_by_name_and_content_through_casts_and_layouts():
         "layer2.weight": 0.75,
         "layer3.weight": 0.25,
     }
-    spec = models._choose(ours, None, public)
+    spec = models.choose(ours, None, public)
     assert {leaf.path for leaf in spec.leaves} == {"layer3.weight", "head"}
     with pytest.raises(ValueError, match="leaves that you trained yourself, but got public weights alone"):
-        models._choose(public, None, public)
+        models.choose(public, None, public)
     with pytest.raises(ValueError, match="one that shares no weight with it"):
-        models._choose({"w": ten.some(32, 32)}, None, public)
+        models.choose({"w": ten.some(32, 32)}, None, public)
 
 
 def test_add_model_and_issue_say_what_carries_what_does_not_and_what_it_costs(tmp_path, made):

@@ -37,7 +37,7 @@ from smark_jax.vault import probes as vault_probes
 SMARK = Path(sysconfig.get_path("scripts")) / "smark"
 SECRET = "a sentence that nobody guesses"
 COMMANDS = (
-    *((name,) for name in "init add-model customers issue trace report query attack bench demo train".split()),
+    *((name,) for name in "init add-model plan customers issue trace report query attack bench demo train".split()),
     *(("evidence", name) for name in ("export", "verify", "timestamp")),
 )
 
@@ -120,11 +120,12 @@ def desk(tmp_path_factory, base):
     files.write(desk.folder / "base.safetensors", base)
     (desk.folder / "customers.csv").write_text("customer,city\nAda,London\nGrace Hopper,New York\n王小明,北京\n")
     (desk.folder / "network.py").write_text(
-        "import numpy as np\nfrom smark_jax import models\n\n\n"
-        "def aligning():\n    return models.apply_fn(models.CNN()), np.zeros((1, 28, 28, 1), np.uint8)\n"
+        "import numpy as np\nfrom smark_jax import data, models\n\n\n"
+        "def aligning():\n    return models.apply_fn(models.CNN()), np.zeros((1, 28, 28, 1), np.uint8)\n\n\n"
+        "def marking():\n    return models.apply_fn(models.CNN()), data.load('mnist_5k', 'test').images[:48]\n"
     )
     desk.run("init", "vault")
-    desk.run("add-model", "vault", "mnist-cnn", "base.safetensors")
+    desk.run("add-model", "vault", "mnist-cnn", "base.safetensors", "--network", "network:marking", "--strength", 0.01)
     desk.run("customers", "vault", "--csv", "customers.csv")
     desk.issued = desk.json("issue", "vault", "mnist-cnn", "Emmy", "--all", "--out", "copies")
     return desk

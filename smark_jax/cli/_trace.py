@@ -20,7 +20,7 @@ def trace(
     alpha: Annotated[float | None, typer.Option(help="Another level than the committed one.")] = None,
     align: Align = None,
     rectify: Annotated[
-        bool, typer.Option("--rectify", help="Read through pruning and regularisation (docs/robustness.md).")
+        bool, typer.Option("--rectify", help="Read through pruning and regularisation; for models without a shape.")
     ] = False,
     leaf_map: Annotated[
         list[str] | None,
