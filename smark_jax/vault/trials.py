@@ -131,7 +131,8 @@ class Running:
 
     def __init__(self, network: Network, base: Mapping[str, np.ndarray], spared: int = 0) -> None:
         part = slice(spared if spared < len(network.images) else 0, None)
-        images, labels = (None if x is None else np.asarray(x)[part][-_IMAGES:] for x in network[1:])
+        images = np.asarray(network.images)[part][-_IMAGES:]
+        labels = None if network.labels is None else np.asarray(network.labels)[part][-_IMAGES:]
         tree = files.nest(base)
         run("issue", jax.jit(network.apply_fn), tree, images[:2])
         try:
