@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.special
 from test_parallel import apply_linear, linear_problem
@@ -50,7 +51,7 @@ def test_fine_tune_lowers_the_loss_and_calls_back():
         labels[0],
         epochs=20,
         batch_size=5,
-        learning_rate=0.05,
+        optimizer=optax.adam(0.05),
         on_progress=lambda done, total, loss: steps.append((done, total)),
     )
     assert steps == [(done, 40) for done in range(1, 41)]
@@ -156,9 +157,8 @@ def test_first_step_of_fine_tuning_follows_the_float64_gradient(smoothing, l2, w
         y,
         epochs=1,
         batch_size=8,
-        learning_rate=0.01,
+        optimizer=optax.chain(optax.add_decayed_weights(l2), optax.adam(0.01)),
         label_smoothing=smoothing,
-        l2=l2,
         penalty=lambda params: weight * jnp.sum(jnp.square(params["kernel"])),
     )
     np.testing.assert_allclose(tuned["kernel"], kernel - 0.01 * gradient / (np.abs(gradient) + 1e-8), atol=2e-6)
@@ -180,7 +180,9 @@ def test_pruned_weights_stay_at_zero_where_held():
 def test_distil_minimises_the_divergence_from_the_teacher():
     params, images, _ = linear_problem(1)
     student = jax.tree.map(lambda leaf: 0.1 * leaf[::-1], params)
-    taught = attacks.distil(params, apply_linear, images[0], student, epochs=300, batch_size=5, learning_rate=0.05)
+    taught = attacks.distil(
+        params, apply_linear, images[0], student, epochs=300, batch_size=5, optimizer=optax.adam(0.05)
+    )
 
     def divergence(p):
         t, s = (

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -8,7 +10,8 @@ from section_checks import run_and_resume
 
 import experiments.robustness.__main__ as robustness
 from experiments.common import real
-from experiments.robustness import real_networks, removal, rewrites, strength
+from experiments.robustness import real_networks, recipes, removal, rewrites, strength, suite
+from smark_jax import models
 
 
 def test_rewritten_copies_are_traced_after_alignment_only(tmp_path):
@@ -62,6 +65,38 @@ def test_strength_is_set_against_what_attacks_leave(tmp_path):
     assert all(strong[name]["T"] > weak[name]["T"] for name in ("fine-tune", "noise 0.5"))
 
 
+def test_the_suite_sets_attacks_against_what_training_from_scratch_costs(tmp_path, monkeypatch):
+    monkeypatch.setitem(suite.NETWORKS, "CNN", (models.CNN(width=8), recipes.CNN))
+    tiny = suite.Config(
+        ("CNN",),
+        most_epochs=1,
+        epochs=2,
+        scratch_epochs=2,
+        scratch_seeds=1,
+        copies=2,
+        marks=("shaped",),
+        num_chips=64,
+        customers=1000,
+        train_images=320,
+        only=("none", "shift logits", "new dense layers", "R0"),
+    )
+    (found,) = run_and_resume({suite: tiny}, tmp_path)["suite"]["result"]["networks"]
+    assert len(found["scratch"]["passes"]) == 8 and found["scratch"]["passes"][-1] == 2 * 320
+    assert all(low <= high for low, high in itertools.pairwise(found["scratch"]["accuracy"]))
+    rows = {(row["attack"], row["setting"]): row for row in found["rows"]}
+    assert len(rows) == 1 + 2 + 2 + 1
+    assert rows["none", ""]["traced"] and rows["none", ""]["accuracy"] == rows["shift logits", "1 rms"]["accuracy"]
+    curve = list(zip(*found["scratch"].values(), strict=True))
+    for row in rows.values():
+        needed = next((passes for passes, accuracy in curve if accuracy >= row["accuracy"]), 2 * 320)
+        assert row["cost"] == row["labelled"] / needed and row["training"] == row["trained"] / needed
+    labelled, own = rows["new dense layers", "1 epoch"], rows["new dense layers", "own answers, 1 epoch"]
+    assert (labelled["labelled"], labelled["trained"], labelled["unlabelled"]) == (320, 320, 0)
+    assert (own["labelled"], own["trained"], own["unlabelled"]) == (0, 320, 320)
+    assert rows["R0", "jitter 0.3"]["unlabelled"] == 320
+    assert sum(row["wrong"] for row in found["rows"]) == 0
+
+
 def test_robustness_help_lists_examples(capsys):
     with pytest.raises(SystemExit):
         robustness.main(["--help"])
@@ -83,7 +118,9 @@ def test_marks_on_real_networks_are_judged_by_their_answers(tmp_path, monkeypatc
     def crops(use, number):
         return real.Crops(rng.integers(0, 256, (number, 4, 4, 3), np.uint8), ("noise",) * number)
 
-    network = real.Network("stand-in", params, apply_fn, lambda images: np.float32(images / 128 - 1), 10)
+    network = real.Network(
+        "stand-in", params, apply_fn, lambda images: np.float32(images / 128 - 1), 10, r"^_fc\.", (r"^_blocks\.",)
+    )
     monkeypatch.setattr(real_networks, "NETWORKS", {"stand-in": lambda: network})
     monkeypatch.setattr(real, "natural_images", crops)
     tiny = real_networks.Config(
@@ -96,7 +133,7 @@ def test_marks_on_real_networks_are_judged_by_their_answers(tmp_path, monkeypatc
         copies=2,
         customers=100,
         num_chips=64,
-        only=("none", "int8", "new head", "PCA 99 %"),
+        only=("none", "int8", "new head", "new stage 1", "PCA 99 %"),
     )
     result = run_and_resume({real_networks: tiny}, tmp_path)["real_networks"]["result"]
     (found,) = result["networks"]

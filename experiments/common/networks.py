@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tensorflow_datasets  # noqa: F401  # first: while it is imported, __import__ is replaced, and progress displays fail
 from jax import Array
 
 from experiments.common import sections

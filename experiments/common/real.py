@@ -34,6 +34,8 @@ class Network(NamedTuple):
       apply_fn: ``apply_fn(params, inputs) -> logits``.
       preprocess: makes ``inputs`` of RGB images, uint8 [B 224 224 3].
       num_classes: how many logits an image gets.
+      head: a regular expression that matches the leaves of the last layer.
+      stages: one for the leaves of each stage.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Network(NamedTuple):
     apply_fn: ApplyFn
     preprocess: Callable[[np.ndarray], np.ndarray]
     num_classes: int
+    head: str
+    stages: tuple[str, ...]
 
 
 def _package(name: str) -> Path:
@@ -67,7 +71,10 @@ def efficientnet_lite0() -> Network:
     def preprocess(images: np.ndarray) -> np.ndarray:
         return (images / np.float32(255) - _MEAN) / _STD
 
-    return Network("EfficientNet-Lite0", params, efficientnet, preprocess, 1000)
+    ends = np.cumsum([blocks for blocks, _ in _STAGES])
+    numbers = ("|".join(map(str, range(end - blocks, end))) for end, (blocks, _) in zip(ends, _STAGES, strict=True))
+    stages = tuple(rf"^_blocks\.({these})\." for these in numbers)
+    return Network("EfficientNet-Lite0", params, efficientnet, preprocess, 1000, r"^_fc\.", stages)
 
 
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -84,7 +91,10 @@ def opennsfw() -> Network:
     def preprocess(images: np.ndarray) -> np.ndarray:
         return images[..., ::-1].astype(np.float32) - _MEAN_BGR
 
-    return Network("OpenNSFW", params, apply_fn, preprocess, 2)
+    # The middle kernels of blocks are only numbered, in the network's order.
+    numbers = enumerate(("4[56]", "4[789]", "5[1-5]", "5[678]"))
+    stages = tuple(f"^(conv_stage{stage}|Conv__{some}[0-9])_" for stage, some in numbers)
+    return Network("OpenNSFW", params, apply_fn, preprocess, 2, "^fc_nsfw/", stages)
 
 
 _MEAN_BGR = np.array([104, 117, 123], np.float32)

@@ -7,13 +7,20 @@ configuration and seed, so that an interrupted run resumes where it stopped.
 from collections.abc import Sequence
 
 from experiments.common import sections
-from experiments.robustness import real_networks, removal, rewrites, strength
+from experiments.robustness import real_networks, removal, rewrites, strength, suite
 
-SECTIONS = {"rewrites": rewrites, "removal": removal, "strength": strength, "real_networks": real_networks}
+SECTIONS = {
+    "rewrites": rewrites,
+    "removal": removal,
+    "strength": strength,
+    "suite": suite,
+    "real_networks": real_networks,
+}
 _EXAMPLES = """sections:
   rewrites  random compositions of rewrites that leave the function alone, on three networks, with and without alignment
   removal   every removal attack at several settings: accuracy kept and p-value
   strength  which layers to mark, and how strongly: accuracy lost against what is left after attacks
+  suite     every attack on white and shaped marks: accuracy, cost relative to training from scratch, verdict
   real_networks
             EfficientNet-Lite0 with its ImageNet weights: what copies cost on natural images, and what is left after
             attacks without labels (needs the extra real)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,16 +10,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import rich.console
 import rich.table
 from jax import Array
 
-from experiments.common import intervals, real, sections
+from experiments.common import intervals, pipeline, real, sections
 from experiments.common.networks import ALPHA
-from smark_jax import _batches, attacks, carriers, codes, embedding, extraction, statistics, tracing
+from smark_jax import _batches, attacks, carriers, codes, embedding, extraction, statistics
 from smark_jax._types import PyTree
+from smark_jax.carriers import inputs
 
-NETWORKS: dict[str, Callable[[], real.Network]] = {"EfficientNet-Lite0": real.efficientnet_lite0}
+NETWORKS: dict[str, Callable[[], real.Network]] = {
+    "EfficientNet-Lite0": real.efficientnet_lite0,
+    "OpenNSFW": real.opennsfw,
+}
 _BATCH = 16
 _SURE = 0.5
 
@@ -29,16 +33,18 @@ _SURE = 0.5
 class Config:
     """Crops for the shape, for the strength and for judging are parts of different pictures.
 
-    The first of ``copies`` is attacked, and ``after`` crops tell what is left of the network then.
+    Of the marks that channels are compared with, ``few_copies`` are made. The first copy is attacked, and ``after``
+    crops tell what is left of the network then.
     """
 
     networks: tuple[str, ...] = tuple(NETWORKS)
-    marks: tuple[str, ...] = ("white", "white, weakened", "weights only", "channels")
+    marks: tuple[str, ...] = ("channels", "weights only", "white, weakened", "white")
     shape_images: int = 48
     strength_images: int = 48
     judging_images: int = 500
     after: int = 60
     copies: int = 20
+    few_copies: int = 3
     customers: int = 10**6
     num_chips: int = 304
     max_change: float = 0.01
@@ -46,7 +52,15 @@ class Config:
     only: tuple[str, ...] | None = None
 
 
-QUICK = Config(judging_images=100, after=20, copies=3, customers=10**4, marks=("white", "channels"), tuning_steps=2)
+QUICK = Config(
+    ("EfficientNet-Lite0",),
+    judging_images=100,
+    after=20,
+    copies=3,
+    customers=10**4,
+    marks=("channels", "white"),
+    tuning_steps=2,
+)
 FULL = Config()
 
 
@@ -62,7 +76,7 @@ class Field(NamedTuple):
 
 def _field(name: str, config: Config) -> Field:
     network = NETWORKS[name]()
-    apply_fn = jax.jit(network.apply_fn)
+    apply_fn = jax.jit(functools.partial(inputs.interpret, network.apply_fn))  # depthwise kernels are faster so
 
     def logits(params: PyTree, images: np.ndarray) -> np.ndarray:
         return _batches.apply(functools.partial(apply_fn, params), _BATCH, images).astype(np.float64)
@@ -76,7 +90,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     found = []
     for name in config.networks:
         field = _field(name, config)
-        meter.start(len(config.marks) * (config.copies + len(_attacks(field, config, seed)) + 1))
+        meter.start(sum(_copies(kind, config) + len(_attacks(field, config, seed)) + 1 for kind in config.marks))
         before = field.logits(field.network.params, field.judging)
         rows = [
             meter.part(f"{name} {kind}", 1, functools.partial(_row, kind, field, before, config, seed, meter))
@@ -98,33 +112,36 @@ def _row(
     meter.step(f"{kind}: strength {strength:.2g}")
     code = sections.secret(seed, "experiments.robustness", "real", "code")
     book = codes.Codebook(code, config.customers, config.num_chips)
-    words = np.asarray(codes.codebook(code, range(config.copies), config.num_chips))
+    words = np.asarray(codes.codebook(code, range(_copies(kind, config)), config.num_chips))
     copies = []
     for number, word in enumerate(words):
         copy = embedding.embed(base, mark, word, strength)
-        chips = np.asarray(extraction.extract(copy, base, mark), np.float64)
-        copies.append({**harm(before, field.logits(copy, field.judging)), "T": _statistic(chips, word)})
+        intact = pipeline.statistic(extraction.extract(copy, base, mark), word)
+        copies.append({**harm(before, field.logits(copy, field.judging)), "T": intact})
         meter.step(f"{kind}: copy {number}")
     leaked = embedding.embed(base, mark, words[0], strength)
     survived = []
     for name, attack in _attacks(field, config, seed).items():
         suspect = attack(leaked)
-        chips = np.asarray(extraction.extract(suspect, base, mark), np.float64)
-        verdict = tracing.trace(chips, book, ALPHA)
-        accused = {accusation.serial for accusation in verdict.accused}
+        judged = pipeline.judge(suspect, base, field.network.apply_fn, field.shape[:1], mark, book)
         after = field.logits(suspect, field.judging[: config.after])
         survived.append(
             {
                 "attack": name,
-                "T": _statistic(chips, words[0]),
-                "traced": 0 in accused,
-                "wrong": len(accused - {0}),
+                "T": judged.statistic(words[0]),
+                "refused": judged.refused,
+                "traced": 0 in judged.accused,
+                "wrong": len(judged.accused - {0}),
                 "same": float((after.argmax(axis=1) == before[: config.after].argmax(axis=1)).mean()),
             }
         )
         meter.step(f"{kind}: {name}")
     stored = None if mark.shape is None else mark.shape.num_stored
     return {"mark": kind, "strength": strength, "stored": stored, "copies": copies, "attacks": survived}
+
+
+def _copies(kind: str, config: Config) -> int:
+    return config.copies if kind == "channels" else min(config.copies, config.few_copies)
 
 
 def _marked(kind: str, key: Any, field: Field, config: Config) -> tuple[carriers.Mark, float]:
@@ -170,20 +187,15 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def _statistic(chips: np.ndarray, word: np.ndarray) -> float:
-    return float(statistics.direction(chips) @ word)
-
-
 def _attacks(field: Field, config: Config, seed: int) -> dict[str, Callable[[PyTree], PyTree]]:
     """Removal attacks without labels, by name; the leaker has the images of the shape."""
     key, apply_fn, images = jax.random.key(seed), field.network.apply_fn, field.shape
-    blocks = (re.match(r"_blocks\.\d+", name) for name in field.network.params)
-    stages = [(block, f"^{re.escape(block)}[.]") for block in dict.fromkeys(b.group() for b in blocks if b)]
+    new_head = functools.partial(_renewed, match=field.network.head, key=key)
     noise = functools.partial(attacks.add_noise, key=key, relative=0.3)
     project = functools.partial(attacks.project_inputs, apply_fn=apply_fn, images=images, key=key)
 
     def everything(copy: PyTree) -> PyTree:
-        copy = _new_head(project(copy, keep=0.999), key=key)
+        copy = new_head(project(copy, keep=0.999))
         return per_channel(attacks.prune(noise(copy), 0.5), 4)
 
     found: dict[str, Callable[[PyTree], PyTree]] = {
@@ -193,8 +205,11 @@ def _attacks(field: Field, config: Config, seed: int) -> dict[str, Callable[[PyT
         "int4 by channel": functools.partial(per_channel, bits=4),
         "prune 50 %": functools.partial(attacks.prune, fraction=0.5),
         "noise 30 %": noise,
-        "new head": functools.partial(_new_head, key=key),
-        **{f"new {stage}": functools.partial(_renewed, match=match, key=key) for stage, match in stages},
+        "new head": new_head,
+        **{
+            f"new stage {number}": functools.partial(_renewed, match=match, key=key)
+            for number, match in enumerate(field.network.stages, 1)
+        },
         "PCA 99 %": functools.partial(project, keep=0.99),
         "PCA 99.9 %, new head, noise, prune, int4": everything,
         "fine-tuned on its own answers": lambda copy: attacks.fine_tune(
@@ -204,7 +219,7 @@ def _attacks(field: Field, config: Config, seed: int) -> dict[str, Callable[[PyT
             attacks.predicted_labels(copy, apply_fn, images),
             epochs=config.tuning_steps,
             batch_size=8,
-            learning_rate=1e-4,
+            optimizer=optax.adam(1e-4),
             seed=seed,
         ),
     }
@@ -239,9 +254,6 @@ def _renewed(copy: PyTree, match: str, key: Array) -> PyTree:
     return attacks.reinitialise(copy, {name: fresh(name, jnp.asarray(leaf)) for name, leaf in copy.items()}, match)
 
 
-_new_head = functools.partial(_renewed, match=r"^_fc\.")
-
-
 def show(console: rich.console.Console, result: sections.Result) -> None:
     for network in result["networks"]:
         number, sure = network["images"], network["sure"]
@@ -271,9 +283,15 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
             title_justify="left",
         )
         for attack in zip(*(row["attacks"] for row in network["rows"]), strict=True):
-            cells = [f"{one['T']:.1f}{'' if one['traced'] else ', not traced'} ({one['same']:.0%})" for one in attack]
+            cells = [f"{one['T']:.1f}{_outcome(one)} ({one['same']:.0%})" for one in attack]
             table.add_row(attack[0]["attack"], *cells)
         console.print(table)
+
+
+def _outcome(attack: dict[str, Any]) -> str:
+    if attack["traced"]:
+        return ""
+    return ", not aligned" if attack["refused"] else ", not traced"
 
 
 def picture(path: Path, result: sections.Result) -> None:

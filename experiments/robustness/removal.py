@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +15,10 @@ import rich.table
 
 from experiments.common import networks, sections
 from experiments.common.networks import ALPHA, CUSTOMERS, Subject
-from smark_jax import _batches, attacks, carriers, codes, embedding, extraction, losses, models, parallel, tracing
+from experiments.robustness import recipes
+from smark_jax import _batches, carriers, codes, embedding, extraction, losses, models, parallel, tracing
 from smark_jax._types import PyTree
 
-_LAST = "Dense_1"
 _TOLERATED = 0.05  # a leaker who loses more accuracy has ruined the model
 
 
@@ -41,152 +40,31 @@ QUICK = Config(chips=(304,), embeddings=("closed form",), most_epochs=1, epochs=
 FULL = Config(chips=(304, 128, 1024), embeddings=("closed form", "trained"), most_epochs=10)
 
 
-class Removal(NamedTuple):
-    """An attack at one strength; ``extraction`` says that the outcome owes no weight to the copy."""
-
-    name: str
-    setting: str
-    run: Callable[[PyTree], PyTree]
-    extraction: bool = False
-
-
-def removals(subject: Subject, seed: int, most_epochs: int, strength: float) -> list[Removal]:
-    """Every attack; the leaker holds all training data, which is more than the usual suites grant.
-
-    It is long because it is a list: an attack is one entry of ``found``.
-    """
-    key = jax.random.key(seed + 1)
-    fresh = models.init(models.CNN(), jax.random.key(seed + 2), subject.images.shape[1:])
-    other = networks.ConcatNet()
-    other_fresh = models.init(other, jax.random.key(seed + 3), subject.images.shape[1:])
-    apply_fn, images, labels = subject.apply_fn, subject.images, subject.labels
-    own = lambda number: networks.secret(seed, "leaker", str(number))  # noqa: E731
-
-    def tune(copy: PyTree, epochs: int, **settings: Any) -> PyTree:
-        settings = {"labels": labels, "seed": seed + 1, **settings}
-        return attacks.fine_tune(copy, apply_fn, images, epochs=min(epochs, most_epochs), **settings)
-
-    def predicted(copy: PyTree) -> np.ndarray:
-        return attacks.predicted_labels(copy, apply_fn, images)
-
-    def cut_last(copy: PyTree) -> PyTree:
-        return attacks.reinitialise(copy, fresh, _LAST)
-
-    def guessed(copy: PyTree, guesses: int, weight: float) -> PyTree:
-        drawn = [carriers.mark(own(number), subject.base) for number in range(guesses)]
-        return tune(copy, 5, penalty=attacks.carrier_energy(copy, drawn, weight))
-
-    def soup(copy: PyTree, part: float) -> PyTree:
-        return jax.tree.map(lambda a, b: (1 - part) * a + part * b, copy, tune(copy, 5))
-
-    def epochs(count: int) -> str:
-        return f"{min(count, most_epochs)} epochs"
-
-    quantised = lambda copy: attacks.quantise(copy, 4)  # noqa: E731
-    found = [
-        Removal("none", "", lambda copy: copy),
-        Removal("fine-tune last layer", epochs(5), lambda c: tune(c, 5, trainable=_LAST)),
-        Removal("fine-tune all layers", epochs(5), lambda c: tune(c, 5)),
-        Removal("fine-tune all layers", f"{epochs(10)}, rate 0.003", lambda c: tune(c, 10, learning_rate=3e-3)),
-        Removal("fine-tune, predicted labels", epochs(5), lambda c: tune(c, 5, labels=predicted(c))),
-        Removal("retrain last layer", epochs(5), lambda c: tune(cut_last(c), 5, trainable=_LAST)),
-        Removal("retrain all layers", epochs(10), lambda c: tune(cut_last(c), 10)),
-        Removal("retrain, predicted labels", epochs(10), lambda c: tune(cut_last(c), 10, labels=predicted(c))),
-        *(
-            Removal("prune weights", f"{part:.0%}", functools.partial(attacks.prune, fraction=part))
-            for part in (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
-        ),
-        *(
-            Removal("prune filters", f"{part:.0%}", functools.partial(attacks.prune_filters, fraction=part))
-            for part in (0.1, 0.25, 0.5)
-        ),
-        *(
-            Removal(
-                "fine-prune",
-                f"{part:.0%} of filters, {epochs(10)}",
-                lambda c, part=part: tune(attacks.prune_filters(c, part), 10, hold_zeros=True),
-            )
-            for part in (0.5, 0.9)
-        ),
-        Removal(
-            "prune and fine-tune",
-            f"95%, {epochs(5)}",
-            lambda c: tune(attacks.prune(c, 0.95), 5, hold_zeros=True),
-        ),
-        *(
-            Removal("quantise", f"{bits} bits", functools.partial(attacks.quantise, bits=bits))
-            for bits in (8, 6, 5, 4, 3, 2)
-        ),
-        *(
-            Removal("narrow type", dtype, functools.partial(attacks.cast, dtype=dtype))
-            for dtype in ("float16", "bfloat16")
-        ),
-        *(
-            Removal("noise", f"{part:g} rms", functools.partial(attacks.add_noise, key=key, relative=part))
-            for part in (0.1, 0.3, 0.5, 1.0)
-        ),
-        *(
-            Removal("low rank", f"{part:.0%}", functools.partial(attacks.low_rank, fraction=part))
-            for part in (0.5, 0.25, 0.1)
-        ),
-        Removal("shift weights", f"{epochs(10)}", lambda c: tune(attacks.shift_weights(c, key), 10)),
-        Removal("shift weights", f"third, {epochs(10)}", lambda c: tune(attacks.shift_weights(c, key, 0.5, 0.33), 10)),
-        *(
-            Removal("L2 burst", f"{l2:g}, {epochs(count)}", lambda c, l2=l2, count=count: tune(c, count, l2=l2))
-            for l2, count in ((0.001, 5), (0.01, 1), (0.01, 5), (0.01, 10), (0.1, 5))
-        ),
-        Removal("label smoothing", f"0.3, {epochs(5)}", lambda c: tune(c, 5, label_smoothing=0.3)),
-        *(
-            Removal(
-                "overwrite",
-                f"{times} at {factor} x strength",
-                functools.partial(attacks.overwrite, key=own(0), times=times, strength=factor * strength),
-            )
-            for times, factor in ((1, 1), (1, 3), (1, 5), (5, 5), (10, 5))
-        ),
-        Removal("soup with own fine-tune", f"half, {epochs(5)}", lambda c: soup(c, 0.5)),
-        Removal("against guessed carriers", f"8 guesses, {epochs(5)}", lambda c: guessed(c, 8, 0.1)),
-        Removal(
-            "all at once",
-            f"{epochs(5)}, prune 50%, 4 bits, noise 0.1",
-            lambda c: quantised(attacks.add_noise(attacks.prune(tune(c, 5), 0.5), key, 0.1)),
-        ),
-    ]
-    pass_on = functools.partial(attacks.distil, apply_fn=apply_fn, images=images, epochs=min(10, most_epochs))
-    found += [
-        Removal("distil", epochs(10), lambda c: pass_on(c, student=fresh), True),
-        Removal(
-            "distil",
-            f"another network, {epochs(10)}",
-            lambda c: pass_on(c, student=other_fresh, student_apply_fn=models.apply_fn(other)),
-            True,
-        ),
-    ]
-    return list({(removal.name, removal.setting): removal for removal in found}.values())  # capped epochs may coincide
-
-
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     meter.start(networks.steps(config.epochs, config.train_images or 4000))
     train = lambda *_: meter.step("train the base")  # noqa: E731
     subject = networks.train(models.CNN(), seed, config.epochs, train, config.train_images)
+    fresh = models.init(models.CNN(), jax.random.key(seed + 2), subject.images.shape[1:])
+    leaker = recipes.Leaker(subject, recipes.CNN, fresh, seed, config.most_epochs)
     rows, strengths = [], {}
     for number, num_chips in enumerate(config.chips):
         mark = carriers.mark(networks.secret(seed, "removal", "carrier"), subject.base, num_chips)
         strength = networks.bearable(subject, mark, config.max_drop).strength
         strengths[str(num_chips)] = strength
-        chosen = removals(subject, seed, config.most_epochs, strength)
-        chosen = [removal for removal in chosen if not config.only or removal.name in config.only]
+        chosen = [
+            recipe for recipe in recipes.classic(leaker, strength) if not config.only or recipe.name in config.only
+        ]
         if number == 0:
             meter.start(len(config.chips) * len(config.embeddings) * len(chosen))
         book = codes.Codebook(networks.secret(seed, "removal", "code"), config.customers, num_chips)
-        leaker = int(np.random.default_rng([seed, num_chips]).integers(config.customers))
+        customer = int(np.random.default_rng([seed, num_chips]).integers(config.customers))
         for method in config.embeddings:
-            word = codes.codebook(book.key, [leaker], num_chips)[0]
+            word = codes.codebook(book.key, [customer], num_chips)[0]
             if method == "trained":
                 copy = _train_mark(subject, mark, word, strength, seed)
             else:
                 copy = embedding.embed(subject.base, mark, word, strength)
-            case = Case(subject, copy, mark, book, leaker, method)
+            case = Case(subject, copy, mark, book, customer, method)
             name = f"{num_chips}_{method.replace(' ', '_')}"
             rows.extend(meter.part(name, len(chosen), functools.partial(_attack, case, chosen, meter)))
     return {"accuracy": subject.accuracy(subject.base), "strengths": strengths, "rows": rows}
@@ -203,21 +81,21 @@ class Case(NamedTuple):
     embedding: str
 
 
-def _attack(case: Case, chosen: list[Removal], meter: sections.Meter) -> list[dict[str, Any]]:
+def _attack(case: Case, chosen: list[recipes.Recipe], meter: sections.Meter) -> list[dict[str, Any]]:
     rows = []
-    for removal in chosen:
+    for recipe in chosen:
         began = time.perf_counter()
-        suspect = jax.block_until_ready(removal.run(case.copy))
+        suspect = jax.block_until_ready(recipe.run(case.copy))
         row = {
-            "attack": removal.name,
-            "setting": removal.setting,
+            "attack": recipe.name,
+            "setting": recipe.setting,
             "embedding": case.embedding,
             "chips": case.mark.num_chips,
-            "extraction": removal.extraction,
+            "extraction": recipe.extraction,
             "seconds": time.perf_counter() - began,
         }
         rows.append(row | _outcome(case, suspect))
-        meter.step(f"m = {case.mark.num_chips}, {case.embedding}: {removal.name} {removal.setting}")
+        meter.step(f"m = {case.mark.num_chips}, {case.embedding}: {recipe.name} {recipe.setting}")
     return rows
 
 

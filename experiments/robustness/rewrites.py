@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import rich.console
 import rich.table
 
@@ -165,7 +166,7 @@ def _combined(
     def damage(params: PyTree) -> PyTree:
         # Scaled channels need a smaller step than the original network.
         tuned = attacks.fine_tune(
-            params, subject.any_width, subject.images, subject.labels, epochs=3, learning_rate=3e-4
+            params, subject.any_width, subject.images, subject.labels, epochs=3, optimizer=optax.adam(3e-4)
         )
         return attacks.prune(tuned, 0.3)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import rich.console
 import rich.table
 
@@ -61,10 +62,10 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     suite = {
         "none": lambda copy: copy,
         "fine-tune": tune,
-        "fine-tune, rate 0.003": functools.partial(tune, learning_rate=3e-3),
+        "fine-tune, rate 0.003": functools.partial(tune, optimizer=optax.adam(3e-3)),
         "prune 90%": functools.partial(attacks.prune, fraction=0.9),
         "3 bits": functools.partial(attacks.quantise, bits=3),
-        "L2 burst": functools.partial(tune, l2=0.01),
+        "L2 burst": functools.partial(tune, optimizer=optax.chain(optax.add_decayed_weights(0.01), optax.adam(1e-3))),
         "noise 0.5": functools.partial(attacks.add_noise, key=jax.random.key(seed), relative=0.5),
     }
     meter.start(len(config.layers) * len(config.strengths))

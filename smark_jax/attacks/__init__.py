@@ -29,12 +29,16 @@ from smark_jax.attacks.removal import (
     quantise,
     shift_weights,
 )
-from smark_jax.attacks.retraining import carrier_energy, distil, fine_tune, predicted_labels, reinitialise
+from smark_jax.attacks.reparametrising import Factors, factorise, multiply_out, quantised
+from smark_jax.attacks.restarting import merge, reinitialise, reinitialise_in_turn, shrink_and_perturb
+from smark_jax.attacks.retraining import carrier_energy, distil, fine_tune, predicted_labels
 from smark_jax.attacks.rewriting import add_neurons, flip, fold_batch_norm, permute, rescale
+from smark_jax.attacks.swamping import fill_unused, shift_logits, swamp_units
 
 __all__ = [
     "COLLUSIONS",
     "Collusion",
+    "Factors",
     "InversionMethod",
     "Reconstruction",
     "add_neurons",
@@ -44,6 +48,8 @@ __all__ = [
     "cast",
     "distil",
     "extrapolate",
+    "factorise",
+    "fill_unused",
     "fine_tune",
     "flip",
     "fold_batch_norm",
@@ -54,9 +60,11 @@ __all__ = [
     "low_rank",
     "maximum",
     "median",
+    "merge",
     "min_max",
     "minimum",
     "modified_negative",
+    "multiply_out",
     "overwrite",
     "permute",
     "predicted_labels",
@@ -64,8 +72,13 @@ __all__ = [
     "prune",
     "prune_filters",
     "quantise",
+    "quantised",
     "randomised_negative",
     "reinitialise",
+    "reinitialise_in_turn",
     "rescale",
+    "shift_logits",
     "shift_weights",
+    "shrink_and_perturb",
+    "swamp_units",
 ]

@@ -27,13 +27,13 @@ def project_inputs(
 ) -> PyTree:
     r"""Replaces kernels outside the principal components of their own inputs: PCA or null-space projection.
 
-    With U the components kept of a kernel W's inputs x (of a convolution: its windows), P = U U^T and Gaussian Z,
+    With U the leading eigenvectors of :math:`\mathrm E[x x^\top]` for a kernel W's inputs x (of a convolution: its
+    windows), P = U U^T and Gaussian Z,
 
-    .. math:: W' = P W + \text{noise} \cdot \mathrm{RMS}(W) (I - P) Z, \qquad b' = b + \mathrm E[x]^T (W - W').
+    .. math:: W' = P W + \text{noise} \cdot \mathrm{RMS}(W) (I - P) Z.
 
-    Components are of the covariance where a leaf b is added to the outputs (a bias, or a running mean with its sign
-    reversed), which takes the mean, and of :math:`\mathrm E[x x^T]` where there is none. All layers are projected at
-    once, with the inputs that they have in ``params``. Where tied weights enter several times, the first counts.
+    The first eigenvector is nearly the mean of x, so biases can stay. All layers are projected at once, with the inputs
+    that they have in ``params``. Where tied weights enter several times, the first counts.
 
     Source: the null space of a layer's inputs is known from continual learning (Wang, Li, Yang, Xie, "Training networks
     in null space of feature covariance for continual learning", CVPR 2021); low-rank compression by principal
@@ -45,12 +45,12 @@ def project_inputs(
       apply_fn: ``apply_fn(params, images) -> logits``, any JAX function.
       images: unlabelled images, shape [N, ...].
       key: a ``jax.random`` key of the noise.
-      keep: the number of components to keep (1 or more), or the share of the variance (below 1); or by patterns which
+      keep: the number of components to keep (1 or more), or the share of their power (below 1); or by patterns which
         are searched in kernels' paths, of which the first that is found counts and the other kernels stay.
       noise: at least 0; 0 leaves zeros in the directions that are not kept.
 
     Returns:
-      The copy with other kernels and the vectors after them.
+      The copy with other kernels.
 
     Raises:
       SmarkError: when ``keep`` or ``noise`` is out of range, or a pattern is found in no path.
@@ -67,7 +67,7 @@ def project_inputs(
     bars = dict(keep) if isinstance(keep, Mapping) else {"": keep}
     for bar in bars.values():
         if not (0 < bar < 1 or (bar >= 1 and bar == int(bar))):
-            cause = "0.999 keeps as many components as that share of the variance needs."
+            cause = "0.999 keeps as many components as hold that share of the inputs' power."
             raise _validate.fail("project_inputs", "keep below 1 or a whole number, above 0", repr(bar), cause)
     if not 0 <= noise < float("inf"):
         raise _validate.fail("project_inputs", "noise to be finite and at least 0", repr(noise), "Try 1.")
@@ -77,29 +77,16 @@ def project_inputs(
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     done = {path: np.zeros(leaf.size, bool) for path, leaf in leaves.items()}
     for entering in inputs.enter(params, apply_fn, images):
-        path, index = entering.contraction.kernel
+        path, entries = entering.path, entering.entries
         bar = next((bar for pattern, bar in bars.items() if re.search(pattern, path)), None)
-        if bar is not None and not done[path][index].any():
-            _project(leaves, entering, bar, noise, rng)
-            done[path][index] = True
+        if bar is None or done[path][entries].any():
+            continue
+        done[path][entries] = True
+        flat, basis = leaves[path].reshape(-1), _kept(*entering.principal(), bar)
+        weights = flat[entries].astype(np.float64)
+        new = noise * np.sqrt(np.mean(np.square(weights))) * rng.normal(size=weights.shape)
+        flat[entries] = new + basis @ (basis.swapaxes(1, 2) @ (weights - new))
     return jax.tree.map(jnp.asarray, _trees.rebuilt(params, leaves))
-
-
-def _project(
-    leaves: dict[str, np.ndarray], entering: inputs.Inputs, bar: float, noise: float, rng: np.random.Generator
-) -> None:
-    """Projects one kernel, in place."""
-    (path, index), shift = entering.contraction.kernel, entering.contraction.shift
-    flat = leaves[path].reshape(-1)
-    weights = flat[index].astype(np.float64)
-    basis = _kept(*entering.principal(centred=shift is not None), bar)
-    new = noise * np.sqrt(np.mean(np.square(weights))) * rng.normal(size=weights.shape)
-    new = new + basis @ (basis.swapaxes(1, 2) @ (weights - new))
-    flat[index] = new
-    if shift is not None:
-        vector = leaves[shift.path].reshape(-1)
-        added = entering.contraction.sign * (entering.mean[:, None] @ (weights - new)).reshape(-1)
-        vector[shift.entries] = vector[shift.entries] + added
 
 
 def _kept(values: np.ndarray, vectors: np.ndarray, bar: float) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from smark_jax import _validate, carriers, codes, embedding, keys
+from smark_jax import _trees, _validate, carriers, codes, embedding, keys
 from smark_jax._types import PyTree
 
 
@@ -57,21 +57,24 @@ def _quantise_kernel(leaf: Array, levels: int) -> Array:
     return (jnp.round(leaf.astype(jnp.float32) / step) * step).astype(leaf.dtype)
 
 
-def add_noise(params: PyTree, key: Array, relative: float) -> PyTree:
-    """Adds Gaussian noise to every floating-point leaf, in units of that leaf's RMS.
+def add_noise(params: PyTree, key: Array, relative: float, match: str = "") -> PyTree:
+    """Adds Gaussian noise to every floating-point leaf, or to some, in units of that leaf's RMS.
 
     Args:
       params: the copy.
       key: a ``jax.random`` key.
       relative: the noise's standard deviation as a multiple of the leaf's RMS, the unit in which
         :func:`smark_jax.embedding.embed` measures its strength.
+      match: a regular expression searched in leaves' paths; the leaves that it is not found in stay as they are.
 
     Raises:
-      SmarkError: when ``relative`` is not positive and finite.
+      SmarkError: when ``relative`` is not positive and finite, or ``match`` is found in no path.
     """
     _validate.finite_number("add_noise", "the noise relative to the RMS", relative)
     add = functools.partial(_add_noise_to_leaf, relative=relative)
-    return jax.tree.map(add, params, optax.tree.split_key_like(key, params))
+    chosen = _trees.matching("add_noise", params, match)
+    noisy = jax.tree.map(add, params, optax.tree.split_key_like(key, params))
+    return jax.tree.map(lambda old, new, moved: new if moved else old, params, noisy, chosen)
 
 
 def _add_noise_to_leaf(leaf: Array, key: Array, relative: float) -> Array:

@@ -16,7 +16,10 @@ from jaxtyping import Array, Float, Int
 
 from smark_jax import _batches, _trees, _validate, carriers, training
 from smark_jax._types import AnyArray, ApplyFn, PyTree
+from smark_jax.attacks.restarting import trained
 
+ADAM = optax.adam(1e-3)
+"""The default optimiser: one object, so that attacks with the same settings share a compiled step."""
 _IMAGES_PER_PASS = 500
 
 
@@ -28,25 +31,30 @@ def fine_tune(
     *,
     epochs: int = 3,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
+    optimizer: optax.GradientTransformation = ADAM,
     trainable: str | None = None,
     hold_zeros: bool = False,
     label_smoothing: float = 0.0,
-    l2: float = 0.0,
+    sharpness: float = 0.0,
     penalty: Callable[[PyTree], Array] | None = None,
     seed: int = 0,
     on_progress: training.OnProgress | None = None,
 ) -> PyTree:
-    """Fine-tunes the copy with Adam, by default in all layers: the most obvious removal attack.
+    """Fine-tunes the copy, by default all layers with Adam: the most obvious removal attack.
 
-    The usual variants are settings of this one (Adi et al., USENIX Security 2018; Lukas et al., IEEE S&P 2022):
+    Budget: labelled images x epochs. The usual variants are settings of this one (Adi et al., USENIX Security 2018;
+    Lukas et al., IEEE S&P 2022):
 
     - fine-tune the last layer: ``trainable="Dense_1"``;
     - retrain the last layer, or all: :func:`reinitialise` the last layer first, then train it, or all layers;
     - with predicted labels: ``labels=predicted_labels(copy, apply_fn, images)``;
     - fine-pruning (Liu, Dolan-Gavitt, Garg, RAID 2018): :func:`prune_filters` first, then ``hold_zeros=True``;
     - label smoothing: ``label_smoothing=0.3``;
-    - a burst of L2 regularisation: ``l2=0.1``;
+    - a burst of L2 regularisation: ``optimizer=optax.chain(optax.add_decayed_weights(0.1), optax.adam(1e-3))``;
+    - large decoupled decay (Loshchilov, Hutter, ICLR 2019): ``optimizer=optax.adamw(1e-3, weight_decay=10)``;
+    - sharpness-aware minimisation (SAM; Foret, Kleiner, Mobahi, Neyshabur, ICLR 2021): ``sharpness=0.05``;
+    - quantisation-aware training: ``apply_fn=quantised(apply_fn, 4)``, and :func:`quantise` the result;
+    - factored layers: ``params=factorise(copy, 0.25)``, an ``apply_fn`` that calls :func:`multiply_out` first;
     - against guessed carriers: ``penalty=carrier_energy(copy, guesses)``.
 
     Args:
@@ -56,11 +64,12 @@ def fine_tune(
       labels: their labels, shape [N].
       epochs: passes over the data.
       batch_size: examples per step, at most N.
-      learning_rate: Adam's.
+      optimizer: any optax optimiser. Pass the same object again and a compiled step is reused.
       trainable: a regular expression searched in leaves' paths, such as ``"Dense_1"``; by default all are trained.
       hold_zeros: keep kernel weights that are zero now at zero.
       label_smoothing: share of the target probability that is divided evenly among all classes, at least 0, below 1.
-      l2: factor of half the sum of squares of the trained weights, added to the loss.
+      sharpness: if positive, each step takes the gradient at this distance from the weights, in the direction of
+        steepest ascent: SAM's rho. It doubles the time, and counts as one pass over the data.
       penalty: ``penalty(params) -> scalar``, added to the loss.
       seed: of the shuffles.
       on_progress: called after each step with the steps done, the total number of steps, and the loss.
@@ -75,22 +84,47 @@ def fine_tune(
     if not 0 <= label_smoothing < 1:
         cause = "Lukas et al. take 0.3."
         raise _validate.fail("fine_tune", "label_smoothing of at least 0 and below 1", repr(label_smoothing), cause)
-    if not 0 <= l2 < np.inf:
-        raise _validate.fail("fine_tune", "l2 to be finite and at least 0", repr(l2), "Lukas et al. take 0.1.")
-    extra = (lambda _: 0.0) if penalty is None else penalty
+    if not 0 <= sharpness < np.inf:
+        raise _validate.fail("fine_tune", "sharpness to be finite and at least 0", repr(sharpness), "Try 0.05.")
+    loss = _moving(_classification(apply_fn, label_smoothing, penalty), sharpness)
+    if hold_zeros:
+        optimizer = optax.chain(optimizer, _hold_zeros())
+    moving = trained(params)
+    if trainable is not None:
+        moving = jax.tree.map(lambda a, b: a and b, moving, _trees.matching("fine_tune", params, trainable))
+    return _descend(
+        "fine_tune", loss, params, moving, optimizer, (images, labels), epochs, batch_size, seed, on_progress
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _classification(
+    apply_fn: ApplyFn, label_smoothing: float, penalty: Callable[[PyTree], Array] | None
+) -> Callable[[PyTree, Array, Array], Array]:
+    """The loss of :func:`fine_tune`; the same function for the same settings, so that its step is compiled once."""
 
     def loss(params: PyTree, x: Array, y: Array) -> Array:
         logits = apply_fn(params, x).astype(jnp.float32)
         wanted = optax.smooth_labels(jax.nn.one_hot(y, logits.shape[-1]), label_smoothing)
-        return optax.softmax_cross_entropy(logits, wanted).mean() + extra(params)
+        task = optax.softmax_cross_entropy(logits, wanted).mean()
+        return task if penalty is None else task + penalty(params)
 
-    optimizer = optax.chain(
-        optax.add_decayed_weights(l2), optax.adam(learning_rate), _hold_zeros() if hold_zeros else optax.identity()
-    )
-    moving = _trainable("fine_tune", params, trainable)
-    return _descend(
-        "fine_tune", loss, params, moving, optimizer, (images, labels), epochs, batch_size, seed, on_progress
-    )
+    return loss
+
+
+@functools.lru_cache(maxsize=8)
+def _moving(loss_fn: Callable[[PyTree, Array, Array], Array], sharpness: float = 0.0) -> Callable[..., Array]:
+    """A loss of the leaves that move, given those that stay; at the top of a ball around them for SAM."""
+
+    def loss(moves: PyTree, x: Array, y: Array, still: PyTree) -> Array:
+        at = lambda moves: loss_fn(_trees.join(moves, still), x, y)  # noqa: E731
+        if sharpness:
+            ascent = jax.grad(at)(moves)
+            step = jax.lax.stop_gradient(sharpness / (optax.tree.norm(ascent) + 1e-12))
+            moves = jax.tree.map(lambda move, slope: move + step * jax.lax.stop_gradient(slope), moves, ascent)
+        return at(moves)
+
+    return loss
 
 
 def distil(
@@ -103,7 +137,7 @@ def distil(
     temperature: float = 3.0,
     epochs: int = 10,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
+    optimizer: optax.GradientTransformation = ADAM,
     seed: int = 0,
     on_progress: training.OnProgress | None = None,
 ) -> PyTree:
@@ -111,7 +145,7 @@ def distil(
 
     The loss is :math:`T^2 \, \mathrm{KL}(\mathrm{softmax}(t / T) \,\|\, \mathrm{softmax}(s / T))`, with the teacher's
     logits t and the student's s: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531), without true labels. The student's
-    weights do not derive from the copy's, so no fingerprint in weights can survive.
+    weights do not derive from the copy's, so no fingerprint in weights can survive. Budget: unlabelled images.
 
     Args:
       params: the copy.
@@ -122,7 +156,7 @@ def distil(
       temperature: T.
       epochs: passes over the data.
       batch_size: examples per step, at most N.
-      learning_rate: Adam's.
+      optimizer: any optax optimiser.
       seed: of the shuffles.
       on_progress: called after each step with the steps done, the total number of steps, and the loss.
 
@@ -134,17 +168,21 @@ def distil(
         not at least 1.
     """
     _validate.finite_number("distil", "temperature", temperature)
-    run = apply_fn if student_apply_fn is None else student_apply_fn
+    loss = _moving(_imitation(apply_fn if student_apply_fn is None else student_apply_fn, temperature))
+    data = (images, _logits(params, apply_fn, images))
+    return _descend("distil", loss, student, trained(student), optimizer, data, epochs, batch_size, seed, on_progress)
+
+
+@functools.lru_cache(maxsize=8)
+def _imitation(run: ApplyFn, temperature: float) -> Callable[[PyTree, Array, Array], Array]:
+    """The loss of :func:`distil`."""
 
     def loss(student: PyTree, x: Array, logits: Array) -> Array:
         log_s = jax.nn.log_softmax(run(student, x).astype(jnp.float32) / temperature)
         log_t = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
         return temperature**2 * jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1).mean()
 
-    moving = _trainable("distil", student, None)
-    data = (images, _logits(params, apply_fn, images))
-    optimizer = optax.adam(learning_rate)
-    return _descend("distil", loss, student, moving, optimizer, data, epochs, batch_size, seed, on_progress)
+    return loss
 
 
 def predicted_labels(params: PyTree, apply_fn: ApplyFn, images: AnyArray) -> Int[np.ndarray, " N"]:
@@ -159,23 +197,6 @@ def predicted_labels(params: PyTree, apply_fn: ApplyFn, images: AnyArray) -> Int
       Class numbers, shape [N].
     """
     return _logits(params, apply_fn, images).argmax(axis=-1)
-
-
-def reinitialise(params: PyTree, fresh: PyTree, match: str) -> PyTree:
-    """Replaces some layers with untrained ones: the first step of retraining.
-
-    Args:
-      params: the copy.
-      fresh: untrained weights of the same network, such as ``models.init`` draws.
-      match: a regular expression searched in leaves' paths, such as ``"Dense_1"``.
-
-    Raises:
-      SmarkError: when the trees differ in structure, shapes or dtypes, or ``match`` is found in no path.
-    """
-    _trees.same("reinitialise", [params, fresh])
-    return jax.tree.map(
-        lambda old, new, chosen: new if chosen else old, params, fresh, _trees.matching("reinitialise", params, match)
-    )
 
 
 def carrier_energy(
@@ -220,7 +241,7 @@ def _descend(
     seed: int,
     on_progress: training.OnProgress | None,
 ) -> PyTree:
-    """Minimises ``loss_fn(params, *batch)`` over the leaves whose entry in ``moving`` is true."""
+    """Minimises ``loss_fn(moves, *batch, still)`` over the leaves whose entry in ``moving`` is true."""
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         _validate.positive(who, name, value)
     sizes = [len(array) for array in data]
@@ -229,12 +250,8 @@ def _descend(
         got = f"{sizes[0]} images and {sizes[1]} labels"
         raise _validate.fail(who, f"at least {batch_size} images with a label each", got, cause)
     moves, still = _trees.split(params, moving)
-
-    def loss(moves: PyTree, x: Array, y: Array, still: PyTree) -> Array:
-        return loss_fn(_trees.join(moves, still), x, y)
-
     state, _ = training.minimise(
-        loss,
+        loss_fn,
         optimizer,
         training.begin(moves, optimizer),
         training.minibatches(data, batch_size=batch_size, epochs=epochs, seed=seed),
@@ -256,17 +273,6 @@ def _hold_zeros() -> optax.GradientTransformation:
         return jax.tree.map(lambda update, mask: update * mask, updates, state), state
 
     return optax.GradientTransformation(init, update)
-
-
-def _trainable(who: str, params: PyTree, match: str | None) -> PyTree:
-    """Which leaves are trained: those that are floating-point, moved by gradients, and matched."""
-    roles = carriers.roles(params)
-    weights = _trees.map_named(
-        lambda name, leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and roles[name].trains, params
-    )
-    return (
-        weights if match is None else jax.tree.map(lambda a, b: a and b, weights, _trees.matching(who, params, match))
-    )
 
 
 def _logits(params: PyTree, apply_fn: ApplyFn, images: AnyArray) -> np.ndarray:

@@ -59,7 +59,7 @@ def _rows(
     found: dict[str, Array] = {}
 
     def visit(site: inputs.Site) -> None:
-        if site.path in paths and site.inputs is not None:
+        if site.path in paths and site.inputs is not None and site.groups == 1:
             rows = site.inputs(most).astype(jnp.float32)
             if len(rows) > most:
                 rows = rows[jax.random.choice(key, len(rows), (most,), replace=False)]

@@ -27,6 +27,10 @@ class Source(NamedTuple):
     axes: tuple[tuple[int, ...], ...]
 
 
+_DATA = Source("", ())
+"""The source of whatever depends on the images."""
+
+
 class Site(NamedTuple):
     """A place where the network multiplies by a kernel and sums.
 
@@ -34,12 +38,15 @@ class Site(NamedTuple):
       path: the kernel's leaf.
       rows: the leaf's axes over which the layer sums, in rising order.
       inputs: gives about as many of the layer's input vectors as are asked for, or more, shape [any, inputs], in the
-        order of the leaf's rows; None where it is unknown.
+        order of the leaf's rows; None where it is unknown. For a grouped convolution, of which depthwise ones are a
+        case, the shape is [any, groups, inputs].
+      groups: in how many groups outputs are made from inputs of their own.
     """
 
     path: str
     rows: tuple[int, ...]
-    inputs: Callable[[int], Float[Array, "n inputs"]] | None
+    inputs: Callable[[int], Float[Array, "n *groups inputs"]] | None
+    groups: int = 1
 
 
 Visit = Callable[[Site], None]
@@ -56,7 +63,7 @@ def interpret(apply_fn: ApplyFn, params: PyTree, images: Any, visit: Visit = lam
         for path, leaf in _trees.named("shape", params).items()
     ]
     values = [*jax.tree.leaves(params), images]
-    found = _run(closed.jaxpr, closed.consts, values, [*sources, None], visit)
+    found = _run(closed.jaxpr, closed.consts, values, [*sources, _DATA], visit)
     return jax.tree.unflatten(jax.tree.structure(shapes), found[0])
 
 
@@ -97,21 +104,23 @@ def _run(
 
 def _equation(eqn: Any, values: list[Any], sources: list[Source | None], visit: Visit) -> list[Any]:
     name, params = eqn.primitive.name, eqn.params
-    if name in _CALLS and (any(sources) or not name.startswith("custom")):  # an activation keeps its own derivative
+    of_leaves = any(source not in (None, _DATA) for source in sources)
+    if name in _CALLS and (of_leaves or not name.startswith("custom")):  # an activation keeps its own derivative
         inner = next((params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params), None)
         if inner is not None:
             body, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
             if len(body.invars) == len(values):
                 return list(zip(*_run(body, consts, values, sources, visit), strict=True))
-    if name in _VISITS and any(sources):
+    if name in _VISITS and of_leaves:
         for site in _VISITS[name](values, sources, params):
             visit(site)
     if name == "conv_general_dilated" and _is_depthwise(values, params):
         found = _depthwise(values[0], values[1], params)
     else:
         found = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(params))
-    if eqn.primitive.multiple_results:
-        return [(value, None) for value in found]
+    data = _DATA if _DATA in sources else None
+    if data or eqn.primitive.multiple_results:
+        return [(value, data) for value in (found if eqn.primitive.multiple_results else [found])]
     return [(found, _passed_on(name, params, values, sources, found))]
 
 
@@ -154,7 +163,7 @@ def _of_dot(values: Sequence[Any], sources: Sequence[Source | None], params: Map
     contracted, batch = params["dimension_numbers"]
     found = []
     for side, source in enumerate(sources):
-        if source is None or batch[0]:
+        if source in (None, _DATA) or batch[0]:
             continue
         ours, theirs = contracted[side], contracted[1 - side]
         other = values[1 - side]
@@ -177,13 +186,13 @@ def _in_order(source: Source, places: Sequence[int]) -> bool:
 
 def _of_conv(values: Sequence[Any], sources: Sequence[Source | None], params: Mapping[str, Any]) -> list[Site]:
     source = sources[1]
-    if source is None:
+    if source in (None, _DATA):
         return []
     numbers = params["dimension_numbers"]
     _, into, *window = numbers.rhs_spec
     rows = sorted(axis for place in (into, *window) for axis in source.axes[place])
     places = sorted((into, *window), key=lambda place: source.axes[place])
-    plain = params["feature_group_count"] == params["batch_group_count"] == 1
+    groups = params["feature_group_count"]
 
     def inputs(most: int) -> Array:
         kernel, images = values[1], values[0]
@@ -203,12 +212,13 @@ def _of_conv(values: Sequence[Any], sources: Sequence[Source | None], params: Ma
             jax.lax.ConvDimensionNumbers(numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec),
         )
         last = jnp.moveaxis(patches, numbers.out_spec[1], -1)  # features in the order of input channel, window
-        split = last.reshape(-1, kernel.shape[into], *shape)
-        order = [1 + (into, *window).index(place) for place in places]
-        return split.transpose(0, *order).reshape(split.shape[0], -1)
+        split = last.reshape(-1, groups, kernel.shape[into], *shape)
+        order = [2 + (into, *window).index(place) for place in places]
+        shape = (-1, groups) if groups > 1 else (-1,)
+        return split.transpose(0, 1, *order).reshape(*shape, math.prod(kernel.shape[place] for place in places))
 
-    known = plain and _in_order(source, (into, *window))
-    return [Site(source.path, tuple(rows), inputs if known else None)]
+    known = params["batch_group_count"] == 1 and _in_order(source, (into, *window))
+    return [Site(source.path, tuple(rows), inputs if known else None, groups)]
 
 
 def _is_depthwise(values: Sequence[Any], params: Mapping[str, Any]) -> bool:
