@@ -86,12 +86,8 @@ def sentence(model: "OpenModel") -> str:
     """What is expected of a lone leaker's copy, in words."""
     found = expected(model)
     row = next(row for row in found.rows if row.num_chips == model.settings.num_chips)
-    after = ", ".join(
-        f"{value:.1f} {'' if name == 'intact' else 'after '}{name}" for name, value in row.statistic.items()
-    )
-    return (
-        f"Expected |T| of a copy: {after}; among {CUSTOMERS:,} customers, {found.threshold:.1f} accuses a lone leaker."
-    )
+    after = ", ".join(f"{name} {value:.1f}" for name, value in row.statistic.items())
+    return f"Expected |T| of a copy: {after}. Among {CUSTOMERS:,} customers it takes {found.threshold:.1f} to accuse."
 
 
 def _table(title: str, found: "embedding.Plan") -> None:
@@ -102,8 +98,7 @@ def _table(title: str, found: "embedding.Plan") -> None:
             *(f"{row.statistic[name]:.1f}" for name in damage),
             f"{row.coalition:,}",
             f"{row.coalition_after_noise:,}",
-            f"{row.carrier_bytes / 1e6:,.1f}",
-            f"{row.seconds:,.1f}",
+            *(f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in (row.carrier_bytes / 1e6, row.seconds)),
         )
         for row in found.rows
     ]

@@ -107,8 +107,8 @@ def _reading(suspect: "Suspect") -> list[str]:
     if suspect.foreign:
         lines.append(f"left out, since they are not real numbers: {', '.join(suspect.foreign)}")
     if suspect.coverage and suspect.coverage.bounded > 0:
-        bounded = f"{suspect.coverage.bounded:,} weights"
-        lines.append(f"{bounded} are too far from the base's to be a copy's; their influence was bounded")
+        then = "their influence was bounded" if suspect.coverage.bound else "they were left out"
+        lines.append(f"{suspect.coverage.bounded:,} weights are too far from the base's to be a copy's; {then}")
     if suspect.log_maps:
         from smark_jax.vault.reading import maps_in_words
 

@@ -4,6 +4,7 @@ A shape follows from the base and public images, never from a codeword, and is f
 bind its digest and the strength. An arbiter needs the same file, which lies beside a bundle of evidence.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,8 @@ class Made(NamedTuple):
     @property
     def document(self) -> documents.Shape:
         """What the vault stores of it."""
-        return documents.Shape(self.shape.digest(), self.images, self.measured.cost.change if self.measured else None)
+        change = self.measured.cost.change if self.measured else math.nan
+        return documents.Shape(self.shape.digest(), self.images, change if math.isfinite(change) else None)
 
 
 def from_weights(leaves: Mapping[str, np.ndarray], spec: carriers.Spec, strength: float | None = None) -> Made:
