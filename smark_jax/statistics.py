@@ -29,6 +29,7 @@ from smark_jax._types import AnyArray
 _LOG_TWO = math.log(2)
 _LOG_NORMAL_FACTOR = -math.log(4) - float(special.log_ndtr(-math.sqrt(2)))
 _NEWTON_STEPS = 60
+_BISECTIONS = 30  # t changes with the square of the error in s
 _ROUNDING = 1e-12
 
 
@@ -92,13 +93,41 @@ def threshold(chips: AnyArray, log_alpha: float) -> float:
     Raises:
       SmarkError: when chips are not a vector of finite numbers.
     """
-    low, high = 0.0, float(np.abs(direction(chips)).sum())
-    if log_p_value(high, chips) > log_alpha or high == 0:
+    u = np.abs(direction(chips))
+    most = float(u.sum())
+    if log_p_value(most, chips) > log_alpha or most == 0:
         return math.inf
-    while high - low > 1e-9:
+    if log_alpha >= 0:
+        return 0.0
+    normal = -float(special.ndtri_exp(log_alpha - _LOG_TWO - _LOG_NORMAL_FACTOR))
+    found = max(0.0, min(normal, _chernoff_threshold(log_alpha - _LOG_TWO, u)))
+    while found < most and log_p_value(found, chips) > log_alpha:
+        found += 1e-10 * max(1.0, found)  # rounding
+    return min(found, most)
+
+
+def _chernoff_threshold(log_level: float, u: np.ndarray) -> float:
+    r"""The smallest t that Chernoff's bound puts at this level.
+
+    It is :math:`\inf_s (K(s) - L) / s` with :math:`K(s) = \sum_i \ln\cosh(s u_i)` and the level's logarithm L. The
+    infimum is where :math:`s K'(s) - K(s) = -L`, whose left side rises with s. Every s gives a t that is large enough.
+    """
+
+    def excess(s: float) -> float:
+        return s * float(u @ np.tanh(s * u)) - _log_cosh(s, u)
+
+    low = high = math.sqrt(-2 * log_level)  # the root for small u; others are larger
+    while excess(high) < -log_level and high < 1e300:
+        low, high = high, 2 * high
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        low, high = (low, middle) if log_p_value(middle, chips) <= log_alpha else (middle, high)
-    return high
+        low, high = (middle, high) if excess(middle) < -log_level else (low, middle)
+    return (_log_cosh(high, u) - log_level) / high
+
+
+def _log_cosh(s: float, u: np.ndarray) -> float:
+    """The sum of ln cosh(s u_i) = s u_i + ln(1 + e^(-2 s u_i)) - ln 2, which neither overflows nor cancels."""
+    return s * float(u.sum()) + float(np.sum(np.log1p(np.exp(-2 * s * u)) - _LOG_TWO))
 
 
 def _log_chernoff(t: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -110,8 +139,7 @@ def _log_chernoff_one(t: float, u: np.ndarray) -> float:
     s = t
     best = 0.0
     for _ in range(_NEWTON_STEPS):
-        # ln cosh x = x + ln(1 + e^-2x) - ln 2, which neither overflows nor cancels.
-        value = s * (u.sum() - t) + float(np.sum(np.log1p(np.exp(-2 * s * u)) - _LOG_TWO))
+        value = _log_cosh(s, u) - s * t
         tanh = np.tanh(s * u)
         slope, curvature = float(u @ tanh) - t, float(np.square(u) @ (1 - np.square(tanh)))
         if value < best:

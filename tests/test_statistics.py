@@ -88,6 +88,20 @@ def test_threshold_is_where_the_p_value_crosses():
             assert statistics.log_p_value(bar, y) <= log_alpha < statistics.log_p_value(bar - 1e-6, y)
 
 
+@pytest.mark.parametrize("log_alpha", [-1e-3, math.log(0.1), -14.0, -27.6, -200.0])
+def test_thresholds_are_those_of_a_bisection_of_p_values(log_alpha):
+    rng = np.random.default_rng(5)
+    for y in (np.ones(32), np.ones(304), np.r_[rng.normal(size=4) * 20, rng.normal(size=300)], rng.normal(size=4096)):
+        low, high = 0.0, float(np.abs(y).sum() / np.linalg.norm(y))
+        if statistics.log_p_value(high, y) > log_alpha:
+            assert statistics.threshold(y, log_alpha) == math.inf
+            continue
+        while high - low > 1e-10:
+            middle = (low + high) / 2
+            low, high = (low, middle) if statistics.log_p_value(middle, y) <= log_alpha else (middle, high)
+        assert statistics.threshold(y, log_alpha) == pytest.approx(high, abs=2e-9)
+
+
 def test_thresholds_of_the_guarantees_page():
     """Hoeffding needs 6.54 / 7.53 / 7.83 for N = 1e3 / 1e6 / 1e7 at 1e-6; T1+ needs less."""
     y = np.random.default_rng(4).normal(size=304)

@@ -232,7 +232,7 @@ def _is_depthwise(values: Sequence[Any], params: Mapping[str, Any]) -> bool:
 
 
 def _depthwise(images: Array, kernel: Array, params: Mapping[str, Any]) -> Array:
-    """A depthwise convolution as a sum of shifted products, whose gradients XLA computes faster on CPUs."""
+    """A depthwise convolution as a loop over its window, whose gradients XLA computes and compiles faster on CPUs."""
     lhs, rhs, out = params["dimension_numbers"]
     strides, dilation = params["window_strides"], params["rhs_dilation"]
     x = images.transpose(lhs[0], *lhs[2:], lhs[1])
@@ -241,12 +241,18 @@ def _depthwise(images: Array, kernel: Array, params: Mapping[str, Any]) -> Array
     window = w.shape[:-1]
     spans = [(size - 1) * step for size, step in zip(window, dilation, strict=True)]
     sizes = [(n - span - 1) // step + 1 for n, span, step in zip(x.shape[1:-1], spans, strides, strict=True)]
-    total = jnp.zeros((x.shape[0], *sizes, x.shape[-1]), x.dtype)
-    for offset in np.ndindex(*window):
-        first = [place * step for place, step in zip(offset, dilation, strict=True)]
-        last = [a + (n - 1) * step + 1 for a, n, step in zip(first, sizes, strides, strict=True)]
-        part = jax.lax.slice(x, (0, *first, 0), (x.shape[0], *last, x.shape[-1]), (1, *strides, 1))
-        total += part * w[offset].reshape(*[1] * (x.ndim - 1), -1)
+    held = (x.shape[0], *((n - 1) * step + 1 for n, step in zip(sizes, strides, strict=True)), x.shape[-1])
+
+    @jax.checkpoint  # else the gradient would keep a copy of x for each place of the window
+    def add(total: Array, place: tuple[Array, Array]) -> tuple[Array, None]:
+        first, weight = place
+        part = jax.lax.dynamic_slice(x, (0, *first, 0), held)
+        part = jax.lax.slice(part, [0] * x.ndim, held, (1, *strides, 1))
+        return total + part * weight.reshape(*[1] * (x.ndim - 1), -1), None
+
+    offsets = np.asarray(list(np.ndindex(*window)), np.int32) * np.asarray(dilation, np.int32)
+    start = jnp.zeros((x.shape[0], *sizes, x.shape[-1]), x.dtype)
+    total, _ = jax.lax.scan(add, start, (offsets, w.reshape(-1, w.shape[-1])))
     return total.transpose(np.argsort([out[0], *out[2:], out[1]]))
 
 

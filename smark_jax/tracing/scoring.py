@@ -33,9 +33,17 @@ _MOST_BY_TABLES = 4
 
 
 def size(book: Book) -> tuple[int, int]:
-    """Customers and chips of a codebook, or a SmarkError when it is no codebook."""
+    """Customers and chips of a codebook."""
     if isinstance(book, codes.Codebook):
         return book.num_customers, book.num_chips
+    customers, chips = np.shape(book)
+    return customers, chips
+
+
+def check(book: Book) -> None:
+    """Refuses what is no codebook."""
+    if isinstance(book, codes.Codebook):
+        return
     shape = np.shape(book)
     if len(shape) != 2 or shape[0] == 0:
         cause = "Pass the words of all customers, from codes.codebook or codes.Codebook."
@@ -43,7 +51,6 @@ def size(book: Book) -> tuple[int, int]:
     if not bool(_all_signs(jnp.asarray(book))):
         cause = "Bits 0 and 1 become chips by 1 - 2 * bits."
         raise _validate.fail("trace", "codewords of -1 and +1", "other entries", cause)
-    return shape[0], shape[1]
 
 
 @jax.jit

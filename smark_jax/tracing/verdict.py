@@ -235,6 +235,7 @@ def _case(
     if decoder not in decoders.DECODERS:
         names = ", ".join(map(repr, decoders.DECODERS))
         raise _validate.fail("trace", f"a decoder of {names}", repr(decoder), "Is the name spelt right?")
+    scoring.check(book)
     num_customers, length = scoring.size(book)
     if num_chips != length:
         cause = "Was the codebook made with another num_chips than the carrier?"
