@@ -403,7 +403,7 @@ def test_add_model_and_issue_say_what_carries_what_does_not_and_what_it_costs(tm
     )
     here.run("init", "vault")
     said = here.run("add-model", "vault", "net", "base", "--chips", CHIPS)
-    assert "net: 6,144 of 6,717 weights in 5 of 8 leaves carry 64 chips" in said
+    assert "net: 4,732 of 6,717 weights in 4 of 8 leaves carry 64 chips" in said
     assert "Left as they are: whole numbers (1), running mean (1), variance (1)" in said
     assert "whoever has this base can take the mark out" in here.stderr
     known = here.json("add-model", "vault", "own", "base", "--chips", CHIPS, "--public", "public")

@@ -18,8 +18,8 @@ from smark_jax.vault import documents, trials, versions
 
 FEWEST_IMAGES = 48
 """A third of them makes the shape, and the others measure the strength."""
-# More change little: a shape is made from 128 draws of images, and the agreement of 256 is known to a percent or two.
-_MOST_OF_SHAPE, _MOST_OF_STRENGTH = 128, 256
+# More change little: a shape takes 64 passes of one image, and the agreement of 256 is known to a percent or two.
+_MOST_OF_SHAPE, _MOST_OF_STRENGTH = 64, 256
 
 
 class Made(NamedTuple):
@@ -73,7 +73,7 @@ def from_network(
 ) -> Made:
     """The shape from some of the images, and from the others the strength whose copies cost what the owner will pay.
 
-    The first third of the images makes the shape, at most 128; the last ones that are not among these, at most 256, are
+    The first third of the images makes the shape, at most 64; the last ones that are not among these, at most 256, are
     those that copies are run on. So where several images show the same thing, they should stand together.
 
     Args:
