@@ -10,7 +10,7 @@ from section_checks import run_and_resume
 
 import experiments.robustness.__main__ as robustness
 from experiments.common import real
-from experiments.robustness import real_networks, recipes, removal, rewrites, strength, suite
+from experiments.robustness import innocents, real_networks, recipes, removal, rewrites, strength, suite
 from smark_jax import models
 
 
@@ -97,6 +97,14 @@ def test_the_suite_sets_attacks_against_what_training_from_scratch_costs(tmp_pat
     assert sum(row["wrong"] for row in found["rows"]) == 0
 
 
+def test_innocents_are_accused_within_the_bound_and_by_the_control_always(tmp_path):
+    tiny = innocents.Config(60, control=6, sources=1, epochs=1, num_chips=64, train_images=320)
+    result = run_and_resume({innocents: tiny}, tmp_path)["innocents"]["result"]
+    assert [row["suspects"] for row in result["rows"]] == [20, 20, 20]
+    assert sum(row["accused"] for row in result["rows"]) <= innocents.most(0.1, 60)
+    assert result["control"] == {"suspects": 6, "accused": 6}
+
+
 def test_robustness_help_lists_examples(capsys):
     with pytest.raises(SystemExit):
         robustness.main(["--help"])
@@ -134,6 +142,7 @@ def test_marks_on_real_networks_are_judged_by_their_answers(tmp_path, monkeypatc
         customers=100,
         num_chips=64,
         only=("none", "int8", "new head", "new stage 1", "PCA 99 %"),
+        coalitions=((128, 2),),
     )
     result = run_and_resume({real_networks: tiny}, tmp_path)["real_networks"]["result"]
     (found,) = result["networks"]
@@ -142,6 +151,7 @@ def test_marks_on_real_networks_are_judged_by_their_answers(tmp_path, monkeypatc
     traced = {one["attack"]: one["traced"] for one in row["attacks"]}
     assert traced["none"] and traced["int8"] and traced["new head"]
     assert not any(one["wrong"] for one in row["attacks"])
+    assert [(one["caught"], one["wrong"]) for one in row["coalitions"]] == [(2, 0)]
 
 
 def test_harm_is_counted_and_measured_in_nats():

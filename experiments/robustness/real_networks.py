@@ -34,7 +34,7 @@ class Config:
     """Crops for the shape, for the strength and for judging are parts of different pictures.
 
     Of the marks that channels are compared with, ``few_copies`` are made. The first copy is attacked, and ``after``
-    crops tell what is left of the network then.
+    crops tell what is left of the network then. ``coalitions`` are numbers of chips and of colluders.
     """
 
     networks: tuple[str, ...] = tuple(NETWORKS)
@@ -49,6 +49,7 @@ class Config:
     num_chips: int = 304
     max_change: float = 0.01
     tuning_steps: int = 8
+    coalitions: tuple[tuple[int, int], ...] = ((304, 10), (1024, 20), (4096, 50))
     only: tuple[str, ...] | None = None
 
 
@@ -60,6 +61,7 @@ QUICK = Config(
     customers=10**4,
     marks=("channels", "white"),
     tuning_steps=2,
+    coalitions=((304, 8),),
 )
 FULL = Config()
 
@@ -108,18 +110,18 @@ def _row(
     """One kind of mark on one network."""
     base = field.network.params
     key = sections.secret(seed, "experiments.robustness", "real", field.network.name, kind)
-    mark, strength = _marked(kind, key, field, config)
-    meter.step(f"{kind}: strength {strength:.2g}")
+    mark = _marked(kind, key, field, config)
+    meter.step(f"{kind}: strength {float(mark.strength):.2g}")
     code = sections.secret(seed, "experiments.robustness", "real", "code")
     book = codes.Codebook(code, config.customers, config.num_chips)
     words = np.asarray(codes.codebook(code, range(_copies(kind, config)), config.num_chips))
     copies = []
     for number, word in enumerate(words):
-        copy = embedding.embed(base, mark, word, strength)
+        copy = embedding.embed(base, mark, word)
         intact = pipeline.statistic(extraction.extract(copy, base, mark), word)
         copies.append({**harm(before, field.logits(copy, field.judging)), "T": intact})
         meter.step(f"{kind}: copy {number}")
-    leaked = embedding.embed(base, mark, words[0], strength)
+    leaked = embedding.embed(base, mark, words[0])
     survived = []
     for name, attack in _attacks(field, config, seed).items():
         suspect = attack(leaked)
@@ -137,15 +139,41 @@ def _row(
         )
         meter.step(f"{kind}: {name}")
     stored = None if mark.shape is None else mark.shape.num_stored
-    return {"mark": kind, "strength": strength, "stored": stored, "copies": copies, "attacks": survived}
+    row = {"mark": kind, "strength": float(mark.strength), "stored": stored, "copies": copies, "attacks": survived}
+    if kind == "channels":
+        row["coalitions"] = [_coalition(field, mark, before, *one, config, seed) for one in config.coalitions]
+    return row
+
+
+def _coalition(
+    field: Field, mark: carriers.Mark, before: np.ndarray, num_chips: int, colluders: int, config: Config, seed: int
+) -> dict[str, Any]:
+    """The mean of several customers' copies, with a mark of another number of chips but the same shape and strength."""
+    base, name = field.network.params, field.network.name
+    key = sections.secret(seed, "experiments.robustness", "real", name, "coalition", str(num_chips))
+    other = carriers.mark(key, base, num_chips, shape=mark.shape)._replace(strength=mark.strength)
+    book = codes.Codebook(key, config.customers, num_chips)
+    serials = np.random.default_rng([seed, num_chips]).choice(config.customers, colluders, replace=False)
+    words = codes.codebook(key, serials, num_chips)
+    mixed = attacks.average(jax.tree.map(lambda *x: jnp.stack(x), *(embedding.embed(base, other, w) for w in words)))
+    judged = pipeline.judge(mixed, base, field.network.apply_fn, field.shape[:1], other, book)
+    guilty = frozenset(serials.tolist())
+    after = field.logits(mixed, field.judging[: config.after])
+    return {
+        "chips": num_chips,
+        "colluders": colluders,
+        "caught": len(judged.accused & guilty),
+        "wrong": len(judged.accused - guilty),
+        "same": float((after.argmax(axis=1) == before[: config.after].argmax(axis=1)).mean()),
+    }
 
 
 def _copies(kind: str, config: Config) -> int:
     return config.copies if kind == "channels" else min(config.copies, config.few_copies)
 
 
-def _marked(kind: str, key: Any, field: Field, config: Config) -> tuple[carriers.Mark, float]:
-    """The mark, and the strength at which a copy's logits change by ``max_change`` (white: the default)."""
+def _marked(kind: str, key: Any, field: Field, config: Config) -> carriers.Mark:
+    """A mark with which a copy's logits change by ``max_change`` (white, weights only: of the default strength)."""
     base, apply_fn = field.network.params, field.network.apply_fn
     shape = None
     if kind == "weights only":
@@ -154,8 +182,9 @@ def _marked(kind: str, key: Any, field: Field, config: Config) -> tuple[carriers
         shape = carriers.shape(base, apply_fn, field.shape)
     mark = carriers.mark(key, base, config.num_chips, shape=shape)
     if kind in ("white", "weights only"):  # nobody can run the network, or nobody asked
-        return mark, float(mark.strength)
-    return mark, embedding.calibrate(base, mark, apply_fn, field.strength, max_change=config.max_change).strength
+        return mark
+    found = embedding.calibrate(base, mark, apply_fn, field.strength, max_change=config.max_change)
+    return mark._replace(strength=found.strength)
 
 
 def harm(before: np.ndarray, after: np.ndarray) -> dict[str, float | int]:
@@ -286,6 +315,11 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
             cells = [f"{one['T']:.1f}{_outcome(one)} ({one['same']:.0%})" for one in attack]
             table.add_row(attack[0]["attack"], *cells)
         console.print(table)
+        for one in [one for row in network["rows"] for one in row.get("coalitions", ())]:
+            console.print(
+                f"{network['network']}: mean of {one['colluders']} copies at {one['chips']:,} chips: "
+                f"{one['caught']} caught, {one['wrong']} innocents accused"
+            )
 
 
 def _outcome(attack: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from smark_jax import alignment, attacks
 from smark_jax._types import PyTree
 
 _UNLABELLED = 1000  # images of attacks without labels
-_FEW = {"Conv_1": 80, "Dense_0": 150}  # directions that the CNN's function needs
+FEW = {"Conv_1": 80, "Dense_0": 150}  # directions that the CNN's function needs
 _adamw = functools.lru_cache(optax.adamw)
 
 
@@ -36,7 +36,7 @@ def projections(leaker: Leaker) -> list[Recipe]:
             moved = attacks.add_noise(moved, key, part, match)
         if count:
             moved = leaker.tune(moved, count, own=copy if own else None)
-        return project(moved, _FEW, noise)
+        return project(moved, FEW, noise)
 
     def everything(copy: PyTree) -> PyTree:
         headless = attacks.reinitialise(project(copy, 0.999), leaker.fresh, parts.head)
