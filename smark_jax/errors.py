@@ -80,6 +80,10 @@ class Ambiguous(Undecided):
         self.options = dict(options or {})
 
 
+class NotFinite(SmarkError):
+    """A network answers NaN or infinite values."""
+
+
 class TooCostly(SmarkError):
     """Even the weakest fingerprint costs more accuracy than is allowed."""
 

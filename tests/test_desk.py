@@ -37,7 +37,7 @@ from smark_jax.vault import probes as vault_probes
 SMARK = Path(sysconfig.get_path("scripts")) / "smark"
 SECRET = "a sentence that nobody guesses"
 COMMANDS = (
-    *((name,) for name in "init add-model customers issue trace report query attack bench demo train".split()),
+    *((name,) for name in "init add-model plan customers issue trace report query attack bench demo train".split()),
     *(("evidence", name) for name in ("export", "verify", "timestamp")),
 )
 
@@ -120,11 +120,12 @@ def desk(tmp_path_factory, base):
     files.write(desk.folder / "base.safetensors", base)
     (desk.folder / "customers.csv").write_text("customer,city\nAda,London\nGrace Hopper,New York\n王小明,北京\n")
     (desk.folder / "network.py").write_text(
-        "import numpy as np\nfrom smark_jax import models\n\n\n"
-        "def aligning():\n    return models.apply_fn(models.CNN()), np.zeros((1, 28, 28, 1), np.uint8)\n"
+        "import numpy as np\nfrom smark_jax import data, models\n\n\n"
+        "def aligning():\n    return models.apply_fn(models.CNN()), np.zeros((1, 28, 28, 1), np.uint8)\n\n\n"
+        "def marking():\n    return models.apply_fn(models.CNN()), data.load('mnist_5k', 'test').images[:48]\n"
     )
     desk.run("init", "vault")
-    desk.run("add-model", "vault", "mnist-cnn", "base.safetensors")
+    desk.run("add-model", "vault", "mnist-cnn", "base.safetensors", "--network", "network:marking", "--strength", 0.01)
     desk.run("customers", "vault", "--csv", "customers.csv")
     desk.issued = desk.json("issue", "vault", "mnist-cnn", "Emmy", "--all", "--out", "copies")
     return desk
@@ -397,7 +398,7 @@ def test_an_orbax_checkpoint_and_a_time_stamp_are_taken(small, tmp_path):
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "checkpoint", {"dense": {"kernel": kernel}})
     added = small.json("add-model", "vault", "orbax", tmp_path / "checkpoint", "--chips", 64)
-    assert (added["leaves"], added["weights"], added["carrying_weights"]) == (1, 6000, 4096)
+    assert (added["leaves"], added["weights"], added["carrying_weights"]) == (1, 6000, 6000)
     small.run("issue", "vault", "orbax", "Ada", "--out", "orbax", "--timestamp-request", "request.tsq")
     if shutil.which("openssl") is None:
         return

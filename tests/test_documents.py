@@ -124,9 +124,9 @@ def test_a_second_algorithm_is_one_entry_and_the_first_stays(old, monkeypatch):
     """A carrier that is the first one's with chips in another order; copies of old models are read by the old one."""
     drawn = []
 
-    def turned(key, spec, num_chips):
+    def turned(key, spec, shape, num_chips):
         drawn.append(num_chips)
-        return versions.CARRIERS["hadamard/1"](key, spec, num_chips)
+        return versions.CARRIERS["hadamard/1"](key, spec, shape, num_chips)
 
     monkeypatch.setitem(versions.CARRIERS, "turned/1", turned)
     assert versions.unknown(documents.Versions(carrier="turned/1")) is None

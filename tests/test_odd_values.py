@@ -26,6 +26,7 @@ RIGHT = {
     "demo": (),
     "bench": (),
     "add-model": ("other", "new", "base.npz"),
+    "plan": ("vault", "net"),
     "customers": ("vault",),
     "issue": ("vault", "net", "Ada", "--out", "copies"),
     "trace": ("vault", "net", "base.npz"),

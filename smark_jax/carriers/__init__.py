@@ -7,7 +7,7 @@ and ``despread(v) = X v`` reads it back.
 """
 
 from smark_jax._roles import Role
-from smark_jax.carriers.hadamard import Carrier, Coverage, coverage, draw
+from smark_jax.carriers.hadamard import Carrier, Coverage, coverage, draw, draw_even
 from smark_jax.carriers.marks import Mark, coordinates, despread, mark, spread
 from smark_jax.carriers.selection import Leaf, Spec, read, roles, select, with_tied, with_ties, write
 from smark_jax.carriers.shapes import Scales, Shape
@@ -26,6 +26,7 @@ __all__ = [
     "coverage",
     "despread",
     "draw",
+    "draw_even",
     "mark",
     "read",
     "roles",

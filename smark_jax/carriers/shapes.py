@@ -158,7 +158,8 @@ class Shape:
         """The shape that :meth:`to_arrays` gave, whatever the order of the names.
 
         Raises:
-          SmarkError: when an array is missing, is of another kind, or does not fit its leaf.
+          SmarkError: when an array is missing, is of another kind, does not fit its leaf, or has a value that a scale
+            cannot have.
         """
         by_leaf: dict[str, dict[str, np.ndarray]] = {}
         for name, array in arrays.items():
@@ -174,7 +175,8 @@ class Shape:
                     raise ValueError(f"axes {axes} of a leaf of shape {leaf.shape}")
                 one = Scales(**{"basis": None, **{k: np.float32(x) for k, x in fields.items()}}, axes=axes)  # pyright: ignore[reportArgumentType]
                 jax.eval_shape(lambda leaf=leaf, one=one: one.weights(one.sizes(leaf), leaf).reshape(leaf.shape))
-            except (KeyError, TypeError, ValueError) as error:
+                _check_values(one)
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 cause = "Is the file damaged, or not a shape?"
                 raise _validate.fail("Shape.from_arrays", f"the arrays of leaf {path!r}", str(error), cause) from None
             leaves.append(leaf)
@@ -196,6 +198,17 @@ class Shape:
                 raise _validate.fail("mark", f"scales for leaf {leaf.path!r} of shape {leaf.shape}", got, cause)
         pairs = [by_path[leaf.path] for leaf in spec.leaves]
         return Shape(tuple(leaf for leaf, _ in pairs), tuple(one for _, one in pairs))
+
+
+def _check_values(one: Scales) -> None:
+    """Refuses values that no scale has, and more directions than inputs, which would take memory without bound."""
+    values = [one.rows, one.columns, one.floor, one.cap, *([] if one.basis is None else [one.basis])]
+    if not all(np.isfinite(array).all() for array in values):
+        raise ValueError("NaN or infinite values")
+    if any((array < 0).any() for array in values[:3]) or (values[3] < 0).any():
+        raise ValueError("negative sensitivities or caps")
+    if one.basis is not None and one.basis.shape[1] > one.basis.shape[0]:
+        raise ValueError(f"{one.basis.shape[1]:,} directions of {one.basis.shape[0]:,} inputs")
 
 
 def is_vector(leaf: Leaf) -> bool:

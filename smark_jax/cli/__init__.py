@@ -11,7 +11,7 @@ import typer
 import typer.rich_utils
 
 from smark_jax import _foreign, errors
-from smark_jax.cli import _attack, _bench, _common, _evidence, _issue, _outputs, _query, _trace, _vault
+from smark_jax.cli import _attack, _bench, _common, _evidence, _issue, _outputs, _plan, _query, _trace, _vault
 from smark_jax.cli._console import Console
 
 app = typer.Typer(
@@ -30,10 +30,17 @@ for _command, _examples in (
     (_vault.init, "smark init my-vault"),
     (
         _vault.add_model,
-        "smark add-model my-vault mnist-cnn out/base/base.safetensors\n\n"
-        "  smark add-model my-vault mnist-cnn base.npz --strength 0.05\n\n"
+        "smark add-model my-vault mnist-cnn base.safetensors --network network:marking\n\n"
+        "  smark add-model my-vault classifier classifier.onnx --network classifier.onnx --images images.npz\n\n"
+        "  smark add-model my-vault mnist-cnn base.safetensors --network network:marking --change 0.02\n\n"
+        "  smark add-model my-vault weights-only base.npz\n\n"
         "  smark add-model my-vault fine-tuned base.safetensors --public backbone.safetensors\n\n"
         "  smark add-model my-vault mnist-cnn base.npz --probes images.npz --classes 10 --network network:teaching",
+    ),
+    (
+        _plan.plan,
+        "smark plan my-vault mnist-cnn --customers 1000 --coalition 10\n\n"
+        "  smark plan my-vault mnist-cnn --coalition 20 --change 0.02 --json",
     ),
     (
         _vault.customers,

@@ -16,6 +16,7 @@ from smark_jax.cli._console import Console, progress
 
 if TYPE_CHECKING:
     from smark_jax import vault
+    from smark_jax.vault import trials
     from smark_jax.vault.reading import Aligner
 
 VARIABLE = "SMARK_PASSPHRASE"
@@ -35,6 +36,22 @@ Align = Annotated[
         metavar="MODULE:FUNCTION",
         help="Undo rewrites first. FUNCTION() returns (apply_fn, example_images) of the base's network; MODULE is "
         "looked for in the current folder too.",
+    ),
+]
+
+Network = Annotated[
+    str | None,
+    typer.Option(
+        "--network",
+        metavar="MODULE:FUNCTION",
+        help="Run the base's network. FUNCTION() returns (apply_fn, images) or (apply_fn, images, labels); MODULE is "
+        "looked for in the current folder too. An ONNX or .pt2 file of the network will do, with --images.",
+    ),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        help="npz file with 'images' as the network takes them and, if known, 'labels', in place of those of --network."
     ),
 ]
 
@@ -140,15 +157,39 @@ def aligner(name: str | None) -> "Aligner | None":
     return Aligner(name, *network("align", name)[:2])
 
 
-def network(option: str, name: str) -> tuple[Any, ...]:
-    """Calls an option's MODULE:FUNCTION, which returns a base's network, images and, optionally, their labels."""
+def runnable(name: str | None, images: Path | None) -> "trials.Network | None":
+    """The network that ``--network`` names, with the images of ``--images`` or its own; None if it names none."""
+    if name is None:
+        if images is not None:
+            raise typer.BadParameter("--images goes with --network", param_hint="--images")
+        return None
+    from smark_jax import files
+    from smark_jax.vault import trials
+
+    given = trials.images(images) if images else ()
+    if not Path(name).is_file():
+        apply_fn, *own = network("network", name, alone=bool(given))
+        return trials.network(apply_fn, *(given or own))
+    if not given:
+        raise typer.BadParameter(f"name images by --images: {name} holds none", param_hint="--network")
+    return trials.network(files.network(name).apply_fn, *given)
+
+
+def network(option: str, name: str, *, alone: bool = False) -> tuple[Any, ...]:
+    """Calls an option's MODULE:FUNCTION, which returns a base's network, images and, optionally, their labels.
+
+    With ``alone``, it may also return the network without images.
+    """
     module, colon, function = name.partition(":")
     advice = "FUNCTION() returns the base's network and images; MODULE is looked for in the current folder too."
     if not (module and colon and function):
         raise _validate.fail(f"--{option}", f"MODULE:FUNCTION for --{option}", repr(name), advice)
     sys.path.insert(0, str(Path.cwd()))
     try:
-        apply_fn, images, *labels = getattr(importlib.import_module(module), function)()
+        found = getattr(importlib.import_module(module), function)()
+        if alone and not isinstance(found, tuple):
+            return (found,)
+        apply_fn, images, *labels = found
     except Exception as error:
         expected, got = f"{name} to return a network and images", f"{type(error).__name__}: {error}"
         raise _validate.fail(f"--{option}", expected, got, advice) from error

@@ -30,8 +30,8 @@ from smark_jax import (
 from smark_jax._types import ApplyFn, PyTree
 
 NUM_CHIPS = 304
-STRENGTH = 0.03
 ALPHA = 1e-6
+SHAPE_IMAGES, STRENGTH_IMAGES = 64, 256  # never the same
 BATCH = 32  # examples per party and round
 LEARNING_RATE = 2e-3
 CLIP = 1.0  # bound on the norm of a party's gradient
@@ -100,7 +100,7 @@ def run(config: Config, bar: Bar) -> Found:
     owner = training.owner_mark(start, keys.derive(master, "owner"))
     base = train(config, digits, start, owner, master, bar(f"train base across {config.parties} parties"))
 
-    model = own(base, keys.derive(master, "mnist-cnn"), config.customers)
+    model = own(base, digits, keys.derive(master, "mnist-cnn"), config.customers, bar("find how far weights may move"))
     issued = issue(model, digits, bar(f"issue {config.customers} copies"))
     leaks = leak(issued, digits, config.seed, bar)
     served = serve(issued, model, digits, config.seed, bar)
@@ -118,6 +118,7 @@ def run(config: Config, bar: Bar) -> Found:
     results = summary(
         config, digits.accuracy(base), suspects, verdicts, wrong_bits=int((intact != model.codebook).sum())
     )
+    results["strength"] = float(model.mark.strength)
     results["owner_mark_log10_p"] = training.owner_log10_p(base, owner)
     results["devices"] = [str(device) for device in parallel.devices(config.parties)]
     return Found(suspects, verdicts, results)
@@ -157,16 +158,21 @@ def train(
     return training.fit(ready.step, ready.step.init(start), ready.batches(0), pair_keys, on_round).params
 
 
-def own(base: PyTree, key: keys.SecretKey, customers: int) -> Model:
-    """Draws the carrier of the marks, and a codeword for each customer."""
-    mark = carriers.mark(keys.derive(key, "carrier"), base, NUM_CHIPS)
+def own(base: PyTree, digits: Digits, key: keys.SecretKey, customers: int, on_progress: Callable[..., None]) -> Model:
+    """Finds how far each weight may move so that copies answer as the base does, and draws carrier and codewords."""
+    images = digits.train.images[: SHAPE_IMAGES + STRENGTH_IMAGES]
+    shape = carriers.shape(base, digits.apply_fn, images[:SHAPE_IMAGES])
+    on_progress(1, 2)
+    mark = carriers.mark(keys.derive(key, "carrier"), base, NUM_CHIPS, shape=shape)
+    found = embedding.calibrate(base, mark, digits.apply_fn, images[SHAPE_IMAGES:])
+    on_progress(2, 2)
     codebook = codes.codebook(keys.derive(key, "code"), range(customers), NUM_CHIPS)
-    return Model(key, base, mark, codebook)
+    return Model(key, base, mark._replace(strength=found.strength), codebook)
 
 
 def issue(model: Model, digits: Digits, on_progress: Callable[..., None]) -> list[Suspect]:
     """Issues a copy to each customer."""
-    copies = embedding.embed_batch(model.base, model.mark, model.codebook, STRENGTH)
+    copies = embedding.embed_batch(model.base, model.mark, model.codebook)
     issued = []
     for customer in range(len(model.codebook)):
         params = jax.tree.map(lambda leaf, row=customer: leaf[row], copies)
@@ -275,7 +281,6 @@ def summary(
         "leaks_traced": sum(row["traced"] for row in rows[config.customers :] if row["customer"] is not None),
         "innocents_accused": sum(len(set(row["accused"]) - {row["customer"]}) for row in rows),
         "num_chips": NUM_CHIPS,
-        "strength": STRENGTH,
         "alpha": ALPHA,
         "parties": config.parties,
         "epochs": config.epochs,

@@ -32,18 +32,23 @@ def export(
 ) -> None:
     """Write a signed bundle with which an arbiter can recompute an accusation; it opens only the accused's codewords.
 
+    Where the model has a shape, its file is written beside the bundle; the bundle names it, and verify looks for it
+    there.
+
     The bundle also opens the model's carrier key: add the model under another name before issuing more copies.
     """
     _outputs.check("--out", out, (passphrase_file,), vault)
     with _common.desk(vault, passphrase_file) as desk:
-        from smark_jax.vault import evidence, verdicts
+        from smark_jax.vault import evidence, shapes, verdicts
 
         _outputs.check("--out", out, _outputs.suspects(verdicts.get(desk, verdict)))
         exported = evidence.export(desk, verdict, suspect, commitment)
+        shape = shapes.write(out.parent, exported.shape) if exported.shape else None
         _io.write(out, exported.content, private=True)
 
     def words() -> None:
-        say(f"{out} accuses {', '.join(exported.accused)}. Hand it over with the suspect and the base.")
+        beside = f"{shape}, which belongs into the same folder, " if shape else ""
+        say(f"{out} accuses {', '.join(exported.accused)}. Hand it over with {beside}the suspect and the base.")
         say(f"Anybody can check it: smark evidence verify {out} SUSPECT BASE --commitment FILE-or-ROOT")
         numbers = " and ".join(map(str, exported.commitments))
         several = ", each by a --commitment of its own" if len(exported.commitments) > 1 else ""
@@ -53,6 +58,7 @@ def export(
         _common.warn(f"{name} was left out: an arbiter cannot repeat the search on which that accusation rests.")
     document = {
         "bundle": str(out),
+        "shape": str(shape) if shape else None,
         "accused": exported.accused,
         "left_out": exported.left_out,
         "commitments": exported.commitments,

@@ -37,14 +37,8 @@ def issue(
             "base's network; images are uint8 and need no labels.",
         ),
     ] = None,
-    network: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="Run each copy before it is written. FUNCTION() returns (apply_fn, images) of the base's network, or "
-            "(apply_fn, images, labels). By default the function of --teach, if any.",
-        ),
-    ] = None,
+    network: _common.Network = None,
+    images: _common.Images = None,
     timestamp_request: Annotated[
         Path | None, typer.Option(help="Write an RFC 3161 request for the commitment, to send to an authority.")
     ] = None,
@@ -57,8 +51,9 @@ def issue(
     first new copy is written, a commitment to all customers' codewords is made: publish its root, or have it
     time-stamped, before you hand the copies over. With --teach a copy takes longer, and 'smark query' can trace it.
 
-    A copy differs from the base's file only in the bytes of its carrying leaves. With --network, each copy is run on up
-    to 256 images, and a copy that answers NaN is not written.
+    A copy differs from the base's file only in the bytes of its carrying leaves. With --network, by default that of
+    --teach, each copy is run on up to 256 images before it is written: what it costs is printed, and a copy that
+    answers NaN is not written. Its customer keeps the serial.
     """
     _outputs.check("--out", out, vault=vault, folder=True)
     if timestamp_request:
@@ -75,8 +70,9 @@ def issue(
             raise typer.BadParameter("name customers, or pass --csv or --all", param_hint="CUSTOMER")
         # Load networks first: if one fails, no customer must have been registered.
         teaching = _common.network("teach", teach) if teach else None
-        runs = _common.network("network", network) if network else teaching
-        trial = trials.Running(trials.Network(*runs), model.base) if runs else None
+        runs = _common.runnable(network, images) or (trials.network(*teaching) if teaching else None)
+        spared = model.settings.shape.images if model.settings.shape else 0
+        trial = trials.Running(runs, model.base, spared) if runs else None
         known = registry.registered(desk)
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
         everyone = sorted(set(chosen) | set(known if everybody else []))
@@ -111,7 +107,7 @@ def issue(
             "created": issued.commitment.header.created,
             "file": str(path),
         },
-        "trial": issued.trial._asdict() if issued.trial else None,
+        "trial": _described(issued.trial) if issued.trial else None,
         "timestamp_request": str(timestamp_request) if timestamp_request else None,
     }
     _common.show(document, as_json, lambda: _say(vault, issued, document))
@@ -158,6 +154,7 @@ def _say(vault: Path, issued: "issuing.Issued", document: Mapping[str, Any]) -> 
         say(f"  and {len(issued.files) - _SHOWN:,} more")
     if issued.trial:
         say(_answered(issued.trial))
+        _costs(issued.trial)
     elif issued.written:
         say("They were not run: with --network MODULE:FUNCTION, issue says how often they answer as the base does.")
     say(f"Commitment {commitment.number} to {commitment.header.customers:,} customers; publish its root:")
@@ -168,6 +165,31 @@ def _say(vault: Path, issued: "issuing.Issued", document: Mapping[str, Any]) -> 
             f"Time-stamp request: {document['timestamp_request']}. Then: smark evidence timestamp {vault} "
             f"{document['model']} {commitment.number} RESPONSE"
         )
+
+
+def _described(trial: "trials.Trial") -> dict[str, Any]:
+    return {**trial._asdict(), "each": [one._asdict() for one in trial.each]}
+
+
+def _costs(trial: "trials.Trial") -> None:
+    """A table of what copies cost, those that agree least first."""
+    known = trial.accuracy is not None
+    worst = sorted(trial.each, key=lambda one: (one.agreement, -one.kl))[:_SHOWN]
+    rows = [
+        (
+            one.customer,
+            f"{one.agreement:.1%}",
+            f"{one.kl:.2g}",
+            f"{one.change:.2%}",
+            *([f"{one.accuracy:.1%}"] if known else []),
+        )
+        for one in worst
+    ]
+    columns = ("copy of", "same answer", "KL in nats", "change of logits", *(["accuracy"] if known else []))
+    keep = ("same answer", "copy of", *columns[2:])
+    _common.out.table(columns, rows, keep=keep, figures=columns[1:])
+    if len(trial.each) > _SHOWN:
+        say(f"The {_SHOWN} of {len(trial.each):,} copies that agree least; --json prints all.")
 
 
 def _answered(trial: "trials.Trial") -> str:

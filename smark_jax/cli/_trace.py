@@ -20,7 +20,7 @@ def trace(
     alpha: Annotated[float | None, typer.Option(help="Another level than the committed one.")] = None,
     align: Align = None,
     rectify: Annotated[
-        bool, typer.Option("--rectify", help="Read through pruning and regularisation (docs/robustness.md).")
+        bool, typer.Option("--rectify", help="Read through pruning and regularisation; for models without a shape.")
     ] = False,
     leaf_map: Annotated[
         list[str] | None,
@@ -107,8 +107,8 @@ def _reading(suspect: "Suspect") -> list[str]:
     if suspect.foreign:
         lines.append(f"left out, since they are not real numbers: {', '.join(suspect.foreign)}")
     if suspect.coverage and suspect.coverage.bounded > 0:
-        bounded = f"{suspect.coverage.bounded:,} weights"
-        lines.append(f"{bounded} are too far from the base's to be a copy's; their influence was bounded")
+        then = "their influence was bounded" if suspect.coverage.bound else "they were left out"
+        lines.append(f"{suspect.coverage.bounded:,} weights are too far from the base's to be a copy's; {then}")
     if suspect.log_maps:
         from smark_jax.vault.reading import maps_in_words
 

@@ -1,20 +1,24 @@
 """``smark init``, ``add-model`` and ``customers``."""
 
 import collections
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from smark_jax import _validate
-from smark_jax.cli import _common, _names
+from smark_jax.cli import _common, _names, _plan
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
 if TYPE_CHECKING:
-    from smark_jax import files
+    from smark_jax import carriers, embedding, files
+    from smark_jax.vault import Vault, shapes, trials
+    from smark_jax.vault.models import OpenModel
 
 _SHOWN = 50
+_CHANGE = 0.01
 
 
 def init(vault: VaultPath, passphrase_file: PassphraseFile = None, as_json: AsJson = False) -> None:
@@ -50,9 +54,13 @@ def add_model(
     alpha: Annotated[
         float, typer.Option(help="Bound on the probability of a false accusation, in each tracing.")
     ] = 1e-6,
+    change: Annotated[
+        float | None,
+        typer.Option(help="Relative change of the logits that a copy may cost; with --network. [default: 0.01]"),
+    ] = None,
     strength: Annotated[
-        float, typer.Option(help="How far a copy's weights move, relative to their layer's RMS.")
-    ] = 0.03,
+        float | None, typer.Option(help="A strength of your own, in place of the one that --change or a default finds.")
+    ] = None,
     match: Annotated[
         str | None, typer.Option(help="Mark only leaves whose names match this regular expression.")
     ] = None,
@@ -69,18 +77,16 @@ def add_model(
     classes: Annotated[
         int | None, typer.Option(min=2, help="Number of the model's classes; required with --probes.")
     ] = None,
-    network: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="Choose probes about which the base is undecided. FUNCTION() returns (apply_fn, images) of its "
-            "network.",
-        ),
-    ] = None,
+    network: _common.Network = None,
+    images: _common.Images = None,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add a base model. No architecture is needed. Its settings never change afterwards, since they are committed to.
+    """Add a base model. Its settings never change afterwards, since they are committed to.
+
+    With --network, the first third of the images (48 or more in all) decides how far each weight may move, and the
+    others the strength: copies may cost what --change says, and what they cost is printed. Without it no architecture
+    is needed: weights move by a cautious share of their layer's RMS, and nobody knows what that costs.
 
     Only trained weights are marked. Running statistics, counters, position tables and scales of quantisers, which are
     recognised by name and content, are left alone. Anybody who has the base can remove the mark from a copy. If the
@@ -88,71 +94,153 @@ def add_model(
     """
     if (probes is None) != (classes is None):
         raise typer.BadParameter("--probes and --classes go together", param_hint="--probes")
-    if network is not None and probes is None:
-        raise typer.BadParameter("--network goes with --probes", param_hint="--network")
+    if change is not None and (network is None or strength is not None):
+        raise typer.BadParameter("--change goes with --network, and not with --strength", param_hint="--change")
     with _common.desk(vault, passphrase_file) as desk, _common.err.status("reading the base") as status:
-        from smark_jax import carriers, files
+        from smark_jax import files
         from smark_jax.vault import models
         from smark_jax.vault import probes as images_to_ask
 
         weights = _base(base)
         leaves = weights.leaves
         source = models.Source(base, weights.sha256) if weights.format == "safetensors" else None
-        images = images_to_ask.images(probes) if probes else None
-        apply_fn = _common.network("network", network)[0] if network else None
+        pictures = images_to_ask.images(probes) if probes else None
+        runs = _common.runnable(network, images)
         models.refuse_taken(desk, name)
-        made = None
-        if images is not None:  # before the model is added, so that a failure does not leave a model without its probes
+        known = _base(public).leaves if public else None
+        chosen = _Chosen(chips, alpha, change, strength, models.choose(leaves, match, known))
+        made = _made(desk, name, leaves, chosen, runs, status.update)
+        asked = None
+        if pictures is not None:  # before the model is added, so that a failure does not leave it without its probes
             status.update("making the probes")
-            made = images_to_ask.make(desk, name, chips, images, files.nest(leaves), apply_fn)
+            apply_fn = runs.apply_fn if runs else None
+            asked = images_to_ask.make(desk, name, chips, pictures, files.nest(leaves), apply_fn)
         model = models.add(
-            desk,
-            name,
-            leaves,
-            num_chips=chips,
-            alpha=alpha,
-            strength=strength,
-            match=match,
-            public=_base(public).leaves if public else None,
-            source=source,
+            desk, name, leaves, num_chips=chips, alpha=alpha, made=made, match=match, public=known, source=source
         )
-        if made is not None and classes is not None:
-            images_to_ask.keep(model, made, classes)
-        carrying = carriers.coverage(model.settings.spec, chips)
-        unmarked = {path: str(role) for path, role in carriers.roles(files.nest(leaves)).items() if not role.carries}
+        if asked is not None and classes is not None:
+            images_to_ask.keep(model, asked, classes)
+        status.update("planning")
+        document = _document(model, made, asked is not None)
+        expected = _plan.sentence(model)
     if public is None:
         _common.warn(
             "whoever has this base can take the mark out of a copy. If it was trained from public weights, name them "
             "by --public."
         )
-    document = {
-        "model": name,
-        "base": model.settings.base,
-        "public": model.settings.public,
-        "leaves": len(leaves),
-        "weights": sum(leaf.size for leaf in leaves.values()),
-        "carrying_leaves": carrying.leaves,
-        "carrying_weights": carrying.weights,
+    if made.measured is None:
+        _common.warn(
+            f"nobody measured what copies of {name} cost: add it under another name with --network, and smark measures "
+            "it and marks as strongly as the network bears."
+        )
+    _common.show(document, as_json, lambda: _say_added(vault, document, made, expected))
+
+
+class _Chosen(NamedTuple):
+    """The owner's options, and the leaves that may carry."""
+
+    chips: int
+    alpha: float
+    change: float | None
+    strength: float | None
+    spec: "carriers.Spec"
+
+
+def _made(
+    desk: "Vault",
+    name: str,
+    leaves: Mapping[str, Any],
+    chosen: _Chosen,
+    runs: "trials.Network | None",
+    on_step: Callable[[str], None],
+) -> "shapes.Made":
+    """The shape and strength of a new model, after the checks that cost nothing."""
+    from smark_jax.vault import models, shapes
+
+    _validate.probability("add-model", "alpha", chosen.alpha)
+    models.check_chips(chosen.chips, chosen.alpha)
+    if chosen.strength is not None:
+        models.check_strength("add-model", chosen.strength)
+    if runs is None:
+        return shapes.from_weights(leaves, chosen.spec, chosen.strength)
+    change = _CHANGE if chosen.change is None else chosen.change
+    key, options = models.carrier_key(desk, name), {"max_change": change, "strength": chosen.strength}
+    return shapes.from_network(key, leaves, chosen.spec, runs, chosen.chips, **options, on_step=on_step)
+
+
+def _document(model: "OpenModel", made: "shapes.Made", probes: bool) -> dict[str, Any]:
+    from smark_jax import carriers, files
+
+    settings, base = model.settings, model.base
+    unmarked = {path: str(role) for path, role in carriers.roles(files.nest(base)).items() if not role.carries}
+    cost = None
+    if made.measured:
+        parts = {"mean": made.measured.cost, "interval": made.measured.interval, "worst": made.worst}
+        cost = {part: _known(found) for part, found in parts.items() if found}
+        cost |= {"images": made.tried}
+    return {
+        "model": model.name,
+        "base": settings.base,
+        "public": settings.public,
+        "leaves": len(base),
+        "weights": sum(leaf.size for leaf in base.values()),
+        "carrying_leaves": len(settings.spec.leaves),
+        "carrying_weights": settings.spec.num_weights,
         "unmarked": unmarked,
-        "num_chips": chips,
-        "alpha": alpha,
-        "strength": strength,
-        "probes": images is not None,
+        "num_chips": settings.num_chips,
+        "alpha": settings.alpha,
+        "strength": settings.strength,
+        "shape": {"digest": made.shape.digest(), "coordinates": made.shape.num_coordinates, "images": made.images},
+        "cost": cost,
+        "probes": probes,
     }
-    _common.show(document, as_json, lambda: _say_added(vault, document))
 
 
-def _say_added(vault: Path, added: Mapping[str, Any]) -> None:
-    """Prints how much of an added model carries the mark, and what to do next."""
+def _known(cost: "embedding.Cost | embedding.Intervals") -> dict[str, Any]:
+    """The costs by name; null where labels are wanting."""
+    return {name: None if _unknown(value) else value for name, value in cost._asdict().items()}
+
+
+def _unknown(value: float | tuple[float, float]) -> bool:
+    return math.isnan(value[0] if isinstance(value, tuple) else value)
+
+
+def _say_added(vault: Path, added: Mapping[str, Any], made: "shapes.Made", expected: str) -> None:
+    """Prints how much of an added model carries the mark, what a copy costs, and what to do next."""
     say(
         f"{added['model']}: {added['carrying_weights']:,} of {added['weights']:,} weights in "
         f"{added['carrying_leaves']} of {added['leaves']} leaves carry {added['num_chips']} chips; "
-        f"alpha {added['alpha']:g}, strength {added['strength']:g}. Base: {added['base']}"
+        f"alpha {added['alpha']:g}, strength {added['strength']:.3g}. Base: {added['base']}"
     )
     if added["unmarked"]:
         counts = collections.Counter(added["unmarked"].values())
         say("Left as they are: " + ", ".join(f"{role} ({count})" for role, count in counts.items()))
+    if made.measured:
+        source = f"the first {made.images} images" if made.images else "the weights"
+        say(f"Shape from {source}; what a copy costs, measured on the last {made.tried}:")
+        _common.out.table(("cost", "mean", "95 % interval", "worst"), _costs(made), keep=("cost", "mean", *_MORE))
+    say(expected)
     say(f"Next: smark issue {vault} {added['model']} CUSTOMER... --out COPIES")
+
+
+_MORE = ("95 % interval", "worst")
+
+
+def _costs(made: "shapes.Made") -> list[tuple[str, str, str, str]]:
+    """The rows of the table of costs; without labels no accuracy."""
+    assert made.measured and made.worst
+    forms = {
+        "agreement": ("same answer as the base", "{:.1%}"),
+        "kl": ("KL divergence in nats", "{:.2g}"),
+        "change": ("relative change of the logits", "{:.2%}"),
+        "drop": ("accuracy lost", "{:.1%}"),
+    }
+    rows = []
+    for name, (text, form) in forms.items():
+        mean, (low, high), worst = (getattr(part, name) for part in (*made.measured, made.worst))
+        if not math.isnan(mean):
+            rows.append((text, form.format(mean), f"{form.format(low)} to {form.format(high)}", form.format(worst)))
+    return rows
 
 
 def _base(path: Path) -> "files.Weights":

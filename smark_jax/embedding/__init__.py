@@ -14,11 +14,12 @@ Trained embedding minimises a fingerprint loss of the read-out together with the
 """
 
 from smark_jax.embedding.copies import embed, embed_batch
-from smark_jax.embedding.costs import Calibration, Cost, Intervals, Measured, calibrate, measure
+from smark_jax.embedding.costs import Answers, Calibration, Cost, Intervals, Measured, answers, calibrate, measure
 from smark_jax.embedding.gradients import FingerprintLoss, FingerprintState, add_fingerprint_gradient
 from smark_jax.embedding.plans import Plan, Row, plan
 
 __all__ = [
+    "Answers",
     "Calibration",
     "Cost",
     "FingerprintLoss",
@@ -28,6 +29,7 @@ __all__ = [
     "Plan",
     "Row",
     "add_fingerprint_gradient",
+    "answers",
     "calibrate",
     "embed",
     "embed_batch",

@@ -11,6 +11,7 @@ References:
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -91,6 +92,43 @@ class _Images(NamedTuple):
     drop: np.ndarray
 
 
+class Answers(NamedTuple):
+    """A base's answers to some images, beside which copies are measured.
+
+    Attributes:
+      outputs: the base's, each image's less their mean over classes, shape [N, classes].
+      apply_fn: the network.
+      images: in the form that the network takes.
+      labels: class numbers, if known.
+    """
+
+    outputs: np.ndarray
+    apply_fn: ApplyFn
+    images: Any
+    labels: Any = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """The base's accuracy; None without labels."""
+        if self.labels is None:
+            return None
+        return float((_logits(self.outputs).argmax(axis=1) == np.asarray(self.labels)).mean())
+
+    def measure(self, copy: PyTree) -> Measured:
+        """What a copy costs on these images, as :func:`measure` says."""
+        return _summary([_compare("measure", copy, self)])
+
+
+def answers(base: PyTree, apply_fn: ApplyFn, images: Any, labels: Int[AnyArray, " N"] | None = None) -> Answers:
+    """Asks the base once; ``answers(...).measure(copy)`` then measures any number of copies.
+
+    Raises:
+      NotFinite: when the base's outputs are NaN or infinite.
+      SmarkError: when there are no images, or another number of labels.
+    """
+    return _answers("answers", base, apply_fn, images, labels)
+
+
 def measure(
     copy: PyTree,
     base: PyTree,
@@ -111,7 +149,8 @@ def measure(
       The cost with 95 % intervals: Wilson's of the agreement, and of the others by 1,000 bootstrap samples of images.
 
     Raises:
-      SmarkError: when the copy's or the base's outputs are NaN or infinite, or there are no images.
+      NotFinite: when the copy's or the base's outputs are NaN or infinite.
+      SmarkError: when there are no images, or another number of labels.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -120,8 +159,7 @@ def measure(
       >>> embedding.measure({"w": 1.01 * jnp.eye(8)}, {"w": jnp.eye(8)}, lambda p, x: x @ p["w"], images).cost.agreement
       1.0
     """
-    before = _answers("measure", base, apply_fn, images)
-    return _summary([_compare("measure", copy, before, apply_fn, images, labels)])
+    return _answers("measure", base, apply_fn, images, labels).measure(copy)
 
 
 def calibrate(
@@ -135,6 +173,7 @@ def calibrate(
     labels: Int[AnyArray, " N"] | None = None,
     num_copies: int = 3,
     seed: int = 0,
+    on_strength: Callable[[float], None] = lambda strength: None,
 ) -> Calibration:
     """The strength that a model bears, by what copies with throw-away codewords cost on unlabelled images.
 
@@ -152,6 +191,7 @@ def calibrate(
       labels: class numbers of the images.
       num_copies: how many copies are made at each strength.
       seed: of their codewords.
+      on_strength: called with each strength before it is tried.
 
     Returns:
       The strength, known to within 4 %, and what it costs. ``mark._replace(strength=...)`` keeps it.
@@ -174,13 +214,14 @@ def calibrate(
     bounds = _bounds(max_change, max_drop, labels)
     _validate.positive("calibrate", "num_copies", num_copies)
     words = np.random.default_rng(seed).choice([-1, 1], (num_copies, mark.num_chips)).astype(np.int8)
-    before = _answers("calibrate", base, apply_fn, images)
+    before = _answers("calibrate", base, apply_fn, images, labels)
 
     def tried(strength: float) -> Calibration | None:
+        on_strength(strength)
         made = (copies.embed(base, mark, word, strength) for word in words)
         try:
-            rows = [_compare("calibrate", copy, before, apply_fn, images, labels) for copy in made]
-        except _Broken:
+            rows = [_compare("calibrate", copy, before) for copy in made]
+        except errors.NotFinite:
             return None
         mean, each = _summary(rows), [_cost(row) for row in rows]
         worst = Cost(*(max(xs) for xs in zip(*each, strict=True)))._replace(
@@ -201,8 +242,9 @@ def calibrate(
     if best is None:
         got = f"a larger cost at {high:g}"
         cause = "Accept a larger change, or mark fewer leaves (carriers.mark(..., match='kernel'))."
+        desk = "Accept a larger --change, or mark fewer leaves: --match kernel."
         expected = "a strength that costs at most " + ", ".join(f"{most:g} of {name}" for name, most in bounds.items())
-        raise _validate.fail("calibrate", expected, got, cause, kind=errors.TooCostly)
+        raise _validate.fail("calibrate", expected, got, cause, kind=errors.TooCostly, desk=desk)
     for _ in range(_BISECTIONS if high else 0):
         strength = math.sqrt(low * high)  # pyright: ignore[reportOperatorIssue]  # both are known where high is
         found = tried(strength)
@@ -221,37 +263,37 @@ def _bounds(max_change: float | None, max_drop: float | None, labels: Any) -> di
     return bounds
 
 
-class _Broken(errors.SmarkError):
-    """The copy's outputs are not finite."""
-
-
-def _answers(who: str, base: PyTree, apply_fn: ApplyFn, images: Any) -> np.ndarray:
-    """The base's outputs, shape [N, classes]."""
+def _answers(who: str, base: PyTree, apply_fn: ApplyFn, images: Any, labels: Any) -> Answers:
+    """As :func:`answers`, in the name of ``who``."""
     if not len(images):
         raise _validate.fail(who, "at least one image", "none", "Is the split empty?")
+    if labels is not None and np.shape(labels) != (len(images),):
+        cause = "Are images and labels of the same split?"
+        raise _validate.fail(who, f"one label for each of {len(images):,} images", f"{np.shape(labels)}", cause)
     outputs = _batches.apply(functools.partial(_outputs, apply_fn, base), _BATCH, np.asarray(images))
-    _validate.all_finite(who, "outputs of the base", np.isfinite(outputs).all())
-    return outputs
+    if not np.isfinite(outputs).all():
+        cause = "Does the network belong to this base, and are the images as it takes them?"
+        raise _validate.fail(who, "finite outputs of the base", "NaN or infinite ones", cause, kind=errors.NotFinite)
+    return Answers(outputs, apply_fn, images, labels)
 
 
-def _compare(who: str, copy: PyTree, before: np.ndarray, apply_fn: ApplyFn, images: Any, labels: Any) -> _Images:
-    after = _batches.apply(functools.partial(_outputs, apply_fn, copy), _BATCH, np.asarray(images))
-    if not np.isfinite(after).all():
+def _compare(who: str, copy: PyTree, before: Answers) -> _Images:
+    outputs = _batches.apply(functools.partial(_outputs, before.apply_fn, copy), _BATCH, np.asarray(before.images))
+    if not np.isfinite(outputs).all():
         cause = "The mark is too strong for this network: calibrate finds a strength that it bears."
-        raise _validate.fail(who, "finite outputs of the copy", "NaN or infinite values", cause, kind=_Broken)
-    before, after = before.astype(np.float64), after.astype(np.float64)
-    wide, changed = (_logits(x) for x in (before, after))
-    answers, given = wide.argmax(axis=1), changed.argmax(axis=1)
-    drop = np.full(len(before), math.nan)
-    if labels is not None:
-        labels = np.asarray(labels)
-        if labels.shape != answers.shape:
-            cause = "Are images and labels of the same split?"
-            raise _validate.fail(who, f"one label for each of {len(before):,} images", f"{labels.shape}", cause)
-        drop = (answers == labels).astype(float) - (given == labels)
+        desk = "The mark is too strong for this network: leave --strength out, and --change finds what it bears."
+        got = "NaN or infinite ones"
+        raise _validate.fail(who, "finite outputs of the copy", got, cause, kind=errors.NotFinite, desk=desk)
+    base, copied = (x.astype(np.float64) for x in (before.outputs, outputs))
+    wide, changed = (_logits(x) for x in (base, copied))
+    expected, given = wide.argmax(axis=1), changed.argmax(axis=1)
+    drop = np.full(len(base), math.nan)
+    if before.labels is not None:
+        labels = np.asarray(before.labels)
+        drop = (expected == labels).astype(float) - (given == labels)
     kl = np.sum(np.exp(_log_softmax(wide)) * (_log_softmax(wide) - _log_softmax(changed)), axis=1)
-    error, power = (np.square(x).sum(axis=1) for x in (after - before, before))
-    return _Images(error, power, kl, (answers == given).astype(float), drop)
+    error, power = (np.square(x).sum(axis=1) for x in (copied - base, base))
+    return _Images(error, power, kl, (expected == given).astype(float), drop)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -260,8 +302,8 @@ def _outputs(apply_fn: ApplyFn, params: PyTree, images: Array) -> Array:
 
 
 def _logits(outputs: np.ndarray) -> np.ndarray:
-    """Logits of two classes where there is a single output."""
-    return outputs if outputs.shape[1] > 1 else np.concatenate([outputs, np.zeros_like(outputs)], axis=1)
+    """Logits of two classes where there is a single output, which is class 1's."""
+    return outputs if outputs.shape[1] > 1 else np.concatenate([np.zeros_like(outputs), outputs], axis=1)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

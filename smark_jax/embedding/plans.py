@@ -21,7 +21,6 @@ from smark_jax import _validate, carriers
 from smark_jax.carriers import shapes
 
 _CHIPS = (304, 1024, 4096)
-_ALPHA = 1e-6
 _SURE = 1.645
 # Noise in units of a leaf's RMS, and the share of the mark that is left in the mean, for normal weights. Quantisers
 # round to steps of largest / (2^(bits - 1) - 1), with the largest at 4 RMS; half of all weights hold 7 % of the power.
@@ -75,7 +74,9 @@ class Plan(NamedTuple):
     threshold: float
 
 
-def plan(mark: carriers.Mark, *, customers: int, coalition: int = 1, max_change: float = 0.01) -> Plan:
+def plan(
+    mark: carriers.Mark, *, customers: int, coalition: int = 1, max_change: float = 0.01, alpha: float = 1e-6
+) -> Plan:
     """What numbers of chips can do for a model's mark, at one cost.
 
     More chips at the same cost trace larger coalitions; fewer are faster. T of a lone leaker hardly depends on their
@@ -84,9 +85,10 @@ def plan(mark: carriers.Mark, *, customers: int, coalition: int = 1, max_change:
     Args:
       mark: the model's mark; its own strength counts as that of a relative change of the logits of 1 %, as
         :func:`calibrate` finds it by default.
-      customers: N, whom a verdict must tell apart at alpha = 1e-6.
+      customers: N, whom a verdict must tell apart.
       coalition: how many colluders are to be accused, all of them.
       max_change: relative change of the logits, to which the strength is scaled.
+      alpha: bound on the probability of accusing anybody innocent.
 
     Returns:
       The plan.
@@ -105,15 +107,16 @@ def plan(mark: carriers.Mark, *, customers: int, coalition: int = 1, max_change:
     for name, value in (("customers", customers), ("coalition", coalition)):
         _validate.positive("plan", name, value)
     _validate.finite_number("plan", "max_change", max_change)
+    _validate.probability("plan", "alpha", alpha)
     strength = float(mark.strength) * max_change / 0.01
     power, count = _power(mark)
     rows = [
-        _row(m, strength, power, count, customers, coalition)
+        _row(m, strength, power, count, customers, coalition, alpha)
         for m in sorted({*_CHIPS, mark.num_chips})
         if m <= count // 4 or m == mark.num_chips
     ]
     enough = [row.num_chips for row in rows if row.enough]
-    bar = _threshold(rows[-1].num_chips, customers)
+    bar = _threshold(rows[-1].num_chips, customers, alpha)
     return Plan(tuple(rows), min(enough, default=None), bar)
 
 
@@ -128,24 +131,24 @@ def _power(mark: carriers.Mark) -> tuple[float, int]:
     return found, mark.carrier.num_carrying
 
 
-def _row(m: int, strength: float, power: float, count: int, customers: int, coalition: int) -> Row:
+def _row(m: int, strength: float, power: float, count: int, customers: int, coalition: int, alpha: float) -> Row:
     ratios = {name: (left * strength / noise) ** 2 * power / m for name, (noise, left) in _DAMAGE.items()}
     statistic = {name: math.sqrt(m / (1 + 1 / ratio)) for name, ratio in ratios.items()}
-    most, noisy = (_coalition(m, ratios[name], customers) for name in ("intact", "noise 30 %"))
+    most, noisy = (_coalition(m, ratios[name], customers, alpha) for name in ("intact", "noise 30 %"))
     carrier_bytes = count // 4 + 4 * m * max(1, count // max(2048, 4 * m))
     seconds = _SECONDS_PER_SIGN * m * customers + _SECONDS_PER_COORDINATE * count
     return Row(m, strength, statistic, most, noisy, carrier_bytes, seconds, most >= coalition)
 
 
-def _threshold(num_chips: int, customers: int) -> float:
+def _threshold(num_chips: int, customers: int, alpha: float) -> float:
     from smark_jax import statistics  # which loads scipy: embedding itself does without
 
-    return statistics.threshold(np.ones(num_chips), math.log(_ALPHA / customers))
+    return statistics.threshold(np.ones(num_chips), math.log(alpha / customers))
 
 
-def _coalition(m: int, ratio: float, customers: int) -> int:
+def _coalition(m: int, ratio: float, customers: int, alpha: float) -> int:
     """The largest K that the joint decoder accuses; see the module's text."""
-    first, each = 2 * math.log(2 * customers), (_threshold(m, customers) + _SURE) ** 2
+    first, each = 2 * math.log(2 * customers), (_threshold(m, customers, alpha) + _SURE) ** 2
     if m <= each:
         return 0
     found = ratio / 2 * (math.sqrt(1 + 4 * m / first / ratio) - 1)  # K + K^2 / q = m / first

@@ -4,7 +4,9 @@
 
     vault.create(folder, passphrase)
     with vault.opened(folder, passphrase) as desk:
-        model = models.add(desk, "mnist-cnn", files.flatten(base))
+        leaves = files.flatten(base)
+        made = shapes.from_weights(leaves, models.choose(leaves))  # with the network, shapes.from_network
+        model = models.add(desk, "mnist-cnn", leaves, made=made)
         issuing.issue(model, customers.resolve(desk, ["Ada", "Grace"]), out)
         verdict = verdicts.trace(model, [suspect])
 
@@ -25,6 +27,7 @@ from smark_jax.vault import (
     probes,
     queries,
     reading,
+    shapes,
     shown,
     timestamps,
     verdicts,
@@ -49,6 +52,7 @@ __all__ = [
     "probes",
     "queries",
     "reading",
+    "shapes",
     "shown",
     "timestamps",
     "verdicts",

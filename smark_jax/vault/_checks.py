@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from smark_jax import carriers, errors, files, keys
-from smark_jax.vault import commitments, documents, merkle, models, timestamps
+from smark_jax.vault import commitments, documents, merkle, models, shapes, timestamps, versions
 from smark_jax.vault.documents import Bundle, Commitment, Header, Stamp
 
 # The relative difference allowed between a leaf's RMS on the owner's computer and on the arbiter's.
@@ -15,7 +16,7 @@ _ROUNDING = 1e-2
 # The header fields that may differ between two commitments to a model.
 _PASSING = ("created", "customers", "number", "previous")
 # Nothing is computed from a suspect unless all of these hold.
-_BEFORE_READING = ("level", "numbers", "commitment", "base", "carrier", "carrying leaves", "customers")
+_BEFORE_READING = ("level", "numbers", "commitment", "base", "carrier", "carrying leaves", "shape", "customers")
 
 
 class Check(NamedTuple):
@@ -52,11 +53,10 @@ def require(holds: bool, otherwise: str) -> None:
 
 
 class Proved(NamedTuple):
-    """What the bundle proves was committed to: carrying leaves, codewords by serial, and the carrier's key."""
+    """What the bundle proves was committed to: the mark, by leaves, shape and carrier; and codewords by serial."""
 
-    spec: carriers.Spec
+    mark: carriers.Mark
     words: dict[int, np.ndarray]
-    key: keys.SecretKey
 
 
 def check_commitments(checks: Checks, bundle: Bundle, roots: Sequence[str]) -> None:
@@ -76,12 +76,23 @@ def check_commitments(checks: Checks, bundle: Bundle, roots: Sequence[str]) -> N
 
 
 def check_contents(
-    checks: Checks, bundle: Bundle, suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]
+    checks: Checks, bundle: Bundle, folder: Path, suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]
 ) -> Proved | None:
-    """Checks models, carrier, leaves and codewords against the commitment; None when they do not allow a reading."""
+    """Checks models, carrier, leaves, shape and codewords against the commitment.
+
+    Args:
+      checks: to which these are added.
+      bundle: the evidence.
+      folder: where the shape's file is.
+      suspect: the leaves of the model in dispute.
+      base: those of the base.
+
+    Returns:
+      What is proved; None when it does not allow a reading.
+    """
     header = bundle.header
     key = keys.from_bytes(bytes.fromhex(bundle.carrier_key))
-    spec, words = None, {}
+    spec, mark, words = None, None, {}
     with checks.check("base", f"content hash {header.base}"):
         require(files.content_hash(base) == header.base, "it is not the model that was committed to")
     with checks.check("suspect", f"content hash {bundle.suspect.content}"):
@@ -91,11 +102,32 @@ def check_contents(
         require(keys.commitment(key) == header.carrier_key, "its key was not committed to: it is forged")
     with checks.check("carrying leaves", f"{len(bundle.spec)} leaves, as committed to, and as the base has them"):
         spec = _spec(bundle, base)
+    if header.algorithms.shape or header.shape:
+        with checks.check("shape", "its file holds the one that was committed to") as detail:
+            require(spec is not None, "the carrying leaves that it is for are not known")
+            mark = _mark(bundle, key, spec, folder)
+            detail.append(str(mark.shape))
+    elif spec is not None:
+        mark = versions.mark(header.algorithms, key, spec, None, header.num_chips, header.strength)
     with checks.check("customers", f"{len(bundle.opened)} of {header.customers:,} opened, each under the root"):
         words = _words(bundle)
-    if spec is None or not all(check.holds for check in checks if check.name in _BEFORE_READING):
+    if mark is None or not all(check.holds for check in checks if check.name in _BEFORE_READING):
         return None
-    return Proved(spec, words, key)
+    return Proved(mark, words)
+
+
+def _mark(bundle: Bundle, key: keys.SecretKey, spec: carriers.Spec, folder: Path) -> carriers.Mark:
+    """The mark of a model with a shape; requires that the shape's file is the one that was committed to."""
+    header, named = bundle.header, bundle.header.algorithms
+    require(
+        bool(named.shape and header.shape), "the commitment names a shape without its digest, or the other way round"
+    )
+    cause = "It comes with the bundle: put it into the same folder."
+    try:
+        shape = shapes.read("evidence", folder, named.shape, str(header.shape), cause)
+        return versions.mark(named, key, spec, shape, header.num_chips, header.strength)
+    except errors.SmarkError as error:
+        raise Fails(" ".join(error.desk.splitlines())) from None
 
 
 def _follow(tree: Commitment, before: Commitment | None) -> None:

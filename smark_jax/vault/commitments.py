@@ -76,6 +76,7 @@ def build(model: models.OpenModel, hashed: Sequence[bytes]) -> Commitment:
         spec=models.spec_digest(documents.rows(settings.spec)),
         strength=settings.strength,
         versions=settings.versions,
+        shape=settings.shape.digest if settings.shape else documents.MISSING,
     )
     tree = [header_leaf(header), *hashed]
     (path,) = merkle.paths(tree, [0])

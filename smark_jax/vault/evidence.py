@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, statistics
+from smark_jax import _validate, carriers, statistics
 from smark_jax.vault import (
     _text,
     bundles,
@@ -114,12 +114,14 @@ class Exported(NamedTuple):
       content: the bytes of the file.
       accused: the customers it accuses.
       left_out: accused customers against whom it proves nothing.
+      shape: the shape of the model's mark, whose file belongs beside the bundle; None where it has none.
       commitments: the numbers of the commitments under which it opens codewords.
     """
 
     content: bytes
     accused: tuple[str, ...]
     left_out: tuple[str, ...]
+    shape: carriers.Shape | None
     commitments: tuple[int, ...]
 
 
@@ -178,7 +180,8 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
     details = {"model": model.name, "verdict": number, "suspect": where + 1, "opened": shown}
     folder.record(vault, "evidence exported", {}, **details)
     who = tuple(leaves[claim.serial].customer for claim in claims)
-    return Exported(bundles.signed(bundle, vault.master), who, tuple(left_out), tuple(sorted(set(under.values()))))
+    content, numbers = bundles.signed(bundle, vault.master), tuple(sorted(set(under.values())))
+    return Exported(content, who, tuple(left_out), model.shape, numbers)
 
 
 def _price(verdict: Verdict, suspect: Suspect) -> dict[str, Any]:

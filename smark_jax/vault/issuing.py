@@ -75,7 +75,8 @@ def issue(
     """Issues a model to customers, one safetensors file each; issuing again writes the same files.
 
     A copy differs from the base's file only in the bytes of its carrying leaves. A copy is refused when its marked
-    leaves are not finite, or fall below zero where the base's do not, or when it answers NaN under ``trial``.
+    leaves are not finite, or fall below zero where the base's do not, or when it answers NaN under ``trial``. Its
+    customer keeps serial and codeword, and issuing again completes what is missing.
 
     A taught copy is reproduced exactly only with the same machine and software. Elsewhere, writing it again changes its
     last digits; the vault registers both versions.
@@ -92,6 +93,7 @@ def issue(
       on_wait: called when this process has to wait because another one is issuing from the same vault.
 
     Raises:
+      NotFinite: when a taught copy has NaN or infinite weights, or a copy answers NaN or infinite values.
       SmarkError: when there are no customers, a customer has a copy of another strength, or a copy would not work.
     """
     _validate.positive("issue", "the number of customers", len(customers))
@@ -205,7 +207,7 @@ def _write(
             made = [dict(base) | {name: leaf[row] for name, leaf in batch.items()} for row in range(len(some))]
             if trial:
                 for licence, leaves in zip(some, made, strict=True):
-                    trial.add(f"the copy of {licence.customer.name}", leaves)
+                    trial.add(licence.customer.name, leaves)
             hashed = list(writers.map(hidden, parts, made))
             del batch, made  # otherwise three batches would be in memory
             rows = [
@@ -243,9 +245,21 @@ def _maker(
         if teach:
             taught = files.flatten(teach(files.nest(made), words))
             made |= {name: taught[name].astype(base[name].dtype) for name in trained}
+            _refuse_infinite({name: made[name] for name in trained}, some)
         return jax.device_get({name: made[name] for name in marked | trained})
 
     return copies
+
+
+def _refuse_infinite(taught: Mapping[str, np.ndarray], some: list[_Licence]) -> None:
+    """Refuses taught copies with a weight that is not finite; what is embedded is checked there."""
+    for name, leaf in taught.items():
+        for row, licence in zip(leaf, some, strict=False):
+            if not np.isfinite(row.astype(np.float32)).all():
+                got = f"NaN or infinite ones in the copy of {licence.customer.name}, which is not written"
+                cause = "Teaching diverged: are the images of --teach of the kind that the network was trained on?"
+                expected = f"finite weights in leaf {name!r}"
+                raise _validate.fail("issue", expected, got, cause, kind=errors.NotFinite)
 
 
 def _refuse_below(name: str, lowest: float, customer: Customer) -> None:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax import _io, _validate, carriers, files, keys
-from smark_jax.vault import _text, documents, folder, store, versions
+from smark_jax.carriers import marks
+from smark_jax.vault import _text, documents, folder, shapes, store, versions
 from smark_jax.vault import public as publicity
 
 
@@ -29,6 +30,8 @@ class Model(NamedTuple):
       created: when it was added.
       public: content hash of the public model whose weights carry nothing, if one was named.
       versions: the algorithms that copies are made and traced with.
+      shape: how far each coordinate moves, by the digest of the file that says so; None where all leaves are marked
+        alike.
     """
 
     name: str
@@ -39,7 +42,8 @@ class Model(NamedTuple):
     strength: float
     created: str
     public: str | None = None
-    versions: documents.Versions = versions.NEW
+    versions: documents.Versions = versions.WHITE
+    shape: documents.Shape | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +85,26 @@ class OpenModel:
         return leaves
 
     @functools.cached_property
+    def shape(self) -> carriers.Shape | None:
+        """The shape of the model's mark; None where all leaves are marked alike.
+
+        Raises:
+          SmarkError: when its file in the vault is missing, or does not hold the shape that was committed to.
+        """
+        known = self.settings.shape
+        if known is None:
+            return None
+        place, cause = (
+            self.vault.folder / folder.MODELS,
+            "Restore it from your backup: no copy is made or read without.",
+        )
+        return shapes.read("vault", place, self.settings.versions.shape, known.digest, cause, max_bytes=_ANY_SIZE)
+
+    @functools.cached_property
     def mark(self) -> carriers.Mark:
-        """The mark: the carrying leaves stored in the vault, and the carrier redrawn from its key."""
+        """The mark: carrying leaves and shape as stored in the vault, and the carrier redrawn from its key."""
         key, settings = carrier_key(self.vault, self.name), self.settings
-        draw = versions.CARRIERS[settings.versions.carrier]
-        return carriers.Mark(settings.spec, draw(key, settings.spec, settings.num_chips))
+        return versions.mark(settings.versions, key, settings.spec, self.shape, settings.num_chips, settings.strength)
 
     @property
     def code(self) -> versions.Code:
@@ -102,6 +121,9 @@ class OpenModel:
         return np.asarray(self.code.words(code_key(self.vault, self.name), serials, self.settings.num_chips))
 
 
+_ANY_SIZE = 1 << 62  # of the owner's own files
+
+
 class Source(NamedTuple):
     """The safetensors file that a base was read from, and its SHA-256 at that time."""
 
@@ -116,12 +138,13 @@ def add(
     *,
     num_chips: int = 304,
     alpha: float = 1e-6,
-    strength: float = 0.03,
+    made: shapes.Made | None = None,
+    strength: float = marks.WHITE,
     match: str | None = None,
     public: Mapping[str, np.ndarray] | None = None,
     source: Source | None = None,
 ) -> OpenModel:
-    """Adds a model: writes its base into the vault, chooses the carrying leaves, and fixes its settings.
+    """Adds a model: writes base and shape into the vault, chooses the carrying leaves, and fixes its settings.
 
     :func:`smark_jax.carriers.roles` decides which leaves can carry.
 
@@ -131,7 +154,9 @@ def add(
       leaves: the base, as from ``files.read`` or ``files.flatten``.
       num_chips: m.
       alpha: bound on the probability of accusing anybody innocent on one occasion.
-      strength: of copies, as :func:`smark_jax.embedding.embed` takes it.
+      made: the shape and its strength, from :mod:`smark_jax.vault.shapes`; its leaves carry. None marks all leaves
+        alike, as models of older versions are marked.
+      strength: of copies of a model without a shape, as :func:`smark_jax.embedding.embed` takes it.
       match: a regular expression; only leaves whose names match it carry.
       public: the leaves of a public model that the base was trained from. Leaves of the base with at least half of
         their weights still public carry nothing, since anybody could subtract them from a copy.
@@ -143,32 +168,51 @@ def add(
     """
     _text.model_name(name)
     _validate.probability("add-model", "alpha", alpha)
+    strength = made.strength if made else strength
     check_strength("add-model", strength)
-    _validate.positive("add-model", "num_chips", num_chips)
-    if num_chips < (fewest := fewest_chips(alpha, 2)):
-        expected = f"at least {fewest} chips, since with fewer nobody among even two customers can be accused"
-        cause = f"1 + log2(N / alpha) chips are the fewest for N customers; 304 bear some damage. alpha is {alpha:g}."
-        raise _validate.fail("add-model", expected, str(num_chips), cause)
-    spec = _choose(leaves, match, public)
-    if num_chips > spec.num_weights:
-        got = f"{num_chips:,} chips for {spec.num_weights:,} carrying weights"
+    check_chips(num_chips, alpha)
+    spec = choose(leaves, match, public)
+    if made:
+        paths = {leaf.path for leaf in made.shape.leaves}
+        spec = carriers.select(files.nest(leaves), lambda path: path in paths)
+    count = made.shape.num_coordinates if made else spec.num_weights
+    if num_chips > count:
+        got = f"{num_chips:,} chips for {count:,} carrying weights"
         raise _validate.fail("add-model", "fewer chips than carrying weights", got, "Take fewer, or let more carry.")
     known = files.content_hash(public) if public is not None else None
     model = Model(name, files.content_hash(leaves), spec, num_chips, alpha, strength, _text.now(), known)
+    if made:
+        model = model._replace(versions=versions.NEW, shape=made.document)
     refuse_taken(vault, name)
     path = _base_path(vault, name, model.base)
     _keep(path, leaves, source)
-    document = documents.text(documents.Model(**{**model._asdict(), "spec": documents.rows(spec)}))
+    if made:
+        shapes.write(vault.folder / folder.MODELS, made.shape)
+    stored = model._asdict() | {"spec": documents.rows(spec), "shape": model.shape or documents.MISSING}
+    document = documents.text(documents.Model(**stored))
     with store.transaction(vault.connection):
         refuse_taken(vault, name)
         folder.record(vault, "model added", {"models": [(name, document)]}, model=name, base=model.base)
     return OpenModel(vault, model)
 
 
-def _choose(
-    leaves: Mapping[str, np.ndarray], match: str | None, public: Mapping[str, np.ndarray] | None
+def check_chips(num_chips: int, alpha: float) -> None:
+    """Refuses so few chips that nobody could ever be accused.
+
+    Raises:
+      SmarkError: stating how many it takes.
+    """
+    _validate.positive("add-model", "num_chips", num_chips)
+    if num_chips < (fewest := fewest_chips(alpha, 2)):
+        expected = f"at least {fewest} chips, since with fewer nobody among even two customers can be accused"
+        cause = f"1 + log2(N / alpha) chips are the fewest for N customers; 304 bear some damage. alpha is {alpha:g}."
+        raise _validate.fail("add-model", expected, str(num_chips), cause)
+
+
+def choose(
+    leaves: Mapping[str, np.ndarray], match: str | None = None, public: Mapping[str, np.ndarray] | None = None
 ) -> carriers.Spec:
-    """The carrying leaves of a new model."""
+    """The leaves of a new model that may carry, as :func:`add` takes ``match`` and ``public``."""
     tree = files.nest(leaves)
     chosen = carriers.select(tree, match)
     if public is None:
@@ -222,10 +266,9 @@ def check_strength(who: str, strength: float) -> None:
     """
     _validate.finite_number(who, "strength", strength)
     if strength > 1:
-        cause = (
-            "At 1 the mark is as large as the weights; embedding.calibrate finds what a network bears; 0.03 is usual."
-        )
-        raise _validate.fail(who, "a strength above 0 and up to 1", f"{strength:g}", cause)
+        cause = "At 1 the mark is as large as what it marks; embedding.calibrate finds what a network bears."
+        desk = "At 1 the mark is as large as what it marks. Leave --strength out, and smark chooses it."
+        raise _validate.fail(who, "a strength above 0 and up to 1", f"{strength:g}", cause, desk=desk)
 
 
 def refuse_taken(vault: folder.Vault, name: str) -> None:
@@ -261,7 +304,8 @@ def get(vault: folder.Vault, name: str) -> OpenModel:
     if unknown := versions.unknown(used):
         cause = "A newer smark-jax added the model: upgrade smark-jax."
         raise _validate.fail("vault", f"algorithms of {name} that this version knows", unknown, cause)
-    changed = {"spec": documents.spec(found.spec), "public": found.public or None, "versions": used}
+    optional = {"public": found.public or None, "versions": used, "shape": found.shape or None}
+    changed = {"spec": documents.spec(found.spec), **optional}
     return OpenModel(vault, Model(**{**found._asdict(), **changed}))
 
 

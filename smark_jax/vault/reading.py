@@ -27,7 +27,7 @@ class Reading(NamedTuple):
 
     Attributes:
       aligner: how to undo rewrites first; None leaves them.
-      rectify: as in :func:`smark_jax.extraction.extract`.
+      rectify: as in :func:`smark_jax.extraction.extract`; for models without a shape.
       given: leaves whose place the caller states, as in :func:`smark_jax.files.match_layout`.
     """
 

@@ -1,18 +1,23 @@
-"""Runs copies beside their base before they are delivered: are outputs finite, and how often do they agree?"""
+"""Runs copies beside their base before they are delivered: are outputs finite, and what does a copy cost?"""
 
+import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from smark_jax import _validate, files
+from smark_jax import _validate, embedding, errors, files
 from smark_jax._types import ApplyFn, PyTree
 
 # The most images that a copy is run on.
 _IMAGES = 256
 _OF_BASE = "Nothing is marked yet: does the network belong to this base, and are the images as it takes them?"
-_OF_COPY = "Nothing was written of it. Mark fewer leaves or less: add the model again with --match or --strength."
+_OF_COPY = (
+    "Nothing was written of it, and its customer keeps the serial. Mark fewer leaves or less: add the model again under"
+    " another name with --match or a smaller --change or --strength."
+)
 
 
 class Network(NamedTuple):
@@ -23,6 +28,24 @@ class Network(NamedTuple):
     labels: Any = None
 
 
+class Tried(NamedTuple):
+    """What one copy costs.
+
+    Attributes:
+      customer: who gets it.
+      agreement: share of images for which it gives the base's class.
+      kl: divergence of its answers from the base's in nats, mean over images.
+      change: relative change of the logits.
+      accuracy: on these images, if labels are known.
+    """
+
+    customer: str
+    agreement: float
+    kl: float
+    change: float
+    accuracy: float | None
+
+
 class Trial(NamedTuple):
     """How the copies that were run answered.
 
@@ -31,16 +54,55 @@ class Trial(NamedTuple):
       images: the number of images that each was run on.
       agreement: share of images for which a copy gives the base's class, averaged over all copies.
       least: the agreement of the copy that agrees least.
+      kl: divergence of the copies' answers from the base's in nats, averaged over all copies.
+      change: relative change of the logits, averaged over all copies.
       accuracy: mean accuracy of the copies, if labels are known.
       base_accuracy: accuracy of the base on the same images, if labels are known.
+      each: what each copy costs, in the order in which they were run.
     """
 
     copies: int
     images: int
     agreement: float
     least: float
+    kl: float
+    change: float
     accuracy: float | None
     base_accuracy: float | None
+    each: tuple[Tried, ...]
+
+
+def images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The images in an npz file, in the form that the network takes, and their labels if the file has them.
+
+    Raises:
+      SmarkError: when the file holds no array of numbers named ``images``.
+    """
+    cause = "Save them with NumPy as an npz file: the images under the name 'images', class numbers under 'labels'."
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found, labels = archive["images"], archive["labels"] if "labels" in archive.files else None
+    except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        got = f"none in {path} ({type(error).__name__})"
+        raise _validate.fail("images", "an npz file with 'images'", got, cause) from None
+    if found.ndim < 2 or found.dtype.kind not in "uif":
+        got = f"shape {found.shape}, dtype {found.dtype} in {path}"
+        raise _validate.fail("images", "images as numbers, the first axis over images", got, cause)
+    return found, labels
+
+
+def network(apply_fn: ApplyFn, images: Any, labels: Any = None) -> Network:
+    """How to run copies.
+
+    Raises:
+      SmarkError: when there are no images, or another number of labels.
+    """
+    number = len(images) if np.ndim(images) else 0
+    if not number or (labels is not None and np.shape(labels) != (number,)):
+        got = f"{number:,} images" + ("" if labels is None else f" and labels of shape {np.shape(labels)}")
+        cause = "Are images and labels of the same split?"
+        raise _validate.fail("network", "images, and one class number for each if there are labels", got, cause)
+    return Network(apply_fn, images, labels)
 
 
 def run(who: str, apply_fn: ApplyFn, params: PyTree, images: Any) -> np.ndarray:
@@ -58,36 +120,64 @@ def run(who: str, apply_fn: ApplyFn, params: PyTree, images: Any) -> np.ndarray:
 
 
 class Running:
-    """Runs copies beside the base, and counts how they answer."""
+    """Runs copies beside the base, and measures what they cost.
 
-    def __init__(self, network: Network, base: Mapping[str, np.ndarray]) -> None:
-        self._run = jax.jit(network.apply_fn)
-        self._images = np.asarray(network.images)[:_IMAGES]
-        self._labels = None if network.labels is None else np.asarray(network.labels)[:_IMAGES]
-        self._base, self._copies = self._answers("the base", base, _OF_BASE), list[np.ndarray]()
+    Args:
+      network: how to run them.
+      base: the leaves of the base.
+      spared: the number of images at the start that the model's shape was made from: copies are run on the others, if
+        there are any.
+    """
 
-    def _answers(self, who: str, leaves: Mapping[str, np.ndarray], cause: str) -> np.ndarray:
-        logits = run("issue", self._run, files.nest(leaves), self._images)
-        if not np.isfinite(logits).all():
-            raise _validate.fail("issue", "finite outputs", f"NaN or infinite ones from {who}", cause)
-        return logits.argmax(axis=-1)
+    def __init__(self, network: Network, base: Mapping[str, np.ndarray], spared: int = 0) -> None:
+        part = slice(spared if spared < len(network.images) else 0, None)
+        images = np.asarray(network.images)[part][-_IMAGES:]
+        labels = None if network.labels is None else np.asarray(network.labels)[part][-_IMAGES:]
+        tree = files.nest(base)
+        run("issue", jax.jit(network.apply_fn), tree, images[:2])
+        try:
+            self._base = embedding.answers(tree, network.apply_fn, images, labels)
+        except errors.NotFinite:
+            raise _not_finite("the base", _OF_BASE) from None
+        self._tried = list[Tried]()
 
-    def add(self, who: str, leaves: Mapping[str, np.ndarray]) -> None:
-        """Runs a copy.
+    def add(self, customer: str, leaves: Mapping[str, np.ndarray]) -> None:
+        """Runs a customer's copy.
 
         Raises:
-          SmarkError: when it answers NaN or infinite values.
+          NotFinite: when it answers NaN or infinite values.
         """
-        self._copies.append(self._answers(who, leaves, _OF_COPY))
+        try:
+            cost = self._base.measure(files.nest(leaves)).cost
+        except errors.NotFinite:
+            raise _not_finite(f"the copy of {customer}", _OF_COPY) from None
+        before = self._base.accuracy
+        accuracy = None if before is None else before - cost.drop
+        self._tried.append(Tried(customer, cost.agreement, cost.kl, cost.change, accuracy))
 
     def found(self) -> Trial | None:
         """How the copies answered; None when there were none."""
-        if not self._copies:
+        if not self._tried:
             return None
-        agreement = [float((answers == self._base).mean()) for answers in self._copies]
-        accuracy = base_accuracy = None
-        if self._labels is not None:
-            accuracy = float(np.mean([(answers == self._labels).mean() for answers in self._copies]))
-            base_accuracy = float((self._base == self._labels).mean())
-        mean = sum(agreement) / len(agreement)
-        return Trial(len(agreement), len(self._images), mean, min(agreement), accuracy, base_accuracy)
+        _, agreement, kl, change, accuracy = zip(*self._tried, strict=True)
+        before = self._base.accuracy
+        return Trial(
+            copies=len(self._tried),
+            images=len(self._base.images),
+            agreement=_mean(agreement),
+            least=min(agreement),
+            kl=_mean(kl),
+            change=_mean(change),
+            accuracy=None if before is None else _mean(accuracy),
+            base_accuracy=before,
+            each=tuple(self._tried),
+        )
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return sum(values) / len(values)
+
+
+def _not_finite(who: str, cause: str) -> errors.NotFinite:
+    got = f"NaN or infinite ones from {who}"
+    return _validate.fail("issue", "finite outputs", got, cause, kind=errors.NotFinite)

@@ -68,11 +68,14 @@ def trace(
       ``"unreadable"``.
 
     Raises:
-      SmarkError: when there are no suspects, no copy of the model was issued, or the given map names leaves that do not
-        exist or contradicts their content.
+      SmarkError: when there are no suspects, no copy of the model was issued, ``reading`` rectifies although the model
+        has a shape, or the given map names leaves that do not exist or contradicts their content.
     """
     _validate.positive("trace", "the number of suspects", len(suspects))
     reading = reading or Reading()
+    if reading.rectify and model.settings.shape:
+        cause = "Models with a shape have one reading, which weighs by itself: leave --rectify out."
+        raise _validate.fail("trace", f"a model without a shape for --rectify, not {model.name}", "one with", cause)
     needed = _needed(model, model.settings.alpha if alpha is None else alpha)
     rows, chips = [], []
     for path in suspects:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax import _validate, carriers, errors, files
-from smark_jax.vault import _checks, bundles, evidence, ranges, reading, versions
+from smark_jax.vault import _checks, bundles, evidence, ranges, reading
 from smark_jax.vault._checks import Check, Checks, Fails, require
 from smark_jax.vault.documents import Bundle, Claim, Header, Missing
 
@@ -82,7 +82,7 @@ def verify(
     """Verifies a bundle without a vault: hashes, paths, the carrier, every accusation.
 
     Args:
-      bundle: the evidence.
+      bundle: the evidence; beside it, where the model has a shape, the shape's file.
       suspect: the model in dispute.
       base: the model that copies were made from.
       root: the root published before the sale, in hex; several when customers were licensed one after another.
@@ -107,12 +107,12 @@ def verify(
     with checks.check("numbers", "each is in its range"):
         _refuse(ranges.numbers(content))
     _checks.check_commitments(checks, content, roots)
-    proved = _checks.check_contents(checks, content, theirs.leaves, ours.leaves)
+    proved = _checks.check_contents(checks, content, bundle.parent, theirs.leaves, ours.leaves)
     if proved is not None:
         on_step("reading the suspect's chips")
         read = None
         with checks.check("read-out", "the suspect read as the owner read it") as detail:
-            read = _read(content, theirs.leaves, ours.leaves, proved, aligner)
+            read = _read(content, theirs.leaves, ours.leaves, proved.mark, aligner)
             detail.append(f"{read.coverage.read:,} of {read.coverage.weights:,} carrying weights")
             _refuse(_misstated(content, read))
         if read is not None and read.log_maps:
@@ -173,16 +173,14 @@ def _read(
     bundle: Bundle,
     suspect: Mapping[str, np.ndarray],
     base: Mapping[str, np.ndarray],
-    proved: _checks.Proved,
+    mark: carriers.Mark,
     aligner: reading.Aligner | None,
 ) -> reading.Read:
     how = bundle.suspect.reading
     if how.align and not aligner:
         raise Fails(f"the owner aligned it by {how.align}: pass --align with your own copy of that function")
     same = reading.Reading(aligner if how.align else None, how.rectify, how.given)
-    draw = versions.CARRIERS[bundle.header.algorithms.carrier]
     try:
-        mark = carriers.Mark(proved.spec, draw(proved.key, proved.spec, bundle.header.num_chips))
         return reading.read(suspect, base, mark, same, control=True)
     except errors.SmarkError as error:
         raise Fails(error.desk) from None
@@ -202,6 +200,9 @@ def _misstated(bundle: Bundle, read: reading.Read) -> str | None:
 
 def _statements(bundle: Bundle) -> tuple[str, ...]:
     stamped = all(item.timestamps for item in bundle.chain)
+    made = "base and shape were made without a look at codewords, and are what copies were made from"
+    if not bundle.header.shape:
+        made = "the base was made without a look at codewords, and is what copies were made from"
     age = "the time stamps say how old that is" if stamped else "no time stamp says how old that is"
     return (
         f"that {bundle.num_suspects} suspect(s) were examined together, in {bundle.num_alignments} reading(s) each: "
@@ -209,7 +210,7 @@ def _statements(bundle: Bundle) -> tuple[str, ...]:
         f"that it was occasion {bundle.verdict.occasion} of tracing this model: alpha holds for each occasion",
         f"that the suspect was compared with no more than {bundle.customers:,} customers: p-values count them",
         "that codewords were drawn at random, and neither chosen nor drawn again until one fitted",
-        "that the base was made without a look at codewords, and is what copies were made from",
+        f"that {made}",
         "that there is no other commitment to this model with other codewords, published to be shown where it fits",
         f"that the suspect is younger than the commitment: {age}, and nothing here says how old the suspect is",
         "that no copy with this codeword was made for anybody but the accused",

@@ -3,18 +3,20 @@
 A model names its algorithms when it is added, and commitments bind them. To change an algorithm, add an entry under a
 new name here and put that name into :data:`NEW`. Keep the old entry: existing models still use the one they name.
 
-Carriers, codes and decoders are looked up here. Ciphers and shapes are only checked by name: a second one must first
-reach the code that draws and marks, or models would commit to a name that changes nothing.
+Carriers, codes, decoders and shapes are looked up here. Ciphers are only checked by name: a second one must first reach
+the code that draws, or models would commit to a name that changes nothing.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from smark_jax import carriers, chacha, codes
+from smark_jax import carriers, chacha, codes, keys
 from smark_jax.vault.documents import Versions
 
-NEW = Versions()
-"""The algorithms of a new model."""
+WHITE = Versions()
+"""The algorithms of a model without a shape, whose leaves are all marked alike, as older versions did."""
+NEW = WHITE._replace(carrier="hadamard/2", shape="function/1")
+"""The algorithms of a new model with a shape."""
 
 
 class Code(NamedTuple):
@@ -24,15 +26,28 @@ class Code(NamedTuple):
     book: Callable[..., Any]
 
 
+def _with_tail(
+    key: keys.SecretKey, spec: carriers.Spec, shape: carriers.Shape | None, num_chips: int
+) -> carriers.Carrier:
+    return carriers.draw(key, spec, num_chips)
+
+
+def _without_tail(
+    key: keys.SecretKey, spec: carriers.Spec, shape: carriers.Shape | None, num_chips: int
+) -> carriers.Carrier:
+    return carriers.draw_even(key, spec.num_weights if shape is None else shape.num_coordinates, num_chips)
+
+
 CIPHERS = {"chacha20/1": chacha.keystream}
 """Keystreams. Carriers and codes call ChaCha20 directly; a second cipher would become an argument of theirs."""
-CARRIERS = {"hadamard/1": carriers.draw}
+CARRIERS: dict[str, Callable[..., carriers.Carrier]] = {"hadamard/1": _with_tail, "hadamard/2": _without_tail}
+"""Draw a carrier from its key, the carrying leaves, the shape or None, and the number of chips."""
 CODES = {"signs/1": Code(codes.codebook, codes.Codebook)}
 DECODERS = {"joint/1": "joint"}
 """Names in :data:`smark_jax.tracing.DECODERS`. Verdicts use the decoder that was committed to: choosing one after
 looking at the suspect would void the p-values."""
-SHAPES: dict[str | None, None] = {None: None}
-"""How marking strength is distributed over the weights: None marks all leaves alike."""
+SHAPES: dict[str | None, Callable[..., carriers.Shape] | None] = {None: None, "function/1": carriers.Shape.from_arrays}
+"""Make a shape of the arrays in its file; None where all leaves are marked alike."""
 
 _KNOWN: dict[str, Mapping[Any, object]] = {
     "cipher": CIPHERS,
@@ -49,3 +64,28 @@ def unknown(named: Versions) -> str | None:
         if name not in _KNOWN[kind]:
             return f"the {kind} {name!r}"
     return None
+
+
+def mark(
+    named: Versions,
+    key: keys.SecretKey,
+    spec: carriers.Spec,
+    shape: carriers.Shape | None,
+    num_chips: int,
+    strength: float,
+) -> carriers.Mark:
+    """The mark of a model, by the algorithms that it names.
+
+    Args:
+      named: these algorithms.
+      key: the carrier key.
+      spec: the carrying leaves.
+      shape: the shape, from its file; None if the model names none.
+      num_chips: m.
+      strength: the model's own, on which the weights of a shaped mark's reading depend.
+
+    Raises:
+      SmarkError: when the shape lacks a carrying leaf, or there are more chips than coordinates.
+    """
+    part = None if shape is None else shape.of(spec)
+    return carriers.Mark(spec, CARRIERS[named.carrier](key, spec, part, num_chips), part, strength)

@@ -20,7 +20,7 @@ from smark_jax.vault.documents.codec import (
     text,
 )
 from smark_jax.vault.documents.evidence import Bundle, Claim, Exhibit, Opened, Signed, Stamp, Stamped, VerdictNamed
-from smark_jax.vault.documents.settings import Commitment, Header, Leaf, LeafRow, Model, Versions, rows, spec
+from smark_jax.vault.documents.settings import Commitment, Header, Leaf, LeafRow, Model, Shape, Versions, rows, spec
 from smark_jax.vault.documents.verdicts import Accused, Answers, CommitmentNamed, Coverage, Reading, Suspect, Verdict
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "Model",
     "Opened",
     "Reading",
+    "Shape",
     "Signature",
     "Signed",
     "Stamp",

@@ -16,7 +16,8 @@ class Versions(NamedTuple):
       carrier: assigns a direction of weight space to each chip.
       code: derives codewords from the code key.
       decoder: reaches verdicts.
-      shape: how marking strength is distributed over the weights; null when all leaves are marked alike.
+      shape: how a stored shape distributes strength over the weights, and so how suspects are read; null when all
+        leaves are marked alike.
     """
 
     cipher: str = "chacha20/1"
@@ -28,6 +29,20 @@ class Versions(NamedTuple):
 
 LeafRow = tuple[str, tuple[int, ...], float]
 """A carrying leaf: path, shape, scale."""
+
+
+class Shape(NamedTuple):
+    """The shape of a model's mark, whose arrays are in a file.
+
+    Attributes:
+      digest: of the shape, by which its file is found and checked.
+      images: how many images it was made from; 0 when it follows from the weights alone.
+      change: relative change of the logits in copies of the model's own strength; null when nobody measured it.
+    """
+
+    digest: Hash
+    images: int
+    change: float | None
 
 
 class Model(NamedTuple):
@@ -42,6 +57,7 @@ class Model(NamedTuple):
     created: str
     public: Hash | Missing | None = MISSING
     versions: Versions | Missing = MISSING
+    shape: Shape | Missing | None = MISSING
 
 
 class Header(NamedTuple):
@@ -63,6 +79,7 @@ class Header(NamedTuple):
     decoder: str | Missing = MISSING
     decoder_version: int | Missing = MISSING
     versions: Versions | Missing = MISSING
+    shape: Hash | Missing = MISSING
 
     @property
     def algorithms(self) -> Versions:
