@@ -185,7 +185,7 @@ def test_costs_of_shapes(tmp_path, monkeypatch):
     result = section_checks.run_and_resume({shaped: tiny}, tmp_path)["shaped"]["result"]
     shape, alone, embed, extract = (found["facts"] for found in result["laps"])
     assert shape["weights"] == compare.CNN_WEIGHTS and shape["bases"] and 0 < shape["stored"] < shape["weights"]
-    assert 0 < alone["change"] < 0.02
+    assert 0 < alone["change"] < 0.05
     assert embed["copies"] > 0 and extract["copies"] > 0
     assert [row["measured"] for row in result["targets"][-2:]] == [embed["copies"], extract["copies"]]
     text = io.StringIO()
