@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from smark_jax._types import AnyArray
 
@@ -42,8 +42,7 @@ def bound(parts: Sequence[Float[Array, "..."]]) -> Float[Array, ""]:
     sizes = [jnp.abs(jax.lax.stop_gradient(part)) for part in parts]
 
     def count(inside: Callable[[Array], Array]) -> Array:
-        counts = [jnp.sum((size > 0) & inside(size), dtype=jnp.int32) for size in sizes]
-        return functools.reduce(jnp.add, [one.astype(jnp.float32) for one in counts])
+        return functools.reduce(jnp.add, [number((size > 0) & inside(size)) for size in sizes])
 
     moved = count(lambda size: size > 0)
 
@@ -53,6 +52,12 @@ def bound(parts: Sequence[Float[Array, "..."]]) -> Float[Array, ""]:
 
     steps = jax.lax.while_loop(too_few, lambda step: step + 1, jnp.zeros((), jnp.int32))
     return jnp.exp2(steps.astype(jnp.float32))
+
+
+def number(mask: Bool[Array, "..."]) -> Float[Array, ""]:
+    """How many entries are true. XLA compiles sums of floats several times as fast as sums of integers."""
+    ones = jnp.where(mask, 1.0, 0.0)  # by rows first, since float32 stops counting at 2^24
+    return ones.sum(axis=tuple(range(1, ones.ndim))).sum()
 
 
 def typical(limit: Array) -> Array:

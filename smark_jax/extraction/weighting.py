@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from smark_jax.carriers import Carrier, Mark, Scales, hadamard, shapes, shifts
@@ -33,6 +34,13 @@ _SHARE = 0.1
 # Shifts of an intact copy are within this many standard deviations.
 _WITHIN = 6.0
 _TINY = 1e-30
+
+
+class Sums(NamedTuple):
+    """Of one leaf, the sum of its coordinates' weights, and how many of its shifts are left out."""
+
+    weight: Float[Array, ""]
+    left_out: Float[Array, ""]
 
 
 class Shifts(NamedTuple):
@@ -53,15 +61,8 @@ def read(
       mark: a mark with a shape.
       vectors: read the leaves that are vectors, and them alone.
     """
-    assert mark.shape is not None
-    vector, totals, start = jnp.zeros(mark.carrier.num_weights), [], 0
-    counts = shapes.kept(mark.shape, mark.carrier.num_weights)
-    for (leaf, one), x, y, rms, count in zip(mark.shape, found, base, mark.spec.scales, counts, strict=True):
-        if shapes.is_vector(leaf) == vectors:
-            vector, total = _write(vector, start, x, y, one, rms, mark.strength, shapes.unnamed(leaf), count)
-            totals.append(total)
-        start += count
-    return _chips(vector, mark.carrier, _mean(totals, mark)), _finite(base)
+    vector, parts = _vector(found, base, mark, vectors)
+    return _chips(vector, mark.carrier, _mean([part.weight for part in parts], mark)), _finite(base)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -69,6 +70,21 @@ def read_batch(suspects: Sequence[Array], base: Sequence[Array], mark: Mark, per
     """:func:`read` for suspects stacked along a leading axis, ``per_pass`` at a time."""
     chips, ok = jax.lax.map(lambda suspect: read(suspect, base, mark), suspects, batch_size=per_pass)
     return chips, ok.all()
+
+
+def _vector(
+    found: Sequence[Array], base: Sequence[Array], mark: Mark, vectors: bool = False
+) -> tuple[Float[Array, " D"], list[Sums]]:
+    """The weighted shifts of all coordinates in one vector, zero where they are not read; and the sums of each leaf."""
+    assert mark.shape is not None
+    vector, sums, start = jnp.zeros(mark.carrier.num_weights), [], 0
+    counts = shapes.kept(mark.shape, mark.carrier.num_weights)
+    for (leaf, one), x, y, rms, count in zip(mark.shape, found, base, mark.spec.scales, counts, strict=True):
+        if shapes.is_vector(leaf) == vectors:
+            vector, part = _write(vector, start, x, y, one, rms, mark.strength, shapes.unnamed(leaf), count)
+            sums.append(part)
+        start += count
+    return vector, sums
 
 
 def parts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[list[Array], Array, Array]:
@@ -81,7 +97,7 @@ def parts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[li
             continue
         value, total = _part(x, y, one, rms, mark.strength, shapes.unnamed(leaf))
         values.append(value)
-        totals.append(total)
+        totals.append(total.weight)
     return values, _mean(totals, mark), _finite(base)
 
 
@@ -97,12 +113,12 @@ def _mean(totals: list[Array], mark: Mark) -> Array:
 @functools.partial(jax.jit, static_argnames="leaf")
 def _part(
     found: Array, base: Array, one: Scales, rms: float | Array, strength: float | Array, leaf: Leaf
-) -> tuple[Array, Array]:
-    """The weighted shifts of one leaf, and the sum of the weights."""
+) -> tuple[Array, Sums]:
+    """The weighted shifts of one leaf, and their sums."""
     shift = shifts_of(found, base, leaf, one, rms, strength)
     value = _less_shrinkage(shift, one.coefficients(_wide(base)) / one.sizes(leaf), leaf, one)
     weight = jnp.where(shift.there, _precision(value, leaf, one, strength), 0)
-    return value * weight, weight.sum()
+    return value * weight, Sums(weight.sum(), shifts.number(~shift.there))
 
 
 @functools.partial(jax.jit, static_argnames=("leaf", "count"), donate_argnums=0)
@@ -116,8 +132,8 @@ def _write(
     strength: float | Array,
     leaf: Leaf,
     count: int,
-) -> tuple[Array, Array]:
-    """Writes the first ``count`` values of :func:`_part` into the vector of all leaves; their sum of weights."""
+) -> tuple[Array, Sums]:
+    """Writes the first ``count`` values of :func:`_part` into the vector of all leaves; and its sums."""
     value, total = _part(found, base, one, rms, strength, leaf)
     return jax.lax.dynamic_update_slice(vector, value.reshape(-1)[:count], (start,)), total
 
@@ -132,23 +148,17 @@ def _finite(leaves: Sequence[Array]) -> Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def counts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[list[Array], float, Array]:
-    """As for a white mark: NaN or infinite weights by leaf, a bound of 0, and how many shifts are left out besides."""
+def counts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[list[int], float, int]:
+    """As for a white mark: NaN or infinite weights by leaf, a bound of 0, and how many shifts are left out besides.
+
+    The latter are those of the leaves that :func:`read` reads.
+    """
     assert mark.shape is not None
-    rows = zip(mark.shape, found, base, mark.spec.scales, strict=True)
-    pairs = [_count_of(x, y, one, rms, mark.strength, shapes.unnamed(leaf)) for (leaf, one), x, y, rms in rows]
-    broken, out = zip(*pairs, strict=True)
-    return list(broken), 0.0, jnp.stack(out).sum()
-
-
-@functools.partial(jax.jit, static_argnames="leaf")
-def _count_of(
-    found: Array, base: Array, one: Scales, rms: float | Array, strength: float | Array, leaf: Leaf
-) -> tuple[Array, Array]:
-    """How many of a leaf's weights are NaN or infinite, and how many of its shifts are left out besides."""
-    broken = jnp.sum(~jnp.isfinite(_wide(found)))
-    out = jnp.sum(~shifts_of(found, base, leaf, one, rms, strength).there)
-    return broken, out - (broken if one.basis is None else 0)
+    broken = [int(np.sum(~np.isfinite(np.asarray(leaf, np.float32)))) for leaf in found]
+    _, parts = _vector(found, base, mark)
+    out = sum(int(part.left_out) for part in parts)
+    plain = zip(mark.shape, broken, strict=True)
+    return broken, 0.0, out - sum(n for (leaf, one), n in plain if one.basis is None and not shapes.is_vector(leaf))
 
 
 def shifts_of(
