@@ -57,6 +57,13 @@ def test_the_head_does_not_carry_and_directions_are_few():
     assert np.square(outside).sum() < 0.011 * np.square(IMAGES).sum()
 
 
+def test_no_directions_where_the_network_as_a_whole_uses_most_of_its_own():
+    """Six directions of 60 inputs, but the other kernel has almost half of the weights."""
+    small = {**BASE, "a": {**BASE["a"], "kernel": BASE["a"]["kernel"][:60]}}
+    found = carriers.shape(small, apply_fn, IMAGES[:, :60])
+    assert all(one.basis is None for _, one in found)
+
+
 def test_scales_are_those_of_the_gauss_newton_diagonal():
     """Against all gradients, one class and image at a time, without random signs."""
     outputs = np.asarray(apply_fn(BASE, IMAGES), np.float64)
@@ -255,8 +262,10 @@ def test_weights_alone_give_a_conservative_shape_without_the_head():
     base = {**BASE, "head": {"bias": jnp.ones(5) * 0.3, "kernel": BASE["head"]["kernel"]}}
     found = {leaf.path: sizes_of(one).max() for leaf, one in carriers.shape(base)}
     assert "head/kernel" not in found
-    rms = {path: np.sqrt(np.square(float64(base)[path[0]][path[2:]]).mean()) for path in ("a/kernel", "b/kernel")}
-    share = {path: found[path] / rms[path] for path in rms}
+    weights = {path: float64(base)[path.split("/")[0]][path.split("/")[1]] for path in found}
+    share = {path: found[path] / np.sqrt(np.square(weights[path]).mean()) for path in found}
+    assert {"a/kernel", "b/kernel", "a/bias"} <= share.keys()
+    assert sum(one**2 for one in share.values()) == pytest.approx(1, rel=1e-4)
     assert share["a/kernel"] / share["b/kernel"] == pytest.approx((9600 / 2000) ** 0.5, rel=1e-4)
 
 

@@ -247,10 +247,14 @@ def _models(config: Config, setting: race.Setting, seed: int, tell: Callable[[st
 def show(console: rich.console.Console, result: sections.Result) -> None:
     tables.show_machine(console, result)
     tables.show_timings(console, result["timings"])
+    show_targets(console, result["targets"])
+
+
+def show_targets(console: rich.console.Console, targets: Sequence[Found]) -> None:
     table = rich.table.Table(title="What was aimed at", title_justify="left")
     for column in ("what", "target", "measured", "met"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    for row in result["targets"]:
+    for row in targets:
         sign = "at most" if row["at_most"] else "at least"
         measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g} {row['unit']}"
         met = {True: "[green]yes[/green]", False: "[bold red]no[/bold red]", None: "-"}[row["met"]]

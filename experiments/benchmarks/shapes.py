@@ -28,6 +28,33 @@ def resnet50(classes: int = 1000) -> Shapes:
     return shapes | {"head/kernel": (inputs, classes), "head/bias": (classes,)}
 
 
+def resnet18(classes: int = 1000) -> Shapes:
+    """ResNet-18 (He et al. 2016) for images of 224 x 224: 11,689,512 weights."""
+    shapes: Shapes = {}
+
+    def conv(name: str, size: int, inputs: int, outputs: int) -> None:
+        shapes[f"{name}/kernel"] = (size, size, inputs, outputs)
+        shapes[f"{name}/norm/scale"] = shapes[f"{name}/norm/bias"] = (outputs,)
+
+    conv("stem", 7, 3, 64)
+    inputs = 64
+    for stage in range(4):
+        width = 64 * 2**stage
+        for block in range(2):
+            name = f"stage_{stage}/block_{block}"
+            conv(f"{name}/conv_0", 3, inputs, width)
+            conv(f"{name}/conv_1", 3, width, width)
+            if inputs != width:
+                conv(f"{name}/shortcut", 1, inputs, width)
+            inputs = width
+    return shapes | {"head/kernel": (inputs, classes), "head/bias": (classes,)}
+
+
+def over_parametrised() -> Shapes:
+    """A convolution and a dense layer with 12,544 inputs: 11,276,288 weights."""
+    return {"conv": (3, 3, 64, 64), "dense": (12_544, 896)}
+
+
 def vit_b16(classes: int = 1000) -> Shapes:
     """ViT-B/16 (Dosovitskiy et al. 2021) for images of 224 x 224: 86,567,656 weights."""
     width, hidden = 768, 3072
@@ -60,4 +87,4 @@ def layers(num_weights: int) -> Shapes:
     return {f"layer_{i}": (size,) for i, size in enumerate(sizes)}
 
 
-NAMED: dict[str, Callable[[], Shapes]] = {"ResNet-50": resnet50, "ViT-B/16": vit_b16}
+NAMED: dict[str, Callable[[], Shapes]] = {"ResNet-18": resnet18, "ResNet-50": resnet50, "ViT-B/16": vit_b16}

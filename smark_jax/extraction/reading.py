@@ -150,7 +150,8 @@ def _shaped(
     if where is None:
         return weighting.read(found, base, mark)
     where = sharded.automatic(where)
-    values, mean, ok = weighting.parts(*(sharded.placed(leaves, where) for leaves in (found, base)), mark)
+    found, base = (sharded.placed(leaves, where) for leaves in (found, base))
+    values, mean, ok = weighting.parts(found, base, mark)
     return sharded.despread_parts(values, mark, where) / mean, ok
 
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from smark_jax.carriers import Mark, Scales, hadamard, shapes, shifts
+from smark_jax.carriers import Carrier, Mark, Scales, hadamard, shapes, shifts
 from smark_jax.carriers.selection import Leaf
 
 # Means over fewer entries than this say little of a row's or a column's noise.
@@ -42,7 +42,6 @@ class Shifts(NamedTuple):
     there: Array
 
 
-@functools.partial(jax.jit, static_argnames="vectors")
 def read(
     found: Sequence[Array], base: Sequence[Array], mark: Mark, vectors: bool = False
 ) -> tuple[Float[Array, " m"], Array]:
@@ -55,9 +54,14 @@ def read(
       vectors: read the leaves that are vectors, and them alone.
     """
     assert mark.shape is not None
-    values, mean, finite = parts(found, base, mark, vectors)
-    vector = shapes.join(values, mark.shape, mark.carrier.num_weights)
-    return hadamard.despread(vector, mark.carrier) / mean, finite
+    vector, totals, start = jnp.zeros(mark.carrier.num_weights), [], 0
+    counts = shapes.kept(mark.shape, mark.carrier.num_weights)
+    for (leaf, one), x, y, rms, count in zip(mark.shape, found, base, mark.spec.scales, counts, strict=True):
+        if shapes.is_vector(leaf) == vectors:
+            vector, total = _write(vector, start, x, y, one, rms, mark.strength, _unnamed(leaf), count)
+            totals.append(total)
+        start += count
+    return _chips(vector, mark.carrier, _mean(totals, mark)), _finite(base)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -67,38 +71,89 @@ def read_batch(suspects: Sequence[Array], base: Sequence[Array], mark: Mark, per
     return chips, ok.all()
 
 
-@functools.partial(jax.jit, static_argnames="vectors")
-def parts(
-    found: Sequence[Array], base: Sequence[Array], mark: Mark, vectors: bool = False
-) -> tuple[list[Array], Array, Array]:
-    """The weighted shifts leaf by leaf, the mean weight (1 where all are zero), and whether the base is finite."""
+def parts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[list[Array], Array, Array]:
+    """The weighted shifts leaf by leaf, the mean weight, and whether the base is finite."""
     assert mark.shape is not None
-    values, total = [], jnp.float32(0)
+    values, totals = [], []
     for (leaf, one), x, y, rms in zip(mark.shape, found, base, mark.spec.scales, strict=True):
-        if shapes.is_vector(leaf) != vectors:
-            values.append(jnp.zeros(one.coordinates(leaf)))
+        if shapes.is_vector(leaf):
+            values.append(jnp.zeros(leaf.shape))
             continue
-        shift = shifts_of(x, y, leaf, one, rms, mark.strength)
-        value = _less_shrinkage(shift, one.coefficients(_wide(y)) / one.sizes(leaf), leaf, one)
-        weight = jnp.where(shift.there, _precision(value, leaf, one, mark.strength), 0)
-        values.append(value * weight)
-        total += weight.sum()
-    mean = total / mark.shape.num_coordinates
-    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in base]).all()
-    return values, jnp.where(mean > 0, mean, 1), finite
+        value, total = _part(x, y, one, rms, mark.strength, _unnamed(leaf))
+        values.append(value)
+        totals.append(total)
+    return values, _mean(totals, mark), _finite(base)
+
+
+def _mean(totals: list[Array], mark: Mark) -> Array:
+    """The mean weight of a coordinate; 1 where all are zero."""
+    assert mark.shape is not None
+    mean = jnp.asarray(totals).sum() / mark.shape.num_coordinates
+    return jnp.where(mean > 0, mean, 1)
+
+
+# Compiled for each shape of a leaf, of which a model has few. One program for all leaves would hold the intermediate
+# arrays of several at a time, and would take more memory to compile than a small model has weights.
+@functools.partial(jax.jit, static_argnames="leaf")
+def _part(
+    found: Array, base: Array, one: Scales, rms: float | Array, strength: float | Array, leaf: Leaf
+) -> tuple[Array, Array]:
+    """The weighted shifts of one leaf, and the sum of the weights."""
+    shift = shifts_of(found, base, leaf, one, rms, strength)
+    value = _less_shrinkage(shift, one.coefficients(_wide(base)) / one.sizes(leaf), leaf, one)
+    weight = jnp.where(shift.there, _precision(value, leaf, one, strength), 0)
+    return value * weight, weight.sum()
+
+
+@functools.partial(jax.jit, static_argnames=("leaf", "count"), donate_argnums=0)
+def _write(
+    vector: Array,
+    start: int,
+    found: Array,
+    base: Array,
+    one: Scales,
+    rms: float | Array,
+    strength: float | Array,
+    leaf: Leaf,
+    count: int,
+) -> tuple[Array, Array]:
+    """Writes the first ``count`` values of :func:`_part` into the vector of all leaves; their sum of weights."""
+    value, total = _part(found, base, one, rms, strength, leaf)
+    return jax.lax.dynamic_update_slice(vector, value.reshape(-1)[:count], (start,)), total
 
 
 @jax.jit
+def _chips(vector: Array, carrier: Carrier, mean: Array) -> Float[Array, " m"]:
+    return hadamard.despread(vector, carrier) / mean
+
+
+@jax.jit
+def _finite(leaves: Sequence[Array]) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def _unnamed(leaf: Leaf) -> Leaf:
+    """A leaf without its name, so that what is compiled for it serves all leaves of its shape."""
+    return Leaf("", leaf.shape)
+
+
 def counts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[list[Array], float, Array]:
     """As for a white mark: NaN or infinite weights by leaf, a bound of 0, and how many shifts are left out besides."""
     assert mark.shape is not None
-    broken = [jnp.sum(~jnp.isfinite(_wide(leaf))) for leaf in found]
-    rows = zip(mark.shape, found, base, mark.spec.scales, broken, strict=True)
-    out = [
-        jnp.sum(~shifts_of(x, y, leaf, one, rms, mark.strength).there) - (number if one.basis is None else 0)
-        for (leaf, one), x, y, rms, number in rows
-    ]
-    return broken, 0.0, jnp.stack(out).sum()
+    rows = zip(mark.shape, found, base, mark.spec.scales, strict=True)
+    pairs = [_count_of(x, y, one, rms, mark.strength, _unnamed(leaf)) for (leaf, one), x, y, rms in rows]
+    broken, out = zip(*pairs, strict=True)
+    return list(broken), 0.0, jnp.stack(out).sum()
+
+
+@functools.partial(jax.jit, static_argnames="leaf")
+def _count_of(
+    found: Array, base: Array, one: Scales, rms: float | Array, strength: float | Array, leaf: Leaf
+) -> tuple[Array, Array]:
+    """How many of a leaf's weights are NaN or infinite, and how many of its shifts are left out besides."""
+    broken = jnp.sum(~jnp.isfinite(_wide(found)))
+    out = jnp.sum(~shifts_of(found, base, leaf, one, rms, strength).there)
+    return broken, out - (broken if one.basis is None else 0)
 
 
 def shifts_of(
