@@ -175,7 +175,7 @@ def test_costs_of_shapes(tmp_path, monkeypatch):
     from experiments.benchmarks import shape_side
 
     def in_this_process(entry, setting):
-        (arm,) = entry.arms or ("shape",)
+        (arm,) = entry.arms
         facts = shape_side.CASES[entry.case](**entry.params)[arm]()
         return {"network": entry.params["network"], "arm": arm, "device": "cpu", "seconds": 1.0, "facts": facts}
 
@@ -183,8 +183,9 @@ def test_costs_of_shapes(tmp_path, monkeypatch):
     monkeypatch.setattr(shaped, "lap", in_this_process)
     tiny = shaped.Config(("CNN",), 4, ("dense",), 80_000, 64)
     result = section_checks.run_and_resume({shaped: tiny}, tmp_path)["shaped"]["result"]
-    shape, embed, extract = (found["facts"] for found in result["laps"])
+    shape, alone, embed, extract = (found["facts"] for found in result["laps"])
     assert shape["weights"] == compare.CNN_WEIGHTS and shape["bases"] and 0 < shape["stored"] < shape["weights"]
+    assert 0 < alone["change"] < 0.05
     assert embed["copies"] > 0 and extract["copies"] > 0
     assert [row["measured"] for row in result["targets"][-2:]] == [embed["copies"], extract["copies"]]
     text = io.StringIO()

@@ -73,7 +73,8 @@ def test_embed_under_jit_is_compiled_once_for_all_models_of_an_architecture(matr
 
 def test_no_entry_point_is_compiled_again_for_another_model_of_an_architecture():
     compiled = (
-        embedding.copies._embed,
+        embedding.copies._vector,
+        embedding.copies._add,
         embedding.copies._embed_batch,
         extraction.reading._extract,
         extraction.reading._extract_batch,

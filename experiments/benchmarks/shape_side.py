@@ -14,7 +14,7 @@ import numpy as np
 from experiments.benchmarks import jax_side, shapes, worker
 from experiments.benchmarks.jax_side import device, device_peak
 from experiments.common import sections
-from smark_jax import carriers, codes, embedding, extraction, models
+from smark_jax import carriers, codes, embedding, extraction, keys, models
 
 __all__ = ["CASES", "device", "device_peak"]
 
@@ -24,8 +24,16 @@ _PATTERNS = 20
 _DIRECTIONS = 48
 
 
+def _secret(seed: int, name: str) -> keys.SecretKey:
+    return sections.secret(seed, "benchmark", name)
+
+
 def making(network: str, images: int, seed: int) -> jax_side.Arms:
-    """The shape of a network: the CNN with weights at random, or one of ``experiments.common.real``."""
+    """Shapes of a network: the CNN with weights at random, or one of ``experiments.common.real``.
+
+    ``shape`` makes one from the network and ``images``; ``weights alone`` makes one without, and measures how far
+    a copy at the default strength changes the logits.
+    """
     if network == "CNN":
         rng = np.random.default_rng(seed)
         base, apply_fn = models.init(models.CNN(), jax.random.key(seed), (28, 28, 1)), models.apply_fn(models.CNN())
@@ -48,7 +56,12 @@ def making(network: str, images: int, seed: int) -> jax_side.Arms:
             "bases": sum(one.basis is not None for _, one in found),
         }
 
-    return {"shape": shape}
+    def weights_alone() -> dict[str, Any]:
+        mark = carriers.mark(_secret(seed, "carrier"), base, shape=carriers.shape(base))
+        copy = embedding.embed(base, mark, codes.codebook(_secret(seed, "code"), [1])[0])
+        return {"change": embedding.measure(copy, base, apply_fn, inputs).cost.change}
+
+    return {"shape": shape, "weights alone": weights_alone}
 
 
 def using(network: str, num_chips: int, seed: int, num_weights: int = 0) -> jax_side.Arms:
@@ -61,8 +74,8 @@ def using(network: str, num_chips: int, seed: int, num_weights: int = 0) -> jax_
     base = {name: jnp.asarray(0.05 * rng.standard_normal(size, np.float32)) for name, size in leaves.items()}
     found = [(carriers.Leaf(name, base[name].shape), _scales(base[name].shape, rng)) for name in sorted(base)]
     shape = carriers.Shape(*zip(*found, strict=True))
-    mark = carriers.mark(sections.secret(seed, "benchmark", "carrier"), base, num_chips, shape=shape)
-    word = codes.codebook(sections.secret(seed, "benchmark", "code"), [1], num_chips)[0]
+    mark = carriers.mark(_secret(seed, "carrier"), base, num_chips, shape=shape)
+    word = codes.codebook(_secret(seed, "code"), [1], num_chips)[0]
     suspect = {name: leaf * np.float32(1.001) for name, leaf in base.items()}
     jax.block_until_ready((suspect, mark))
     weights = sum(leaf.nbytes for leaf in base.values())

@@ -24,14 +24,18 @@ class Config:
 QUICK = Config()
 FULL = Config(("CNN", "EfficientNet-Lite0", "OpenNSFW"))
 
-# Of two cores, copies of the weights, and the model's room for a shape by channel and for one with directions.
+# Of two cores; copies of the weights; per cent of the model, for a shape by channel and for one with directions.
 _SECONDS, _COPIES, _ROOM, _ROOM_OF_DIRECTIONS = 60, 6, 5, 100
+# Of the logits, relative to their RMS.
+_CHANGE = 0.02
 
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     setting = race.setting()
     jobs = [
-        Entry("shape", "making", {"network": name, "images": config.images, "seed": seed}) for name in config.networks
+        Entry("shape", "making", {"network": name, "images": config.images, "seed": seed}, (arm,))
+        for name in config.networks
+        for arm in ("shape", "weights alone")
     ]
     more = {"num_weights": config.num_weights, "num_chips": config.num_chips, "seed": seed}
     jobs += [
@@ -62,6 +66,9 @@ def lap(entry: Entry, setting: race.Setting) -> dict:
 
 def _targets(lap: dict) -> list[compare.Found]:
     name, found = lap["network"], lap["facts"]
+    if lap["arm"] == "weights alone":
+        what = f"change of the logits at the default strength of 0.01, from weights alone: {name}"
+        return [compare.target(what, found["change"], _CHANGE, at_most=True)]
     if lap["arm"] != "shape":
         what = f"memory of {lap['arm']}: {name}"
         return [compare.target(what, found["copies"], _COPIES, at_most=True, unit="copies of the weights")]

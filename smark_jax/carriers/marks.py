@@ -123,11 +123,6 @@ def coordinates_of(leaves: Sequence[Any], mark: Mark) -> Float[Array, " D"]:
     return shapes.join(shapes.shifts(wide, mark.shape), mark.shape, mark.carrier.num_weights)
 
 
-def changes(vector: Array, mark: Mark) -> list[Array]:
-    """The changes of the carrying weights, leaf by leaf, for a vector in the mark's coordinates."""
-    return selection.changes(vector, mark.spec) if mark.shape is None else shapes.changes(vector, mark.shape)
-
-
 def check(who: str, mark: Mark, base: PyTree) -> None:
     """Refuses, in the name of ``who``, a mark whose parts do not belong together or that does not fit the base.
 

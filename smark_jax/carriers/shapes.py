@@ -216,6 +216,11 @@ def is_vector(leaf: Leaf) -> bool:
     return leaf.size == max(leaf.shape, default=1)
 
 
+def unnamed(leaf: Leaf) -> Leaf:
+    """A leaf without its name, so that what is compiled for it serves all leaves of its shape."""
+    return Leaf("", leaf.shape)
+
+
 def join(parts: Sequence[Array], shape: Shape, total: int) -> Float[Array, " D"]:
     """The coordinates of all leaves as one vector of ``total`` entries.
 
@@ -228,16 +233,6 @@ def join(parts: Sequence[Array], shape: Shape, total: int) -> Float[Array, " D"]
     return jnp.concatenate(jax.lax.optimization_barrier(flat))
 
 
-def split(vector: Array, shape: Shape) -> list[Array]:
-    """The inverse of :func:`join`, with -0 where a coordinate was left out: adding it leaves every weight unchanged."""
-    parts, start = [], 0
-    for (leaf, one), count, size in zip(shape, kept(shape, vector.shape[0]), shape.counts, strict=True):
-        part = jnp.pad(vector[start : start + count], (0, size - count), constant_values=-0.0)
-        parts.append(part.reshape(one.coordinates(leaf)))
-        start += count
-    return parts
-
-
 def kept(shape: Shape, total: int) -> list[int]:
     """How many of each leaf's coordinates are kept of ``total``, as evenly as whole numbers allow."""
     found, end = [], 0
@@ -247,13 +242,18 @@ def kept(shape: Shape, total: int) -> list[int]:
     return found
 
 
-def changes(vector: Array, shape: Shape) -> list[Array]:
-    """The changes of the weights, leaf by leaf, for a vector in the shape's coordinates."""
-    parts = zip(shape, split(vector, shape), strict=True)
-    return [one.weights(one.sizes(leaf) * part, leaf) for (leaf, one), part in parts]
+def change(vector: Array, start: int | Array, count: int, leaf: Leaf, one: Scales) -> Float[Array, "..."]:
+    """The change of a leaf's weights, for the vector of :func:`join` in which its ``count`` entries begin at ``start``.
+
+    Where a coordinate was left out, the coefficient is -0: adding it leaves every weight unchanged.
+    """
+    sizes = one.coordinates(leaf)
+    part = jax.lax.dynamic_slice(vector, (start,), (count,))
+    part = jnp.pad(part, (0, math.prod(sizes) - count), constant_values=-0.0).reshape(sizes)
+    return one.weights(one.sizes(leaf) * part, leaf)
 
 
 def shifts(changes: Sequence[Array], shape: Shape) -> list[Float[Array, "..."]]:
-    """Changes of the weights by the shape's coordinates, in units of their scales: the inverse of :func:`changes`."""
+    """Changes of the weights by the shape's coordinates, in units of their scales: the inverse of :func:`change`."""
     parts = zip(shape, changes, strict=True)
     return [one.coefficients(change) / one.sizes(leaf) for (leaf, one), change in parts]

@@ -5,6 +5,7 @@ RMS change of a coordinate is ``strength`` times its scale: the RMS of its leaf 
 shaped one. The read-out of an intact copy is ``delta * word``.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Num
 
 from smark_jax import _trees, _validate, carriers
 from smark_jax._types import AnyArray, PyTree
-from smark_jax.carriers import marks, selection, sharded
+from smark_jax.carriers import marks, selection, shapes, sharded
 
 
 def embed(
@@ -135,13 +136,42 @@ def _wide_too(ok: Any, base: PyTree, spec: carriers.Spec) -> Any:
     return ok & all(np.isfinite(leaf).all() for leaf, narrow in seen if narrow is None)
 
 
-@jax.jit
 def _embed(
     leaves: list[Any], mark: carriers.Mark, word: Array, strength: Array | float
 ) -> tuple[list[Array], Array, Array]:
-    changed = selection.add(leaves, marks.changes(_delta(mark, strength) * carriers.spread(word, mark), mark))
+    vector, signs = _vector(mark, word, strength)
+    if mark.shape is None:
+        return *_add(leaves, vector, mark.spec), signs
+    changed, ok, start = [], [], 0
+    counts = shapes.kept(mark.shape, mark.carrier.num_weights)
+    for x, (leaf, one), count in zip(leaves, mark.shape, counts, strict=True):
+        copy, finite = _add_to_leaf(x, vector, start, one, shapes.unnamed(leaf), count)
+        changed.append(copy)
+        ok.append(finite)
+        start += count
+    return changed, jnp.stack(ok).all(), signs
+
+
+@jax.jit
+def _vector(mark: carriers.Mark, word: Array, strength: Array | float) -> tuple[Array, Array]:
+    """The change in the mark's coordinates, and whether the word is of -1 and +1."""
+    return _delta(mark, strength) * carriers.spread(word, mark), jnp.all(jnp.abs(word) == 1)
+
+
+@jax.jit
+def _add(leaves: list[Any], vector: Array, spec: carriers.Spec) -> tuple[list[Array], Array]:
+    changed = selection.add(leaves, selection.changes(vector, spec))
     # The check is on the copy, so that it also catches a strength that overflows a narrow dtype.
-    return changed, jnp.stack([jnp.isfinite(leaf).all() for leaf in changed]).all(), jnp.all(jnp.abs(word) == 1)
+    return changed, jnp.stack([jnp.isfinite(leaf).all() for leaf in changed]).all()
+
+
+# Compiled for each shape of a leaf, as in extraction: one program for all leaves takes more memory to compile.
+@functools.partial(jax.jit, static_argnames=("leaf", "count"))
+def _add_to_leaf(
+    x: Any, vector: Array, start: int, one: carriers.Scales, leaf: carriers.Leaf, count: int
+) -> tuple[Array, Array]:
+    (copy,) = selection.add([x], [shapes.change(vector, start, count, leaf, one)])
+    return copy, jnp.isfinite(copy).all()
 
 
 @jax.jit

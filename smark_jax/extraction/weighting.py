@@ -58,7 +58,7 @@ def read(
     counts = shapes.kept(mark.shape, mark.carrier.num_weights)
     for (leaf, one), x, y, rms, count in zip(mark.shape, found, base, mark.spec.scales, counts, strict=True):
         if shapes.is_vector(leaf) == vectors:
-            vector, total = _write(vector, start, x, y, one, rms, mark.strength, _unnamed(leaf), count)
+            vector, total = _write(vector, start, x, y, one, rms, mark.strength, shapes.unnamed(leaf), count)
             totals.append(total)
         start += count
     return _chips(vector, mark.carrier, _mean(totals, mark)), _finite(base)
@@ -79,7 +79,7 @@ def parts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[li
         if shapes.is_vector(leaf):
             values.append(jnp.zeros(leaf.shape))
             continue
-        value, total = _part(x, y, one, rms, mark.strength, _unnamed(leaf))
+        value, total = _part(x, y, one, rms, mark.strength, shapes.unnamed(leaf))
         values.append(value)
         totals.append(total)
     return values, _mean(totals, mark), _finite(base)
@@ -132,16 +132,11 @@ def _finite(leaves: Sequence[Array]) -> Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def _unnamed(leaf: Leaf) -> Leaf:
-    """A leaf without its name, so that what is compiled for it serves all leaves of its shape."""
-    return Leaf("", leaf.shape)
-
-
 def counts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[list[Array], float, Array]:
     """As for a white mark: NaN or infinite weights by leaf, a bound of 0, and how many shifts are left out besides."""
     assert mark.shape is not None
     rows = zip(mark.shape, found, base, mark.spec.scales, strict=True)
-    pairs = [_count_of(x, y, one, rms, mark.strength, _unnamed(leaf)) for (leaf, one), x, y, rms in rows]
+    pairs = [_count_of(x, y, one, rms, mark.strength, shapes.unnamed(leaf)) for (leaf, one), x, y, rms in rows]
     broken, out = zip(*pairs, strict=True)
     return list(broken), 0.0, jnp.stack(out).sum()
 
