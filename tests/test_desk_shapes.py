@@ -206,11 +206,11 @@ def test_the_images_of_the_shape_and_of_the_strength_are_never_the_same(key, mon
 
 def test_the_network_may_be_a_file_and_the_images_another(desk):
     steps = [
-        network_files.Step("Gemm", ["x", "a.kernel", "a.bias"], ["y"]),
+        network_files.Step("Gemm", ["x", "block/a.kernel", "block/a.bias"], ["y"]),
         network_files.Step("Tanh", ["y"], ["z"]),
         network_files.Step("MatMul", ["z", "head.kernel"], ["logits"]),
     ]
-    sizes = {"a.kernel": (20, 60), "a.bias": (60,), "head.kernel": (60, 5)}
+    sizes = {"block/a.kernel": (20, 60), "block/a.bias": (60,), "head.kernel": (60, 5)}
     tensors = {name: RNG.normal(size=size).astype(np.float32) for name, size in sizes.items()}
     (desk.folder / "net.onnx").write_bytes(network_files.onnx(steps, tensors, ("batch", 20), "logits"))
     add = ("add-model", "vault", "onnx", "net.onnx", "--chips", CHIPS, "--strength", 0.01)

@@ -57,7 +57,7 @@ for _command, _examples in (
     (
         _trace.trace,
         "smark trace my-vault mnist-cnn leaked.bin\n\n"
-        "  smark trace my-vault mnist-cnn a.pt b.npz --align network:aligning --rectify --json",
+        "  smark trace my-vault mnist-cnn a.pt b.npz --align network:aligning --json",
     ),
     (_trace.report, "smark report my-vault 1 --out report.html"),
     (

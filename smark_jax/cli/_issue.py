@@ -156,7 +156,7 @@ def _say(vault: Path, issued: "issuing.Issued", document: Mapping[str, Any]) -> 
         say(_answered(issued.trial))
         _costs(issued.trial)
     elif issued.written:
-        say("They were not run: with --network MODULE:FUNCTION, issue says how often they answer as the base does.")
+        say("They were not run: with --network, issue says what each copy costs, and refuses one that answers NaN.")
     say(f"Commitment {commitment.number} to {commitment.header.customers:,} customers; publish its root:")
     say(f"  {commitment.root}")
     say(f"  or the file {document['commitment']['file']}")

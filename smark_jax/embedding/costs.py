@@ -114,13 +114,17 @@ class Answers(NamedTuple):
             return None
         return float((_logits(self.outputs).argmax(axis=1) == np.asarray(self.labels)).mean())
 
+    def cost(self, copy: PyTree) -> Cost:
+        """What a copy costs on these images."""
+        return _cost(_compare("measure", copy, self))
+
     def measure(self, copy: PyTree) -> Measured:
-        """What a copy costs on these images, as :func:`measure` says."""
+        """What a copy costs on these images, and how sure that is, as :func:`measure` says."""
         return _summary([_compare("measure", copy, self)])
 
 
 def answers(base: PyTree, apply_fn: ApplyFn, images: Any, labels: Int[AnyArray, " N"] | None = None) -> Answers:
-    """Asks the base once; ``answers(...).measure(copy)`` then measures any number of copies.
+    """Asks the base once; ``answers(...).cost(copy)`` then says of any number of copies what they cost.
 
     Raises:
       NotFinite: when the base's outputs are NaN or infinite.
@@ -322,8 +326,10 @@ def _summary(rows: list[_Images]) -> Measured:
     mean = _Images(*(np.mean(xs, axis=0) for xs in zip(*rows, strict=True)))
     cost, number = _cost(mean), len(mean.kl)
     rng = np.random.default_rng(0)
-    samples = [_cost(_Images(*(x[some] for x in mean))) for some in rng.integers(number, size=(_RESAMPLES, number))]
-    low, high = np.quantile(np.asarray(samples), [0.025, 0.975], axis=0).tolist()
+    some = rng.integers(number, size=(_RESAMPLES, number))
+    error, power, *others = (x[some].mean(axis=1) for x in mean)
+    samples = [np.sqrt(error / np.where(power > 0, power, 1)), *others]
+    low, high = np.quantile(np.stack(samples), [0.025, 0.975], axis=1).tolist()
     intervals = Intervals(*zip(low, high, strict=True))
     return Measured(cost, intervals._replace(agreement=_wilson(cost.agreement, number)))
 

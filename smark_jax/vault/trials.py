@@ -148,7 +148,7 @@ class Running:
           NotFinite: when it answers NaN or infinite values.
         """
         try:
-            cost = self._base.measure(files.nest(leaves)).cost
+            cost = self._base.cost(files.nest(leaves))
         except errors.NotFinite:
             raise _not_finite(f"the copy of {customer}", _OF_COPY) from None
         before = self._base.accuracy

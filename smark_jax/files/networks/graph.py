@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _roles, _validate
+from smark_jax import _roles, _trees, _validate
 from smark_jax.errors import SmarkError, Unreadable
 from smark_jax.files import _limits
 from smark_jax.files._limits import shown
@@ -168,6 +168,7 @@ def function(graph: Graph, operators: Operators) -> Callable[[Mapping[str, Any],
     jitted = jax.jit(grouped)
 
     def apply_fn(params: Mapping[str, Any], images: Any) -> Any:
+        params = _trees.named("network", params)  # of a nested tree too: the names of leaves hold slashes
         # Under a caller's jit its operations are the caller's; else they are compiled, so that sizes are known first.
         return (grouped if _validate.is_traced(params, images) else jitted)(params, images)
 

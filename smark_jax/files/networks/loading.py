@@ -20,7 +20,8 @@ class Network(NamedTuple):
     Attributes:
       params: weights and running statistics by name. What does not carry a mark says so by its own name
         (``bn.running_mean``), or its name begins with ``buffers/``.
-      apply_fn: ``apply_fn(params, images) -> logits``: pure, compiled, and a plain list of operations in a jaxpr.
+      apply_fn: ``apply_fn(params, images) -> logits``: pure, compiled, and a plain list of operations in a jaxpr. The
+        tree that :func:`smark_jax.files.nest` makes of ``params`` will do as well.
     """
 
     params: dict[str, np.ndarray]
