@@ -47,7 +47,7 @@ def export(
         _io.write(out, exported.content, private=True)
 
     def words() -> None:
-        beside = f"{shape}, which belongs into the same folder, " if shape else ""
+        beside = f"{shape}, which belongs in the same folder, " if shape else ""
         say(f"{out} accuses {', '.join(exported.accused)}. Hand it over with {beside}the suspect and the base.")
         say(f"Anybody can check it: smark evidence verify {out} SUSPECT BASE --commitment FILE-or-ROOT")
         numbers = " and ".join(map(str, exported.commitments))
