@@ -18,7 +18,7 @@ from jax import Array
 from experiments.common import intervals, pipeline, real, sections
 from experiments.common.networks import ALPHA
 from smark_jax import _batches, attacks, carriers, codes, embedding, extraction, statistics
-from smark_jax._types import PyTree
+from smark_jax._types import ApplyFn, PyTree
 from smark_jax.carriers import inputs
 
 NETWORKS: dict[str, Callable[[], real.Network]] = {
@@ -67,9 +67,10 @@ FULL = Config()
 
 
 class Field(NamedTuple):
-    """A network, the images of each use as it takes them, and its function of images already preprocessed."""
+    """A network, its function in a form that is fast on CPUs, its logits, and the images of each use."""
 
     network: real.Network
+    apply_fn: ApplyFn
     logits: Callable[[PyTree, np.ndarray], np.ndarray]
     shape: np.ndarray
     strength: np.ndarray
@@ -78,14 +79,15 @@ class Field(NamedTuple):
 
 def _field(name: str, config: Config) -> Field:
     network = NETWORKS[name]()
-    apply_fn = jax.jit(functools.partial(inputs.interpret, network.apply_fn))  # depthwise kernels are faster so
+    apply_fn = functools.partial(inputs.interpret, network.apply_fn)  # depthwise kernels are faster so
+    run = jax.jit(apply_fn)
 
     def logits(params: PyTree, images: np.ndarray) -> np.ndarray:
-        return _batches.apply(functools.partial(apply_fn, params), _BATCH, images).astype(np.float64)
+        return _batches.apply(functools.partial(run, params), _BATCH, images).astype(np.float64)
 
     crops = lambda use, number: network.preprocess(real.natural_images(use, number).images)  # noqa: E731
     shape, strength = crops("shape", config.shape_images), crops("strength", config.strength_images)
-    return Field(network, logits, shape, strength, crops("judging", config.judging_images))
+    return Field(network, apply_fn, logits, shape, strength, crops("judging", config.judging_images))
 
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
@@ -243,9 +245,9 @@ def _attacks(field: Field, config: Config, seed: int) -> dict[str, Callable[[PyT
         "PCA 99.9 %, new head, noise, prune, int4": everything,
         "fine-tuned on its own answers": lambda copy: attacks.fine_tune(
             copy,
-            apply_fn,
+            field.apply_fn,
             images,
-            attacks.predicted_labels(copy, apply_fn, images),
+            attacks.predicted_labels(copy, field.apply_fn, images),
             epochs=config.tuning_steps,
             batch_size=8,
             optimizer=optax.adam(1e-4),
