@@ -34,7 +34,7 @@ def table(console: Console, config: _demo.Config, results: dict[str, Any]) -> No
     """Prints the verdicts on the weakest intact copy and on all other suspects, and a summary."""
     rows = results["suspects"]
     weakest = max(rows[: config.customers], key=lambda row: row["p_value"])
-    shown = ({**weakest, "suspect": f"weakest intact copy, {weakest['customer']}"}, *rows[config.customers :])
+    shown = ({**weakest, "suspect": f"weakest copy, {weakest['customer']}"}, *rows[config.customers :])
     console.print()
     console.table(
         ("suspect", "accuracy", "|T|", "threshold", "p-value", "verdict"),
