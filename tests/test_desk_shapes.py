@@ -61,6 +61,27 @@ def alone():
     return apply_fn
 
 
+def ends():
+    print("ready")
+    raise SystemExit(0)
+
+
+def numbers():
+    return lambda params, x: apply_fn(params, x).argmax(axis=1), given["images"]
+
+
+def one_row():
+    return lambda params, x: apply_fn(params, x).mean(axis=0, keepdims=True)[0], given["images"]
+
+
+def counted_from_one():
+    return apply_fn, given["images"], given["labels"] + 1
+
+
+def idle():
+    return lambda params, x: jnp.ones((len(x), 5)), given["images"]
+
+
 def failing():
     return broken, given["images"]
 """
@@ -229,6 +250,12 @@ def test_the_network_may_be_a_file_and_the_images_another(desk):
     [
         (("--network", "shapes_network:few"), 1, "expected at least 48 images, but got 47"),
         (("--network", "shapes_network:absent"), 1, "expected shapes_network:absent to return a network and images"),
+        (("--network", "shapes_network:alone"), 1, "name images by --images"),
+        (("--network", "shapes_network:ends"), 1, "but got SystemExit: 0"),
+        (("--network", "shapes_network:numbers"), 1, "logits of shape (2, classes) for 2 images"),
+        (("--network", "shapes_network:one_row"), 1, "logits of shape (2, classes) for 2 images"),
+        (("--network", "shapes_network:counted_from_one"), 1, "class numbers, 0 to 4, but got 1 to 5"),
+        (("--network", "shapes_network:marking", "--change", "0"), 2, "--change"),
         (("--network", "shapes_network:marking", "--images", "base"), 1, "an npz file with 'images'"),
         (("--network", "shapes_network:marking", "--change", "1e-12"), 1, "Accept a larger --change"),
         (("--network", "shapes_network:marking", "--strength", "2"), 1, "Leave --strength out"),
@@ -245,11 +272,19 @@ def test_what_is_wrong_is_said_in_words_of_the_desk_and_no_model_is_added(desk, 
     assert sorted((desk.folder / "vault").rglob("*")) == before
 
 
+def test_the_owner_is_told_of_a_mark_that_traces_nobody(desk):
+    said = desk.run("add-model", "vault", "faint", "base", "--chips", CHIPS, "--strength", "1e-9")
+    assert "Not even an intact copy will be traced" in said
+    assert "Not even" not in desk.run("add-model", "vault", "plain", "base", "--chips", CHIPS)
+
+
 # Copies that do not work
 
 
 def test_a_copy_that_answers_nan_is_not_written_and_its_customer_keeps_the_serial(desk):
     run = ("issue", "vault", "net", "Emmy", "--out", "nan")
+    desk.run(*run, "--network", "shapes_network:idle", code=1)
+    assert "outputs that differ between classes, but got the same for all" in desk.stderr
     desk.run(*run, "--network", "shapes_network:failing", code=1)
     assert "finite outputs, but got NaN or infinite ones from the copy of Emmy" in desk.stderr
     assert [path for path in (desk.folder / "nan").iterdir() if not path.name.startswith(".")] == []
@@ -352,6 +387,7 @@ def test_arrays_that_no_scale_has_are_refused():
         "negative": {"cap": np.float32(-1)},
         "directions": {"basis": np.ones((20, 10**6), np.float32)},
         "axes": {"axes": np.array([7], np.int32)},
+        "a/kernel": {"basis": np.ones(20, np.float32)},
     }
     for match, changes in wrong.items():
         with pytest.raises(errors.SmarkError, match=match):

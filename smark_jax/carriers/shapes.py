@@ -176,7 +176,7 @@ class Shape:
                 one = Scales(**{"basis": None, **{k: np.float32(x) for k, x in fields.items()}}, axes=axes)  # pyright: ignore[reportArgumentType]
                 jax.eval_shape(lambda leaf=leaf, one=one: one.weights(one.sizes(leaf), leaf).reshape(leaf.shape))
                 _check_values(one)
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
+            except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
                 cause = "Is the file damaged, or not a shape?"
                 raise _validate.fail("Shape.from_arrays", f"the arrays of leaf {path!r}", str(error), cause) from None
             leaves.append(leaf)

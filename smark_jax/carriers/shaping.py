@@ -93,6 +93,7 @@ def shape(
     if apply_fn is None or images is None:
         return _unseen(spec, base)
     sites = inputs.sites(apply_fn, base, images[:1])
+    check_outputs("shape", apply_fn, base, images)
     head = next(reversed(sites), None)
     spec = selection.select(base, {leaf.path for leaf in spec.leaves if leaf.path != head}.__contains__)
     narrowing = {leaf.path: leaf for leaf in spec.leaves if leaf.path in sites and _narrows(leaf, sites[leaf.path])}
@@ -101,6 +102,22 @@ def shape(
     frames = [_plain(bases.get(leaf.path), sites.get(leaf.path, _rows(leaf))) for leaf in spec.leaves]
     sums, power = _sensitivities(base, apply_fn, images, spec, frames, seed)
     return _scaled(base, spec, frames, sums, power)
+
+
+def check_outputs(who: str, apply_fn: ApplyFn, params: PyTree, images: Any) -> int:
+    """The number of outputs for an image.
+
+    Raises:
+      SmarkError: when the network does not return one row of real numbers for each image.
+    """
+    some = images[:2]
+    form = jax.eval_shape(apply_fn, params, some)
+    shape = getattr(form, "shape", None)
+    if not shape or len(shape) < 2 or shape[0] != len(some) or not jnp.issubdtype(form.dtype, jnp.floating):
+        got = f"a {type(form).__name__}" if shape is None else f"shape {shape} of type {form.dtype}"
+        cause = "The network returns a row of logits for each image, and nothing else."
+        raise _validate.fail(who, f"logits of shape ({len(some)}, classes) for {len(some)} images", got, cause)
+    return math.prod(shape[1:])
 
 
 def _narrows(leaf: Leaf, rows: tuple[int, ...]) -> bool:

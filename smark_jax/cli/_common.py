@@ -186,11 +186,15 @@ def network(option: str, name: str, *, alone: bool = False) -> tuple[Any, ...]:
         raise _validate.fail(f"--{option}", f"MODULE:FUNCTION for --{option}", repr(name), advice)
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), function)()
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            found = getattr(importlib.import_module(module), function)()
         if alone and not isinstance(found, tuple):
             return (found,)
+        if callable(found):
+            advice = f"It returned the network alone: name images by --images, or return both from {function}()."
+            raise ValueError("no images")
         apply_fn, images, *labels = found
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the user's code may end in any way
         expected, got = f"{name} to return a network and images", f"{type(error).__name__}: {error}"
         raise _validate.fail(f"--{option}", expected, got, advice) from error
     finally:

@@ -155,7 +155,11 @@ def _say(vault: Path, issued: "issuing.Issued", document: Mapping[str, Any]) -> 
     if issued.trial:
         say(_answered(issued.trial))
         _costs(issued.trial)
-    elif issued.written:
+    if issued.trial and issued.written < document["customers"]:
+        say("Copies that were there already were not run. To run one, move its file away, and issue it again.")
+    elif not issued.written:
+        say("All of them were there already, and were not run.")
+    elif not issued.trial:
         say("They were not run: with --network, issue says what each copy costs, and refuses one that answers NaN.")
     say(f"Commitment {commitment.number} to {commitment.header.customers:,} customers; publish its root:")
     say(f"  {commitment.root}")
@@ -194,10 +198,8 @@ def _costs(trial: "trials.Trial") -> None:
 
 def _answered(trial: "trials.Trial") -> str:
     """A sentence on how the copies that were run answered."""
-    text = (
-        f"They were run on {trial.images} images: all outputs are finite, and {trial.agreement:.1%} of the classes are "
-    )
-    text += f"the base's ({trial.least:.1%} in the copy that agrees least)"
+    text = f"Those written now were run on {trial.images} images: all outputs are finite, and {trial.agreement:.1%} "
+    text += f"of the classes are the base's ({trial.least:.1%} in the copy that agrees least)"
     if trial.accuracy is not None:
         text += f"; accuracy {trial.accuracy:.3f}, the base's {trial.base_accuracy:.3f}"
     return f"{text}."

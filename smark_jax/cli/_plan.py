@@ -87,7 +87,12 @@ def sentence(model: "OpenModel") -> str:
     found = expected(model)
     row = next(row for row in found.rows if row.num_chips == model.settings.num_chips)
     after = ", ".join(f"{name} {value:.1f}" for name, value in row.statistic.items())
-    return f"Expected |T| of a copy: {after}. Among {CUSTOMERS:,} customers it takes {found.threshold:.1f} to accuse."
+    text = f"Expected |T| of a copy: {after}. Among {CUSTOMERS:,} customers it takes {found.threshold:.1f} to accuse."
+    if row.statistic["intact"] < found.threshold:
+        text += (
+            " Not even an intact copy will be traced: add the model under another name with more --chips or --strength."
+        )
+    return text
 
 
 def _table(title: str, found: "embedding.Plan") -> None:

@@ -94,6 +94,8 @@ def add_model(
     """
     if (probes is None) != (classes is None):
         raise typer.BadParameter("--probes and --classes go together", param_hint="--probes")
+    if change is not None and not 0 < change <= 1:
+        raise typer.BadParameter("expected a share of the logits' RMS, above 0 and at most 1", param_hint="--change")
     if change is not None and (network is None or strength is not None):
         raise typer.BadParameter("--change goes with --network, and not with --strength", param_hint="--change")
     with _common.desk(vault, passphrase_file) as desk, _common.err.status("reading the base") as status:

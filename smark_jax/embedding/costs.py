@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 from smark_jax import _batches, _validate, carriers, errors
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 from smark_jax.carriers import inputs
-from smark_jax.carriers.shaping import centred
+from smark_jax.carriers.shaping import centred, check_outputs
 from smark_jax.embedding import copies
 
 _NORMAL_95 = 1.959964
@@ -128,7 +128,8 @@ def answers(base: PyTree, apply_fn: ApplyFn, images: Any, labels: Int[AnyArray, 
 
     Raises:
       NotFinite: when the base's outputs are NaN or infinite.
-      SmarkError: when there are no images, or another number of labels.
+      SmarkError: when there are no images, labels are not a class number for each, or outputs are not rows of logits
+        that differ between classes.
     """
     return _answers("answers", base, apply_fn, images, labels)
 
@@ -154,7 +155,8 @@ def measure(
 
     Raises:
       NotFinite: when the copy's or the base's outputs are NaN or infinite.
-      SmarkError: when there are no images, or another number of labels.
+      SmarkError: when there are no images, labels are not a class number for each, or outputs are not rows of logits
+        that differ between classes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -274,11 +276,25 @@ def _answers(who: str, base: PyTree, apply_fn: ApplyFn, images: Any, labels: Any
     if labels is not None and np.shape(labels) != (len(images),):
         cause = "Are images and labels of the same split?"
         raise _validate.fail(who, f"one label for each of {len(images):,} images", f"{np.shape(labels)}", cause)
+    width = check_outputs(who, apply_fn, base, images)
+    if labels is not None:
+        _check_labels(who, np.asarray(labels), max(2, width))
     outputs = _batches.apply(functools.partial(_outputs, apply_fn, base), _BATCH, np.asarray(images))
     if not np.isfinite(outputs).all():
         cause = "Does the network belong to this base, and are the images as it takes them?"
         raise _validate.fail(who, "finite outputs of the base", "NaN or infinite ones", cause, kind=errors.NotFinite)
+    if not outputs.any():
+        cause = "Does the network use its parameters, and does it return logits?"
+        raise _validate.fail(who, "outputs that differ between classes", "the same for all", cause)
     return Answers(outputs, apply_fn, images, labels)
+
+
+def _check_labels(who: str, labels: np.ndarray, classes: int) -> None:
+    numbers = labels.dtype.kind in "iuf" and (labels == np.floor(labels)).all()
+    if not numbers or labels.min() < 0 or labels.max() >= classes:
+        got = f"{labels.min()} to {labels.max()}" if numbers else f"dtype {labels.dtype}"
+        cause = "Are the labels of these images, counted from 0?"
+        raise _validate.fail(who, f"labels as class numbers, 0 to {classes - 1}", got, cause)
 
 
 def _compare(who: str, copy: PyTree, before: Answers) -> _Images:
