@@ -156,3 +156,12 @@ def stacked(who: str, name: str, trees: PyTree) -> int:
             "Stack trees with jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees).",
         )
     return axes.pop()[0]
+
+
+def class_numbers(who: str, labels: np.ndarray, classes: int) -> None:
+    """Requires labels from 0 to ``classes`` - 1."""
+    numbers = labels.dtype.kind in "iuf" and (labels == np.floor(labels)).all()
+    if not numbers or labels.min() < 0 or labels.max() >= classes:
+        got = f"{labels.min()} to {labels.max()}" if numbers else f"dtype {labels.dtype}"
+        cause = "Are the labels of these images, counted from 0?"
+        raise fail(who, f"labels as class numbers, 0 to {classes - 1}", got, cause)

@@ -278,7 +278,7 @@ def _answers(who: str, base: PyTree, apply_fn: ApplyFn, images: Any, labels: Any
         raise _validate.fail(who, f"one label for each of {len(images):,} images", f"{np.shape(labels)}", cause)
     width = check_outputs(who, apply_fn, base, images)
     if labels is not None:
-        _check_labels(who, np.asarray(labels), max(2, width))
+        _validate.class_numbers(who, np.asarray(labels), max(2, width))
     outputs = _batches.apply(functools.partial(_outputs, apply_fn, base), _BATCH, np.asarray(images))
     if not np.isfinite(outputs).all():
         cause = "Does the network belong to this base, and are the images as it takes them?"
@@ -287,14 +287,6 @@ def _answers(who: str, base: PyTree, apply_fn: ApplyFn, images: Any, labels: Any
         cause = "Does the network use its parameters, and does it return logits?"
         raise _validate.fail(who, "outputs that differ between classes", "the same for all", cause)
     return Answers(outputs, apply_fn, images, labels)
-
-
-def _check_labels(who: str, labels: np.ndarray, classes: int) -> None:
-    numbers = labels.dtype.kind in "iuf" and (labels == np.floor(labels)).all()
-    if not numbers or labels.min() < 0 or labels.max() >= classes:
-        got = f"{labels.min()} to {labels.max()}" if numbers else f"dtype {labels.dtype}"
-        cause = "Are the labels of these images, counted from 0?"
-        raise _validate.fail(who, f"labels as class numbers, 0 to {classes - 1}", got, cause)
 
 
 def _compare(who: str, copy: PyTree, before: Answers) -> _Images:
