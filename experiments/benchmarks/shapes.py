@@ -1,18 +1,21 @@
 """The leaves of networks of real size: their shapes, without the networks."""
 
+import functools
 from collections.abc import Callable
 
 Shapes = dict[str, tuple[int, ...]]
 
 
+def _conv(shapes: Shapes, name: str, size: int, inputs: int, outputs: int) -> None:
+    """Adds a convolution and the norm after it."""
+    shapes[f"{name}/kernel"] = (size, size, inputs, outputs)
+    shapes[f"{name}/norm/scale"] = shapes[f"{name}/norm/bias"] = (outputs,)
+
+
 def resnet50(classes: int = 1000) -> Shapes:
     """ResNet-50 (He et al. 2016) for images of 224 x 224: 25,557,032 weights."""
     shapes: Shapes = {}
-
-    def conv(name: str, size: int, inputs: int, outputs: int) -> None:
-        shapes[f"{name}/kernel"] = (size, size, inputs, outputs)
-        shapes[f"{name}/norm/scale"] = shapes[f"{name}/norm/bias"] = (outputs,)
-
+    conv = functools.partial(_conv, shapes)
     conv("stem", 7, 3, 64)
     inputs = 64
     for stage, blocks in enumerate((3, 4, 6, 3)):
@@ -31,11 +34,7 @@ def resnet50(classes: int = 1000) -> Shapes:
 def resnet18(classes: int = 1000) -> Shapes:
     """ResNet-18 (He et al. 2016) for images of 224 x 224: 11,689,512 weights."""
     shapes: Shapes = {}
-
-    def conv(name: str, size: int, inputs: int, outputs: int) -> None:
-        shapes[f"{name}/kernel"] = (size, size, inputs, outputs)
-        shapes[f"{name}/norm/scale"] = shapes[f"{name}/norm/bias"] = (outputs,)
-
+    conv = functools.partial(_conv, shapes)
     conv("stem", 7, 3, 64)
     inputs = 64
     for stage in range(4):

@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array
 
 from experiments.common.networks import ALPHA
-from smark_jax import alignment, carriers, codes, errors, extraction, tracing
+from smark_jax import alignment, carriers, codes, errors, extraction, statistics, tracing
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 
 
@@ -46,6 +46,4 @@ def judge(
 
 def statistic(chips: AnyArray | Array, word: AnyArray) -> float:
     """T, the projection of the chips' direction onto a codeword; 0 where there is no direction."""
-    chips = np.asarray(chips, np.float64)
-    norm = float(np.linalg.norm(chips))
-    return float(chips @ np.asarray(word, np.float64)) / norm if norm > 0 else 0.0
+    return float(statistics.direction(np.asarray(chips)) @ np.asarray(word, np.float64))

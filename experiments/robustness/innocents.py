@@ -17,7 +17,6 @@ import numpy as np
 import rich.console
 import rich.table
 from jax import Array
-from scipy import stats
 
 from experiments.common import intervals, networks, sections
 from experiments.common.networks import Subject
@@ -29,7 +28,6 @@ from smark_jax.extraction import weighting
 
 KINDS = ("unrelated network", "fine-tuned base", "base after R0")
 _SHAPE_IMAGES = 64
-_SURPRISE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +110,6 @@ def _accused_by_control(suspect: PyTree, base: PyTree, mark: carriers.Mark, word
 def _seeing(vector: Array, carrier: carriers.Carrier, word: Array) -> Array:
     agrees = vector * hadamard.spread(word, carrier) > 0
     return hadamard.despread(jnp.where(agrees, 2 * vector, vector), carrier)
-
-
-def most(alpha: float, trials: int) -> int:
-    """Accusations that a rule within the bound exceeds with probability 1e-4 at most."""
-    return int(stats.binom.isf(_SURPRISE, trials, alpha))
 
 
 def show(console: rich.console.Console, result: sections.Result) -> None:
