@@ -47,7 +47,7 @@ class Config:
     few_copies: int = 3
     customers: int = 10**6
     num_chips: int = 304
-    max_change: float = 0.01
+    max_change: float = embedding.MAX_CHANGE
     tuning_steps: int = 8
     coalitions: tuple[tuple[int, int], ...] = ((304, 10), (1024, 20), (4096, 50))
     only: tuple[str, ...] | None = None
