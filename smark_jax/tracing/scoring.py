@@ -26,8 +26,10 @@ Book = AnyArray | codes.Codebook
 # Codewords per step inside jit, and per call, fewer where they are long; progress is reported between calls.
 _ROWS_PER_STEP = 2048
 _ROWS_PER_CALL = 1 << 16
-# Joint decoding considers the customers whose words correlate best with the read-out: as many as have this many chips
-# in total (40 MB packed), which at 304 chips includes all of a million customers.
+# Joint decoding considers the customers whose words correlate best with the read-out: this many, and no more than have
+# this many chips in total. Of a million innocents, so many have |T| above 1.5; whom a coalition dilutes further is out
+# of reach of any decoder (experiments/collusion).
+_MOST_SHORTLISTED = 1 << 17
 _SHORTLIST_CHIPS = 320_000_000
 # More vectors than this are scored faster by a matmul than by tables.
 _MOST_BY_TABLES = 4
@@ -100,10 +102,10 @@ def score(
       on_scored: called repeatedly with the number of customers scored since the last call.
 
     Returns:
-      The correlations, and for each vector the shortlist of at most ``320e6 / m`` customers.
+      The correlations, and for each vector the shortlist of at most 131,072 customers.
     """
     num_customers, num_chips = size(book)
-    limit = max(1, _SHORTLIST_CHIPS // num_chips)
+    limit = max(1, min(_MOST_SHORTLISTED, _SHORTLIST_CHIPS // num_chips))
     everything = np.empty((len(vectors), num_customers), np.float32) if keep else None
     best = [_Best(limit, floor) for floor in floors.tolist()]
     for start, found in _calls(jnp.asarray(vectors, jnp.float32), book):
