@@ -152,6 +152,38 @@ def test_unrelated_models_are_refused_and_accuse_nobody(network):
     assert abs(scores.std() - 1) < 0.15
 
 
+def test_noise_moves_no_unit_that_nobody_moved():
+    base, images, apply_fn, graph, _ = setup("tanh")
+    noisy = attacks.add_noise(base, jax.random.key(3), 2.0, match="kernel")
+    report = alignment.align(noisy, base, apply_fn, images).report
+    assert [space.moved for space in report.spaces] == [0, 0]
+    # The control: where units were moved, they are found at their places all the same.
+    moved = attacks.permute(noisy, graph, jax.random.key(4))
+    aligned, report = alignment.align(moved, base, apply_fn, images)
+    assert report.spaces[0].moved > 40
+    np.testing.assert_allclose(aligned["Dense_0"]["bias"], base["Dense_0"]["bias"], atol=0.02)
+
+
+def test_a_kernel_of_noise_does_not_outvote_the_others():
+    base, images, apply_fn, graph, _ = setup("tanh")
+    noise = 30 * jax.random.normal(jax.random.key(3), base["Dense_0"]["kernel"].shape)
+    drowned = {**base, "Dense_0": {**base["Dense_0"], "kernel": noise}}
+    aligned, report = alignment.align(attacks.permute(drowned, graph, jax.random.key(4)), base, apply_fn, images)
+    assert report.from_base == ("Dense_0/kernel",)
+    assert {"Dense_1/kernel", "Dense_2/kernel"} == set(report.alike)
+    for name in ("Dense_1", "Dense_2"):
+        np.testing.assert_allclose(aligned[name]["kernel"], base[name]["kernel"], atol=1e-5)
+
+
+def test_random_kernels_are_not_alike():
+    base, images, apply_fn, _, _ = setup("concat")
+    for seed in range(5):  # narrow layers fit by chance, the first one best
+        stranger = models.init(NETWORKS["concat"], jax.random.key(100 + seed), (8, 8, 3))
+        with pytest.raises(errors.NothingMatched) as refusal:
+            alignment.align(stranger, base, apply_fn, images)
+        assert refusal.value.attempt.report.alike == ()
+
+
 def test_malformed_suspects_are_refused():
     base, images, apply_fn, _, _ = setup("concat")
     kernel = base["Dense_1"]["kernel"]
@@ -164,8 +196,10 @@ def test_malformed_suspects_are_refused():
     for suspect in (few, {}):
         with pytest.raises(errors.Undecided, match="align"):
             alignment.align(suspect, base, apply_fn, images)
-    _, book, read = mark(base)  # of another architecture some leaf may fit by accident, and accuses nobody
-    aligned, report = alignment.align(other, base, apply_fn, images)
+    _, book, read = mark(base)  # of another architecture some leaf may fit by accident; that shows nothing
+    with pytest.raises(errors.Undecided, match="lacks most of the base's weights") as refusal:
+        alignment.align(other, base, apply_fn, images)
+    aligned, report = refusal.value.attempt
     assert {"Conv_2/kernel", "Dense_0/kernel"} <= set(report.left_out)
     assert accused(read(aligned), book) == []
     broken = with_kernel(kernel.at[0, 0].set(jnp.nan))

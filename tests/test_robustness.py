@@ -69,7 +69,7 @@ def test_strength_is_set_against_what_attacks_leave(tmp_path):
 
 
 def test_the_suite_sets_attacks_against_what_training_from_scratch_costs(tmp_path, monkeypatch):
-    monkeypatch.setitem(suite.NETWORKS, "CNN", (models.CNN(width=8), recipes.CNN))
+    monkeypatch.setitem(suite.TARGETS, "CNN", suite.Target(models.CNN(width=8), recipes.CNN, ("shaped",), 1))
     tiny = suite.Config(
         ("CNN",),
         most_epochs=1,
@@ -77,7 +77,6 @@ def test_the_suite_sets_attacks_against_what_training_from_scratch_costs(tmp_pat
         scratch_epochs=2,
         scratch_seeds=1,
         copies=2,
-        marks=("shaped",),
         num_chips=64,
         customers=1000,
         train_images=320,

@@ -16,6 +16,7 @@ from smark_jax._types import ApplyFn, PyTree
 
 CUSTOMERS = 10**6
 ALPHA = 1e-6
+_SHAPE_IMAGES = 64
 
 
 class ConcatNet(nn.Module):
@@ -105,6 +106,11 @@ def steps(epochs: int, images: int = 4000) -> int:
 
 def secret(seed: int, *names: str) -> keys.SecretKey:
     return sections.secret(seed, "experiments.robustness", *names)
+
+
+def shape(subject: Subject) -> carriers.Shape:
+    """The shape of the base, from its last images; images that nobody trains on would be better, but digits are few."""
+    return carriers.shape(subject.base, subject.apply_fn, subject.images[-_SHAPE_IMAGES:])
 
 
 def bearable(subject: Subject, mark: carriers.Mark, max_drop: float) -> embedding.Calibration:

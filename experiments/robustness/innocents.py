@@ -27,7 +27,6 @@ from smark_jax.carriers import hadamard, selection, shapes
 from smark_jax.extraction import weighting
 
 KINDS = ("unrelated network", "fine-tuned base", "base after R0")
-_SHAPE_IMAGES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +55,8 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     meter.start(networks.steps(config.epochs * (1 + config.sources), count))
     train = functools.partial(networks.train, models.CNN(), epochs=config.epochs, train_images=config.train_images)
     subject = train(seed, on_progress=lambda *_: meter.step("train the base"))
-    shape = carriers.shape(subject.base, subject.apply_fn, subject.images[-_SHAPE_IMAGES:])
-    mark = carriers.mark(networks.secret(seed, "innocents", "carrier"), subject.base, config.num_chips, shape=shape)
+    key = networks.secret(seed, "innocents", "carrier")
+    mark = carriers.mark(key, subject.base, config.num_chips, shape=networks.shape(subject))
     sources = [_sources(subject, number, seed, train, meter) for number in range(config.sources)]
     meter.start(config.suspects)
     rows: list[dict[str, Any]] = [{"kind": kind, "suspects": 0, "accused": 0} for kind in KINDS]
@@ -86,9 +85,8 @@ def _sources(
     tuned = attacks.fine_tune(
         subject.base, subject.apply_fn, subject.images, subject.labels, epochs=1, seed=seed + number
     )
-    key = jax.random.key(seed + number)
-    jittered = attacks.add_noise(subject.base, key, 0.3, "Conv")
-    projected = attacks.project_inputs(jittered, subject.apply_fn, subject.images[:1000], key, rebuilding.FEW, 1.0)
+    images, key = subject.images[:1000], jax.random.key(seed + number)
+    projected = rebuilding.jitter_and_project(subject.base, subject.apply_fn, images, key, {"Conv": 0.3})
     return dict(zip(KINDS, (other.base, tuned, projected), strict=True))
 
 

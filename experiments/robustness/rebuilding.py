@@ -4,11 +4,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
 from experiments.robustness.recipes import CNN, OWN_ANSWERS, Leaker, Recipe, distinct
 from smark_jax import alignment, attacks
-from smark_jax._types import PyTree
+from smark_jax._types import ApplyFn, PyTree
 
 _UNLABELLED = 1000  # images of attacks without labels
 FEW = {"Conv_1": 80, "Dense_0": 150}  # directions that the CNN's function needs
@@ -17,6 +19,21 @@ _adamw = functools.lru_cache(optax.adamw)
 
 def recipe(name: str, setting: str, attack: Callable[..., PyTree], **settings: Any) -> Recipe:
     return Recipe(name, setting, lambda copy: attack(copy, **settings))
+
+
+def jitter_and_project(
+    params: PyTree,
+    apply_fn: ApplyFn,
+    images: np.ndarray,
+    key: jax.Array,
+    jitter: dict[str, float],
+    tune: Callable[[PyTree], PyTree] = lambda params: params,
+    noise: float = 1.0,
+) -> PyTree:
+    """R0, R1 and R2: noise of these parts of an RMS in the leaves that match, training, few directions of the CNN."""
+    for match, part in jitter.items():
+        params = attacks.add_noise(params, key, part, match)
+    return attacks.project_inputs(tune(params), apply_fn, images, key, FEW, noise)
 
 
 def projections(leaker: Leaker) -> list[Recipe]:
@@ -31,12 +48,8 @@ def projections(leaker: Leaker) -> list[Recipe]:
         return leaker.tune(project(copy, keep), count, own=copy)
 
     def jittered(copy: PyTree, jitter: dict[str, float], count: int = 0, own: bool = False, noise: float = 1) -> PyTree:
-        moved = copy
-        for match, part in jitter.items():
-            moved = attacks.add_noise(moved, key, part, match)
-        if count:
-            moved = leaker.tune(moved, count, own=copy if own else None)
-        return project(moved, FEW, noise)
+        train = lambda moved: leaker.tune(moved, count, own=copy if own else None) if count else moved  # noqa: E731
+        return jitter_and_project(copy, apply_fn, leaker.images(_UNLABELLED), key, jitter, train, noise)
 
     def everything(copy: PyTree) -> PyTree:
         headless = attacks.reinitialise(project(copy, 0.999), leaker.fresh, parts.head)
@@ -98,8 +111,9 @@ def restarts(leaker: Leaker) -> list[Recipe]:
         recipe(turns, f"from the top, {epochs(1)} each", in_turn, stages=top),
         recipe(turns, f"from the bottom, {epochs(1)} each", in_turn, stages=parts.stages),
         recipe(turns, f"from the top, {few} each", in_turn, stages=top, images=1000),
-        recipe(turns, f"from the top, {OWN_ANSWERS}, {epochs(1)} each", in_turn, stages=top, own=True),
     ]
+    own_turns = recipe(turns, f"from the top, {OWN_ANSWERS}, {epochs(1)} each", in_turn, stages=top, own=True)
+    found.append(own_turns._replace(extraction=True))  # distillation: no stage keeps a weight of the copy
     found += [
         recipe("shrink and perturb", f"{keep:g} and {new:g}, {epochs(count)}", shrink, keep=keep, new=new, count=count)
         for keep, new, count in ((0.8, 0.1, 1), (0.4, 0.1, 1), (0.4, 0.5, 2), (0.2, 0.5, 2))

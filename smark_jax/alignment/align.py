@@ -87,8 +87,9 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
         spaces=spaces, renamed=renamed, unfollowed=graph.unfollowed, left_out=tuple(sorted(left_out)), **found
     )
     result = Alignment(_trees.rebuilt(base, aligned), report)
-    if report.similarity < scaling.ALIKE:
-        expected, got = f"a similarity with the base of {scaling.ALIKE} or more", f"{report.similarity:.3f} at best"
+    if not report.alike:
+        expected = f"a kernel whose similarity with the base's is {scaling.ALIKE} or more, and above chance"
+        got = f"none; their mean is {report.similarity:.3f}"
         if graph.unfollowed or graph.beyond:
             why = ", ".join((*graph.unfollowed, *graph.beyond))
             raise undecided(

@@ -6,8 +6,14 @@ kernels of suspect and base then differ only by the order of units and by change
 space by space: the inner products of all slices whose other axes are already known define a linear assignment problem.
 It is solved first where most is known, then for each space in turn until nothing changes.
 (Ainsworth, Hayase, Srinivasa 2023, "Git Re-Basin", section 3.2, without the scales.)
+
+What is maximised is a likelihood, whose parameters are estimated on the way. A balanced kernel of the suspect is c
+times the base's, plus noise of variance :math:`1 - c^2`: so a kernel of noise does not outvote one that was left alone.
+A unit is where the base has it with probability :math:`\pi`, the share that was found there, and else anywhere: so
+units of a suspect that nobody rearranged do not move because of noise.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,6 +25,8 @@ from smark_jax.alignment.graph import Graph
 _ROUNDS = 30
 _TOLERANCE = 1e-4
 _SWEEPS = 20
+_COSINE = 0.5  # of a kernel's, before anything is known
+_LEAST, _MOST = 0.01, 0.999
 
 Leaves = dict[str, np.ndarray]
 
@@ -29,12 +37,12 @@ class Match(NamedTuple):
     Attributes:
       units: for each space, the suspect's unit for each unit of the base, or -1; shape [units of the base].
       signs: for each space, +-1 for each unit of the base.
-      score: mean similarity of matched slices, -1 to 1.
+      likelihood: the logarithm of the likelihood, up to a constant.
     """
 
     units: tuple[np.ndarray, ...]
     signs: tuple[np.ndarray, ...]
-    score: float
+    likelihood: float
 
 
 def kernels(graph: Graph) -> list[str]:
@@ -91,8 +99,8 @@ def match(graph: Graph, suspect: Leaves, base: Leaves, sizes: Sequence[int], ali
       alive: the units that may be matched.
 
     Returns:
-      The better of two descents: one starts from the fixed entries (images, logits, windows), the other, where all
-      widths agree, from the suspect's own order.
+      The more likely end of two descents: one starts from the fixed entries (images, logits, windows), the other, where
+      all widths agree, from the suspect's own order.
     """
     paths = kernels(graph)
     theirs = {path: balanced(graph, path, suspect[path], sizes) for path in paths}
@@ -102,7 +110,7 @@ def match(graph: Graph, suspect: Leaves, base: Leaves, sizes: Sequence[int], ali
     if tuple(sizes) == graph.sizes and all(a.all() for a in alive):
         starts.append({s: (np.arange(n), np.ones(n, np.float32)) for s, n in enumerate(graph.sizes)})
     ends = [search.descend(start) for start in starts]
-    return max(ends, key=lambda end: end.score)
+    return max(ends, key=lambda end: end.likelihood)
 
 
 class _Search:
@@ -115,6 +123,7 @@ class _Search:
         self.uses: dict[int, list[tuple[str, int]]] = {
             space: [place for place in graph.places(space) if place[0] in theirs] for space in range(len(sizes))
         }
+        self.cosines: dict[str, float] = dict.fromkeys(ours, _COSINE)
 
     def known(self, place: tuple[str, int], space: int, done: Mapping[int, object]) -> bool:
         path, axis = place
@@ -133,32 +142,48 @@ class _Search:
             }
             space = max(evidence, key=lambda s: evidence[s])
             places = [p for p in self.uses[space] if self.known(p, space, done)]
-            done[space] = self.assign(space, places, done)[:2]
+            done[space] = self.assign(space, places, done)
         return done
 
     def descend(self, start: dict[int, tuple[np.ndarray, np.ndarray]]) -> Match:
         now = dict(start)
-        scores = dict.fromkeys(now, 0.0)
+        self.cosines = dict.fromkeys(self.ours, _COSINE)
         for _ in range(_SWEEPS):
             before = {space: units.copy() for space, (units, _) in now.items()}
             for space in now:
-                units, signs, scores[space] = self.assign(space, self.uses[space], now)
-                now[space] = units, signs
+                now[space] = self.assign(space, self.uses[space], now)
             if all((before[space] == now[space][0]).all() for space in now):
                 break
-        weights = [sum(self.ours[p[0]].size for p in self.uses[space]) for space in scores]
-        mean = float(np.average(list(scores.values()), weights=weights)) if scores else 1.0
+        likelihood = -sum(self.ours[path].size * math.log1p(-(c**2)) for path, c in self.cosines.items()) / 2
+        likelihood += sum(self.prior(space, now[space][0]) for space in now)
         order = range(len(self.sizes))
-        return Match(tuple(now[s][0] for s in order), tuple(now[s][1] for s in order), mean)
+        return Match(tuple(now[s][0] for s in order), tuple(now[s][1] for s in order), likelihood)
+
+    def stay(self, space: int, units: np.ndarray) -> tuple[int, float, float]:
+        """How many units are where the base has them, and the log probabilities of that and of each other place.
+
+        Where widths differ, no place is the base's own.
+        """
+        size = len(units)
+        if size != self.sizes[space] or size == 1:
+            return 0, -math.log(size), -math.log(size)
+        kept = int((units == np.arange(size)).sum())
+        share = (kept + 0.5) / (size + 1)
+        return kept, math.log(share), math.log1p(-share) - math.log(size - 1)
+
+    def prior(self, space: int, units: np.ndarray) -> float:
+        """The log probability of an assignment before the weights are seen."""
+        kept, here, elsewhere = self.stay(space, units)
+        return kept * here + (len(units) - kept) * elsewhere
 
     def assign(
         self, space: int, places: Sequence[tuple[str, int]], done: Mapping[int, tuple[np.ndarray, np.ndarray]]
-    ) -> tuple[np.ndarray, np.ndarray, float]:
-        """The best assignment of a space's units, their signs, and their mean similarity."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The most likely assignment of a space's units, and their signs."""
         size = self.graph.sizes[space]
         total = np.zeros((size, self.sizes[space]), np.float32)
         signed = np.zeros_like(total)
-        norm = 0.0
+        found = {}
         for place in places:
             ours = slices(self.graph, self.ours[place[0]], place, space, self.graph.sizes).reshape(size, -1)
             products = [
@@ -166,17 +191,24 @@ class _Search:
                 for flips in (True, False)[: 1 + any((done[s][1] < 0).any() for s in done if s != space)]
             ]
             best = max(products, key=lambda product: float(np.abs(product).max(axis=1).sum()))
-            total += np.abs(best)
-            signed += best
-            norm += float(np.square(ours).sum()) / size
-        total[:, ~self.alive[space]] = -1
+            cosine = self.cosines[place[0]]
+            total += cosine / (1 - cosine**2) * np.abs(best)
+            signed += cosine / (1 - cosine**2) * best
+            found[place] = best
+        if space in done:
+            _, here, elsewhere = self.stay(space, done[space][0])
+            total[np.diag_indices(min(total.shape))] += here - elsewhere
+        total[:, ~self.alive[space]] = -np.abs(total).max() - 1
         rows, columns = optimize.linear_sum_assignment(total, maximize=True)
         units = np.full(size, -1)
         units[rows] = np.where(self.alive[space][columns], columns, -1)
         signs = np.ones(size, np.float32)
         signs[rows] = np.where(signed[rows, columns] < 0, -1, 1)
-        score = float(np.maximum(total[rows, columns], 0).sum()) / size / max(norm, 1e-30)
-        return units, signs, score
+        alive = units[rows] >= 0
+        for (path, _), best in found.items():
+            cosine = float(np.abs(best[rows, columns][alive]).sum()) / self.ours[path].size
+            self.cosines[path] = min(max(cosine, _LEAST), _MOST)
+        return units, signs
 
     def carried(
         self, place: tuple[str, int], space: int, done: Mapping[int, tuple[np.ndarray, np.ndarray]], flips: bool

@@ -34,6 +34,7 @@ class Report(NamedTuple):
       spaces: each set of interchangeable channels.
       similarity: cosine between the aligned suspect's kernels and the base's, weighted by size; 1 for the base itself.
       similarities: the same for each kernel.
+      alike: the kernels that resemble the base's as a copy's do: more than those of other networks, and than by chance.
       scale_range: smallest and largest factor that was removed from a channel's weights.
       from_base: uninformative leaves, replaced by the base's: they read as unchanged.
       renamed: the suspect's name of each leaf whose name differs.
@@ -44,6 +45,7 @@ class Report(NamedTuple):
     spaces: tuple[SpaceReport, ...]
     similarity: float
     similarities: Mapping[str, float]
+    alike: tuple[str, ...]
     scale_range: tuple[float, float]
     from_base: tuple[str, ...]
     renamed: Mapping[str, str]

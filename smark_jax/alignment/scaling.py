@@ -1,5 +1,6 @@
 """Bringing the suspect's leaves into the base's order, scale and sign, once its units are matched."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves
 
 ALIKE = 0.2
-"""A leaf whose cosine with the base's is below this carries no information about copies; chance is near 0."""
+"""Kernels of independent networks, matched as well as possible, have a lower cosine, chance in small ones aside."""
 _REFITS = 5
 _CLOSE = 0.5
 """A bias or statistic further than this from the base's, relative to its norm, carries no information."""
@@ -29,6 +30,7 @@ def read(
     kernels = set(matching.kernels(graph))
     aligned: Leaves = {}
     similarities: dict[str, float] = {}
+    alike: list[str] = []
     scales: dict[int, list[np.ndarray]] = {space: [] for space in done}
     from_base: list[str] = []
     lowest, highest = 1.0, 1.0
@@ -51,22 +53,40 @@ def read(
         if mine.ndim > 1:
             norms = float(np.linalg.norm(leaf)) * float(np.linalg.norm(mine))
             similarities[path] = float(np.vdot(leaf, mine)) / norms if norms > 0 else 0.0
-            if similarities[path] < ALIKE and norms > 0:
-                from_base.append(path)
+            chance = _chance(graph, path, mine, sizes, match)
+            alike += [path] * (similarities[path] > max(ALIKE, chance))
+            from_base += [path] * (similarities[path] < min(ALIKE, chance) and norms > 0)
     for path, mine in ours.items():
         if mine.ndim == 1 and graph.spaces(path, 0):
             aligned[path], far = _vector(graph, path, aligned[path], mine, scales)
             from_base += [path] if far else []
     weights = [ours[path].size for path in similarities]
     similarity = float(np.average(list(similarities.values()), weights=weights)) if weights else 1.0
-    if similarity >= ALIKE:
+    if alike:
         aligned |= {path: ours[path] for path in from_base}
     return aligned, {
         "similarity": similarity,
         "similarities": similarities,
+        "alike": tuple(alike),
         "scale_range": (float(lowest), float(highest)),
         "from_base": tuple(from_base),
     }
+
+
+def _chance(graph: Graph, path: str, mine: np.ndarray, sizes: Sequence[int], match: matching.Match) -> float:
+    """The cosine that a kernel of random weights may reach by chance, by the signs of its units, and by their choice.
+
+    A direction in D dimensions has a cosine above c with another with a probability of about (1 - c^2)^((D - 1) / 2),
+    so the best of k reaches c where that is 1 / k: here k = 2 for a unit in its place, 2 n for one chosen among n.
+    """
+    rest = max(0.0, 1 - 4 * mine.size**-0.5)
+    for axis in range(mine.ndim):
+        for space in graph.spaces(path, axis):
+            units = match.units[space]
+            moved = float(((units >= 0) & (units != np.arange(len(units)))).mean())
+            choices = 2 * sizes[space] ** moved
+            rest *= 1 - math.sqrt(1 - choices ** (-2 / max(mine.size / len(units) - 1, 1)))
+    return 1 - rest
 
 
 def _unscaled(

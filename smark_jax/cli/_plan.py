@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from smark_jax.vault.models import OpenModel
 
 CUSTOMERS = 1_000_000
-_UNIT = 0.01  # embedding.plan takes a mark's own strength as that of this change
 
 
 def plan(
@@ -79,7 +78,9 @@ def expected(
     if known is None:
         cause = "Add it under another name with --network, which measures what copies cost; or leave --change out."
         raise _validate.fail("plan", f"a model of known cost for --change, not {model.name}", "one without", cause)
-    return embedding.plan(mark._replace(strength=settings.strength * _UNIT / known), max_change=change, **counted)
+    return embedding.plan(
+        mark._replace(strength=settings.strength * embedding.MAX_CHANGE / known), max_change=change, **counted
+    )
 
 
 def sentence(model: "OpenModel") -> str:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from smark_jax.vault.models import OpenModel
 
 _SHOWN = 50
-_CHANGE = 0.01
 
 
 def init(vault: VaultPath, passphrase_file: PassphraseFile = None, as_json: AsJson = False) -> None:
@@ -56,7 +55,7 @@ def add_model(
     ] = 1e-6,
     change: Annotated[
         float | None,
-        typer.Option(help="Relative change of the logits that a copy may cost; with --network. [default: 0.01]"),
+        typer.Option(help="Relative change of the logits that a copy may cost; with --network. [default: 0.008]"),
     ] = None,
     strength: Annotated[
         float | None, typer.Option(help="A strength of your own, in place of the one that --change or a default finds.")
@@ -157,6 +156,7 @@ def _made(
     on_step: Callable[[str], None],
 ) -> "shapes.Made":
     """The shape and strength of a new model, after the checks that cost nothing."""
+    from smark_jax import embedding
     from smark_jax.vault import models, shapes
 
     _validate.probability("add-model", "alpha", chosen.alpha)
@@ -165,7 +165,7 @@ def _made(
         models.check_strength("add-model", chosen.strength)
     if runs is None:
         return shapes.from_weights(leaves, chosen.spec, chosen.strength)
-    change = _CHANGE if chosen.change is None else chosen.change
+    change = embedding.MAX_CHANGE if chosen.change is None else chosen.change
     key, options = models.carrier_key(desk, name), {"max_change": change, "strength": chosen.strength}
     return shapes.from_network(key, leaves, chosen.spec, runs, chosen.chips, **options, on_step=on_step)
 
@@ -246,26 +246,12 @@ def _costs(made: "shapes.Made") -> list[tuple[str, str, str, str]]:
 
 
 def _base(path: Path) -> "files.Weights":
-    """Reads the owner's own file, of any size, or Orbax checkpoint, which has no hash."""
+    """Reads the owner's own file, of any size, or Orbax checkpoint."""
     from smark_jax import files
 
-    if not path.is_dir():
-        return files.read(path, max_bytes=max(files.MAX_BYTES, path.stat().st_size if path.is_file() else 0))
-    import jax
-
-    with _validate.needs("add-model", "train"):
-        import orbax.checkpoint
-    try:
-        with (
-            jax.enable_x64(True),
-            orbax.checkpoint.StandardCheckpointer() as checkpointer,
-        ):  # without x64, 64-bit leaves would lose precision
-            tree = checkpointer.restore(path.absolute())
-    except Exception as error:  # orbax raises errors of every type, with long messages
-        got = f"one that orbax cannot read ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
-        cause = "Name the folder that StandardCheckpointer wrote, or convert it to safetensors."
-        raise _validate.fail("add-model", f"an Orbax checkpoint in {path}", got, cause) from error
-    return files.Weights(files.flatten(tree), "orbax", "")
+    if path.is_dir():
+        return files.read_checkpoint(path)
+    return files.read(path, max_bytes=max(files.MAX_BYTES, path.stat().st_size if path.is_file() else 0))
 
 
 def customers(

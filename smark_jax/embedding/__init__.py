@@ -14,11 +14,22 @@ Trained embedding minimises a fingerprint loss of the read-out together with the
 """
 
 from smark_jax.embedding.copies import embed, embed_batch
-from smark_jax.embedding.costs import Answers, Calibration, Cost, Intervals, Measured, answers, calibrate, measure
+from smark_jax.embedding.costs import (
+    MAX_CHANGE,
+    Answers,
+    Calibration,
+    Cost,
+    Intervals,
+    Measured,
+    answers,
+    calibrate,
+    measure,
+)
 from smark_jax.embedding.gradients import FingerprintLoss, FingerprintState, add_fingerprint_gradient
 from smark_jax.embedding.plans import Plan, Row, plan
 
 __all__ = [
+    "MAX_CHANGE",
     "Answers",
     "Calibration",
     "Cost",

@@ -19,6 +19,7 @@ import numpy as np
 
 from smark_jax import _validate, carriers
 from smark_jax.carriers import shapes
+from smark_jax.embedding.costs import MAX_CHANGE
 
 _CHIPS = (304, 1024, 4096)
 _SURE = 1.645
@@ -75,7 +76,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    mark: carriers.Mark, *, customers: int, coalition: int = 1, max_change: float = 0.01, alpha: float = 1e-6
+    mark: carriers.Mark, *, customers: int, coalition: int = 1, max_change: float = MAX_CHANGE, alpha: float = 1e-6
 ) -> Plan:
     """What numbers of chips can do for a model's mark, at one cost.
 
@@ -83,7 +84,7 @@ def plan(
     number.
 
     Args:
-      mark: the model's mark; its own strength counts as that of a relative change of the logits of 1 %, as
+      mark: the model's mark; its own strength counts as that of a relative change of the logits of 0.8 %, as
         :func:`calibrate` finds it by default.
       customers: N, whom a verdict must tell apart.
       coalition: how many colluders are to be accused, all of them.
@@ -108,7 +109,7 @@ def plan(
         _validate.positive("plan", name, value)
     _validate.finite_number("plan", "max_change", max_change)
     _validate.probability("plan", "alpha", alpha)
-    strength = float(mark.strength) * max_change / 0.01
+    strength = float(mark.strength) * max_change / MAX_CHANGE
     power, count = _power(mark)
     rows = [
         _row(m, strength, power, count, customers, coalition, alpha)

@@ -67,7 +67,7 @@ def from_network(
     network: trials.Network,
     num_chips: int,
     *,
-    max_change: float = 0.01,
+    max_change: float = embedding.MAX_CHANGE,
     strength: float | None = None,
     on_step: Callable[[str], None] = lambda text: None,
 ) -> Made:
