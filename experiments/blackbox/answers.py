@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
@@ -117,7 +118,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(apply_fn: ApplyFn, params: PyTree, images: np.ndarray) -> jax.Array:
-    return apply_fn(params, images)
+    return apply_fn(params, jnp.asarray(images))
 
 
 def _owner(subject: Subject, config: Config, seed: int) -> _Owner:
