@@ -1,4 +1,4 @@
-"""Shamir's secret sharing of 32-byte keys, from pycryptodome, whose secrets are of 16 bytes: each half by itself."""
+"""Shamir's secret sharing of 32-byte keys. Since pycryptodome shares 16 bytes, each half is shared by itself."""
 
 from collections.abc import Mapping
 
