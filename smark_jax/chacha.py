@@ -1,10 +1,13 @@
-"""The ChaCha20 keystream (RFC 8439) under jit.
+"""The ChaCha20 keystream (RFC 8439): by OpenSSL on CPUs, by XLA on accelerators, the same bits from both.
 
 Codewords, carrier signs and masks come from it, not from ``jax.random``: the 64-bit key of threefry is too short for a
-secret.
+secret. XLA compiles the cipher slowly for CPUs and runs it at a tenth of OpenSSL's speed there. Under jit OpenSSL is
+called back, with NumPy arrays alone: a callback that waits for JAX can wait forever.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,8 @@ _CONSTANTS = np.frombuffer(b"expand 32-byte k", "<u4")
 # The state of this many blocks (16 words each, 128 KiB, and as much again during a round) stays in a core's own cache
 # for all 20 rounds; with fewer blocks, the overhead of calling many small kernels becomes noticeable.
 BLOCKS_PER_PASS = 2048
+# OpenSSL takes at most 2^31 bytes at a time.
+_BYTES_PER_CALL = 1 << 24
 
 
 def keystream(
@@ -50,14 +55,56 @@ def keystream(
     if not _validate.is_traced(start_block) and not 0 <= int(start_block) <= 2**32 - num_blocks:
         got = f"{num_blocks} blocks from block {int(start_block)}"
         raise _validate.fail("keystream", "at most 2^32 blocks", got, "Take another nonce before the stream repeats.")
+    if jax.default_backend() == "cpu" and not any(_validate.is_traced(x) for x in (key, nonce, start_block)):
+        return jnp.asarray(openssl(np.asarray(key), np.asarray(nonce), np.asarray(start_block), num_words))
     return _keystream(key, nonce, num_words, jnp.asarray(start_block, jnp.uint32))
 
 
 @functools.partial(jax.jit, static_argnames="num_words")
 def _keystream(key: Array, nonce: Array, num_words: int, start_block: Array) -> Array:
     num_blocks = -(-num_words // BLOCK_WORDS)
-    counters = start_block + jnp.arange(num_blocks, dtype=jnp.uint32)
-    return blocks(key, counters, jnp.broadcast_to(nonce[:, None], (3, num_blocks))).reshape(-1)[:num_words]
+
+    def drawn(key: Array, nonce: Array, start_block: Array) -> Array:
+        counters = start_block + jnp.arange(num_blocks, dtype=jnp.uint32)
+        return blocks(key, counters, jnp.broadcast_to(nonce[:, None], (3, num_blocks))).reshape(-1)[:num_words]
+
+    return by_platform(functools.partial(openssl, num_words=num_words), drawn, num_words, key, nonce, start_block)
+
+
+def by_platform(
+    on_host: Callable[..., np.ndarray], on_device: Callable[..., Array], num_words: int, *args: Any
+) -> UInt32[Array, " num_words"]:
+    """The words that two functions agree on: called back on CPUs, compiled for accelerators.
+
+    Args:
+      on_host: of NumPy arrays, without JAX.
+      on_device: of JAX arrays.
+      num_words: of the result, static.
+      *args: arguments of both.
+    """
+    shape = jax.ShapeDtypeStruct((num_words,), jnp.uint32)
+
+    def called(*args: Array) -> Array:
+        words = jax.pure_callback(on_host, shape, *args, vmap_method="sequential")
+        # Under shard_map what is called back differs between devices if an argument does; with these zeros JAX knows.
+        return words ^ functools.reduce(jnp.bitwise_xor, [arg.reshape(-1)[0].astype(jnp.uint32) & 0 for arg in args])
+
+    return jax.lax.platform_dependent(*args, cpu=called, default=on_device)
+
+
+def openssl(key: AnyArray, nonce: AnyArray, start_block: AnyArray, num_words: int) -> UInt32[np.ndarray, " num_words"]:
+    """:func:`keystream` on the host, unchecked."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+    key, nonce = (np.asarray(x, "<u4") for x in (key, nonce))
+    counter = np.asarray(start_block, "<u4").reshape(1)
+    cipher = Cipher(algorithms.ChaCha20(key.tobytes(), np.concatenate([counter, nonce]).tobytes()), mode=None)
+    stream, found = cipher.encryptor(), np.zeros(num_words, "<u4")
+    data = memoryview(found).cast("B")
+    for start in range(0, len(data), _BYTES_PER_CALL):  # zeros become the keystream, in place
+        part = data[start : start + _BYTES_PER_CALL]
+        stream.update_into(part, part)
+    return found.astype(np.uint32, copy=False)
 
 
 def blocks(

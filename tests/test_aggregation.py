@@ -46,7 +46,9 @@ def test_rounding_equals_the_reference_to_the_bit(clip, num_parties, bits):
     rng = np.random.default_rng(bits)
     x = np.concatenate([rng.normal(0, 0.4 * clip, 4000), [clip, -clip, 0, 9 * clip]]).astype(np.float32)
     key = jax.random.key(7)
-    drawn = np.asarray(jax.random.bits(key, (-(-x.size // 4) * 2,), jnp.uint32))
+    secret = np.pad(np.asarray(jax.random.key_data(key)), (0, 6)).astype("<u4").tobytes()
+    blocks = [reference.chacha20_block(secret, i, bytes(12)) for i in range(-(-x.size // 32))]
+    drawn = np.frombuffer(b"".join(blocks), "<u4")[: -(-x.size // 2)]
     expected = reference.fixed_point_words(x, fixed.resolution, fixed.offset, drawn)
     np.testing.assert_array_equal(aggregation.encode(jnp.asarray(x), fixed, key), expected)
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from smark_jax.cli import _cache
+
 SMARK = Path(sysconfig.get_path("scripts")) / "smark"
 
 
@@ -97,3 +99,27 @@ def test_import_is_light_and_help_does_not_start_jax():
     code = "import sys, smark_jax.cli; print([m for m in ('flax', 'optax', 'tensorflow_datasets') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
+
+
+def test_compiled_programs_are_kept_for_the_next_command_where_nobody_else_reads_them(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    small = ("bench", "--weights", "2048", "--chips", "8", "--customers", "10", "--json")
+    run = smark(*small, XDG_CACHE_HOME=str(tmp_path))
+    (folder,) = (tmp_path / "smark-jax").iterdir()
+    assert (run.returncode, run.stderr) == (0, "") and any(folder.iterdir())
+    assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_nothing_is_kept_where_the_user_or_the_home_forbids_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "the user's own")
+    _cache.keep_compiled()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "the user's own"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    with monkeypatch.context() as own:
+        own.setenv("SMARK_NO_CACHE", "1")
+        _cache.keep_compiled()
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "smark-jax").write_text("a file in the way")
+    _cache.keep_compiled()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ

@@ -6,22 +6,43 @@ import reference
 from smark_jax import codes, keys
 
 
-def reference_word(key: keys.SecretKey, serial: int, num_chips: int) -> np.ndarray:
-    nonce = bytes(4) + serial.to_bytes(8, "little")
-    blocks = -(-num_chips // 512)
-    stream = b"".join(reference.chacha20_block(key.to_bytes(), i, nonce) for i in range(blocks))
+def reference_word(key: keys.SecretKey, serial: int, num_chips: int, version: int) -> np.ndarray:
+    low, high = ((serial >> shift & 2**32 - 1).to_bytes(4, "little") for shift in (0, 32))
+    blocks = range(-(-num_chips // 512))
+    places = [(i, bytes(4) + low + high) for i in blocks]
+    if version == 2:
+        places = [(serial % 2**32, i.to_bytes(4, "little") + high + bytes([0, 0, 0, 128])) for i in blocks]
+    stream = b"".join(reference.chacha20_block(key.to_bytes(), counter, nonce) for counter, nonce in places)
     bits = np.unpackbits(np.frombuffer(stream, np.uint8), bitorder="little")[:num_chips]
     return 1 - 2 * bits.astype(int)
 
 
 @pytest.mark.parametrize("num_chips", [1, 304, 512, 513, 1300])
-def test_words_are_the_keyed_stream_at_the_serial(key, num_chips):
-    serials = np.array([0, 5, 2**32 - 1, 2**32, 2**40 + 7])
-    book = np.asarray(codes.codebook(key, serials, num_chips))
-    assert book.shape == (5, num_chips)
+@pytest.mark.parametrize("version", [1, 2])
+def test_words_are_the_keyed_stream_at_the_serial(key, num_chips, version):
+    serials = np.array([0, 5, 2**32 - 2, 2**32 - 1, 2**32, 2**40 + 7, 2**63 - 1])
+    book = np.asarray(codes.codebook(key, serials, num_chips, version))
+    assert book.shape == (7, num_chips)
     assert book.dtype == np.int8
     for serial, word in zip(serials, book, strict=True):
-        np.testing.assert_array_equal(word, reference_word(key, int(serial), num_chips))
+        np.testing.assert_array_equal(word, reference_word(key, int(serial), num_chips, version))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_words_by_openssl_and_by_compiled_code_are_the_same(key, version, monkeypatch):
+    serials = np.concatenate([np.arange(20), 3 * np.arange(50), 2**32 + np.arange(-3, 3)]).astype(np.uint64)
+    by_openssl = np.asarray(codes.packed_words(key, serials, 600, version))
+    monkeypatch.setattr(codes, "_MOST_CALLS", 0)
+    monkeypatch.setattr(codes, "_run", None)  # whoever calls it now fails
+    np.testing.assert_array_equal(codes.packed_words(key, serials, 600, version), by_openssl)
+    np.testing.assert_array_equal(codes.packed_words(key, range(20), 600, version), by_openssl[:20])
+
+
+def test_versions_of_the_code_share_no_word(key):
+    one, two = (np.asarray(codes.codebook(key, range(100), 304, version)) for version in (1, 2))
+    assert np.abs(one.astype(int) @ two.T.astype(int)).max() < 5.5 * np.sqrt(304)
+    with pytest.raises(ValueError, match="version 1 or 2, but got 3"):
+        codes.codebook(key, [1], version=3)
 
 
 def test_a_word_depends_on_nothing_but_key_and_serial(key):

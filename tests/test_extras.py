@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from smark_jax import errors
-from smark_jax.cli import _console, _demo, _demo_show, _issue, _query, _vault
+from smark_jax import errors, files
+from smark_jax.cli import _console, _demo, _demo_show, _issue, _query
 from smark_jax.training import checkpoints
 from smark_jax.vault import timestamps
 
@@ -35,7 +35,7 @@ NEEDS = {
         "demo",
         lambda path: _demo_show.run(_demo.Config(path / "demo", 1, 3, 1, 0), _console.Console()),
     ),
-    "a checkpoint as base": ("orbax.checkpoint", "train", lambda path: _vault._base(path)),
+    "a checkpoint as base": ("orbax.checkpoint", "train", files.read_checkpoint),
     "train": (
         "orbax.checkpoint",
         "train",

@@ -91,17 +91,18 @@ def _field(name: str, config: Config) -> Field:
 
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
-    found = []
-    for name in config.networks:
-        field = _field(name, config)
-        meter.start(sum(_copies(kind, config) + len(_attacks(field, config, seed)) + 1 for kind in config.marks))
-        before = field.logits(field.network.params, field.judging)
-        rows = [
-            meter.part(f"{name} {kind}", 1, functools.partial(_row, kind, field, before, config, seed, meter))
-            for kind in config.marks
-        ]
-        sure = int((_softmax(before).max(axis=1) > _SURE).sum())
-        found.append({"network": name, "images": len(before), "sure": sure, "rows": rows})
+    fields = {name: _field(name, config) for name in config.networks}
+    before = {name: field.logits(field.network.params, field.judging) for name, field in fields.items()}
+    attacked = sum(len(_attacks(field, config, seed)) for field in fields.values())
+    meter.start(sum(len(fields) * (_copies(kind, config) + 1) + attacked for kind in config.marks))
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in fields}
+    for kind in config.marks:  # the first kind on all networks first: it is what the others are compared with
+        for name, field in fields.items():
+            row = functools.partial(_row, kind, field, before[name], config, seed, meter)
+            rows[name].append(meter.part(f"{name} {kind}", 1, row))
+    sure = {name: int((_softmax(logits).max(axis=1) > _SURE).sum()) for name, logits in before.items()}
+    images = config.judging_images
+    found = [{"network": name, "images": images, "sure": sure[name], "rows": rows[name]} for name in fields]
     bar = statistics.threshold(np.ones(config.num_chips), math.log(ALPHA / config.customers))
     return {"networks": found, "threshold": bar, "num_chips": config.num_chips}
 

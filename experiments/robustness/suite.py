@@ -42,7 +42,7 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "CNN": Target(models.CNN(), recipes.CNN, ("white", "shaped"), 10),
+    "CNN": Target(models.CNN(), recipes.CNN, ("shaped", "white"), 10),
     "ResNet-18": Target(models.ResNet18(width=16), recipes.RESNET, ("shaped",), 5),
 }
 

@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt32
 
 from smark_jax import _validate, chacha
@@ -21,6 +22,7 @@ from smark_jax.aggregation.exchange import MASK, ROUNDING
 
 # At least this many blocks of each stream are made at a time, however many partners there are.
 _FEWEST_BLOCKS = 64
+_WORDS_PER_CALL = 1 << 20  # of OpenSSL's stream
 
 
 def pairwise_mask(
@@ -56,9 +58,28 @@ def pairwise_mask(
 
 @functools.partial(jax.jit, static_argnames="num_words")
 def _pairwise_mask(row: Array, party: Array, round: Array, num_words: int) -> Array:
-    num_parties = row.shape[0]
-    if num_parties == 1:
+    if row.shape[0] == 1:
         return jnp.zeros(num_words, jnp.uint32)
+    both = (functools.partial(function, num_words=num_words) for function in (_called, _drawn))
+    return chacha.by_platform(*both, num_words, row, party, round)
+
+
+def _called(row: AnyArray, party: AnyArray, round: AnyArray, num_words: int) -> np.ndarray:
+    """The mask by OpenSSL."""
+    row, party, nonce = np.asarray(row), int(party), np.array([round, 0, MASK], np.uint32)
+    total = np.zeros(num_words, np.uint32)
+    for start in range(0, num_words, _WORDS_PER_CALL):
+        part = total[start : start + _WORDS_PER_CALL]
+        for partner in range(len(row)):
+            if partner != party:
+                stream = chacha.openssl(row[partner], nonce, start // chacha.BLOCK_WORDS, part.size)
+                (np.add if partner > party else np.subtract)(part, stream, out=part)
+    return total
+
+
+def _drawn(row: Array, party: Array, round: Array, num_words: int) -> Array:
+    """The mask by XLA."""
+    num_parties = row.shape[0]
     partners = (party + jnp.arange(1, num_parties)) % num_parties
     keys = row[partners].T[:, :, None]  # [8, P - 1, 1]
     signs = jnp.where(partners > party, jnp.uint32(1), jnp.uint32(2**32 - 1))

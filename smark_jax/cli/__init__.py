@@ -11,7 +11,7 @@ import typer
 import typer.rich_utils
 
 from smark_jax import _foreign, errors
-from smark_jax.cli import _attack, _bench, _common, _evidence, _issue, _outputs, _plan, _query, _trace, _vault
+from smark_jax.cli import _attack, _bench, _cache, _common, _evidence, _issue, _outputs, _plan, _query, _trace, _vault
 from smark_jax.cli._console import Console
 
 app = typer.Typer(
@@ -177,6 +177,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot encode must not crash the program
             stream.reconfigure(errors="backslashreplace")
+    _cache.keep_compiled()
     settings = {"verbose": False}
     try:
         code = app(standalone_mode=False, obj=settings)

@@ -249,26 +249,12 @@ def _costs(made: "shapes.Made") -> list[tuple[str, str, str, str]]:
 
 
 def _base(path: Path) -> "files.Weights":
-    """Reads the owner's own file, of any size, or Orbax checkpoint, which has no hash."""
+    """Reads the owner's own file, of any size, or Orbax checkpoint."""
     from smark_jax import files
 
-    if not path.is_dir():
-        return files.read(path, max_bytes=max(files.MAX_BYTES, path.stat().st_size if path.is_file() else 0))
-    import jax
-
-    with _validate.needs("add-model", "train"):
-        import orbax.checkpoint
-    try:
-        with (
-            jax.enable_x64(True),
-            orbax.checkpoint.StandardCheckpointer() as checkpointer,
-        ):  # without x64, 64-bit leaves would lose precision
-            tree = checkpointer.restore(path.absolute())
-    except Exception as error:  # orbax raises errors of every type, with long messages
-        got = f"one that orbax cannot read ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
-        cause = "Name the folder that StandardCheckpointer wrote, or convert it to safetensors."
-        raise _validate.fail("add-model", f"an Orbax checkpoint in {path}", got, cause) from error
-    return files.Weights(files.flatten(tree), "orbax", "")
+    if path.is_dir():
+        return files.read_checkpoint(path)
+    return files.read(path, max_bytes=max(files.MAX_BYTES, path.stat().st_size if path.is_file() else 0))
 
 
 def customers(

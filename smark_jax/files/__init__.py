@@ -20,6 +20,7 @@ weights are read unchanged; the functions that compute with weights refuse them.
 """
 
 from smark_jax.files._limits import MAX_BYTES, MAX_LEAVES
+from smark_jax.files.checkpoints import read_checkpoint
 from smark_jax.files.layout import Layout, Move, match_layout
 from smark_jax.files.networks.loading import Network, network
 from smark_jax.files.reading import Weights, read
@@ -40,5 +41,6 @@ __all__ = [
     "nest",
     "network",
     "read",
+    "read_checkpoint",
     "write",
 ]

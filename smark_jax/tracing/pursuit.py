@@ -56,7 +56,9 @@ class Pursuit:
         self._scores = scores
         self._prefix: list[int] = []
         self._words: dict[int, np.ndarray] = {}
-        self._columns: dict[int, np.ndarray] = {}
+        # The columns of G, as rows; those of the unmasked run come first, in the order of its selections.
+        self._columns = np.empty((_COLUMNS_PER_PASS, chosen.customers.size), np.float32)
+        self._rows: dict[int, int] = {}
 
     def run(self, masked: int | None = None) -> list[int]:
         """Selects customers, as places in the shortlist, in order of selection.
@@ -69,7 +71,7 @@ class Pursuit:
         before = self._prefix.index(masked) if masked in self._prefix else len(self._prefix)
         selected = self._prefix[:before] if masked is not None else []
         single = masked is None
-        kept = set(self._columns)
+        kept = len(self._rows)
         while len(selected) < self._cap:
             strength, norm = self._strength(selected, masked)
             if norm < _SMALLEST_RESIDUAL:
@@ -81,6 +83,7 @@ class Pursuit:
                 selected.append(order[0])
                 if single:
                     self._prefix = selected.copy()
+                    self._move(order[0], len(selected) - 1)
                 continue
             single = False
             ahead = [*selected, *order[:_LOOK_AHEAD]]
@@ -93,7 +96,7 @@ class Pursuit:
                 break
             selected = ahead
         if masked is not None:  # columns that only this run needed
-            self._columns = {place: column for place, column in self._columns.items() if place in kept}
+            self._rows = dict(list(self._rows.items())[:kept])
         return selected
 
     def residual(self, selected: Sequence[int]) -> Float[np.ndarray, " m"]:
@@ -116,11 +119,14 @@ class Pursuit:
     def _strength(self, selected: list[int], masked: int | None) -> tuple[np.ndarray, float]:
         """The residual's absolute correlations with all customers who can still be selected, and its length."""
         if selected:
-            columns = np.stack([self._columns[place] for place in selected])  # [k, L]
+            rows = [self._rows[place] for place in selected]
             known = self._scores[selected].astype(np.float64)
-            coefficients = np.linalg.lstsq(columns[:, selected].astype(np.float64), known, rcond=None)[0]
+            gram = self._columns[np.ix_(rows, selected)].astype(np.float64)
+            coefficients = np.linalg.lstsq(gram, known, rcond=None)[0]
             norm = math.sqrt(max(0.0, 1.0 - float(coefficients @ known)))
-            strength = np.abs(self._scores - coefficients.astype(np.float32) @ columns)
+            factors = np.zeros(max(rows) + 1, np.float32)  # a few zeros cost less than a copy of the columns
+            factors[rows] = coefficients
+            strength = np.abs(self._scores - factors @ self._columns[: len(factors)])
         else:
             strength, norm = np.abs(self._scores), 1.0
         strength[selected] = 0
@@ -130,12 +136,22 @@ class Pursuit:
 
     def _prepare(self, place: int, likely: Sequence[int], rows: int) -> None:
         """Computes a missing column of G, and in the same pass those that are likely to be needed next."""
-        if place in self._columns:
+        if place in self._rows:
             return
-        wanted = [place, *(other for other in likely if other != place and other not in self._columns)][:rows]
+        wanted = [place, *(other for other in likely if other != place and other not in self._rows)][:rows]
         # The number of rows is fixed, so that this compiles once.
         columns = scoring.correlate([*wanted, *[place] * (rows - len(wanted))], self._chosen)
-        self._columns |= zip(wanted, columns, strict=False)
+        start, end = len(self._rows), len(self._rows) + len(wanted)
+        if end > len(self._columns):
+            self._columns = np.concatenate([self._columns, np.empty_like(self._columns)])
+        self._columns[start:end] = columns[: len(wanted)]
+        self._rows |= zip(wanted, range(start, end), strict=True)
+
+    def _move(self, place: int, row: int) -> None:
+        """Exchanges a column of G with the one that lies in this row."""
+        other = next(other for other, its_row in self._rows.items() if its_row == row)
+        self._columns[[row, self._rows[place]]] = self._columns[[self._rows[place], row]]
+        self._rows[other], self._rows[place] = self._rows[place], row
 
 
 def _largest(strength: np.ndarray, count: int) -> list[int]:

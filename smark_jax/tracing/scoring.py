@@ -9,7 +9,8 @@ bits become a matrix. Two codewords that differ in d chips have the product m - 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,11 +23,13 @@ from smark_jax._types import AnyArray
 
 Book = AnyArray | codes.Codebook
 
-# Codewords per step inside jit (fewer where they are long), and per call; progress is reported between calls.
+# Codewords per step inside jit, and per call, fewer where they are long; progress is reported between calls.
 _ROWS_PER_STEP = 2048
-_ROWS_PER_CALL = 1 << 18
-# Joint decoding considers the customers whose words correlate best with the read-out: as many as have this many chips
-# in total (40 MB packed), which at 304 chips includes all of a million customers.
+_ROWS_PER_CALL = 1 << 16
+# Joint decoding considers the customers whose words correlate best with the read-out: this many, and no more than have
+# this many chips in total. Of a million innocents, so many have |T| above 1.5; whom a coalition dilutes further is out
+# of reach of any decoder (experiments/collusion).
+_MOST_SHORTLISTED = 1 << 17
 _SHORTLIST_CHIPS = 320_000_000
 # More vectors than this are scored faster by a matmul than by tables.
 _MOST_BY_TABLES = 4
@@ -63,13 +66,7 @@ def rows(book: Book, index: np.ndarray) -> Int8[np.ndarray, "k m"]:
     if index.size == 0:
         return np.empty((0, size(book)[1]), np.int8)
     if isinstance(book, codes.Codebook):
-        # Padded to a power of two, so that this compiles for few sizes.
-        low = np.zeros(1 << (index.size - 1).bit_length(), np.uint32)
-        low[: index.size] = index
-        words = codes.words(
-            jnp.asarray(book.key.to_words()), jnp.asarray(low), jnp.zeros(low.shape, jnp.uint32), book.num_chips
-        )
-        return np.asarray(words)[: index.size]
+        return np.asarray(codes.codebook(book.key, index, book.num_chips, book.version))
     return np.asarray(book)[index]
 
 
@@ -105,21 +102,18 @@ def score(
       on_scored: called repeatedly with the number of customers scored since the last call.
 
     Returns:
-      The correlations, and for each vector the shortlist of at most ``320e6 / m`` customers.
+      The correlations, and for each vector the shortlist of at most 131,072 customers.
     """
     num_customers, num_chips = size(book)
-    limit = max(1, _SHORTLIST_CHIPS // num_chips)
-    device_vectors = jnp.asarray(vectors, jnp.float32)
+    limit = max(1, min(_MOST_SHORTLISTED, _SHORTLIST_CHIPS // num_chips))
     everything = np.empty((len(vectors), num_customers), np.float32) if keep else None
     best = [_Best(limit, floor) for floor in floors.tolist()]
-    for start in range(0, num_customers, _ROWS_PER_CALL):
-        count = min(_ROWS_PER_CALL, num_customers - start)
-        found = np.asarray(_score_call(device_vectors, book, start, count))
+    for start, found in _calls(jnp.asarray(vectors, jnp.float32), book):
         if everything is not None:
-            everything[:, start : start + count] = found
+            everything[:, start : start + found.shape[1]] = found
         for keeper, row in zip(best, found, strict=True):
             keeper.add(start, row)
-        on_scored(count)
+        on_scored(found.shape[1])
     return Scores(everything, *zip(*(keeper.result() for keeper in best), strict=True))
 
 
@@ -156,26 +150,38 @@ class _Best:
         return self._customers[0], self._scores[0]
 
 
-def _score_call(vectors: jax.Array, book: Book, start: int, count: int) -> jax.Array:
-    if isinstance(book, codes.Codebook):
-        return _score_streamed(vectors, jnp.asarray(book.key.to_words()), jnp.uint32(start), count)
-    return _score_held(vectors, jnp.asarray(book[start : start + count], jnp.int8))
+def _calls(vectors: jax.Array, book: Book) -> Iterator[tuple[int, np.ndarray]]:
+    """The first customer of each call, and the scores [R, customers]; a call computes while the next words are made."""
+    num_customers, num_chips = size(book)
+    most = max(1, _ROWS_PER_CALL * 512 // max(512, num_chips))
+    rows = min(most, 1 << (num_customers - 1).bit_length())
+    score = _score_book if isinstance(book, codes.Codebook) else _score_held
+    calls = ((start, score(vectors, book, start, rows)) for start in range(0, num_customers, rows))
+    for (start, found), _ in itertools.pairwise(itertools.chain(calls, [()])):  # which looks one call ahead
+        yield start, np.asarray(found)[:, : num_customers - start]
 
 
-@functools.partial(jax.jit, static_argnames="count")
-def _score_streamed(vectors: jax.Array, key: jax.Array, start: jax.Array, count: int) -> jax.Array:
-    num_vectors, num_chips = vectors.shape
-    step = _step(count, num_chips)
+def _score_book(vectors: jax.Array, book: codes.Codebook, start: int, rows: int) -> jax.Array:
+    packed = codes.packed_words(book.key, range(start, start + rows), book.num_chips, book.version)
+    return _score_packed(vectors, packed)
+
+
+@jax.jit
+def _score_packed(vectors: jax.Array, packed: jax.Array) -> jax.Array:
+    """[R, rows] products of vectors and packed words, a few thousand words at a time."""
+    (num_vectors, num_chips), count = vectors.shape, len(packed)
     # Bits past the last chip are random, so they get weight zero.
     padded = jnp.pad(vectors, ((0, 0), (0, -num_chips % 32))).reshape(num_vectors, -1, 32).swapaxes(0, 1)
     score = _by_tables if num_vectors <= _MOST_BY_TABLES else _by_matmul
-
-    def one_step(first: jax.Array) -> jax.Array:
-        serials = first + jnp.arange(step, dtype=jnp.uint32)
-        return score(padded, codes.packed_words(key, serials, jnp.zeros_like(serials), num_chips))
-
-    found = jax.lax.map(one_step, start + jnp.arange(0, count, step, dtype=jnp.uint32))  # [steps, R, rows]
+    found = jax.lax.map(functools.partial(score, padded), _in_steps(packed, num_chips))  # [steps, R, rows]
     return vectors.sum(axis=1)[:, None] - 2 * found.swapaxes(0, 1).reshape(num_vectors, -1)[:, :count]
+
+
+def _in_steps(packed: jax.Array, num_chips: int) -> UInt32[jax.Array, "steps words rows"]:
+    """Packed words with customers as the last axis, since one word of many customers is taken at a time."""
+    count, step = len(packed), _step(len(packed), num_chips)
+    flat = packed.reshape(count, -1)[:, : codes.words_of(num_chips)]
+    return jnp.pad(flat, ((0, -count % step), (0, 0))).reshape(-1, step, flat.shape[1]).swapaxes(1, 2)
 
 
 def _step(count: int, num_chips: int) -> int:
@@ -205,8 +211,12 @@ def _by_matmul(vectors: jax.Array, packed: jax.Array) -> jax.Array:
     return jnp.dot(flat, bits.astype(jnp.float32).reshape(flat.shape[1], -1), precision=jax.lax.Precision.HIGHEST)
 
 
+def _score_held(vectors: jax.Array, book: AnyArray, start: int, rows: int) -> jax.Array:
+    return _score_words(vectors, jnp.asarray(book[start : start + rows], jnp.int8))
+
+
 @jax.jit
-def _score_held(vectors: jax.Array, book: jax.Array) -> jax.Array:
+def _score_words(vectors: jax.Array, book: jax.Array) -> jax.Array:
     """[R, rows] products of vectors and words, a few thousand words at a time."""
     count, num_chips = book.shape
     step = min(count, _ROWS_PER_STEP)
@@ -240,16 +250,13 @@ def shortlist(book: Book, customers: np.ndarray) -> Shortlist:
     num_chips = size(book)[1]
     step = _step(max(1, customers.size), num_chips)
     if isinstance(book, codes.Codebook):
-        low = np.zeros((-(-customers.size // step), step), np.uint32)
-        low.flat[: customers.size] = customers
-        return Shortlist(customers, _draw_packed(jnp.asarray(book.key.to_words()), low, num_chips), num_chips)
+        packed = codes.packed_words(book.key, customers, num_chips, book.version)
+        return Shortlist(customers, _arranged(packed, num_chips), num_chips)
     words = jnp.asarray(np.asarray(book)[customers], jnp.int8)
     return Shortlist(customers, _pack(words, step), num_chips)
 
 
-@functools.partial(jax.jit, static_argnames="num_chips")
-def _draw_packed(key: jax.Array, low: jax.Array, num_chips: int) -> jax.Array:
-    return jax.lax.map(lambda some: codes.packed_words(key, some, jnp.zeros_like(some), num_chips), low)
+_arranged = jax.jit(_in_steps, static_argnames="num_chips")
 
 
 @functools.partial(jax.jit, static_argnames="step")

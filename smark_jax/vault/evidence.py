@@ -52,6 +52,7 @@ from smark_jax.vault.documents import (
 from smark_jax.vault.reading import base_alone
 
 _SMALLEST_RESIDUAL = 1e-6
+_EVENT = "evidence exported"
 
 
 class Test(NamedTuple):
@@ -178,7 +179,7 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
         accused=tuple(claims),
     )
     details = {"model": model.name, "verdict": number, "suspect": where + 1, "opened": shown}
-    folder.record(vault, "evidence exported", {}, **details)
+    folder.record(vault, _EVENT, {}, **details)
     who = tuple(leaves[claim.serial].customer for claim in claims)
     content, numbers = bundles.signed(bundle, vault.master), tuple(sorted(set(under.values())))
     return Exported(content, who, tuple(left_out), model.shape, numbers)
@@ -283,8 +284,7 @@ def _stamped(vault: folder.Vault, model: str, number: int) -> Stamped:
 
 def exports(vault: folder.Vault, model: str) -> list[str]:
     """When bundles that open this model's carrier were exported; check this before issuing more copies."""
-    found = (e.body for e in log.entries(vault.connection) if e.body["event"] == "evidence exported")
-    return [body["time"] for body in found if body["model"] == model]
+    return [entry.time for entry in log.entries(vault.connection, _EVENT, model)]
 
 
 def _place(verdict: Verdict, place: int | None) -> int:

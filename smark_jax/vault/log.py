@@ -24,10 +24,21 @@ _START = bytes(32)
 
 
 class Entry(NamedTuple):
-    """One entry: its number, from 1, and what happened (``"event"``, ``"time"``, ``"rows"`` and details)."""
+    """One entry.
+
+    Attributes:
+      number: from 1.
+      event: what happened, in a few words.
+      time: when.
+      rows: what it vouches for in each table.
+      details: what else the event states, as :func:`append` was given it.
+    """
 
     number: int
-    body: dict[str, Any]
+    event: str
+    time: str
+    rows: Mapping[str, Any]
+    details: Mapping[str, Any]
 
 
 def append(
@@ -87,10 +98,12 @@ def verify(connection: store.Connection, key: keys.SecretKey) -> None:
     store.verify(connection, said)
 
 
-def entries(connection: store.Connection) -> Iterator[Entry]:
-    """All entries in order."""
+def entries(connection: store.Connection, event: str, model: str) -> Iterator[Entry]:
+    """The entries of this event that concern this model, in order."""
     for entry in store.entries(connection):
-        yield Entry(entry.number, json.loads(entry.body))
+        body = json.loads(entry.body)
+        if body.pop("event") == event and body.get("model") == model:
+            yield Entry(entry.number, event, body.pop("time"), body.pop("rows"), body)
 
 
 def _mac(key: keys.SecretKey, number: int, previous: bytes, body: str) -> bytes:

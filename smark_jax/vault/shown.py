@@ -52,9 +52,10 @@ def history(vault: folder.Vault, model: str, num_chips: int) -> list[Shown]:
         verdict = verdicts.get(vault, number)
         old = [row for row in verdict.suspects if row.read == "answers" and not row.answers]
         found += [Shown("", row.file, verdict.created, everything) for row in old]
-    recorded = (e.body for e in log.entries(vault.connection) if e.body["event"] == _EVENT)
-    ours = (body for body in recorded if body["model"] == model)
-    return found + [Shown(b["session"], _target(vault, b["target"]), b["time"], tuple(b["probes"])) for b in ours]
+    for entry in log.entries(vault.connection, _EVENT, model):
+        of = entry.details
+        found.append(Shown(of["session"], _target(vault, of["target"]), entry.time, tuple(of["probes"])))
+    return found
 
 
 def _target(vault: folder.Vault, sealed: str) -> str:

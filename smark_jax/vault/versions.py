@@ -7,6 +7,7 @@ Carriers, codes, decoders and shapes are looked up here. Ciphers are only checke
 become an argument of the functions that draw, or models would commit to a name that has no effect.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from smark_jax.vault.documents import Versions
 
 WHITE = Versions()
 """The algorithms of a model without a shape, whose leaves are all marked alike, as older versions did."""
-NEW = WHITE._replace(carrier="hadamard/2", shape="function/1")
+NEW = WHITE._replace(carrier="hadamard/2", code="signs/2", shape="function/1")
 """The algorithms of a new model with a shape."""
 
 
@@ -42,7 +43,12 @@ CIPHERS = {"chacha20/1": chacha.keystream}
 """Keystreams. Carriers and codes call ChaCha20 directly; a second cipher would become an argument of theirs."""
 CARRIERS: dict[str, Callable[..., carriers.Carrier]] = {"hadamard/1": _with_tail, "hadamard/2": _without_tail}
 """Draw a carrier from its key, the carrying leaves, the shape or None, and the number of chips."""
-CODES = {"signs/1": Code(codes.codebook, codes.Codebook)}
+CODES = {
+    f"signs/{version}": Code(
+        functools.partial(codes.codebook, version=version), functools.partial(codes.Codebook, version=version)
+    )
+    for version in (1, 2)
+}
 DECODERS = {"joint/1": "joint"}
 """Names in :data:`smark_jax.tracing.DECODERS`. Verdicts use the decoder that was committed to: choosing one after
 looking at the suspect would void the p-values."""

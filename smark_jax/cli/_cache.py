@@ -1,0 +1,38 @@
+"""Keeps compiled programs between commands: XLA compiles for longer than most commands compute."""
+
+import contextlib
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+_MOST_BYTES = 1 << 30
+
+
+def keep_compiled() -> None:
+    """Names JAX a folder for compiled programs in the user's cache folder; call it before JAX is imported.
+
+    ``SMARK_NO_CACHE`` switches it off, and a folder that the user named by JAX's own variable stays. Programs may hold
+    what a network's function closes over, so nobody else may read the folder. Where none can be made, JAX compiles
+    anew.
+    """
+    if {"SMARK_NO_CACHE", "JAX_COMPILATION_CACHE_DIR"} & os.environ.keys():
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # a read-only home, or none
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smark-jax" / f"xla-{_processor()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        if not os.access(folder, os.W_OK):
+            return
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_MOST_BYTES))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def _processor() -> str:
+    """Names this kind of processor: a home may be shared with others, whose programs would not run here."""
+    flags = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), flags)
+    return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:8]
