@@ -268,7 +268,7 @@ def test_the_network_may_be_a_file_and_the_images_another(desk):
     [
         (("--network", "shapes_network:few"), 1, "expected at least 48 images, but got 47"),
         (("--network", "shapes_network:absent"), 1, "expected shapes_network:absent to return a network and images"),
-        (("--network", "shapes_network:alone"), 1, "name images with --images"),
+        (("--network", "shapes_network:alone"), 1, "Name images with --images"),
         (("--network", "shapes_network:uneven"), 1, "images and labels as arrays"),
         (("--network", "shapes_network:nothing"), 1, "an array of at least one image, but got a NoneType"),
         (("--network", "shapes_network:untraced"), 1, "with operations of JAX alone"),
