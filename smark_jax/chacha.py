@@ -92,7 +92,9 @@ def by_platform(
     return jax.lax.platform_dependent(*args, cpu=called, default=on_device)
 
 
-def openssl(key: AnyArray, nonce: AnyArray, start_block: AnyArray, num_words: int) -> UInt32[np.ndarray, " num_words"]:
+def openssl(
+    key: AnyArray, nonce: AnyArray, start_block: int | AnyArray, num_words: int
+) -> UInt32[np.ndarray, " num_words"]:
     """:func:`keystream` on the host, unchecked."""
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
@@ -100,7 +102,7 @@ def openssl(key: AnyArray, nonce: AnyArray, start_block: AnyArray, num_words: in
     counter = np.asarray(start_block, "<u4").reshape(1)
     cipher = Cipher(algorithms.ChaCha20(key.tobytes(), np.concatenate([counter, nonce]).tobytes()), mode=None)
     stream, found = cipher.encryptor(), np.zeros(num_words, "<u4")
-    data = memoryview(found).cast("B")
+    data = memoryview(found.view(np.uint8))  # pyright: ignore[reportArgumentType]  # an array is a buffer
     for start in range(0, len(data), _BYTES_PER_CALL):  # zeros become the keystream, in place
         part = data[start : start + _BYTES_PER_CALL]
         stream.update_into(part, part)

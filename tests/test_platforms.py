@@ -45,7 +45,7 @@ def entries() -> dict:
         ),
         "scores": (tracing.scoring._score_packed, jnp.ones((1, 300)), jnp.zeros((4096, 1, 16), jnp.uint32)),
         "many scores": (tracing.scoring._score_packed, jnp.ones((9, 300)), jnp.zeros((4096, 1, 16), jnp.uint32)),
-        "products": (tracing.scoring._score_words, jnp.ones((1, 300)), jnp.ones((64, 300), jnp.int8)),
+        "products": (tracing.scoring._score_held, jnp.ones((1, 300)), jnp.ones((64, 300), jnp.int8)),
     }
     for shaped in (False, True):
         mine, kind = mark(shaped), "shaped" if shaped else "white"

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 
@@ -11,7 +12,7 @@ from section_checks import run_and_resume
 
 import experiments.robustness.__main__ as robustness
 from experiments.common import real
-from experiments.robustness import innocents, real_networks, recipes, removal, rewrites, strength, suite
+from experiments.robustness import coalitions, innocents, real_networks, recipes, removal, rewrites, strength, suite
 from smark_jax import models
 
 
@@ -152,6 +153,25 @@ def test_marks_on_real_networks_are_judged_by_their_answers(tmp_path, monkeypatc
     assert traced["none"] and traced["int8"] and traced["new head"]
     assert not any(one["wrong"] for one in row["attacks"])
     assert [(one["caught"], one["wrong"]) for one in row["coalitions"]] == [(2, 0)]
+
+
+def test_coalitions_are_caught_within_shannons_limit(tmp_path):
+    tiny = coalitions.Config(((64, (2,)),), seeds=1, customers=100, epochs=1, train_images=320)
+    result = run_and_resume({coalitions: tiny}, tmp_path)["coalitions"]["result"]
+    for row in coalitions.summary(result):
+        assert row["all caught"] <= row["limit"] and row["wrong"] == 0
+    assert coalitions.summary(result)[0]["all caught"] >= 1  # intact
+
+
+def test_shannons_limit_is_that_of_its_definition():
+    assert coalitions.bits_per_chip(1, np.inf) == pytest.approx(1)  # a sign
+    assert coalitions.bits_per_chip(2, np.inf) == pytest.approx(1.5)  # -1, 0 or 1: 1/4, 1/2, 1/4
+    assert coalitions.bits_per_chip(2, 1.0) == pytest.approx(0.5)
+    for noise in (0.0, 0.5):
+        found = coalitions.limit(64, 1000, noise)
+        bits = [64 * coalitions.bits_per_chip(k, 1 / (k * noise) if noise else np.inf) for k in (found, found + 1)]
+        assert math.log2(math.comb(1000, found)) <= bits[0]
+        assert math.log2(math.comb(1000, found + 1)) > bits[1]
 
 
 def test_harm_is_counted_and_measured_in_nats():

@@ -7,13 +7,14 @@ configuration and seed, so that an interrupted run resumes where it stopped.
 from collections.abc import Sequence
 
 from experiments.common import sections
-from experiments.robustness import innocents, real_networks, removal, rewrites, strength, suite
+from experiments.robustness import coalitions, innocents, real_networks, removal, rewrites, strength, suite
 
 SECTIONS = {
     "rewrites": rewrites,
     "removal": removal,
     "strength": strength,
     "suite": suite,
+    "coalitions": coalitions,
     "innocents": innocents,
     "real_networks": real_networks,
 }
@@ -22,6 +23,8 @@ _EXAMPLES = """sections:
   removal   every removal attack at several settings: accuracy kept and p-value
   strength  which layers to mark, and how strongly: accuracy lost against what is left after attacks
   suite     every attack on white and shaped marks: accuracy, cost relative to training from scratch, verdict
+  coalitions
+            averages of a coalition's copies, intact and rebuilt by R0: how many are caught, and Shannon's limit
   innocents suspects that are nobody's copy, read by weights that follow the suspect: how often anybody is accused
   real_networks
             EfficientNet-Lite0 and OpenNSFW: what copies cost on natural images, and what is left after attacks

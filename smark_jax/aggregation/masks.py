@@ -60,20 +60,22 @@ def pairwise_mask(
 def _pairwise_mask(row: Array, party: Array, round: Array, num_words: int) -> Array:
     if row.shape[0] == 1:
         return jnp.zeros(num_words, jnp.uint32)
-    both = (functools.partial(function, num_words=num_words) for function in (_called, _drawn))
-    return chacha.by_platform(*both, num_words, row, party, round)
+    on_host, on_device = (
+        functools.partial(_called, num_words=num_words),
+        functools.partial(_drawn, num_words=num_words),
+    )
+    return chacha.by_platform(on_host, on_device, num_words, row, party, round)
 
 
-def _called(row: AnyArray, party: AnyArray, round: AnyArray, num_words: int) -> np.ndarray:
+def _called(row: AnyArray, party: int | AnyArray, round: int | AnyArray, num_words: int) -> np.ndarray:
     """The mask by OpenSSL."""
-    row, party, nonce = np.asarray(row), int(party), np.array([round, 0, MASK], np.uint32)
-    total = np.zeros(num_words, np.uint32)
+    nonce, total = np.array([round, 0, MASK], np.uint32), np.zeros(num_words, np.uint32)
     for start in range(0, num_words, _WORDS_PER_CALL):
         part = total[start : start + _WORDS_PER_CALL]
-        for partner in range(len(row)):
-            if partner != party:
-                stream = chacha.openssl(row[partner], nonce, start // chacha.BLOCK_WORDS, part.size)
-                (np.add if partner > party else np.subtract)(part, stream, out=part)
+        for partner, key in enumerate(np.asarray(row)):
+            if partner != int(party):
+                stream = chacha.openssl(key, nonce, start // chacha.BLOCK_WORDS, part.size)
+                (np.add if partner > int(party) else np.subtract)(part, stream, out=part)
     return total
 
 

@@ -73,9 +73,9 @@ def issue(
         runs = _common.runnable(network, images) or teaching
         spared = model.settings.shape.images if model.settings.shape else 0
         trial = trials.Running(runs, model.base, spared) if runs else None
-        known = registry.registered(desk)
+        known = registry.registered(desk) if everybody else []
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
-        everyone = sorted(set(chosen) | set(known if everybody else []))
+        everyone = sorted(set(chosen) | set(known))
         waiting = lambda: _common.err.print("another smark issues from this vault; waiting for it")  # noqa: E731
         _warn_before(model, evidence.exports(desk, name), teach is None and probes.there(model))
         with _common.bar(f"issuing {name}", len(everyone)) as done:

@@ -277,7 +277,8 @@ def customers(
         from smark_jax.vault import store
 
         new = registry.add(desk, listed_names) if listed_names else []
-        listed = registry.registered(desk)
+        number = store.num_customers(desk.connection)
+        listed = registry.registered(desk, 0 if as_json else number - _SHOWN)
         models = store.licensed_models(desk.connection)
     document = {
         "customers": [{**customer._asdict(), "models": models.get(customer.serial, [])} for customer in listed],
@@ -286,12 +287,12 @@ def customers(
 
     def words() -> None:
         rows = [
-            (str(c.serial), c.name, c.created, ", ".join(models.get(c.serial, [])) or "-") for c in listed[-_SHOWN:]
+            (str(c["serial"]), c["name"], c["created"], ", ".join(c["models"]) or "-") for c in document["customers"]
         ]
         if rows:
             keep = ("customer", "serial", "copies of", "since")
             _common.out.table(("serial", "customer", "since", "copies of"), rows, keep=keep)
-        more = f", the last {_SHOWN} shown (--json prints all)" if len(listed) > _SHOWN else ""
-        say(f"{len(listed):,} customers{more}; {len(new):,} of them new.")
+        more = f", the last {_SHOWN} shown (--json prints all)" if number > _SHOWN else ""
+        say(f"{number:,} customers{more}; {len(new):,} of them new.")
 
     _common.show(document, as_json, words)

@@ -155,15 +155,17 @@ def _calls(vectors: jax.Array, book: Book) -> Iterator[tuple[int, np.ndarray]]:
     num_customers, num_chips = size(book)
     most = max(1, _ROWS_PER_CALL * 512 // max(512, num_chips))
     rows = min(most, 1 << (num_customers - 1).bit_length())
-    score = _score_book if isinstance(book, codes.Codebook) else _score_held
-    calls = ((start, score(vectors, book, start, rows)) for start in range(0, num_customers, rows))
-    for (start, found), _ in itertools.pairwise(itertools.chain(calls, [()])):  # which looks one call ahead
-        yield start, np.asarray(found)[:, : num_customers - start]
+    found = (_score_call(vectors, book, start, rows) for start in range(0, num_customers, rows))
+    ahead = itertools.pairwise(itertools.chain(found, [jnp.empty(0)]))  # asks for a call before it gives the last one
+    for start, (scores, _) in zip(range(0, num_customers, rows), ahead, strict=True):
+        yield start, np.asarray(scores)[:, : num_customers - start]
 
 
-def _score_book(vectors: jax.Array, book: codes.Codebook, start: int, rows: int) -> jax.Array:
-    packed = codes.packed_words(book.key, range(start, start + rows), book.num_chips, book.version)
-    return _score_packed(vectors, packed)
+def _score_call(vectors: jax.Array, book: Book, start: int, rows: int) -> jax.Array:
+    if isinstance(book, codes.Codebook):
+        some = range(start, start + rows)
+        return _score_packed(vectors, codes.packed_words(book.key, some, book.num_chips, book.version))
+    return _score_held(vectors, jnp.asarray(book[start : start + rows], jnp.int8))
 
 
 @jax.jit
@@ -211,12 +213,8 @@ def _by_matmul(vectors: jax.Array, packed: jax.Array) -> jax.Array:
     return jnp.dot(flat, bits.astype(jnp.float32).reshape(flat.shape[1], -1), precision=jax.lax.Precision.HIGHEST)
 
 
-def _score_held(vectors: jax.Array, book: AnyArray, start: int, rows: int) -> jax.Array:
-    return _score_words(vectors, jnp.asarray(book[start : start + rows], jnp.int8))
-
-
 @jax.jit
-def _score_words(vectors: jax.Array, book: jax.Array) -> jax.Array:
+def _score_held(vectors: jax.Array, book: jax.Array) -> jax.Array:
     """[R, rows] products of vectors and words, a few thousand words at a time."""
     count, num_chips = book.shape
     step = min(count, _ROWS_PER_STEP)

@@ -49,7 +49,7 @@ def customer_name(name: str) -> str:
     if len(name) > LONGEST_NAME:
         got = f"{len(name)} characters, {name[:20]!r} ..."
         raise _validate.fail("customer", f"a name of up to {LONGEST_NAME} characters", got, "Is a quote left open?")
-    unseen = [c for c in name if unicodedata.category(c) in _UNSEEN and c not in _JOINERS]
+    unseen = [] if name.isprintable() else [c for c in name if unicodedata.category(c) in _UNSEEN and c not in _JOINERS]
     if unseen:
         got = f"U+{ord(unseen[0]):04X} in {name!a}"
         raise _validate.fail("customer", "a name without control characters", got, "Type the name again.")

@@ -11,9 +11,9 @@ __all__ = ["Customer", "add", "registered", "resolve", "serials"]
 _SHOWN = 10
 
 
-def registered(vault: folder.Vault) -> list[Customer]:
-    """All customers in the order of their serials."""
-    return store.customers(vault.connection)
+def registered(vault: folder.Vault, first: int = 0) -> list[Customer]:
+    """All customers from serial ``first`` on, in the order of their serials."""
+    return store.customers(vault.connection, first)
 
 
 def add(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
@@ -24,13 +24,13 @@ def add(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
     """
     wanted = _distinct([_text.customer_name(name) for name in names])
     with store.transaction(vault.connection):
-        known = serials(vault)
+        known = store.named(vault.connection, wanted)
         taken = [name for name in wanted if name in known]
         if taken:
             got = ", ".join(repr(name) for name in taken[:_SHOWN])
             cause = "There is nothing to do for them: leave them out."
             raise _validate.fail("customers", "new names", f"registered ones: {got}", cause)
-        return _insert(vault, wanted, len(known))
+        return _insert(vault, wanted)
 
 
 def resolve(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
@@ -41,12 +41,11 @@ def resolve(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
     """
     wanted = _distinct([_text.customer_name(name) for name in names])
     with store.transaction(vault.connection):
-        known = serials(vault)
+        known = store.named(vault.connection, wanted)
         new = [name for name in wanted if name not in known]
         if new:
-            _insert(vault, new, len(known))
-    by_name = {customer.name: customer for customer in registered(vault)}
-    return [by_name[name] for name in wanted]
+            known |= {customer.name: customer for customer in _insert(vault, new)}
+    return [known[name] for name in wanted]
 
 
 def serials(vault: folder.Vault) -> dict[str, int]:
@@ -61,8 +60,8 @@ def _distinct(names: list[str]) -> list[str]:
     return names
 
 
-def _insert(vault: folder.Vault, names: list[str], first: int) -> list[Customer]:
-    created = _text.now()
+def _insert(vault: folder.Vault, names: list[str]) -> list[Customer]:
+    created, first = _text.now(), store.num_customers(vault.connection)
     new = [Customer(serial, name, created) for serial, name in enumerate(names, first)]
     folder.record(vault, "customers added", {"customers": new}, first=first, number=len(new))
     return new

@@ -94,10 +94,10 @@ def _table(path: Path, text: str) -> tuple[str, list[_Row]]:
     """The delimiter, empty when there is only one column, and the rows that are not blank."""
     cut: dict[str, list[_Row]] = {}
     errors = []
-    for delimiter in _DELIMITERS:
+    for delimiter in [one for one in _DELIMITERS if one in text] or list(_DELIMITERS)[:1]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         try:
-            cut[delimiter] = [_Row(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+            cut[delimiter] = [_Row(reader.line_num, row) for row in reader if "".join(row).strip()]
         except csv.Error as error:
             errors.append(f"{error} in line {reader.line_num}")
     if not cut:

@@ -9,7 +9,7 @@ import functools
 import importlib.metadata
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,7 +181,7 @@ def judge(
             warnings.simplefilter("ignore", RuntimeWarning)  # the decoys' alarm: the document states it anyway
             log_maps = [row.log_maps or 0.0 for row in rows if row.verdict == PENDING]
             found = _trace(model, np.stack(chips), serials, level, tried, log_maps, asked, on_progress)
-    names = {customer.serial: customer.name for customer in store.customers(vault.connection)}
+    names = functools.partial(store.name, vault.connection)
     judged = zip(found, chips, strict=True)
     parts = [_judged(row, *next(judged), names) if row.verdict == PENDING else Judged(row) for row in rows]
     verdict = Verdict(
@@ -226,11 +226,11 @@ def _trace(
     return trace(chips[:, columns], words, alpha, model.decoder, serials=serials)
 
 
-def _judged(row: Suspect, found: tracing.Verdict, chips: np.ndarray, names: Mapping[int, str]) -> Judged:
+def _judged(row: Suspect, found: tracing.Verdict, chips: np.ndarray, name: Callable[[int], str]) -> Judged:
     """A suspect that was read, completed with its verdict and arrays."""
     suspect = row._replace(
         verdict="traced" if found.accused else "nobody",
-        accused=tuple(documents.Accused(names[accused.serial], *accused) for accused in found.accused),
+        accused=tuple(documents.Accused(name(accused.serial), *accused) for accused in found.accused),
         threshold=found.threshold if math.isfinite(found.threshold) else None,
         decoys=found.decoys,
         num_suspects=found.num_suspects,

@@ -1,6 +1,7 @@
 """The vault's queries: one function per question, and a small NamedTuple for answers of several columns."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from smark_jax.vault.store.schema import Connection
@@ -138,9 +139,27 @@ def probes(connection: Connection, model: str) -> Probes | None:
     return Probes(*row) if row else None
 
 
-def customers(connection: Connection) -> list[Customer]:
-    """All customers in the order of their serials."""
-    return list(map(Customer._make, connection.execute("SELECT serial, name, created FROM customers ORDER BY serial")))
+def customers(connection: Connection, first: int) -> list[Customer]:
+    """All customers from serial ``first`` on, in the order of their serials."""
+    query = "SELECT serial, name, created FROM customers WHERE serial >= ? ORDER BY serial"
+    return list(map(Customer._make, connection.execute(query, (first,))))
+
+
+def named(connection: Connection, names: Sequence[str]) -> dict[str, Customer]:
+    """Those of the customers with these names who are registered, by name."""
+    query = "SELECT serial, name, created FROM customers WHERE name IN (SELECT value FROM json_each(?))"
+    found = map(Customer._make, connection.execute(query, (json.dumps(names),)))
+    return {customer.name: customer for customer in found}
+
+
+def num_customers(connection: Connection) -> int:
+    """How many customers are registered."""
+    return connection.execute("SELECT count(*) FROM customers").fetchone()[0]
+
+
+def name(connection: Connection, serial: int) -> str:
+    """The name of a customer."""
+    return connection.execute("SELECT name FROM customers WHERE serial = ?", (serial,)).fetchone()[0]
 
 
 def serials(connection: Connection) -> dict[str, int]:

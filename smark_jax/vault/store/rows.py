@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,17 +27,21 @@ def summary(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
     return {table: _summary(some) for table, some in rows.items() if len(some)}
 
 
-def _summary(rows: Iterable[Row]) -> dict[str, Any]:
+def _summary(rows: Iterable[Row], width: int | None = None) -> dict[str, Any]:
+    """The number and the SHA-256 of rows, of which the first ``width`` values count."""
     digest, count = hashlib.sha256(), 0
     rows = iter(rows)
     while some := list(itertools.islice(rows, _ROWS_PER_HASH)):
-        digest.update(json.dumps([[_plain(value) for value in row] for row in some], separators=(",", ":")).encode())
+        text = json.dumps([row[:width] for row in some], separators=(",", ":"), default=_hashed)
+        digest.update(text.encode())
         count += len(some)
     return {"rows": count, "sha256": digest.hexdigest()}
 
 
-def _plain(value: Any) -> Any:
-    return {"sha256": hashlib.sha256(value).hexdigest()} if isinstance(value, bytes) else value
+def _hashed(value: Any) -> dict[str, str]:
+    if not isinstance(value, bytes):
+        raise TypeError(f"a row holds a {type(value).__name__}")
+    return {"sha256": hashlib.sha256(value).hexdigest()}
 
 
 def verify(connection: Connection, said: Mapping[int, Mapping[str, Any]]) -> None:
@@ -56,9 +61,8 @@ def verify(connection: Connection, said: Mapping[int, Mapping[str, Any]]) -> Non
     for table, columns in TABLES.items():
         expected = {number: tables[table] for number, tables in said.items() if table in tables}
         cursor = connection.execute(f"SELECT {', '.join(columns)}, entry FROM {table} ORDER BY entry, rowid")
-        found = {
-            entry: _summary(row[:-1] for row in rows) for entry, rows in itertools.groupby(cursor, lambda row: row[-1])
-        }
+        by_entry = itertools.groupby(cursor, operator.itemgetter(-1))
+        found = {entry: _summary(rows, len(columns)) for entry, rows in by_entry}
         for entry in sorted(expected.keys() | found.keys(), key=str):
             if expected.get(entry) != found.get(entry):
                 rows = found.get(entry, {"rows": 0})["rows"]
