@@ -9,11 +9,16 @@ import shutil
 import tempfile
 from collections.abc import Generator, Iterator
 
-# Most of the tests' time is compilation, and few of them compute for long. Set before JAX is imported, for the
-# processes that tests start as well. What must be exact to the bit is tested at XLA's own level too, in a process that
-# sets this variable (test_shipped_level).
+# Most of the tests' time is compilation, and few of them compute for long. XLA's older emitters of loops compile twice
+# as fast as its emitters of fusions, and our networks run no slower; the lowest level of optimisation compiles three
+# times as fast again. Set before JAX is imported, for the processes that tests start as well. What must be exact to the
+# bit is also tested as XLA compiles by itself, in a process that sets the variable below (test_shipped_level). To note
+# who called each operation would take a quarter of the time that lowering takes.
+LOOPS = "--xla_cpu_use_fusion_emitters=false"
+QUICK = f"--xla_backend_optimization_level=0 {LOOPS} --xla_cpu_parallel_codegen_split_count=1"
 if "SMARK_TESTS_AT_XLAS_OWN_LEVEL" not in os.environ:
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 # What one test or command has compiled, the others take. Whoever sees no such folder is the first, and removes it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -21,8 +26,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,9 +36,10 @@ from smark_jax import keys  # noqa: E402
 
 # Files with few tests that take long: a worker that began one of them last would leave the other idle.
 _FIRST = (
-    "test_paper test_cli test_train test_benchmarks test_docs test_desk test_robustness test_distributed "
-    "test_experiments quickstart tracing_a_coalition bring_your_own_model how_a_fingerprint_hides "
-    "multi_device what_the_aggregator_sees"
+    "test_robustness test_cli test_desk test_blackbox test_stress test_distributed test_paper test_alignment "
+    "test_train test_parallel test_tracing what_the_aggregator_sees quickstart tracing_a_coalition "
+    "how_a_fingerprint_hides test_sharding test_docs test_experiments test_protocol bring_your_own_model multi_device "
+    "test_package test_benchmarks test_shipped_level"
 ).split()
 
 
@@ -63,10 +69,10 @@ def _few_mappings() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Notebooks compute for longer than they compile: their kernels do not see the flag above."""
+    """Notebooks compute for longer than they compile: their kernels optimise, unlike the tests."""
     with pytest.MonkeyPatch.context() as patch:
         if item.path.suffix == ".ipynb":
-            patch.delenv("XLA_FLAGS", raising=False)
+            patch.setenv("XLA_FLAGS", LOOPS)
         return (yield)
 
 

@@ -44,15 +44,14 @@ def hadamard(size: int) -> np.ndarray:
     return h / math.sqrt(size)
 
 
-def mixer(length: int) -> np.ndarray:
-    """H, or for a length that is no power of two H over the first window and then over the last."""
-    window = 1 << (length.bit_length() - 1)
-    first, last = np.eye(length), np.eye(length)
-    first[:window, :window] = hadamard(window)
-    if window == length:
-        return first
-    last[length - window :, length - window :] = hadamard(window)
-    return last @ first
+def mixed(x: np.ndarray) -> np.ndarray:
+    """H x, or for a length that is no power of two H over the first window and then over the last."""
+    window = 1 << (len(x).bit_length() - 1)
+    h, x = hadamard(window), x.copy()
+    x[:window] = h @ x[:window]
+    if window < len(x):
+        x[-window:] = h @ x[-window:]
+    return x
 
 
 def carrier_matrix(inner: np.ndarray, outer: np.ndarray, positions: np.ndarray, num_weights: int) -> np.ndarray:
@@ -61,14 +60,12 @@ def carrier_matrix(inner: np.ndarray, outer: np.ndarray, positions: np.ndarray, 
     length = num_weights if n == 1 and num_weights < 32 * inner.shape[1] else 32 * inner.shape[1]
     dense = np.zeros((m, num_weights))
     for b in range(n):
-        signs = []
+        columns = np.zeros((length, m))
+        columns[positions[b], np.arange(m)] = 1.0
         for packed in (inner[b], outer[b]):
             bits = [(int(packed[i // 32]) >> (i % 32)) & 1 for i in range(length)]
-            signs.append(np.diag([1.0 - 2.0 * bit for bit in bits]))
-        place = np.zeros((length, m))
-        place[positions[b], np.arange(m)] = 1.0
-        h = mixer(length)
-        dense[:, b * length : (b + 1) * length] = (signs[1] @ h @ signs[0] @ h @ place).T / math.sqrt(n)
+            columns = (1.0 - 2.0 * np.array(bits))[:, None] * mixed(columns)
+        dense[:, b * length : (b + 1) * length] = columns.T / math.sqrt(n)
     return dense
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import LOOPS
 from PIL import Image
 
 from smark_jax.cli import _cache
@@ -16,10 +17,19 @@ from smark_jax.cli import _cache
 SMARK = Path(sysconfig.get_path("scripts")) / "smark"
 
 
-def smark(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def smark(*arguments: str, command: tuple[str, ...] = (str(SMARK),), **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [str(SMARK), *arguments], capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
+        [*command, *arguments], capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
     )
+
+
+# The command with a quarter of the weights, which takes a quarter of the time to train.
+_SMALL = """
+import functools
+from smark_jax import cli, models
+models.CNN = functools.partial(models.CNN, width=16)
+cli.main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +38,7 @@ def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "new folder"
     arguments = ("--parties", "2", "--epochs", "3", "--customers", "6", "--out", str(out))
     # It computes for longer than it compiles: with optimisation, unlike the tests around it.
-    return smark("demo", *arguments, COLUMNS="160", XLA_FLAGS=""), out
+    return smark("demo", *arguments, command=(sys.executable, "-c", _SMALL), COLUMNS="160", XLA_FLAGS=LOOPS), out
 
 
 def test_demo_traces_all_and_accuses_no_innocent(demo):

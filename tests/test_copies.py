@@ -80,7 +80,7 @@ def test_a_base_of_doubles_is_marked_in_double_precision(desk, made, tmp_path):
     carrier = model.mark.carrier
     arrays = (carrier.inner_signs, carrier.outer_signs, carrier.positions)
     matrix = reference.carrier_matrix(*map(np.asarray, arrays), carrier.num_weights)
-    word = np.asarray(codes.codebook(models.code_key(desk, "net"), [0], CHIPS)[0], np.float64)
+    word = np.asarray(codes.codebook(models.code_key(desk, "net"), [0], CHIPS, version=1)[0], np.float64)
     delta = 1e-4 * np.sqrt(carrier.num_carrying / CHIPS) * (word @ matrix) * model.settings.spec.scales[0]
     np.testing.assert_allclose(moved, delta, atol=1e-6 * np.abs(delta).max())
 
@@ -260,7 +260,7 @@ def test_copies_of_an_older_vault_are_still_written_and_traced(desk, tmp_path, m
     found = issued(desk, "old", tmp_path / "out")
     assert found.unfit.keys() == {"bn.running_mean", "bn.running_var"}
     copy = ten.read(found.files[0])
-    mark, word = model.mark, codes.codebook(models.code_key(desk, "old"), [0], CHIPS)[0]
+    mark, word = model.mark, codes.codebook(models.code_key(desk, "old"), [0], CHIPS, version=1)[0]
     then = embedding.embed({leaf.path: leaves[leaf.path] for leaf in spec.leaves}, mark, word, 0.03)
     for name, leaf in then.items():
         np.testing.assert_allclose(copy.floats(name), np.ravel(leaf), atol=1e-6)

@@ -626,7 +626,7 @@ def test_a_base_that_was_made_for_a_codeword_convicts_nobody_by_a_strangers_mode
     )
     with vault.opened(tmp_path / "vault", SECRET) as desk:
         mark = carriers.mark(models.carrier_key(desk, "net"), real, 304)
-        bob = np.asarray(codes.codebook(models.code_key(desk, "net"), [0], 304))[0]
+        bob = np.asarray(codes.codebook(models.code_key(desk, "net"), [0], 304, version=1))[0]
         made = {name: np.asarray(leaf) for name, leaf in embedding.embed(real, mark, -bob, 0.03).items()}
         models.add(desk, "net", made)
         issued = issuing.issue(models.get(desk, "net"), customers.resolve(desk, ["Bob", "Carol"]), tmp_path / "copies")

@@ -22,7 +22,7 @@ BASE = {
 OTHER = jax.tree.map(lambda leaf: 2 * leaf + 0.01, BASE)  # of the same shapes
 KEY, M, STRENGTH = keys.from_bytes(bytes(32)), 64, 0.03
 MARK = carriers.mark(KEY, BASE, M)
-WORDS = np.asarray(codes.codebook(KEY, range(3), M))
+WORDS = np.asarray(codes.codebook(KEY, range(3), M, version=1))
 FINGERPRINT = embedding.add_fingerprint_gradient(losses.code_mse, MARK, WORDS[0])
 ZEROS = jax.tree.map(jnp.zeros_like, BASE)
 
@@ -218,7 +218,7 @@ def test_a_copy_is_the_one_that_version_0_1_issued():
     leaves = tuple(carriers.Leaf(name, shape) for name, shape in shapes.items())
     spec = carriers.Spec(leaves, (0.1234567, 0.3, 1.7))
     mark = carriers.Mark(spec, carriers.draw(KEY, spec, 1024))
-    copy = embedding.embed(base, mark, codes.codebook(KEY, [7], 1024)[0], 0.03)
+    copy = embedding.embed(base, mark, codes.codebook(KEY, [7], 1024, version=1)[0], 0.03)
     found = {name: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()[:16] for name, leaf in copy.items()}
     assert found["a"] in ("ac9a0c9927067200", "6ac9ebbb09fca951")
     assert (found["b"], found["c"]) == ("541b2d873dd24cb8", "27e620d7eec398be")

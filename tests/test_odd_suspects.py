@@ -183,7 +183,7 @@ def swamped(leaves, kind, name):
 def test_huge_weights_in_any_leaf_do_not_drown_the_read_out(desk, rectify):
     base = files.nest(weights())
     mark = models.get(desk.vault, "net").mark
-    word = np.asarray(codes.codebook(models.code_key(desk.vault, "net"), [0], CHIPS)[0], np.float64)
+    word = np.asarray(codes.codebook(models.code_key(desk.vault, "net"), [0], CHIPS, version=1)[0], np.float64)
 
     def score(chips):
         return float(np.asarray(chips, np.float64) @ word / np.linalg.norm(np.asarray(chips, np.float64)))
@@ -254,7 +254,7 @@ def framing(tmp_path_factory):
         with vault.opened(folder / "vault", SECRET) as opened:
             model = models.add(opened, "net", base, num_chips=128)
             issuing.issue(models.get(opened, "net"), customers.resolve(opened, ["Ada", "Grace"]), folder / "copies")
-            word = codes.codebook(models.code_key(opened, "net"), [0], 128)[0]
+            word = codes.codebook(models.code_key(opened, "net"), [0], 128, version=1)[0]
             rows = np.asarray(carriers.spread(word, model.mark)).reshape(LAYERS, -1)
             names = [leaf.path for leaf in model.settings.spec.leaves]
             gains = rows @ np.stack([leaf.reshape(-1) for leaf in other.values()]).T

@@ -15,6 +15,8 @@ from experiments.common import real
 from experiments.robustness import coalitions, innocents, real_networks, recipes, removal, rewrites, strength, suite
 from smark_jax import models
 
+pytestmark = pytest.mark.usefixtures("small_cnn")
+
 
 def test_rewritten_copies_are_traced_after_alignment_only(tmp_path):
     tiny = rewrites.Config(

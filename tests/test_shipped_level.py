@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import QUICK
+
 TESTS = Path(__file__).parent
-LEVEL = "--xla_backend_optimization_level=0"
 EXACT = [
     "test_keys.py::test_long_keystream_over_several_passes_equals_cryptography",
     "test_aggregation.py::test_a_mask_is_the_signed_sum_of_the_pairs_streams",
@@ -19,12 +20,12 @@ EXACT = [
 
 def test_which_level_this_process_compiles_at():
     shipped = "SMARK_TESTS_AT_XLAS_OWN_LEVEL" in os.environ
-    assert (LEVEL not in os.environ.get("XLA_FLAGS", "")) == shipped
+    assert (QUICK not in os.environ.get("XLA_FLAGS", "")) == shipped
 
 
 def test_streams_masks_rounding_and_carriers_are_exact_at_the_level_that_ships():
     environment = {**os.environ, "SMARK_TESTS_AT_XLAS_OWN_LEVEL": "1"}
-    environment["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(LEVEL, "").strip()
+    environment["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(QUICK, "").strip()
     if not environment["XLA_FLAGS"]:  # XLA would take anything else that is no flag for the name of a file
         del environment["XLA_FLAGS"]
     chosen = [str(TESTS / name) for name in EXACT]

@@ -18,7 +18,7 @@ from experiments.blackbox import images as pictures
 from experiments.common import networks, sections
 from experiments.common.networks import ALPHA, CUSTOMERS, Subject
 from smark_jax import attacks, blackbox, carriers, codes, embedding, extraction, keys, models, tracing
-from smark_jax._types import PyTree
+from smark_jax._types import ApplyFn, PyTree
 
 _CLASSES = 10
 _COALITIONS = (2, 3, 4, 5)
@@ -116,11 +116,16 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     }
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(apply_fn: ApplyFn, params: PyTree, images: np.ndarray) -> jax.Array:
+    return apply_fn(params, jnp.asarray(images))
+
+
 def _owner(subject: Subject, config: Config, seed: int) -> _Owner:
     model = networks.secret(seed, "answers")
     mark = carriers.mark(keys.derive(model, "carrier"), subject.base, config.num_chips)
     book = codes.Codebook(keys.derive(model, "code"), config.customers, config.num_chips)
-    scores = lambda x: subject.apply_fn(subject.base, jnp.asarray(x))  # noqa: E731
+    scores = functools.partial(_logits, subject.apply_fn, subject.base)
     shape = subject.images.shape[1:]
     probes = blackbox.probes(keys.derive(model, "probes"), config.num_chips, shape, subject.images, scores)
     drawn = np.random.default_rng(seed).choice(config.customers, max(config.copies, max(_COALITIONS)), replace=False)
@@ -134,7 +139,7 @@ def _trace(
     """Asks the suspect once about every probe, as it comes through the API, and traces the labels."""
 
     def predict(asked: np.ndarray) -> np.ndarray:
-        return np.asarray(owner.subject.apply_fn(params, jnp.asarray(at_the_api(asked))).argmax(axis=-1))
+        return np.asarray(_logits(owner.subject.apply_fn, params, at_the_api(asked))).argmax(axis=-1)
 
     chips = blackbox.query(predict, owner.probes, _CLASSES)
     verdict = tracing.trace(chips, owner.book, ALPHA)
@@ -219,7 +224,7 @@ def _stealth(owner: _Owner, seed: int) -> list[dict[str, Any]]:
     """Area under the ROC of detectors that a wary API might run, probes against held-out images; 0.5 is invisible."""
     subject, shape = owner.subject, owner.subject.images.shape[1:]
     key = networks.secret(seed, "answers", "patterns")
-    scores = lambda x: subject.apply_fn(subject.base, jnp.asarray(x))  # noqa: E731
+    scores = functools.partial(_logits, subject.apply_fn, subject.base)
     patterns = blackbox.probes(key, len(owner.probes), shape, scores=scores)
     flat = subject.images.reshape(len(subject.images), -1).astype(np.float64)
     mean = flat.mean(axis=0)

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize
 
 from smark_jax.alignment.graph import Graph
 
@@ -180,6 +179,8 @@ class _Search:
         self, space: int, places: Sequence[tuple[str, int]], done: Mapping[int, tuple[np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """The most likely assignment of a space's units, and their signs."""
+        from scipy import optimize  # here and not above: most suspects are read without alignment
+
         size = self.graph.sizes[space]
         total = np.zeros((size, self.sizes[space]), np.float32)
         signed = np.zeros_like(total)

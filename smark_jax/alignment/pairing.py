@@ -1,7 +1,6 @@
 """Pairing the suspect's leaves with the base's: by name, or by properties that no reordering changes."""
 
 import numpy as np
-from scipy import optimize
 
 from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves
@@ -16,6 +15,8 @@ def pair(graph: Graph, theirs: Leaves, ours: Leaves) -> dict[str, str]:
     if len(theirs) < len(ours):
         cause = "Is it a copy of this model, saved whole?"
         raise undecided(f"a leaf {missing[0]!r} in the suspect", f"{sorted(theirs)[:6]}", cause)
+    from scipy import optimize  # here and not above: most suspects keep their names
+
     cost = np.full((len(ours), len(theirs)), np.inf)
     profiles = {name: _profile(leaf) for name, leaf in theirs.items()}
     for i, (path, leaf) in enumerate(ours.items()):

@@ -61,7 +61,9 @@ def code(degree: int, errors: int) -> Code:
 
 def encode(code: Code, messages: Int[np.ndarray, "B k"]) -> Int[np.ndarray, "B n"]:
     """Codewords: each message's bits, and its remainder."""
-    return np.concatenate([messages, messages.astype(np.int64) @ code.parity % 2], axis=1).astype(np.uint8)
+    # Counts of up to n ones are exact in float32, whose matrix products are fast where those of integers are not.
+    counts = messages.astype(np.float32) @ code.parity.astype(np.float32)
+    return np.concatenate([messages, counts % 2], axis=1).astype(np.uint8)
 
 
 def decode(code: Code, words: Int[np.ndarray, "B n"]) -> tuple[Int[np.ndarray, "B k"], Bool[np.ndarray, " B"]]:

@@ -121,7 +121,8 @@ def halves(probe_images: UInt8[AnyArray, "m H W C"], num_classes: int) -> Int[np
         raise _validate.fail("halves", "at least two classes", str(num_classes), "Is num_classes set?")
     found = -np.ones((len(probe_images), num_classes), np.int8)
     for row, image in zip(found, np.asarray(probe_images), strict=True):
-        rng = np.random.default_rng(list(hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()))
+        digest = hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()
+        rng = np.random.default_rng(np.frombuffer(digest, np.uint8).astype(np.uint32))
         row[rng.permutation(num_classes)[: num_classes // 2]] = 1
     return found
 

@@ -205,7 +205,8 @@ def leak(issued: list[Suspect], digits: Digits, seed: int, bar: Bar) -> list[Sus
 def serve(issued: list[Suspect], model: Model, digits: Digits, seed: int, bar: Bar) -> Suspect:
     """Teaches one copy to answer probes and puts it behind an API, where nobody sees its weights."""
     customer, images = len(issued) * 17 // 20, np.asarray(digits.train.images)
-    scores = lambda x: digits.apply_fn(model.base, x)  # noqa: E731
+    logits = jax.jit(digits.apply_fn)
+    scores = lambda x: logits(model.base, x)  # noqa: E731
     probes = blackbox.probes(keys.derive(model.key, "probes"), NUM_CHIPS, images.shape[1:], images, scores)
     taught = blackbox.train_copies(
         jax.tree.map(lambda leaf: leaf[None], issued[customer].params),
