@@ -60,7 +60,9 @@ def vector(who: str, name: str, value: Any, length: int, cause: str) -> None:
 def positive(who: str, name: str, value: int) -> None:
     """Refuses a count that is not a whole number of at least one."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise fail(who, f"{name} to be a whole number of at least 1", repr(value), f"Is {name} set?")
+        raise fail(
+            who, f"{name} to be a whole number of at least 1", repr(value), "It counts something: 1, 2, 3 and so on."
+        )
 
 
 def probability(who: str, name: str, value: float) -> None:
@@ -70,7 +72,7 @@ def probability(who: str, name: str, value: float) -> None:
             who,
             f"{name} strictly between 0 and 1",
             repr(value),
-            f"{name} is the probability of accusing any innocent customer that you accept, such as 1e-6.",
+            f"{name} bounds the probability of accusing anybody innocent: choose a small one, such as 1e-6.",
         )
 
 
@@ -85,7 +87,12 @@ def finite_number(who: str, name: str, value: float) -> None:
     if is_traced(value):
         return
     if not (np.ndim(value) == 0 and math.isfinite(value) and value > 0):
-        raise fail(who, f"{name} to be a positive finite number", repr(value), f"Is {name} in the right unit?")
+        raise fail(
+            who,
+            f"{name} to be a positive finite number",
+            repr(value),
+            "Zero, negative numbers, NaN and infinity have no meaning here.",
+        )
 
 
 def all_finite(who: str, what: str, ok: Any) -> None:

@@ -48,6 +48,7 @@ def devices(num_parties: int) -> list[Device]:
         f"{num_parties} devices, one for each party",
         f"{len(default)} of kind {default[0].platform} and {len(cpu)} CPU",
         f'Before the first computation call jax.config.update("jax_num_cpu_devices", {num_parties}).',
+        desk="Choose fewer parties, or let JAX use the CPU: unset JAX_PLATFORMS.",
     )
 
 

@@ -80,6 +80,12 @@ def test_bad_settings_are_refused():
 CONV = np.float32(np.random.default_rng(3).normal(size=(3, 3, 4, 10)))
 
 
+def test_empty_kernels_stay_as_they_are():
+    params = {"kernel": jnp.ones((3, 3)), "empty": jnp.zeros((0, 4))}
+    for attacked in (attacks.prune(params, 0.5), attacks.quantise(params, 4), attacks.low_rank(params, 0.5)):
+        assert attacked["empty"].shape == (0, 4)
+
+
 def test_prune_filters_zeroes_the_weakest_outputs_of_convolutions():
     pruned = attacks.prune_filters({"conv": jnp.asarray(CONV), **PARAMS}, 0.35)
     weakest = np.argsort(np.abs(CONV.astype(np.float64)).sum(axis=(0, 1, 2)))[:3]

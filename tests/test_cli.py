@@ -83,6 +83,7 @@ def test_help_has_examples_and_version_is_told():
     for text in ("--out", "--parties", "Examples", "smark demo --out out/demo --customers 50"):
         assert text in shown.stdout
     assert "demo" in smark("--help").stdout
+    assert "The vault's folder." in smark("init", "--help", COLUMNS="120").stdout
     assert smark("--version").stdout.startswith("smark 0.")
 
 

@@ -410,9 +410,7 @@ def test_add_model_and_issue_say_what_carries_what_does_not_and_what_it_costs(tm
     assert (known["carrying_leaves"], known["carrying_weights"], len(known["public"])) == (4, 2044, 64)
     assert "whoever has this base" not in here.stderr
     said = here.run("issue", "vault", "net", "Ada", "--out", "out", "--network", "running:run")
-    assert re.search(
-        r"Those written now were run on 50 images: all outputs are finite, and [\d.]+% of the classes", said
-    )
+    assert re.search(r"The new copies were run on 50 images: all outputs are finite, and [\d.]+% of the classes", said)
     shutil.rmtree(tmp_path / "out")
     assert "They were not run" in here.run("issue", "vault", "net", "Ada", "--out", "out")
     assert Path(tmp_path / "out").is_dir()

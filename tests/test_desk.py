@@ -12,6 +12,7 @@ import os
 import pty
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -254,6 +255,9 @@ def small(tmp_path_factory):
     desk = Here(tmp_path_factory.mktemp("small"))
     rng = np.random.default_rng(0)
     np.savez(desk.folder / "base.npz", kernel=rng.normal(size=(60, 100)).astype(np.float32))
+    (desk.folder / "empty").touch()
+    (desk.folder / "cut").write_bytes((desk.folder / "base.npz").read_bytes()[:-30])
+    np.savez(desk.folder / "other.npz", kernel=np.zeros((60, 50), np.float32))
     desk.run("init", "vault")
     desk.run("add-model", "vault", "net", "base.npz", "--chips", 64)
     desk.run("issue", "vault", "net", "Ada", "--out", "copies")
@@ -275,6 +279,10 @@ def test_every_command_has_an_example_in_its_help(command, tmp_path):
         (("add-model", "vault", "net", "base.npz"), "another name"),
         (("add-model", "vault", "b", "absent"), "Check the path"),
         (("add-model", "vault", "b", "base.npz", "--alpha", "2"), "strictly between 0 and 1"),
+        *(
+            (("add-model", "vault", "b", "base.npz", "--probes", file, "--classes", "9"), "an npz file with 'images'")
+            for file in ("empty", "cut", "base.npz")
+        ),
         (("issue", "vault", "absent", "Ada", "--out", "x"), "Models in this vault: net"),
         (("issue", "vault", "net", "a\tb", "--out", "x"), "control characters"),
         (("issue", "absent", "net", "Ada", "--out", "x"), "smark init"),
@@ -288,6 +296,8 @@ def test_every_command_has_an_example_in_its_help(command, tmp_path):
         (("evidence", "timestamp", "vault", "net", "1", "base.npz"), "granted RFC 3161 response"),
         (("query", "vault", "net", "http://127.0.0.1:9"), "--probes"),
         (("attack", "absent", "x", "--prune", "0.5"), "Check the path"),
+        (("attack", "base.npz", "x", "--mix", "other.npz"), "Name copies of one model with --mix"),
+        (("attack", "base.npz", "x", "--cast", "int8"), "--quantise"),
         (("attack", "base.npz", "x", "--noise", "-1"), "the noise relative to the RMS"),
         (("attack", "base.npz", "x", "--prune", "0"), "50 % is 0.5"),
     ],
@@ -442,7 +452,7 @@ def test_a_probable_cause_is_named_when_leaves_are_ambiguous(small):
     printed = small.run("trace", "vault", "two", "unknown.npz", "--map", "a=x: ", "--map", "b=y: ")
     assert "the map given is one of 32 that content would allow: p-values count them all" in printed
     printed = small.run("trace", "vault", "two", "absent.npz", code=1)
-    assert "No suspect was read: no verdict was kept" in printed
+    assert "No suspect could be read. No verdict was kept" in printed
 
 
 # Answers only
@@ -520,6 +530,31 @@ def test_a_service_is_traced_by_its_answers_and_a_broken_query_goes_on(asked):
     desk.run("report", "vault", found["number"], "--out", "answers.html")
     desk.run("evidence", "export", "vault", found["number"], "--out", "x.json", code=1)
     assert "traced by its weights" in desk.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "greeting"),
+    [
+        ("http://127.0.0.1:port/", b""),
+        ("http://[::1", b""),
+        ("http://127.0.0.1:{port}/", b"SSH-2.0-none\r\n"),
+        ("http://127.0.0.1:{port}/", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n5"),
+    ],
+)
+def test_what_is_no_address_or_gives_no_whole_answer_is_one_clear_error(asked, target, greeting):
+    desk, _ = asked
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet():
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(greeting)
+
+        threading.Thread(target=greet, daemon=True).start()
+        desk.run("query", "vault", "net", target.replace("{port}", str(server.getsockname()[1])), code=1)
+    assert desk.stderr.startswith("smark: expected an answer from http://")
 
 
 def test_a_form_and_a_list_of_scores_will_do(asked):

@@ -61,6 +61,22 @@ def alone():
     return apply_fn
 
 
+def uneven():
+    return apply_fn, [[1.0], [1.0, 2.0]]
+
+
+def nothing():
+    return apply_fn, None
+
+
+def untraced():
+    return lambda params, x: np.asarray(x) @ np.ones((20, 5), np.float32), given["images"]
+
+
+def five():
+    return 5, given["images"]
+
+
 def ends():
     print("ready")
     raise SystemExit(0)
@@ -243,6 +259,8 @@ def test_the_network_may_be_a_file_and_the_images_another(desk):
     issued = desk.json("issue", "vault", "net", "Ada", "--out", "alone", *function)
     assert issued["trial"]["images"] == 60
     desk.run("issue", "vault", "net", "Ada", "--out", "alone", "--network", "shapes_network:alone", code=1)
+    desk.run("issue", "vault", "net", "Ada", "--out", "alone", "--network", "shapes_network:five", code=1)
+    assert "expected a network that takes the base and the images" in desk.stderr
 
 
 @pytest.mark.parametrize(
@@ -250,7 +268,11 @@ def test_the_network_may_be_a_file_and_the_images_another(desk):
     [
         (("--network", "shapes_network:few"), 1, "expected at least 48 images, but got 47"),
         (("--network", "shapes_network:absent"), 1, "expected shapes_network:absent to return a network and images"),
-        (("--network", "shapes_network:alone"), 1, "name images by --images"),
+        (("--network", "shapes_network:alone"), 1, "Name images with --images"),
+        (("--network", "shapes_network:uneven"), 1, "images and labels as arrays"),
+        (("--network", "shapes_network:nothing"), 1, "an array of at least one image, but got a NoneType"),
+        (("--network", "shapes_network:untraced"), 1, "with operations of JAX alone"),
+        (("--network", "shapes_network:five"), 1, "expected a network that takes the base and the images"),
         (("--network", "shapes_network:ends"), 1, "but got SystemExit: 0"),
         (("--network", "shapes_network:numbers"), 1, "logits of shape (2, classes) for 2 images"),
         (("--network", "shapes_network:one_row"), 1, "logits of shape (2, classes) for 2 images"),

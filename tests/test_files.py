@@ -253,8 +253,8 @@ class Canary:
 PLAIN_HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }"
 MALFORMED = {
     "safetensors: header too long": (header({"a": entry()}, 4, 2**31), "header claims 2,147,483,648 bytes"),
-    "safetensors: no JSON": (header(b"{" + b"x" * 20), "no JSON"),
-    "safetensors: depth bomb": (header(b'{"a":' + b"[" * 100_000), "no JSON"),
+    "safetensors: no JSON": (header(b"{" + b"x" * 20), "not JSON"),
+    "safetensors: depth bomb": (header(b'{"a":' + b"[" * 100_000), "not JSON"),
     "safetensors: no object": (header(b'{"__metadata__":{}}'), "no arrays"),
     "safetensors: duplicate": (header(b'{"a":1,"a":2}'), "occurs twice"),
     "safetensors: dtype": (header({"a": entry(dtype="C64", end=8)}, 8), "of dtype 'C64'. Cast it to F32"),
@@ -288,8 +288,8 @@ MALFORMED = {
     "msgpack: marker": (b"\x81\xa1a\xc1", "marker 0xc1"),
     "msgpack: long names": (msgpack.packb({"a" * 900: {"b" * 900: 1}}), "a leaf's name is"),
     "msgpack: only text": (msgpack.packb({"a": "b", "c": None}), "no arrays"),
-    "npz: objects": (zipped({"a.npy": npy_of(np.array([{}]), allow_pickle=True)}), "no plain array of numbers"),
-    "npz: records": (zipped({"a.npy": npy_of(np.zeros(1, [("x", "f4")]))}), "no plain array of numbers"),
+    "npz: objects": (zipped({"a.npy": npy_of(np.array([{}]), allow_pickle=True)}), "not a plain array of numbers"),
+    "npz: records": (zipped({"a.npy": npy_of(np.zeros(1, [("x", "f4")]))}), "not a plain array of numbers"),
     "npz: complex": (zipped({"a.npy": npy_of(np.zeros(1, complex))}), "of dtype 'c16'"),
     "npz: text": (zipped({"a.npy": npy_of(np.array(["x"]))}), "of dtype 'U1'"),
     "npz: path": (zipped({"../../a.npy": npy(PLAIN_HEADER, bytes(4))}), "points outside"),
@@ -297,9 +297,9 @@ MALFORMED = {
     "npz: drive": (zipped({"C:\\a.npy": npy(PLAIN_HEADER, bytes(4))}), "points outside"),
     "npz: other file": (zipped({"run.sh": b"rm"}), "neither npz nor PyTorch"),
     "npz: empty": (zipped({}), "no arrays"),
-    "npz: no npy": (zipped({"a.npy": b"hello"}), "no .npy file"),
-    "npz: code": (zipped({"a.npy": npy("__import__('os').abort()", bytes(4))}), "no plain array"),
-    "npz: depth": (zipped({"a.npy": npy("(" * 3000, bytes(4))}), "no plain array"),
+    "npz: no npy": (zipped({"a.npy": b"hello"}), "not a .npy file"),
+    "npz: code": (zipped({"a.npy": npy("__import__('os').abort()", bytes(4))}), "not a plain array"),
+    "npz: depth": (zipped({"a.npy": npy("(" * 3000, bytes(4))}), "not a plain array"),
     "npz: shape": (zipped({"a.npy": npy(PLAIN_HEADER.replace("1,", "9,"), bytes(4))}), "has 4 bytes of data"),
     "npz: absurd shape": (zipped({"a.npy": npy(PLAIN_HEADER.replace("1,", "9" * 400), bytes(4))}), "has the shape"),
     "npz: cut": (zipped({"a.npy": npy(PLAIN_HEADER, bytes(4))})[:-30], "zip directory is damaged"),
@@ -418,7 +418,12 @@ def test_the_size_limit_is_of_the_file_and_of_what_it_unpacks_to(tmp_path):
 
 def test_folders_devices_and_missing_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    said = {tmp_path: "Orbax", tmp_path / "pipe": "no regular file", tmp_path / "none": "No such file", "a\0": "opened"}
+    said = {
+        tmp_path: "Orbax",
+        tmp_path / "pipe": "not a regular file",
+        tmp_path / "none": "No such file",
+        "a\0": "opened",
+    }
     for path, words in said.items():
         with pytest.raises(errors.Unreadable, match=words):
             files.read(path)

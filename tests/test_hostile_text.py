@@ -111,7 +111,7 @@ def test_no_field_of_a_bundle_redraws_a_failed_check_as_a_passed_one(case):
             assert any("The evidence does not hold" in line for line in lines), path
         else:
             refused += 1
-            assert terminal.screen(ran.err)[0].startswith("smark: evidence: expected"), path
+            assert terminal.screen(ran.err)[0].startswith("smark: expected"), path
     assert read > 8  # otherwise the attack was on nothing
     assert refused > 20
 

@@ -207,7 +207,7 @@ HOSTILE = {
     "a name without member": (config(lambda entry: entry.update(path_name="../../etc/passwd")), "no member"),
     "no list of tensors": ({"data/weights/model_weights_config.json": None}, "no member"),
     "a list that is none": ({"data/weights/model_weights_config.json": b"[1]"}, "not as PyTorch writes it"),
-    "no JSON": ({"models/model.json": b"{"}, "no JSON"),
+    "no JSON": ({"models/model.json": b"{"}, "not JSON"),
     "an empty graph": ({"models/model.json": b"{}"}, "not as PyTorch writes it"),
 }
 
@@ -330,7 +330,7 @@ GROWING_TOO = {
 @pytest.mark.parametrize("case", GROWING_TOO)
 def test_a_program_that_asks_for_too_much_is_refused_too(case, tmp_path):
     content = network_files.exported(GROWING_TOO[case], {"w": np.ones(2, np.float32)}, {}, ["s0", 1, 1, 2], "y")
-    with pytest.raises(errors.SmarkError, match=r"values in a result|can be computed|as PyTorch writes it|no JSON"):
+    with pytest.raises(errors.SmarkError, match=r"values in a result|can be computed|as PyTorch writes it|not JSON"):
         params, apply_fn = files.network(written(tmp_path, content))
         apply_fn(params, np.ones((1, 1, 1, 2), np.float32))
 

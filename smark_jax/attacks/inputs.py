@@ -1,4 +1,4 @@
-"""What enters a network's kernels: second moments of each layer's inputs, over images without labels."""
+"""Second moments of the inputs of a network's kernels, over unlabelled images."""
 
 import functools
 import math

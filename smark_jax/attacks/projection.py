@@ -1,4 +1,4 @@
-r"""Projection of kernels onto the directions that their inputs use: erases what the function does not see.
+r"""Projection of kernels onto the directions that their inputs use, which erases the parts without effect.
 
 Where a layer has many more inputs than directions in use, most of its weights multiply nothing. A leaker who has a few
 hundred images, and needs no labels, keeps the principal components of each layer's inputs and overwrites the rest.

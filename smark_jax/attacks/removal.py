@@ -28,8 +28,9 @@ def prune(params: PyTree, fraction: float) -> PyTree:
 
 
 def _map_kernels(change: Callable[..., Array], params: PyTree, *others: PyTree, axes: int = 2) -> PyTree:
-    """Applies ``change`` to every leaf of at least ``axes`` axes; the others stay as they are."""
-    return jax.tree.map(lambda leaf, *rest: change(leaf, *rest) if leaf.ndim >= axes else leaf, params, *others)
+    """Applies ``change`` to every leaf of at least ``axes`` axes; the others, and empty ones, stay as they are."""
+    large = lambda leaf: leaf.ndim >= axes and leaf.size > 0  # noqa: E731
+    return jax.tree.map(lambda leaf, *rest: change(leaf, *rest) if large(leaf) else leaf, params, *others)
 
 
 def _prune_kernel(leaf: Array, fraction: float) -> Array:
@@ -124,7 +125,8 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
         fits = False
     if not fits:
         cause = "Take bfloat16 or float16, say; for whole numbers, use quantise."
-        raise _validate.fail("cast", "a floating-point dtype", f"{dtype!r:.60}", cause)
+        desk = "Take bfloat16 or float16, say; for whole numbers, use --quantise."
+        raise _validate.fail("cast", "a floating-point dtype", f"{dtype!r:.60}", cause, desk=desk)
     floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
     return jax.tree.map(lambda leaf: leaf.astype(dtype).astype(leaf.dtype) if floating(leaf) else leaf, params)
 

@@ -1,4 +1,4 @@
-"""Other forms of a network's kernels, in which a leaker trains it on: quantised, or factored."""
+"""Reparametrised kernels, quantised or factored, in which a leaker continues the training."""
 
 import functools
 from typing import NamedTuple

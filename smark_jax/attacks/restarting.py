@@ -1,6 +1,6 @@
-"""Attacks that bring in other weights: untrained ones, or those of a network of the same form.
+"""Attacks that replace weights or mix in others: untrained ones, or those of a network of the same architecture.
 
-What is brought in is free; what costs is the training that must follow. :func:`smark_jax.attacks.fine_tune` does it.
+The new weights cost nothing; the training that must follow does. :func:`smark_jax.attacks.fine_tune` does it.
 """
 
 from collections.abc import Callable, Sequence

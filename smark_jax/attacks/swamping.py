@@ -1,4 +1,4 @@
-"""Weights of any size where the function does not see them: they drown what a correlation reads elsewhere."""
+"""Attacks that put huge weights where they do not change the outputs, to swamp the correlation with the mark."""
 
 import jax
 import jax.numpy as jnp

@@ -183,7 +183,9 @@ def _labels(found: Any, count: int, num_classes: int) -> list[int]:
     if found.shape != (count,) or not np.issubdtype(found.dtype, np.integer):
         expected = f"class numbers of shape ({count},), or scores of shape ({count}, {num_classes})"
         got = f"shape {found.shape}, dtype {found.dtype}"
-        raise _validate.fail("query: predict", expected, got, "Does predict take a batch of images?")
+        cause = "Does predict take a batch of images?"
+        desk = f"The suspect has to answer with one class number for each image; it was asked about {count}."
+        raise _validate.fail("query: predict", expected, got, cause, desk=desk)
     _in_range(found, num_classes)
     return found.tolist()
 

@@ -67,7 +67,8 @@ def probes(
         images = np.asarray(images)
         if images.shape[1:] != tuple(shape) or len(images) < 2 or images.dtype != np.uint8:
             got = f"shape {images.shape}, dtype {images.dtype}"
-            raise _validate.fail("probes", f"at least two uint8 images of shape {tuple(shape)}", got, "Resize them.")
+            cause = "Probes are blends of two images: give two or more, all of this size."
+            raise _validate.fail("probes", f"at least two uint8 images of shape {tuple(shape)}", got, cause)
     unmarked = _patterns(rng, count, shape) if images is None else _blends(rng, count, images)
     payloads = commitment_payloads(key, count)
 
@@ -198,7 +199,9 @@ def train_copies(
     if images.dtype != probe_images.dtype or images.shape[1:] != probe_images.shape[1:]:
         expected = f"images of shape {probe_images.shape[1:]} and dtype {probe_images.dtype}, as the probes are"
         got = f"shape {images.shape[1:]}, dtype {images.dtype}"
-        raise _validate.fail("train_copies", expected, got, "Scale pixels inside apply_fn, not before.")
+        cause = "Scale pixels inside apply_fn, not before."
+        desk = "The function that --teach names returns images as the probes are; the network scales their pixels."
+        raise _validate.fail("train_copies", expected, got, cause, desk=desk)
     _validate.positive("train_copies", "at_once", at_once)
     if not 1 <= batch_size <= len(images):
         cause = "Take smaller batches."

@@ -34,9 +34,9 @@ def of(
     ratio: float,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """An orthonormal basis [inputs, k] for each kernel whose inputs lie in ``ratio`` as many directions as there are.
+    """An orthonormal basis [inputs, k] for each kernel whose inputs span few directions: at most ``ratio`` of all.
 
-    There are none at all if more than ``ratio`` of all the kernels' coordinates are in use. A basis never has more
+    No kernel gets a basis if more than ``ratio`` of all the kernels' coordinates are in use. A basis never has more
     directions than the kernel has outputs, so that it takes no more room than the kernel.
 
     Args:
@@ -45,7 +45,7 @@ def of(
       images: unlabelled.
       leaves: the kernels to look at, by path.
       others: how many weights the other kernels have, which count as in use.
-      ratio: at most this share of the inputs may be directions, and of the coordinates in use.
+      ratio: the largest share of a kernel's input directions, and of all coordinates, that may be in use.
       seed: of the choice of positions where there are more than 2,048 input vectors.
     """
     allowed = ratio * (others + sum(leaf.size for leaf in leaves.values())) - others

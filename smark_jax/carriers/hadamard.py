@@ -180,7 +180,7 @@ def spread(chips: Array, carrier: Carrier) -> Float[Array, " D"]:
     """``X^T chips``, unchecked."""
     n, length = carrier.blocks
     block = lambda args: spread_block(chips * n**-0.5, length, *args)  # noqa: E731
-    blocks = jax.lax.map(block, carrier.arrays, batch_size=_blocks_a_pass(n, length))
+    blocks = jax.lax.map(block, carrier.arrays, batch_size=_blocks_per_pass(n, length))
     # Only adding -0 leaves every weight unchanged: adding 0 turns -0 into 0.
     return jnp.pad(blocks.reshape(-1), (0, carrier.num_weights - n * length), constant_values=-0.0)
 
@@ -190,7 +190,7 @@ def despread(vector: Array, carrier: Carrier) -> Float[Array, " m"]:
     """``X vector``, unchecked."""
     n, length = carrier.blocks
     arrays = (vector[: n * length].reshape(n, length), *carrier.arrays)
-    chips = jax.lax.map(lambda args: despread_block(*args), arrays, batch_size=_blocks_a_pass(n, length))
+    chips = jax.lax.map(lambda args: despread_block(*args), arrays, batch_size=_blocks_per_pass(n, length))
     return chips.sum(axis=0) * n**-0.5
 
 
@@ -219,7 +219,7 @@ def even(num_coordinates: int, num_chips: int) -> tuple[int, int]:
     return n, num_coordinates // n // _WORD_BITS * _WORD_BITS if few else length
 
 
-def _blocks_a_pass(n: int, length: int) -> int:
+def _blocks_per_pass(n: int, length: int) -> int:
     return min(n, max(1, _PASS_WEIGHTS // length))
 
 

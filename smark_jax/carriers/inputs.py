@@ -83,7 +83,9 @@ def sites(apply_fn: ApplyFn, params: PyTree, images: Any) -> dict[str, tuple[int
         jax.eval_shape(lambda p, x: interpret(apply_fn, p, x, visit), params, images)
     except Exception as error:
         cause = "apply_fn(base, images) must give logits; with batch norm, base is the whole variables dict."
-        raise _validate.fail("shape", "a network that takes base and images", f"an error: {error}", cause) from error
+        desk = "The network has to compute logits of these images from this base, with operations of JAX alone."
+        got = f"an error: {str(error).partition(chr(10))[0]}"
+        raise _validate.fail("shape", "a network that takes base and images", got, cause, desk=desk) from error
     return found
 
 

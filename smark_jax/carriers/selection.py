@@ -212,7 +212,7 @@ def _expression(match: str) -> re.Pattern[str]:
     try:
         return re.compile(match)
     except (re.error, OverflowError, RecursionError) as error:
-        cause = "In a pattern, ( ) [ ] * + ? . are special: write \\( for a bracket, or only part of a leaf's name."
+        cause = "The characters ( ) [ ] * + ? . are special: write \\( for a bracket, or give only a part of the name."
         raise _validate.fail("select", "a regular expression", f"{match[:60]!r} ({error})", cause) from None
 
 

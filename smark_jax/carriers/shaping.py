@@ -41,7 +41,7 @@ _FLOOR, _VECTOR_FLOOR = 0.03, 0.3
 _CAP = 30.0
 # The same for a direction, which moves by at most half the RMS of its own coefficients.
 _ROW_CAP = 50.0
-# A kernel is over-parametrised if its inputs lie in at most this share of as many directions; likewise a network.
+# A kernel is over-parametrised if its inputs span at most this share of the directions; likewise for a network.
 _RATIO = 0.25
 # Kernels in PyTorch's order have their outputs first, and windows of at most this size last.
 _WINDOW = 11

@@ -23,8 +23,8 @@ app = typer.Typer(
     help="Fingerprint every copy of an image classifier, and trace a leaked one.\n\n"
     "Example: [bold]smark demo --out out/demo[/bold]",
     epilog="An owner's usual order: init, add-model, issue, trace, report, evidence export.\n\n"
-    "Exit codes: 0 done (trace: every suspect was read; evidence verify: everything holds); 1 refused, failed, "
-    "or not so; 2 wrong usage. With --json an error is JSON too, on stdout.",
+    "Exit codes: 0, success; 1, the command refused or failed (trace: a suspect could not be read; evidence verify: "
+    "a check fails); 2, wrong usage. With --json, errors are JSON on stdout too.",
 )
 for _command, _examples in (
     (_vault.init, "smark init my-vault"),
@@ -72,7 +72,7 @@ for _command, _examples in (
     ),
     (_bench.bench, "smark bench --weights 1000000 --customers 100000"),
 ):
-    app.command(epilog=f"Examples:\n\n  {_examples}")(_command)
+    app.command(cls=_common.Command, epilog=f"Examples:\n\n  {_examples}")(_command)
 app.add_typer(_evidence.app, name="evidence")
 
 
@@ -91,6 +91,7 @@ def _root(
 
 
 @app.command(
+    cls=_common.Command,
     epilog="Examples:\n\n  smark demo\n\n  smark demo --out out/demo --customers 50 --seed 3",
 )
 def demo(
@@ -111,7 +112,7 @@ def demo(
     """
     if (out / "private").exists():
         raise typer.BadParameter(
-            f"{out} is a folder of smark train, whose results would be replaced", param_hint="--out"
+            f"{out} holds a run of smark train, which the demo would overwrite", param_hint="--out"
         )
     from smark_jax.cli import _demo, _demo_show
 
@@ -119,6 +120,7 @@ def demo(
 
 
 @app.command(
+    cls=_common.Command,
     epilog="Examples:\n\n  smark train --example > train.toml\n\n  smark train train.toml --out out/base\n\n"
     "Killed? Run the same command again: it continues from the last checkpoint.",
 )

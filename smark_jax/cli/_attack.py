@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from smark_jax import _validate
 from smark_jax.cli import _common, _outputs
 from smark_jax.cli._common import AsJson, say
 
@@ -38,6 +39,12 @@ def attack(
             copies = [
                 jax.tree.map(jax.numpy.asarray, files.nest(files.read(path).leaves)) for path in (copy, *(mix or []))
             ]
+            forms = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in copies]
+            for path, form in zip(mix or (), forms[1:], strict=True):
+                if form != forms[0]:
+                    got = f"leaves of other names, shapes or types in {path}"
+                    cause = "Name copies of one model with --mix."
+                    raise _validate.fail("attack", f"the leaves of {copy}", got, cause)
             tree = attacks.average(stack(copies)) if mix else copies[0]
             if prune is not None:
                 tree = attacks.prune(tree, prune)

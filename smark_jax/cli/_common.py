@@ -3,13 +3,15 @@
 import contextlib
 import getpass
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
+import typer.core
 
 from smark_jax import _foreign, _validate
 from smark_jax.cli._console import Console, progress
@@ -51,7 +53,8 @@ Network = Annotated[
 Images = Annotated[
     Path | None,
     typer.Option(
-        help="npz file with 'images' as the network takes them and, if known, 'labels', in place of those of --network."
+        help="npz file with 'images' in the form that the network takes, and optionally 'labels'. It replaces the "
+        "images of --network."
     ),
 ]
 
@@ -61,6 +64,18 @@ VerdictNumber = Annotated[
 
 out = Console()
 err = Console(stderr=True)
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose arguments keep their help: typer 0.20 loses it under click 8.5."""
+
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        stated = get_type_hints(inspect.unwrap(settings["callback"]), include_extras=True)
+        for parameter in self.params:
+            if isinstance(parameter, typer.core.TyperArgument) and not parameter.help:
+                _, described = get_args(stated[str(parameter.name)])
+                parameter.help = described.help
 
 
 def passphrase(file: Path | None, *, new: bool = False) -> str:
@@ -83,10 +98,15 @@ def passphrase(file: Path | None, *, new: bool = False) -> str:
         if new and found != getpass.getpass("The same again: "):
             raise _validate.fail("init", "the same passphrase twice", "two different ones", "Try again.")
     else:
-        advice = f"Set {VARIABLE}, or name a file by --passphrase-file."
+        advice = f"Set {VARIABLE}, or name a file with --passphrase-file."
         raise _validate.fail("vault", "a passphrase", "no terminal to ask for it", advice)
     if not found:
         raise _validate.fail("vault", "a passphrase", "an empty one", "Choose a sentence that nobody guesses.")
+    try:
+        found.encode()
+    except UnicodeEncodeError:  # raised without its cause, which would show the passphrase
+        advice = "Is the terminal, or whatever sets the variable, in another encoding? Use UTF-8."
+        raise _validate.fail("vault", "a passphrase in UTF-8", "other bytes", advice) from None
     return found
 
 
@@ -171,7 +191,7 @@ def runnable(name: str | None, images: Path | None) -> "trials.Network | None":
         apply_fn, *own = network("network", name, alone=bool(given))
         return trials.network(apply_fn, *(given or own))
     if not given:
-        raise typer.BadParameter(f"name images by --images: {name} holds none", param_hint="--network")
+        raise typer.BadParameter(f"name images with --images: {name} holds none", param_hint="--network")
     return trials.network(files.network(name).apply_fn, *given)
 
 
@@ -190,16 +210,17 @@ def network(option: str, name: str, *, alone: bool = False) -> tuple[Any, ...]:
             found = getattr(importlib.import_module(module), function)()
         if alone and not isinstance(found, tuple):
             return (found,)
-        if callable(found):
-            advice = f"It returned the network alone: name images by --images, or return both from {function}()."
-            raise ValueError("no images")
-        apply_fn, images, *labels = found
     except (Exception, SystemExit) as error:  # the user's code may end in any way
-        expected, got = f"{name} to return a network and images", f"{type(error).__name__}: {error}"
-        raise _validate.fail(f"--{option}", expected, got, advice) from error
+        got = f"{type(error).__name__}: {error}"
+        raise _validate.fail(f"--{option}", f"{name} to return a network and images", got, advice) from error
     finally:
         sys.path.pop(0)
-    return (apply_fn, images, *labels[:1])
+    if not isinstance(found, tuple | list) or len(found) < 2:
+        if callable(found):
+            advice = f"Name images with --images, or return both from {function}()." if option == "network" else advice
+        got = "the network alone" if callable(found) else f"a {type(found).__name__}"
+        raise _validate.fail(f"--{option}", f"{name} to return a network and images", got, advice)
+    return tuple(found[:3])
 
 
 def pairs(values: list[str] | None) -> dict[str, str]:

@@ -12,7 +12,7 @@ from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, Verd
 app = typer.Typer(no_args_is_help=True, help="Evidence for an arbiter: export a bundle, verify one, keep time stamps.")
 
 
-@app.command(epilog="Example:\n\n  smark evidence export my-vault 1 --out evidence.json")
+@app.command(cls=_common.Command, epilog="Example:\n\n  smark evidence export my-vault 1 --out evidence.json")
 def export(
     vault: VaultPath,
     verdict: VerdictNumber,
@@ -67,7 +67,8 @@ def export(
 
 
 @app.command(
-    epilog="Example:\n\n  smark evidence verify evidence.json leaked.bin base.safetensors --commitment m-1.json"
+    cls=_common.Command,
+    epilog="Example:\n\n  smark evidence verify evidence.json leaked.bin base.safetensors --commitment m-1.json",
 )
 def verify(
     bundle: Annotated[Path, typer.Argument(help="The evidence.", show_default=False)],
@@ -128,13 +129,13 @@ def verify(
     if not found.compared:
         _common.warn(
             "the root was NOT compared with a published one. An owner could have chosen keys or customers afterwards: "
-            "ask for what was published before the sale, and pass it by --commitment."
+            "ask for what was published before the sale, and pass it with --commitment."
         )
     if not found.holds:
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example:\n\n  smark evidence timestamp my-vault mnist-cnn 1 response.tsr")
+@app.command(cls=_common.Command, epilog="Example:\n\n  smark evidence timestamp my-vault mnist-cnn 1 response.tsr")
 def timestamp(
     vault: VaultPath,
     name: Annotated[str, typer.Argument(help="The model.", show_default=False)],

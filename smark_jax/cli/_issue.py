@@ -69,8 +69,8 @@ def issue(
         if not names and not everybody:
             raise typer.BadParameter("name customers, or pass --csv or --all", param_hint="CUSTOMER")
         # Load networks first: if one fails, no customer must have been registered.
-        teaching = _common.network("teach", teach) if teach else None
-        runs = _common.runnable(network, images) or (trials.network(*teaching) if teaching else None)
+        teaching = trials.network(*_common.network("teach", teach)) if teach else None
+        runs = _common.runnable(network, images) or teaching
         spared = model.settings.shape.images if model.settings.shape else 0
         trial = trials.Running(runs, model.base, spared) if runs else None
         known = registry.registered(desk) if everybody else []
@@ -156,9 +156,9 @@ def _say(vault: Path, issued: "issuing.Issued", document: Mapping[str, Any]) -> 
         say(_answered(issued.trial))
         _costs(issued.trial)
     if issued.trial and issued.written < document["customers"]:
-        say("Copies that were there already were not run. To run one, move its file away, and issue it again.")
+        say("Copies that existed already were not run. To run one, move its file away, and issue it again.")
     elif not issued.written:
-        say("All of them were there already, and were not run.")
+        say("All of them existed already, and were not run.")
     elif not issued.trial:
         say("They were not run: with --network, issue says what each copy costs, and refuses one that answers NaN.")
     say(f"Commitment {commitment.number} to {commitment.header.customers:,} customers; publish its root:")
@@ -198,7 +198,7 @@ def _costs(trial: "trials.Trial") -> None:
 
 def _answered(trial: "trials.Trial") -> str:
     """A sentence on how the copies that were run answered."""
-    text = f"Those written now were run on {trial.images} images: all outputs are finite, and {trial.agreement:.1%} "
+    text = f"The new copies were run on {trial.images} images: all outputs are finite, and {trial.agreement:.1%} "
     text += f"of the classes are the base's ({trial.least:.1%} in the copy that agrees least)"
     if trial.accuracy is not None:
         text += f"; accuracy {trial.accuracy:.3f}, the base's {trial.base_accuracy:.3f}"

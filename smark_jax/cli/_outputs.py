@@ -31,9 +31,9 @@ def check(
         raise typer.BadParameter(f"'{out}' is a folder; name a file", param_hint=option)
     for read in inputs:
         if read is not None and _same(out, read):
-            raise typer.BadParameter(f"{out} would take the place of {read}, which is read", param_hint=option)
+            raise typer.BadParameter(f"{out} would overwrite {read}, which this command reads", param_hint=option)
     if vault is not None and out.resolve().is_relative_to(vault.resolve()):
-        raise typer.BadParameter(f"{out} is in the vault's own folder; name another", param_hint=option)
+        raise typer.BadParameter(f"{out} is inside the vault; name a place outside it", param_hint=option)
 
 
 def suspects(verdict: "Verdict") -> list[Path]:

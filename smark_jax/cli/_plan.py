@@ -18,20 +18,22 @@ CUSTOMERS = 1_000_000
 def plan(
     vault: VaultPath,
     name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
-    customers: Annotated[int, typer.Option(min=1, help="Whom a verdict has to tell apart.")] = CUSTOMERS,
-    coalition: Annotated[int, typer.Option(min=1, help="How many colluders are to be accused, all of them.")] = 1,
+    customers: Annotated[int, typer.Option(min=1, help="Number of customers among whom a verdict looks.")] = CUSTOMERS,
+    coalition: Annotated[int, typer.Option(min=1, help="Number of colluders, all of whom should be accused.")] = 1,
     change: Annotated[
         float | None,
-        typer.Option(help="Relative change of the logits that copies may cost. By default that of the model's own."),
+        typer.Option(
+            help="Relative change of the logits that a copy may cost. By default, that of the model's own strength."
+        ),
     ] = None,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Plan a model: what would be traced, by the number of chips, before the first copy is made.
+    """Predict what can be traced with each number of chips, before the first copy is made.
 
-    T is the statistic by which a lone leaker is accused, expected of a copy after some damage. A coalition mixes its
-    copies; of the largest one stated, all members are accused with probability 95 %. More chips trace larger coalitions
-    at the same cost, and take more memory and time.
+    A lone leaker is accused by the statistic T: the table gives its expected value after several kinds of damage. A
+    coalition mixes its copies: the table gives the largest one whose members are all accused with probability 95 %.
+    More chips trace larger coalitions at the same cost in accuracy, and take more memory and time.
     """
     with _common.desk(vault, passphrase_file) as desk, _common.err.status("planning"):
         from smark_jax.vault import models
@@ -57,9 +59,9 @@ def plan(
         if found.num_chips is None:
             say(f"No number of chips accuses {coalition:,} colluders here: accept a larger --change.")
         else:
-            say(f"{found.num_chips:,} chips are enough for {coalition:,} colluding; {name} has {settings.num_chips:,}.")
+            say(f"{found.num_chips:,} chips are enough for {coalition:,} colluders; {name} has {settings.num_chips:,}.")
         if found.num_chips != settings.num_chips:
-            say("To take another number, add the model under another name with --chips.")
+            say("To use another number, add the model under another name with --chips.")
 
     _common.show(document, as_json, words)
 
@@ -77,7 +79,8 @@ def expected(
     known = settings.shape.change if settings.shape else None
     if known is None:
         cause = "Add it under another name with --network, which measures what copies cost; or leave --change out."
-        raise _validate.fail("plan", f"a model of known cost for --change, not {model.name}", "one without", cause)
+        got = f"{model.name}, whose cost was never measured"
+        raise _validate.fail("plan", "a model of known cost, for --change", got, cause)
     return embedding.plan(
         mark._replace(strength=settings.strength * embedding.MAX_CHANGE / known), max_change=change, **counted
     )

@@ -1,12 +1,12 @@
 """``smark query``: traces a suspect that can only be queried."""
 
+import http.client
 import io
 import json
 import secrets
 import shlex
 import subprocess
 import tempfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,12 +37,12 @@ def query(
         typer.Option(
             "--probes",
             min=1,
-            help="Answers to judge by; with more than before, the same target is asked more. By default enough for a "
-            "copy that answers nine of ten as taught.",
+            help="Number of probes to ask. With a larger number, an earlier query of the same target continues. The "
+            "default is enough for a copy that answers nine probes of ten as it was taught.",
         ),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Set earlier answers of this target aside, and ask other probes.")
+        bool, typer.Option("--fresh", help="Set aside earlier answers of this target, and ask other probes.")
     ] = False,
     allow_seen: Annotated[
         bool,
@@ -50,12 +50,14 @@ def query(
             "--allow-seen", help="Reuse probes that were shown before if too few are left; the verdict says so."
         ),
     ] = False,
-    max_age: Annotated[float, typer.Option(min=0, help="Days after which earlier answers no longer count.")] = 7.0,
+    max_age: Annotated[float, typer.Option(min=0, help="Days after which an earlier answer no longer counts.")] = 7.0,
     repeats: Annotated[int, typer.Option(min=1, help="How often each probe is asked.")] = 1,
     field: Annotated[
         str | None, typer.Option(help="Send images as this field of a multipart form, not as the body.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Another level than the committed one.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Bound on the probability of a false accusation, if not the committed one.")
+    ] = None,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -81,7 +83,9 @@ def query(
             model, target, predict, num_probes=num_probes, fresh=fresh, allow_seen=allow_seen, max_age=max_age
         )
         if ready.kept:
-            _common.warn(f"{ready.kept} answers of {target} are kept, since {ready.since}; --fresh asks again.")
+            _common.warn(
+                f"continues with {ready.kept} answers that {target} gave since {ready.since}; --fresh starts again."
+            )
         with _common.bar("asking", len(ready.probes) * repeats) as done:
             found = queries.ask(ready, predict, repeats=repeats, alpha=alpha, batch_size=_BATCH, on_answer=done)
     _trace.show(found, as_json, vault)
@@ -95,7 +99,7 @@ def _command(command: str) -> list[str]:
         got = f"{command!r} ({error})"
         raise _validate.fail("query", "a command", got, "Is a quote left open?") from error
     if not words:
-        raise _validate.fail("query", "an address or a command", "nothing", "Name what to ask.")
+        raise _validate.fail("query", "a URL or a command", "an empty text", "Name what to ask.")
     return words
 
 
@@ -117,12 +121,15 @@ def _post(url: str, png: bytes, field: str | None) -> Any:
         body = f"{head}Content-Type: image/png\r\n\r\n".encode() + png + f"\r\n--{edge}--\r\n".encode()
         kind = f"multipart/form-data; boundary={edge}"
     advice = "Is the address right? Run the same command again: answers so far are kept."
-    request = urllib.request.Request(url, body, {"Content-Type": kind, "Accept": "application/json"})
     try:
+        request = urllib.request.Request(url, body, {"Content-Type": kind, "Accept": "application/json"})
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
-            answer = json.loads(response.read(_LARGEST_ANSWER))
-    except (urllib.error.URLError, OSError, ValueError, RecursionError) as error:
-        raise _validate.fail("query", f"an answer of {url}", str(error), advice) from error
+            content = response.read(_LARGEST_ANSWER)
+            if response.length:  # a number that is cut short is another number
+                raise http.client.IncompleteRead(content, response.length)
+        answer = json.loads(content)
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:  # URLError is an OSError
+        raise _validate.fail("query", f"an answer from {url}", str(getattr(error, "reason", error)), advice) from error
     if isinstance(answer, dict):
         answer = next((answer[place] for place in _PLACES if place in answer), None)
     if isinstance(answer, list) and len(answer) > 1 and all(type(score) in (int, float) for score in answer):
@@ -147,9 +154,9 @@ def _run(command: list[str], images: "np.ndarray") -> list[int]:
     advice = "It gets paths on stdin, one per line, and prints a class number for each. Answers so far are kept."
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2][-200:]
-        got = f"exit code {done.returncode} ({last})"
-        raise _validate.fail("query", f"answers of {command[0]}", got, advice)
+        got = f"exit code {done.returncode}" + (f" ({last})" if last else "")
+        raise _validate.fail("query", f"answers from {command[0]}", got, advice)
     try:
         return [int(line) for line in done.stdout.split()]
     except ValueError as error:
-        raise _validate.fail("query", "numbers", f"{done.stdout[:60]!r}", advice) from error
+        raise _validate.fail("query", "class numbers", f"{done.stdout[:60]!r}", advice) from error

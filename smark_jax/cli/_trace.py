@@ -17,14 +17,20 @@ def trace(
     vault: VaultPath,
     name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
     suspects: Annotated[list[Path], typer.Argument(help="Files of weights, in any format.", show_default=False)],
-    alpha: Annotated[float | None, typer.Option(help="Another level than the committed one.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Bound on the probability of a false accusation, if not the committed one.")
+    ] = None,
     align: Align = None,
     rectify: Annotated[
         bool, typer.Option("--rectify", help="Read through pruning and regularisation; for models without a shape.")
     ] = False,
     leaf_map: Annotated[
         list[str] | None,
-        typer.Option("--map", metavar="BASE=SUSPECT", help="State which leaf is which, if smark asks; repeatable."),
+        typer.Option(
+            "--map",
+            metavar="BASE=SUSPECT",
+            help="State which leaf of the suspect is which leaf of the base, when smark asks for it; repeatable.",
+        ),
     ] = None,
     tried: Annotated[
         int,
@@ -86,7 +92,7 @@ def _words(verdict: "Verdict", vault: Path) -> None:
         if suspect.accused:
             _table(suspect)
     if verdict.number is None:
-        say("No suspect was read: no verdict was kept, and this was no occasion.")
+        say("No suspect could be read. No verdict was kept, and this does not count as an occasion.")
         return
     say(
         f"Verdict {verdict.number} on {verdict.model}: {verdict.num_customers:,} customers, alpha {verdict.alpha:g}, "

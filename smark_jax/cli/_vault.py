@@ -51,14 +51,14 @@ def add_model(
     ],
     chips: Annotated[int, typer.Option(min=1, help="Length of a fingerprint in bits.")] = 304,
     alpha: Annotated[
-        float, typer.Option(help="Bound on the probability of a false accusation, in each tracing.")
+        float, typer.Option(help="Bound on the probability that one tracing accuses anybody innocent.")
     ] = 1e-6,
     change: Annotated[
         float | None,
         typer.Option(help="Relative change of the logits that a copy may cost; with --network. [default: 0.008]"),
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="A strength of your own, in place of the one that --change or a default finds.")
+        float | None, typer.Option(help="Strength of the mark. By default, --change or the weights determine it.")
     ] = None,
     match: Annotated[
         str | None, typer.Option(help="Mark only leaves whose names match this regular expression.")
@@ -71,7 +71,10 @@ def add_model(
     ] = None,
     probes: Annotated[
         Path | None,
-        typer.Option(help="npz file with uint8 'images' [N, H, W, C], to make probes from, for tracing by answers."),
+        typer.Option(
+            help="npz file with uint8 'images' [N, H, W, C]. Probes are made from them, to trace a suspect by its "
+            "answers."
+        ),
     ] = None,
     classes: Annotated[
         int | None, typer.Option(min=2, help="Number of the model's classes; required with --probes.")
@@ -85,11 +88,11 @@ def add_model(
 
     With --network, the first third of the images (48 or more in all) decides how far each weight may move, and the
     others the strength: copies may cost what --change says, and what they cost is printed. Without it no architecture
-    is needed: weights move by a cautious share of their layer's RMS, and nobody knows what that costs.
+    is needed: weights move by a cautious share of their layer's RMS, and the cost is not measured.
 
     Only trained weights are marked. Running statistics, counters, position tables and scales of quantisers, which are
     recognised by name and content, are left alone. Anybody who has the base can remove the mark from a copy. If the
-    base was trained from public weights, name them by --public, and the weights that everybody has stay unmarked.
+    base was trained from public weights, name them with --public, and the leaves that everybody has stay unmarked.
     """
     if (probes is None) != (classes is None):
         raise typer.BadParameter("--probes and --classes go together", param_hint="--probes")
@@ -127,7 +130,7 @@ def add_model(
     if public is None:
         _common.warn(
             "whoever has this base can take the mark out of a copy. If it was trained from public weights, name them "
-            "by --public."
+            "with --public."
         )
     if made.measured is None:
         _common.warn(

@@ -195,7 +195,7 @@ def _read(name: str, split: str, builder: Any) -> Dataset:
                 "data.load",
                 f"images of one size in {name!r}",
                 f"{images.shape[1:]} and {image.shape}",
-                "Resize them beforehand; data.load changes no pixel.",
+                "Resize them beforehand: images are loaded as they are.",
             )
         images[i], labels[i] = image, example[label_key]
     if images is None:

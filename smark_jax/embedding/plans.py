@@ -1,4 +1,4 @@
-r"""What a mark can do, before the first copy is made: chips, strength, and what is then expected to be traced.
+r"""Predicts, before the first copy is made, what a mark of a given number of chips and strength can trace.
 
 *Damage.* Under noise n_i in coordinate i, a chip has the SNR
 :math:`\frac{1}{m} \sum_i (\text{strength} \, s_i / n_i)^2` when each coordinate is read by its precision, the sum taken
@@ -38,13 +38,13 @@ _SECONDS_PER_SIGN, _SECONDS_PER_COORDINATE = 3e-10, 1e-8
 
 
 class Row(NamedTuple):
-    """What is expected of one number of chips.
+    """The prediction for one number of chips.
 
     Attributes:
       num_chips: m.
-      strength: the mark's, scaled to the cost asked for.
-      statistic: T expected of a copy after each damage, by its name.
-      coalition: the largest number of colluders of whom all are accused with probability 95 %, from intact copies.
+      strength: the mark's, scaled to the stated cost.
+      statistic: the expected T of a copy after each kind of damage, by the name of the damage.
+      coalition: the largest number of colluders with intact copies who are all accused with probability 95 %.
       coalition_after_noise: the same after noise of 30 % of each leaf's RMS.
       carrier_bytes: memory that the carrier takes.
       seconds: of one verdict on one core, a suspect's reading included.
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A row for each number of chips, and the number to take.
+    """A prediction for each number of chips, and the number to choose.
 
     Attributes:
       rows: in rising order of chips.
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
 def plan(
     mark: carriers.Mark, *, customers: int, coalition: int = 1, max_change: float = MAX_CHANGE, alpha: float = 1e-6
 ) -> Plan:
-    """What numbers of chips can do for a model's mark, at one cost.
+    """Predicts what a model's mark can trace with different numbers of chips, all at the same cost in accuracy.
 
     More chips at the same cost trace larger coalitions; fewer are faster. T of a lone leaker hardly depends on their
     number.
@@ -86,8 +86,8 @@ def plan(
     Args:
       mark: the model's mark; its own strength counts as that of a relative change of the logits of 0.8 %, as
         :func:`calibrate` finds it by default.
-      customers: N, whom a verdict must tell apart.
-      coalition: how many colluders are to be accused, all of them.
+      customers: N, the number of customers among whom a verdict looks.
+      coalition: the number of colluders, all of whom should be accused.
       max_change: relative change of the logits, to which the strength is scaled.
       alpha: bound on the probability of accusing anybody innocent.
 

@@ -26,13 +26,13 @@ def main() -> None:
     pin.add_argument("bundles", type=Path, nargs="+", help=".fab files, as flwr build writes them")
     pin.add_argument("--add-mod", action="store_true", help="run them under this installation's masked_mod")
     options = parser.parse_args()
-    if hasattr(options, "bundles"):
-        print(guard.write(options.folder, options.bundles, add_mod=options.add_mod))
-        return
     try:
-        print(f"{identities.create(options.file).hex()}  # {options.file.stem}")
-    except FileExistsError:
-        parser.error(f"{options.file} exists; an identity is never overwritten")
+        if hasattr(options, "bundles"):
+            print(guard.write(options.folder, options.bundles, add_mod=options.add_mod))
+        else:
+            print(f"{identities.create(options.file).hex()}  # {options.file.stem}")
+    except FileExistsError as error:
+        parser.error(f"{error.filename} exists; an identity is never overwritten" if "file" in options else str(error))
     except OSError as error:
         parser.error(str(error))
 

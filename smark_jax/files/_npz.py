@@ -46,12 +46,14 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | For
         start = stream.read(8)
         version = start[6:7]
         if start[:6] != b"\x93NUMPY" or version not in (b"\1", b"\2"):
-            raise Unreadable(f"leaf {shown(name)} is no .npy file of version 1 or 2", _zip.ADVICE)
+            raise Unreadable(f"leaf {shown(name)} is not a .npy file of version 1 or 2", _zip.ADVICE)
         size = 2 if version == b"\1" else 4
         length = int.from_bytes(stream.read(size), "little")
         match = _HEADER.fullmatch(stream.read(length).decode("latin-1")) if length <= _MAX_HEADER else None
         if match is None:
-            return Foreign(f"leaf {shown(name)} is no plain array of numbers", "Objects and records are never loaded.")
+            return Foreign(
+                f"leaf {shown(name)} is not a plain array of numbers", "Objects and records are never loaded."
+            )
         order, kind, fortran, sizes = match.groups()
         dtype = _KINDS.get(kind)
         if dtype is None:

@@ -146,7 +146,7 @@ def _at(options: list[Option], shape: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def _agreement(ours: list[list[np.ndarray]], theirs: list[list[list[np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:
-    """The agreement of layers, and the least agreement that is no accident.
+    """The agreement of layers, and the smallest agreement that cannot be an accident.
 
     The agreement is the mean correlation of the layers' leaves in their best layouts, weighted by size; constant leaves
     do not count. The least is five standard deviations of the Fisher transform of a correlation by chance.

@@ -128,9 +128,9 @@ def _check(data: bytes, size: int) -> list[Entry]:
     except Unreadable:
         raise
     except (ValueError, RecursionError):  # invalid JSON, invalid UTF-8, or a number with too many digits
-        raise Unreadable("its header is no JSON", _ADVICE) from None
+        raise Unreadable("its header is not JSON", _ADVICE) from None
     if not isinstance(header, dict):
-        raise Unreadable("its header is no JSON object", _ADVICE)
+        raise Unreadable("its header is not a JSON object", _ADVICE)
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise Unreadable("its metadata is more than text", _ADVICE)

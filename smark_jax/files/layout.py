@@ -190,8 +190,10 @@ def _answer(
     """Parses and checks one of the caller's answers."""
     source, colon, change = (answer, "", "") if answer in suspect else answer.partition(": ")
     if name not in base or source not in suspect:
-        wrong, names = (name, base) if name not in base else (source, suspect)
-        raise _validate.fail(_WHO, f"a leaf {wrong!r}, which the map names", f"{sorted(names)[:8]}", "Is it misspelt?")
+        whose, wrong, names = ("base", name, base) if name not in base else ("suspect", source, suspect)
+        some = ", ".join(map(repr, sorted(names)[:8]))
+        cause = f"The {whose}'s leaves: {some}{', ...' if len(names) > 8 else ''}."
+        raise _validate.fail(_WHO, f"a leaf of the {whose} in the map", repr(wrong), cause)
     options = _changes.options(source, suspect[source], channels)
     fitting = _changes.fitting(options, base[name])
     if colon:
@@ -199,7 +201,7 @@ def _answer(
     if not fitting:
         could = sorted({option.change or "no change" for option in options})
         got = f"{change!r}" if colon else f"shape {suspect[source].shape} for {base[name].shape}"
-        raise _validate.fail(_WHO, f"a change of {source!r} among {could}", got, "Name one of these.")
+        raise _validate.fail(_WHO, f"a change of {source!r} among these: {', '.join(could)}", got, "Name one of these.")
     best = _changes.best(fitting, base[name])
     if not best.sure:
         raise _ambiguous({name: tuple(f"{source}: {option.change or _AS_IT_IS}" for option in fitting)})

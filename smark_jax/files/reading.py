@@ -78,7 +78,7 @@ def content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         if stat.S_ISDIR(mode):
             raise Unreadable("it is a folder", _FOLDER)
         if not stat.S_ISREG(mode):
-            raise Unreadable("it is no regular file", "Name the file of weights itself.")
+            raise Unreadable("it is not a regular file", "Name the file of weights itself.")
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except Unreadable:
         raise

@@ -44,7 +44,7 @@ def size(book: Book) -> tuple[int, int]:
 
 
 def check(book: Book) -> None:
-    """Refuses what is no codebook."""
+    """Refuses anything that is not a codebook."""
     if isinstance(book, codes.Codebook):
         return
     shape = np.shape(book)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from smark_jax import errors, keys
+from smark_jax import _foreign, errors, keys
 from smark_jax.files import _limits
 from smark_jax.vault import _text, commitments, crypto, documents, versions
 
@@ -24,7 +24,8 @@ _UPGRADE = "Upgrade smark-jax: a newer one wrote it. Ask for the file again if y
 
 def unreadable(what: str, got: str, advice: str = _AGAIN) -> errors.Unreadable:
     """The error for a file that is not a bundle or not a commitment; the caller raises it."""
-    return errors.Unreadable(f"evidence: expected {what}, but got {got}", advice)
+    said = f"expected {what}, but got {got}"
+    return errors.Unreadable(f"evidence: {said}", advice, desk=_foreign.clean(f"{said}. {advice}"))
 
 
 def signed(bundle: Any, master: keys.SecretKey) -> bytes:
@@ -101,7 +102,7 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
         document = json.loads(_limits.json_text(data), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         got = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0][:100]
-        raise unreadable(f"{what} in {str(path)!r}", f"no JSON ({got})") from None
+        raise unreadable(f"{what} in {str(path)!r}", f"a file that is not JSON ({got})") from None
     try:
         return documents.parse(kind, document)
     except documents.Wrong as error:

@@ -246,9 +246,10 @@ def _under(
         return under
     least = max(under.values())
     if not least <= commitment <= newest:
+        licensed_with = " and ".join(map(str, sorted(set(under.values()))))
         cause = (
             f"Earlier ones lack an accused customer, and later ones were made after the suspect was seen. Without "
-            f"--commitment, each codeword is opened under the one it was licensed with ({sorted(set(under.values()))})."
+            f"--commitment, each codeword is opened under the one it was licensed with, here {licensed_with}."
         )
         expected = f"a commitment to {model} of number {least} to {newest}"
         raise _validate.fail("evidence", expected, f"number {commitment}", cause)
@@ -295,5 +296,5 @@ def _place(verdict: Verdict, place: int | None) -> int:
         listed = ", ".join(f"{i + 1} ({suspects[i].file})" for i in traced) or "none"
         expected = f"a suspect of verdict {verdict.number} that was traced by its weights"
         got = f"number {place}" if place is not None else f"{len(traced)} of them"
-        raise _validate.fail("evidence", expected, got, f"Say which one by --suspect: {listed}.")
+        raise _validate.fail("evidence", expected, got, f"Say which one with --suspect: {listed}.")
     return place - 1

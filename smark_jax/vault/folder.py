@@ -29,9 +29,9 @@ def create(folder: Path, passphrase: str) -> None:
     Raises:
       SmarkError: when the passphrase is empty, or the name is taken.
     """
-    there = _validate.fail(
-        "vault", f"a new name for a vault, not {folder}", "one that is taken", "Name another folder, or use that vault."
-    )
+    got = f"{folder}, which exists already"
+    cause = "Name another folder. If it is a vault of yours, use it as it is."
+    there = _validate.fail("vault", "a new folder for the vault", got, cause)
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise there
     master = keys.new()

@@ -302,7 +302,7 @@ def _refuse_base(path: Path, model: models.OpenModel) -> None:
     except errors.Unreadable:
         return
     if is_base:
-        cause = "Name another folder by --out, or move the base."
+        cause = "Name another folder with --out, or move the base."
         raise _validate.fail("issue", f"a copy, or nothing, in {path}", f"the base of {model.name}", cause)
 
 
@@ -310,7 +310,7 @@ def _refuse_other(path: Path, model: models.OpenModel) -> None:
     """Refuses to overwrite a copy of another model: copies of all models have the same names."""
     if path.is_file():
         if other := store.model_of_copy(model.vault.connection, _file_hash(path), but=model.name):
-            cause = "Name a folder for each model by --out."
+            cause = "Name a folder for each model with --out."
             raise _validate.fail("issue", f"a copy of {model.name}, or nothing, in {path}", f"one of {other}", cause)
 
 

@@ -178,7 +178,9 @@ def add(
     count = made.shape.num_coordinates if made else spec.num_weights
     if num_chips > count:
         got = f"{num_chips:,} chips for {count:,} carrying weights"
-        raise _validate.fail("add-model", "fewer chips than carrying weights", got, "Take fewer, or let more carry.")
+        raise _validate.fail(
+            "add-model", "fewer chips than carrying weights", got, "Choose fewer chips, or let more leaves carry."
+        )
     known = files.content_hash(public) if public is not None else None
     model = Model(name, files.content_hash(leaves), spec, num_chips, alpha, strength, _text.now(), known)
     if made:

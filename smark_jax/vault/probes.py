@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import jax
 import numpy as np
@@ -24,16 +25,18 @@ def images(path: Path) -> np.ndarray:
     Raises:
       SmarkError: when the file holds no such images.
     """
-    return _images(path, path)
+    with path.open("rb") as file:
+        return _images(path, file)
 
 
-def _images(path: Path, source: Path | io.BytesIO) -> np.ndarray:
-    cause = "Save them with NumPy, as an npz file that holds them under the name 'images'."
+def _images(path: Path, source: BinaryIO) -> np.ndarray:
+    cause = "Save them with NumPy, as an npz file, under the name 'images'."
     try:
         with np.load(source, allow_pickle=False) as archive:
             found = archive["images"]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise _validate.fail("probes", f"an npz file with 'images' in {path}", type(error).__name__, cause) from None
+    except trials.NO_IMAGES as error:
+        got = f"a damaged file, or one without them ({type(error).__name__})"
+        raise _validate.fail("probes", f"an npz file with 'images' in {path}", got, cause) from None
     if found.ndim != 4 or found.dtype != np.uint8:
         got = f"shape {found.shape}, dtype {found.dtype}"
         raise _validate.fail("probes", "uint8 images of shape [N, H, W, C]", got, cause)
@@ -126,10 +129,12 @@ def teacher(
       on_share: called with the finished share of the current copy, from 0 to 1.
 
     Raises:
-      SmarkError: when the model has no probes, or as for :func:`smark_jax.blackbox.train_copies`.
+      SmarkError: when the model has no probes, the network refuses base or images, or as for
+        :func:`smark_jax.blackbox.train_copies`.
     """
     made, num_classes = load(model)
-    base = files.nest(model.base)
+    base, pictures = files.nest(model.base), np.asarray(pictures)
+    trials.run("issue", lambda params, some: jax.jit(apply_fn)(params, some), base, pictures[:2])
     batch_size = min(_BATCH, len(pictures))
 
     def teach(copies: PyTree, words: np.ndarray) -> PyTree:

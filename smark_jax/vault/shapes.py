@@ -93,7 +93,7 @@ def from_network(
     """
     images, number = np.asarray(network.images), len(network.images)
     if number < FEWEST_IMAGES:
-        cause = "A third of them makes the shape, the others measure what copies cost: name more by --images."
+        cause = "A third of them makes the shape, the others measure what copies cost: name more with --images."
         raise _validate.fail("add-model", f"at least {FEWEST_IMAGES} images", f"{number}", cause)
     used = min(_MOST_OF_SHAPE, number // 3)
     tried = min(_MOST_OF_STRENGTH, number - used)

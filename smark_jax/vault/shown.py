@@ -139,8 +139,8 @@ def _too_few(vault: folder.Vault, model: str, num_chips: int, count: int, left: 
     expected = f"{count} of the {num_chips} probes of {model} that nobody has been shown"
     some = f"--probes {left} asks those that are left; " if left else ""
     cause = (
-        f"{some}--allow-seen takes others as well, whose answers a hostile service may have prepared by asking an "
-        "innocent customer's: the verdict then says so."
+        f"{some}--allow-seen asks others again. A hostile service may have prepared its answers to those by asking an "
+        "innocent customer's service, so the verdict says so."
     )
     old = unrecorded_files(vault, model)
     if old:

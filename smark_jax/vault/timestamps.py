@@ -61,7 +61,7 @@ def check(published: bytes, response: bytes) -> str:
             imprint = time = None
     except ValueError as error:  # rfc3161-client's
         got = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _validate.fail("timestamp", expected, got, cause) from error
+        raise _validate.fail("timestamp", expected, f"other bytes ({got})", cause) from error
     if imprint is None or time is None:
         raise _validate.fail("timestamp", expected, f"status {found.status}", cause)
     if imprint != hashlib.sha256(published).digest():

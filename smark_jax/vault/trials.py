@@ -1,6 +1,7 @@
 """Runs copies beside their base before they are delivered: are outputs finite, and what does a copy cost?"""
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +12,14 @@ import numpy as np
 from smark_jax import _validate, embedding, errors, files
 from smark_jax._types import ApplyFn, PyTree
 
+NO_IMAGES = (KeyError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises on a file that is not an npz file, is damaged, or lacks an array."""
 # The most images that a copy is run on.
 _IMAGES = 256
 _OF_BASE = "Nothing is marked yet: does the network belong to this base, and are the images as it takes them?"
 _OF_COPY = (
-    "Nothing was written of it, and its customer keeps the serial. Mark fewer leaves or less: add the model again under"
-    " another name with --match or a smaller --change or --strength."
+    "That copy was not written; its customer keeps the serial. Mark fewer leaves or more weakly: add the model again "
+    "under another name with --match, or with a smaller --change or --strength."
 )
 
 
@@ -47,7 +50,7 @@ class Tried(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """How the copies that were run answered.
+    """Summary of how copies answered.
 
     Attributes:
       copies: the number of copies.
@@ -80,14 +83,14 @@ def images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """
     cause = "Save them with NumPy as an npz file: the images under the name 'images', class numbers under 'labels'."
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             found, labels = archive["images"], archive["labels"] if "labels" in archive.files else None
-    except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        got = f"none in {path} ({type(error).__name__})"
-        raise _validate.fail("images", "an npz file with 'images'", got, cause) from None
+    except NO_IMAGES as error:
+        got = f"a damaged file, or one without them ({type(error).__name__})"
+        raise _validate.fail("images", f"an npz file with 'images' in {path}", got, cause) from None
     if found.ndim < 2 or found.dtype.kind not in "uif":
         got = f"shape {found.shape}, dtype {found.dtype} in {path}"
-        raise _validate.fail("images", "images as numbers, the first axis over images", got, cause)
+        raise _validate.fail("images", "an array of numbers whose first axis runs over images", got, cause)
     return found, labels
 
 
@@ -95,13 +98,21 @@ def network(apply_fn: ApplyFn, images: Any, labels: Any = None) -> Network:
     """How to run copies.
 
     Raises:
-      SmarkError: when there are no images, or another number of labels.
+      SmarkError: when there are no images, there is another number of labels, or either is not an array.
     """
-    number = len(images) if np.ndim(images) else 0
-    if not number or (labels is not None and np.shape(labels) != (number,)):
-        got = f"{number:,} images" + ("" if labels is None else f" and labels of shape {np.shape(labels)}")
-        cause = "Are images and labels of the same split?"
-        raise _validate.fail("network", "images, and one class number for each if there are labels", got, cause)
+    try:
+        number = len(images) if np.ndim(images) else 0
+        counted = (number,) if labels is None else np.shape(labels)
+    except ValueError:  # nested lists of different lengths
+        cause = "Convert them with numpy.asarray, or save them as arrays."
+        raise _validate.fail("network", "images and labels as arrays", "lists of different lengths", cause) from None
+    if not number:
+        got = "none" if np.ndim(images) else f"a {type(images).__name__}"
+        cause = "Return them as one array, whose first axis runs over images."
+        raise _validate.fail("network", "an array of at least one image", got, cause)
+    if counted != (number,):
+        cause = "Do images and labels belong to the same split?"
+        raise _validate.fail("network", f"one label for each of {number:,} images", f"shape {counted}", cause)
     return Network(apply_fn, images, labels)
 
 
@@ -134,7 +145,7 @@ class Running:
         images = np.asarray(network.images)[part][-_IMAGES:]
         labels = None if network.labels is None else np.asarray(network.labels)[part][-_IMAGES:]
         tree = files.nest(base)
-        run("issue", jax.jit(network.apply_fn), tree, images[:2])
+        run("issue", lambda params, some: jax.jit(network.apply_fn)(params, some), tree, images[:2])
         try:
             self._base = embedding.answers(tree, network.apply_fn, images, labels)
         except errors.NotFinite:
@@ -156,7 +167,7 @@ class Running:
         self._tried.append(Tried(customer, cost.agreement, cost.kl, cost.change, accuracy))
 
     def found(self) -> Trial | None:
-        """How the copies answered; None when there were none."""
+        """The summary over all copies; None when there were none."""
         if not self._tried:
             return None
         _, agreement, kl, change, accuracy = zip(*self._tried, strict=True)

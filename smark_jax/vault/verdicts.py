@@ -75,7 +75,7 @@ def trace(
     reading = reading or Reading()
     if reading.rectify and model.settings.shape:
         cause = "Models with a shape have one reading, which weighs by itself: leave --rectify out."
-        raise _validate.fail("trace", f"a model without a shape for --rectify, not {model.name}", "one with", cause)
+        raise _validate.fail("trace", "a model without a shape, to rectify", f"{model.name}, which has one", cause)
     needed = _needed(model, model.settings.alpha if alpha is None else alpha)
     rows, chips = [], []
     for path in suspects:
@@ -146,8 +146,8 @@ def committed(model: models.OpenModel) -> documents.Commitment:
     """
     commitment = commitments.latest(model.vault, model.name)
     if commitment is None:
-        expected = f"a model with customers, not {model.name}"
-        raise _validate.fail("trace", expected, "one without", "Run 'smark issue' first.")
+        got = f"{model.name}, of which nobody has one"
+        raise _validate.fail("trace", "a model of which customers have copies", got, "Run 'smark issue' first.")
     return commitment
 
 
@@ -275,7 +275,8 @@ def get(vault: folder.Vault, number: int) -> Verdict:
     row = store.verdict(vault.connection, number)
     if row is None:
         last = store.last_verdict(vault.connection)
-        cause = f"Verdicts 1 to {last} are there." if last else "'smark trace' makes the first."
+        some = f"verdicts 1 to {last}" if last > 1 else "verdict 1 alone"
+        cause = f"This vault holds {some}." if last else "'smark trace' makes the first."
         raise _validate.fail("vault", "the number of a verdict", f"{number}, which does not exist", cause)
     verdict = documents.stored(Verdict, row.document, number=number, created=row.created, suspects=[])
     customers = store.covered_names(vault.connection, row.model, verdict.commitment.number)

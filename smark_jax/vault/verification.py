@@ -159,7 +159,7 @@ def _judge(
         # Bundles without a read-out number bounded no shifts, so their T may differ; the value found here counts.
         close |= isinstance(bundle.suspect.reading.readout, Missing)
         require(close, f"T is {found.statistic:.2f} here and {claim.statistic:.2f} in the bundle")
-        # Zeros in place of the suspect read like the base alone. What the suspect shares with them is no evidence.
+        # Zeros in place of the suspect read like the base alone: what the suspect shares with them does not count.
         lost = f"the base alone reads as this codeword (T is {apart.statistic:.2f} without what it adds)"
         require(apart.log10_p <= math.log10(alpha), lost)
     return Accusation(name, claim.serial, *found)
@@ -211,7 +211,7 @@ def _statements(bundle: Bundle) -> tuple[str, ...]:
         f"that the suspect was compared with no more than {bundle.customers:,} customers: p-values count them",
         "that codewords were drawn at random, and neither chosen nor drawn again until one fitted",
         f"that {made}",
-        "that there is no other commitment to this model with other codewords, published to be shown where it fits",
+        "that the owner published no other commitment to this model, with other codewords, to choose from",
         f"that the suspect is younger than the commitment: {age}, and nothing here says how old the suspect is",
         "that no copy with this codeword was made for anybody but the accused",
     )

@@ -3,8 +3,8 @@
 A model names its algorithms when it is added, and commitments bind them. To change an algorithm, add an entry under a
 new name here and put that name into :data:`NEW`. Keep the old entry: existing models still use the one they name.
 
-Carriers, codes, decoders and shapes are looked up here. Ciphers are only checked by name: a second one must first reach
-the code that draws, or models would commit to a name that changes nothing.
+Carriers, codes, decoders and shapes are looked up here. Ciphers are only checked by name: a second one must first
+become an argument of the functions that draw, or models would commit to a name that has no effect.
 """
 
 import functools

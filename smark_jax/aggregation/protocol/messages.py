@@ -35,7 +35,7 @@ class Introduction(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Stage "keys", party to server, and by it to all: X25519 keys of this round, and a commitment to the seed."""
+    """Stage "keys", party to server, who passes it on to all: this round's X25519 keys and a commitment to the seed."""
 
     party: int
     channel: bytes
@@ -45,7 +45,7 @@ class Keys(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Stage "shares", party to server, and by it to each neighbour: that neighbour's shares, encrypted for it."""
+    """Stage "shares", party to server, who passes on to each neighbour its shares, encrypted for it."""
 
     party: int
     sealed: Mapping[int, bytes]

@@ -20,7 +20,7 @@ class ProtocolError(errors.SmarkError):
 
 
 def refuse(who: str, expected: str, got: str, cause: str) -> ProtocolError:
-    """A :class:`ProtocolError` with the one shape of our messages; the caller raises it."""
+    """A :class:`ProtocolError` whose message has the project's common form; the caller raises it."""
     return _validate.fail(who, expected, got, cause, kind=ProtocolError)
 
 
@@ -205,13 +205,13 @@ def neighbourhood(
 
 
 def log_both_secrets(num_parties: int, corrupt: int, degree: int, threshold: int) -> float:
-    """Log of the bound n P(2 t <= h + c) on the chance that both secrets of anybody can be collected."""
+    """Log of the bound n P(2 t <= h + c) on the probability that both secrets of some party can be collected."""
     tail = _log_tail(num_parties - 1, min(corrupt, num_parties - 1), degree)
     return float(tail[max(0, 2 * threshold - degree - 1)]) + math.log(num_parties)
 
 
 def most_corrupt(num_parties: int, corrupt: int, length: int, security_bits: float) -> int:
-    """So many corrupt parties and no more stand among any ``length`` in a row, except with probability 2^-security."""
+    """The most corrupt parties among any ``length`` in a row; more occur with probability 2^-security at most."""
     tail = _log_tail(num_parties, min(corrupt, num_parties), length) + math.log(num_parties)
     return int(np.argmax(tail <= -security_bits * math.log(2))) - 1
 
@@ -227,7 +227,7 @@ def _log_tail(population: int, marked: int, drawn: int) -> np.ndarray:
 
 
 def _log_gap(n: int, bad: int, length: int) -> float:
-    """Log of the bound on some ``length`` parties in a row being bad."""
+    """Log of the bound on the probability that some ``length`` parties in a row are bad."""
     if length > bad:
         return -math.inf
     return math.log(n) + sum(math.log((bad - i) / (n - i)) for i in range(length))

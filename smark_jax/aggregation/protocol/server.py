@@ -72,7 +72,7 @@ class Server(NamedTuple):
 
     @property
     def answered(self) -> Mapping[int, Any]:
-        """What came at this stage, by party."""
+        """The messages that arrived at this stage, by party."""
         came = {
             "keys": self.advertised,
             "shares": self.shared,
@@ -93,7 +93,7 @@ _KIND = {
 
 
 def stage_of(message: object) -> str | None:
-    """The stage at which a message is due; None for anything that is no message."""
+    """The stage at which a message is due; None for anything that is not a message."""
     return _KIND.get(type(message))
 
 
@@ -137,7 +137,7 @@ def receive(server: Server, message: messages.Message) -> Server:
 
 
 def close(server: Server, task: bytes = parties.NO_TASK) -> tuple[Server, dict[int, messages.Request]]:
-    """Ends a stage with the messages that came.
+    """Closes a stage with the messages that arrived.
 
     Args:
       server: the server.

@@ -12,9 +12,9 @@ from smark_jax.files import _limits
 from smark_jax.files._limits import shown
 
 MAX_NODES = 50_000
-# Of one result, per image, and of one that depends on no image: a hostile graph can ask for far more than there is.
+# The most values in a result, per image, and in one that depends on no image: a hostile graph may ask for any number.
 _MAX_VALUES, _MAX_STATIC = 2**26, 2**22
-# What a function of NumPy or JAX raises when it gets what it cannot take.
+# What functions of NumPy and JAX raise on arguments that they cannot handle.
 _MISUSE = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
 
 Operators = Mapping[str, Callable[..., Any]]

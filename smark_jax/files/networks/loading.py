@@ -1,4 +1,4 @@
-"""The one way from a network's file to its weights and its function."""
+"""Loads a network from its file: its weights, and its function."""
 
 import importlib
 import os

@@ -27,13 +27,13 @@ DTYPES = {
 }  # fmt: skip
 _STRINGS, _RAW, _EXTERNAL = 8, 9, 1
 _MODEL_FIELDS = {*range(1, 9), 14, 20, 25, 26}
-# Positions of arguments that are no weights: statistics, bounds, sizes.
+# Positions of arguments that are not weights: statistics, bounds, sizes.
 _STATISTICS = {"BatchNormalization": (3, 4)}
 _SETTINGS = {"Clip": (1, 2), "Pad": (2,), "Range": (0, 1, 2), "Dropout": (1,), "Pow": (1,)}
 
 
 class Model(NamedTuple):
-    """An ONNX file as it lies there: the parts of its graph, and the version of its operators."""
+    """The parts of an ONNX file: the fields of its graph, and the version of its operators."""
 
     nodes: list[Node]
     tensors: dict[str, Tensor]

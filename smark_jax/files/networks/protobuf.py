@@ -119,6 +119,6 @@ def _signed(value: int) -> int:
 
 
 def expect(condition: bool, what: str, where: str) -> None:
-    """Refuses the file unless a condition holds that its format promises."""
+    """Refuses a file that violates a condition of its format."""
     if not condition:
         raise Unreadable(f"{what} of {shown(where)} is not as its format has it", ADVICE)

@@ -104,7 +104,7 @@ class _Members:
         except Unreadable:
             raise
         except (ValueError, RecursionError):
-            raise Unreadable(f"its member {shown(name)} is no JSON", _AGAIN) from None
+            raise Unreadable(f"its member {shown(name)} is not JSON", _AGAIN) from None
 
 
 def _tensors(members: _Members) -> tuple[dict[str, Tensor], list[str]]:
