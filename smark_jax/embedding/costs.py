@@ -32,7 +32,7 @@ _RESAMPLES = 1000
 _BATCH = 32
 # Strengths are doubled or halved at most this often, and then known to within 2^(1/16), 4 %.
 _MOST_STEPS, _BISECTIONS = 10, 4
-# A single copy may cost three times what all cost in the mean.
+# A single copy may cost three times the mean.
 _WORST = 3
 
 
