@@ -95,7 +95,7 @@ def test_a_new_vault_is_its_owners_only_and_nothing_else_is_left(place):
 def test_no_vault_is_made_over_anything(place, tmp_path):
     (tmp_path / "file").write_text("")
     for taken in (place, tmp_path / "file"):
-        with pytest.raises(ValueError, match=r"(?s)expected a new name.*Name another folder"):
+        with pytest.raises(ValueError, match=r"(?s)expected a new folder.*Name another folder"):
             vault.create(taken, SECRET)
     with vault.opened(place, SECRET) as desk:
         assert customers.registered(desk) == []
@@ -628,7 +628,7 @@ def test_a_time_stamp_of_an_authority_is_kept_and_one_about_something_else_refus
 def test_a_verdict_document_is_complete_and_kept(full):
     with vault.opened(full / "vault", SECRET) as desk:
         document = verdicts.get(desk, 1)
-        with pytest.raises(ValueError, match="Verdicts 1 to 1"):
+        with pytest.raises(ValueError, match="This vault holds verdict 1 alone"):
             verdicts.get(desk, 2)
     written = documents.plain(document)
     assert json.loads(json.dumps(written, allow_nan=False)) == written
