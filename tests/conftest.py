@@ -3,6 +3,7 @@
 import atexit
 import functools
 import gc
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -14,7 +15,8 @@ from collections.abc import Generator, Iterator
 # times as fast again. Set before JAX is imported, for the processes that tests start as well. What must be exact to the
 # bit is also tested as XLA compiles by itself, in a process that sets the variable below (test_shipped_level). To note
 # who called each operation would take a quarter of the time that lowering takes.
-LOOPS = "--xla_cpu_use_fusion_emitters=false"
+OLD_EMITTERS = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)  # which newer XLA lacks
+LOOPS = "--xla_cpu_use_fusion_emitters=false" if OLD_EMITTERS else ""
 QUICK = f"--xla_backend_optimization_level=0 {LOOPS} --xla_cpu_parallel_codegen_split_count=1"
 if "SMARK_TESTS_AT_XLAS_OWN_LEVEL" not in os.environ:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
