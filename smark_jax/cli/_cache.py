@@ -4,9 +4,12 @@ import contextlib
 import hashlib
 import os
 import platform
+import warnings
 from pathlib import Path
 
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 1 << 28
+# Smaller programs compile as fast as they are found among many.
+_LEAST_SECONDS = 0.05
 
 
 def keep_compiled() -> None:
@@ -26,7 +29,9 @@ def keep_compiled() -> None:
             return
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_MOST_BYTES))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(_LEAST_SECONDS))
+        # Of a program that a killed command wrote in part; it is compiled anew.
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache", UserWarning)
 
 
 def _processor() -> str:
