@@ -57,6 +57,7 @@ class Config:
     scratch_epochs: int = 10
     scratch_seeds: int = 3
     copies: int = 20
+    marks: tuple[str, ...] = ("shaped", "white")
     num_chips: int = 304
     customers: int = CUSTOMERS
     train_images: int | None = None
@@ -67,6 +68,7 @@ QUICK = Config(
     ("CNN",),
     most_epochs=2,
     scratch_seeds=1,
+    marks=("shaped",),
     only=(
         *("none", "noise", "prune weights", "quantise", "fine-tune all layers", "L2 burst", "project inputs"),
         *("project and fine-tune", "project, new head, noise, prune, 4 bits", "R0", "R1", "R2", "new head"),
@@ -105,7 +107,8 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
 
 
 def _network(name: str, config: Config, seed: int, meter: sections.Meter) -> dict[str, Any]:
-    network, parts, kinds, most_epochs = TARGETS[name]
+    network, parts, marked, most_epochs = TARGETS[name]
+    kinds = [kind for kind in marked if kind in config.marks]
     count = config.train_images or 4000
     meter.start(networks.steps(config.epochs + config.scratch_seeds * config.scratch_epochs, count))
     subject = networks.train(network, seed, config.epochs, lambda *_: meter.step(f"train {name}"), config.train_images)
