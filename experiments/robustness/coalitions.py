@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
@@ -20,7 +19,7 @@ from scipy import special, stats
 from experiments.common import networks, pipeline, sections
 from experiments.common.networks import CUSTOMERS, Subject
 from experiments.robustness import rebuilding
-from smark_jax import attacks, carriers, codes, embedding, models
+from smark_jax import aggregation, attacks, carriers, codes, embedding, models
 
 _JITTER = {"Conv": 0.3}
 
@@ -71,8 +70,7 @@ def _trial(subject: Subject, mark: carriers.Mark, book: codes.Codebook, size: in
     guilty = np.random.default_rng(seed).choice(book.num_customers, size, replace=False)
     words = codes.codebook(book.key, guilty, mark.num_chips)
     copies = [embedding.embed(subject.base, mark, word) for word in words]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *copies)
-    mixed = attacks.average(stacked) if size > 1 else copies[0]
+    mixed = attacks.average(aggregation.stack(copies)) if size > 1 else copies[0]
     key = jax.random.key(seed[-1])
     rebuilt = rebuilding.jitter_and_project(mixed, subject.apply_fn, subject.images[:1000], key, _JITTER)
     mean = np.asarray(words, np.float64).mean(axis=0)

@@ -17,7 +17,7 @@ from jax import Array
 
 from experiments.common import intervals, pipeline, real, sections
 from experiments.common.networks import ALPHA
-from smark_jax import _batches, attacks, carriers, codes, embedding, extraction, statistics
+from smark_jax import _batches, aggregation, attacks, carriers, codes, embedding, extraction, statistics
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.carriers import inputs
 
@@ -158,7 +158,7 @@ def _coalition(
     book = codes.Codebook(key, config.customers, num_chips)
     serials = np.random.default_rng([seed, num_chips]).choice(config.customers, colluders, replace=False)
     words = codes.codebook(key, serials, num_chips)
-    mixed = attacks.average(jax.tree.map(lambda *x: jnp.stack(x), *(embedding.embed(base, other, w) for w in words)))
+    mixed = attacks.average(aggregation.stack([embedding.embed(base, other, word) for word in words]))
     judged = pipeline.judge(mixed, base, field.network.apply_fn, field.shape[:1], other, book)
     guilty = frozenset(serials.tolist())
     after = field.logits(mixed, field.judging[: config.after])

@@ -49,7 +49,10 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """``most_epochs`` caps every attack that trains, ``only`` names the attacks; ``copies`` are measured for harm."""
+    """``most_epochs`` caps every attack that trains, ``only`` names the attacks; ``copies`` are measured for harm.
+
+    Of a target's marks, those in ``marks`` are attacked.
+    """
 
     networks: tuple[str, ...]
     most_epochs: int

@@ -6,7 +6,7 @@ from smark_jax import _validate
 from smark_jax.vault import _text, folder, store
 from smark_jax.vault.store import Customer
 
-__all__ = ["Customer", "add", "registered", "resolve", "serials"]
+__all__ = ["Customer", "add", "registered", "resolve"]
 
 _SHOWN = 10
 
@@ -46,11 +46,6 @@ def resolve(vault: folder.Vault, names: Sequence[str]) -> list[Customer]:
         if new:
             known |= {customer.name: customer for customer in _insert(vault, new)}
     return [known[name] for name in wanted]
-
-
-def serials(vault: folder.Vault) -> dict[str, int]:
-    """Each customer's serial by name."""
-    return store.serials(vault.connection)
 
 
 def _distinct(names: list[str]) -> list[str]:

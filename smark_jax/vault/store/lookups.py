@@ -162,11 +162,6 @@ def name(connection: Connection, serial: int) -> str:
     return connection.execute("SELECT name FROM customers WHERE serial = ?", (serial,)).fetchone()[0]
 
 
-def serials(connection: Connection) -> dict[str, int]:
-    """Each customer's serial by name."""
-    return dict(connection.execute("SELECT name, serial FROM customers"))
-
-
 # Licences and copies
 
 
