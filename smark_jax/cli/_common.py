@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 import typer.core
 
-from smark_jax import _foreign, _validate
+from smark_jax import _documents, _foreign, _validate
 from smark_jax.cli._console import Console, progress
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def before_training(parties: int) -> None:
 def show(document: Any, as_json: bool, otherwise: Callable[[], None]) -> None:
     """Prints a result: as one JSON document, or in words."""
     if as_json:
-        print(_foreign.dumps(document))
+        print(_foreign.dumps(_documents.plain(document)))
     else:
         otherwise()
 
