@@ -375,7 +375,7 @@ def test_results_are_read_back_and_a_wrong_field_of_them_is_named(tmp_path, whol
     path.write_text(json.dumps(results._asdict()))  # as versions before wrote what diverged
     assert runs._results(path) == results._replace(loss=(0.5, None), devices=tuple(results.devices))
     path.write_text(json.dumps(results._asdict() | {"rounds": -1}))
-    with pytest.raises(errors.SmarkError, match=r"results\.json, got some whose field 'rounds'"):
+    with pytest.raises(errors.SmarkError, match=r"results\.json, but got some whose field 'rounds'"):
         runs._results(path)
 
 
