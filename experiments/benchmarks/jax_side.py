@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from experiments.benchmarks import shapes
+from experiments.benchmarks import network_sizes
 from experiments.common import sections
 from smark_jax import (
     _memory,
@@ -261,7 +261,7 @@ def model(name: str, dtype: str, num_chips: int, folder: str, seed: int, num_wei
 
     One copy is in memory at a time, as with an owner who streams copies to disk.
     """
-    leaves = shapes.NAMED[name]() if name in shapes.NAMED else shapes.layers(num_weights)
+    leaves = network_sizes.NAMED[name]() if name in network_sizes.NAMED else network_sizes.layers(num_weights)
     rng = np.random.default_rng(seed)
     number = np.dtype(getattr(ml_dtypes, dtype)) if dtype == "bfloat16" else np.dtype(dtype)
     base = {leaf: jnp.asarray(0.05 * rng.standard_normal(shape, np.float32), number) for leaf, shape in leaves.items()}

@@ -33,13 +33,13 @@ _CHANGE = 0.02
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     setting = race.setting()
     jobs = [
-        Entry("shape", "making", {"network": name, "images": config.images, "seed": seed}, (arm,))
+        Entry("shape_cost", "making", {"network": name, "images": config.images, "seed": seed}, (arm,))
         for name in config.networks
         for arm in ("shape", "weights alone")
     ]
     more = {"num_weights": config.num_weights, "num_chips": config.num_chips, "seed": seed}
     jobs += [
-        Entry("shape", "using", {"network": name, **more}, (arm,))
+        Entry("shape_cost", "using", {"network": name, **more}, (arm,))
         for name in config.models
         for arm in ("embed", "extract")
     ]

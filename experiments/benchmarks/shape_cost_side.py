@@ -1,4 +1,4 @@
-"""Marks with a shape: making the shape of a network, and the memory of a copy made and read with one."""
+"""The worker's side of ``shape_cost``: makes the shape of a network's mark, and copies and read-outs with one."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import jax_side, shapes, worker
+from experiments.benchmarks import jax_side, network_sizes, worker
 from experiments.benchmarks.jax_side import device, device_peak
 from experiments.common import sections
 from smark_jax import carriers, codes, embedding, extraction, keys, models
@@ -70,7 +70,7 @@ def using(network: str, num_chips: int, seed: int, num_weights: int = 0) -> jax_
     Run one arm per process: compilation then counts, and no arm uses memory that another has freed.
     """
     rng = np.random.default_rng(seed)
-    leaves = shapes.over_parametrised() if network == "over-parametrised" else _leaves(network, num_weights)
+    leaves = network_sizes.over_parametrised() if network == "over-parametrised" else _leaves(network, num_weights)
     base = {name: jnp.asarray(0.05 * rng.standard_normal(size, np.float32)) for name, size in leaves.items()}
     found = [(carriers.Leaf(name, base[name].shape), _scales(base[name].shape, rng)) for name in sorted(base)]
     shape = carriers.Shape(*zip(*found, strict=True))
@@ -85,9 +85,9 @@ def using(network: str, num_chips: int, seed: int, num_weights: int = 0) -> jax_
     }
 
 
-def _leaves(network: str, num_weights: int) -> shapes.Shapes:
-    if network in shapes.NAMED:
-        return shapes.NAMED[network]()
+def _leaves(network: str, num_weights: int) -> network_sizes.Shapes:
+    if network in network_sizes.NAMED:
+        return network_sizes.NAMED[network]()
     width = math.isqrt(num_weights // 8)
     return {f"layer_{i}": (width, width) for i in range(8)}
 
