@@ -184,9 +184,9 @@ def runnable(name: str | None, images: Path | None) -> "trials.Network | None":
             raise typer.BadParameter("--images goes with --network", param_hint="--images")
         return None
     from smark_jax import files
-    from smark_jax.vault import trials
+    from smark_jax.vault import image_files, trials
 
-    given = trials.images(images) if images else ()
+    given = image_files.read(images) if images else ()
     if not Path(name).is_file():
         apply_fn, *own = network("network", name, alone=bool(given))
         return trials.network(apply_fn, *(given or own))

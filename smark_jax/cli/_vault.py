@@ -99,13 +99,13 @@ def add_model(
         raise typer.BadParameter("--change goes with --network, and not with --strength", param_hint="--change")
     with _common.desk(vault, passphrase_file) as desk, _common.err.status("reading the base") as status:
         from smark_jax import files
-        from smark_jax.vault import models
+        from smark_jax.vault import image_files, models
         from smark_jax.vault import probes as images_to_ask
 
         weights = _base(base)
         leaves = weights.leaves
         source = models.Source(base, weights.sha256) if weights.format == "safetensors" else None
-        pictures = images_to_ask.images(probes) if probes else None
+        pictures = image_files.pixels(probes) if probes else None
         runs = _common.runnable(network, images)
         models.refuse_taken(desk, name)
         known = _base(public).leaves if public else None
