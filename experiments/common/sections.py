@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import time
@@ -151,28 +152,70 @@ def commit() -> str:
         return ""
 
 
-def command_line(
-    package: str, sections: Mapping[str, ModuleType], about: str | None, examples: str
-) -> argparse.ArgumentParser:
-    """The options that all experiments with sections have; an experiment may add its own."""
-    parser = argparse.ArgumentParser(
+def parser(package: str, about: str | None, examples: str) -> argparse.ArgumentParser:
+    """The command line ``python -m experiments.PACKAGE`` with ``--seed``; every experiment adds its own options."""
+    found = argparse.ArgumentParser(
         prog=f"python -m experiments.{package}",
         description=about,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", choices=("quick", "full"), default="quick", help="quick: under three minutes")
-    parser.add_argument("--out", type=Path, help=f"folder for results (default: out/{package}/CONFIG)")
-    parser.add_argument("--seed", type=_seed, default=0)
-    parser.add_argument("--only", nargs="+", choices=tuple(sections), metavar="NAME", help="sections to run")
-    parser.add_argument("--fresh", action="store_true", help="run sections again whose results exist")
-    return parser
+    found.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
+    return found
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
+def sized(package: str, about: str | None, examples: str, quick: str) -> argparse.ArgumentParser:
+    """A command line with a quick and a full configuration, whose results have a folder each."""
+    found = parser(package, about, examples)
+    found.add_argument("--config", choices=("quick", "full"), default="quick", help=f"quick: {quick}")
+    found.add_argument("--out", type=folder, help=f"folder for results (default: out/{package}/CONFIG)")
+    return found
+
+
+def command_line(
+    package: str, sections: Mapping[str, ModuleType], about: str | None, examples: str
+) -> argparse.ArgumentParser:
+    """The options that all experiments with sections have; an experiment may add its own."""
+    found = sized(package, about, examples, "under three minutes")
+    found.add_argument("--only", nargs="+", choices=tuple(sections), metavar="NAME", help="sections to run")
+    found.add_argument("--fresh", action="store_true", help="run sections again whose results exist")
+    return found
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an option: a whole number from ``least`` to ``most``."""
+
+    def read(text: str) -> int:
+        number = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
+        return number
+
+    return read
+
+
+def positive(below: float = math.inf) -> Callable[[str], float]:
+    """The type of an option: a number above 0 and below ``below``."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < below:
+            bound = "" if below == math.inf else f" and below {below:g}"
+            raise argparse.ArgumentTypeError(f"expected a number above 0{bound}, got {text!r}")
+        return number
+
+    return read
+
+
+def folder(text: str) -> Path:
+    """The type of an option: a folder, there or to be made."""
+    path = Path(text)
+    if any(part.exists() and not part.is_dir() for part in (path, *path.parents)):
+        raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r} or one below a file")
+    return path
 
 
 def run_sections(
