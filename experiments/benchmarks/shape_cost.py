@@ -1,4 +1,4 @@
-"""What marks with a shape cost: time to make the shape, its room beside the model, memory of a copy made and read."""
+"""The cost of marks with a shape: time to make the shape, its size beside the model, memory to make and read a copy."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from experiments.common import sections
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """``networks`` get a shape from so many images; copies are made and read of ``models``, or eight dense layers."""
+    """Shapes are made for ``networks`` from ``images`` images; copies of ``models`` (or eight dense layers) are read."""
 
     networks: tuple[str, ...] = ("CNN",)
     images: int = 48

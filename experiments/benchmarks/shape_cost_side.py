@@ -18,7 +18,7 @@ from smark_jax import carriers, codes, embedding, extraction, keys, models
 
 __all__ = ["CASES", "device", "device_peak"]
 
-# Images of few patterns, in few of whose combinations the inputs of the CNN's dense layer vary.
+# Images are mixtures of this many patterns, so that the inputs of the CNN's dense layer vary in few directions.
 _PATTERNS = 20
 # Directions of the over-parametrised kernel.
 _DIRECTIONS = 48
@@ -29,7 +29,7 @@ def _secret(seed: int, name: str) -> keys.SecretKey:
 
 
 def making(network: str, images: int, seed: int) -> jax_side.Arms:
-    """Shapes of a network: the CNN with weights at random, or one of ``experiments.common.real``.
+    """Shapes of a network's mark: of the CNN with random weights, or of a network in ``experiments.common.real``.
 
     ``shape`` makes one from the network and ``images``; ``weights alone`` makes one without, and measures how far
     a copy at the default strength changes the logits.
@@ -65,7 +65,7 @@ def making(network: str, images: int, seed: int) -> jax_side.Arms:
 
 
 def using(network: str, num_chips: int, seed: int, num_weights: int = 0) -> jax_side.Arms:
-    """A copy made, and a suspect read; what each takes beyond what the process held, in copies of the weights.
+    """Making a copy, and reading a suspect: the memory beyond what the process held before, in copies of the weights.
 
     Run one arm per process: compilation then counts, and no arm uses memory that another has freed.
     """

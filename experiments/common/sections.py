@@ -57,7 +57,7 @@ class Meter:
                 self._progress.console.print(f"{self._name} {task.completed:.0f} of {task.total:.0f}: {note}")
 
     def part(self, name: str, steps: int, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` gives (anything that JSON can hold), kept until the section is done, so that it resumes."""
+        """The result of ``compute``, a JSON value; it is kept until the section is done, so that the section can resume."""
         path = self._parts / f"{name}.json" if self._parts else None
         if path and path.exists():
             self.step(f"{name}: from {path}", steps)
@@ -69,7 +69,7 @@ class Meter:
         return found
 
     def finish(self) -> None:
-        """The steps were planned as an upper bound, so the line may end early."""
+        """Completes the line; the planned number of steps was an upper bound."""
         if self._progress:
             task = self._progress.tasks[self._task]
             self._progress.update(self._task, total=task.completed or 1, completed=task.completed or 1)
@@ -102,7 +102,7 @@ def run_section(
     """Runs one section unless its result is there, prints its tables, draws its picture, and returns the result."""
     name = section.__name__.rpartition(".")[2]
     path = out / f"{name}.json"
-    # As JSON returns it, with lists in place of tuples.
+    # As JSON reads it back, with lists in place of tuples.
     parameters = json.loads(json.dumps(dataclasses.asdict(config)))
     identity = {"section": name, "config": label, "parameters": parameters, "seed": seed}
     document = json.loads(path.read_text()) if path.exists() and not fresh else {}

@@ -90,7 +90,7 @@ class World(NamedTuple):
 
 
 def trainer(apply_fn: Callable, loss: Callable[[Params, Aim], Array]) -> Callable[..., Params]:
-    """Training on by Adam at 1e-3 in batches of 64, as ``attacks.fine_tune`` does, with ``weight * loss(params, aim)``.
+    """Fine-tuning by Adam at 1e-3 in batches of 64, as ``attacks.fine_tune``, plus ``weight * loss(params, aim)``.
 
     The aim is an argument: one compilation serves all copies.
     """

@@ -175,10 +175,7 @@ class Masked(Strategy):
                 for p, request in shares.items():
                     asked.setdefault(following.nodes[p], []).append((following.state.setup.round, request))
                 shares = {}
-                contents = {
-                    node: wire.put(RecordDict(), wire.Items(requests=tuple(items))) for node, items in asked.items()
-                }
-                for reply in self._exchange(contents):
+                for reply in self._exchange({n: wire.Items(requests=tuple(items)) for n, items in asked.items()}):
                     self._take(reply, now, following)
                 now.state, requests = server.close(now.state)
             total = server.open_sum(now.state)
@@ -227,9 +224,7 @@ class Masked(Strategy):
     def _greet(self, nodes: list[int]) -> None:
         """Asks new clients for their identity and a proof of it."""
         strangers = self._contacts.challenges(nodes)
-        for reply in self._exchange(
-            {n: wire.put(RecordDict(), wire.Items(hello=item)) for n, item in strangers.items()}
-        ):
+        for reply in self._exchange({n: wire.Items(hello=item) for n, item in strangers.items()}):
             self._contacts.introduce(reply.metadata.src_node_id, self._read(reply).identity)
 
     def _begin(self, server_round: int, nodes: list[int], num_words: int) -> Round:
@@ -257,24 +252,21 @@ class Masked(Strategy):
             if len(ready.state.shared) >= ready.state.setup.quorum and ready.server_round == server_round:
                 return ready
         fresh = self._begin(server_round, nodes, num_words)
-        for reply in self._exchange(
-            {n: wire.put(RecordDict(), wire.Items(setup=fresh.state.setup)) for n in fresh.nodes}
-        ):
+        for reply in self._exchange(dict.fromkeys(fresh.nodes, wire.Items(setup=fresh.state.setup))):
             self._take(reply, fresh)
         fresh.state, requests = server.close(fresh.state)
         number = fresh.state.setup.round
-        asked = {
-            fresh.nodes[p]: wire.put(RecordDict(), wire.Items(requests=((number, r),))) for p, r in requests.items()
-        }
+        asked = {fresh.nodes[p]: wire.Items(requests=((number, r),)) for p, r in requests.items()}
         for reply in self._exchange(asked):
             self._take(reply, fresh)
         return fresh
 
-    def _exchange(self, contents: Mapping[int, RecordDict]) -> list[Message]:
-        """Sends each node its content and waits for the answers; polls more often than Flower's every 3 seconds."""
-        if not contents:
+    def _exchange(self, asked: Mapping[int, wire.Items]) -> list[Message]:
+        """Sends each node its items and waits for the answers; polls more often than Flower's every 3 seconds."""
+        if not asked:
             return []
-        out = [Message(c, dst_node_id=node, message_type=MessageType.TRAIN) for node, c in contents.items()]
+        contents = ((node, wire.put(RecordDict(), items)) for node, items in asked.items())
+        out = [Message(c, dst_node_id=node, message_type=MessageType.TRAIN) for node, c in contents]
         waiting, replies = set(self._grid.push_messages(out)), []
         end = time.monotonic() + self._timeout
         while waiting and time.monotonic() < end:
