@@ -11,6 +11,7 @@ import section_checks
 from experiments.collusion import __main__ as collusion
 from experiments.collusion import capability, codes, null, readings, roc
 from experiments.common import sections
+from smark_jax import errors
 
 TINY = {
     capability: capability.Config(((304, 20, 200),), ((304, 20, 1000),), (2,), joint_trials=2, single_trials=5),
@@ -62,6 +63,13 @@ def test_a_wrong_value_of_an_option_is_named_in_one_line(arguments, message, tmp
         parser.parse_args(arguments.format(file=tmp_path / "file").split())
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"section": '])
+def test_a_damaged_result_is_named_with_what_to_do(content, tmp_path):
+    (tmp_path / "readings.json").write_bytes(content)
+    with pytest.raises(errors.SmarkError, match=r"readings\.json[^\n]*\n.*--fresh"):
+        sections.run_section(readings, TINY[readings], 0, tmp_path, section_checks.CONSOLE)
 
 
 def test_collusion_help_lists_examples(capsys):

@@ -22,7 +22,7 @@ import jax
 import rich.console
 import rich.progress
 
-from smark_jax import _io, keys
+from smark_jax import _io, _validate, keys
 
 Result = dict[str, Any]
 _SECONDS_PER_LOG_LINE = 20
@@ -105,7 +105,7 @@ def run_section(
     # As JSON reads it back, with lists in place of tuples.
     parameters = json.loads(json.dumps(dataclasses.asdict(config)))
     identity = {"section": name, "config": label, "parameters": parameters, "seed": seed}
-    document = json.loads(path.read_text()) if path.exists() and not fresh else {}
+    document = kept(path) if path.exists() and not fresh else {}
     if {key: document.get(key) for key in identity} == identity:
         console.print(f"[bold]{name}[/bold]: taken from {path}")
     else:
@@ -137,6 +137,24 @@ def run_section(
     section.picture(path.with_suffix(".png"), document["result"])
     console.print(f"{name}: {document['seconds']:g} seconds; {path} and {path.with_suffix('.png').name}\n")
     return document
+
+
+def kept(path: Path) -> Result:
+    """The result of a section as :func:`run_section` wrote it.
+
+    Raises:
+      SmarkError: when the file holds anything else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, or of UTF-8
+        found, got = None, str(error)
+    else:
+        got = f"a {type(found).__name__}"
+    if not isinstance(found, dict):
+        cause = "Was it changed, or left by another program? Run the section again with --fresh, or name another --out."
+        raise _validate.fail("experiments", f"the result of a section in {path}", got, cause)
+    return found
 
 
 def commit() -> str:
