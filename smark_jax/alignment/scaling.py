@@ -77,8 +77,8 @@ def _chance(graph: Graph, path: str, mine: np.ndarray, sizes: Sequence[int], mat
     """The cosine that a kernel of random weights may reach by chance, by the signs of its units, and by their choice.
 
     A direction in D dimensions has a cosine above c with another with a probability of about (1 - c^2)^((D - 1) / 2),
-    so the best of k reaches c where that is 1 / k: here k = 2 for a unit in its place, 2 n for one chosen among n. A unit
-    of a single weight (D = 1) always fits, by its scale and sign.
+    so the best of k reaches c where that is 1 / k: here k = 2 for a unit in its place, 2 n for one chosen among n. A
+    unit of a single weight (D = 1) always fits, by its scale and sign.
     """
     rest = max(0.0, 1 - 4 * mine.size**-0.5)
     for axis in range(mine.ndim):
