@@ -12,7 +12,7 @@ from experiments.common import sections
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Shapes are made for ``networks`` from ``images`` images; copies of ``models`` (or eight dense layers) are read."""
+    """Shapes are made for ``networks`` from ``images`` images; copies of ``models`` or 8 dense layers are read."""
 
     networks: tuple[str, ...] = ("CNN",)
     images: int = 48

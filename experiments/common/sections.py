@@ -57,7 +57,7 @@ class Meter:
                 self._progress.console.print(f"{self._name} {task.completed:.0f} of {task.total:.0f}: {note}")
 
     def part(self, name: str, steps: int, compute: Callable[[], Any]) -> Any:
-        """The result of ``compute``, a JSON value; it is kept until the section is done, so that the section can resume."""
+        """The result of ``compute``, a JSON value, kept until the section is done so that it can resume."""
         path = self._parts / f"{name}.json" if self._parts else None
         if path and path.exists():
             self.step(f"{name}: from {path}", steps)
