@@ -24,8 +24,8 @@ _CONSTANTS = np.frombuffer(b"expand 32-byte k", "<u4")
 # The state of this many blocks (16 words each, 128 KiB, and as much again during a round) stays in a core's own cache
 # for all 20 rounds; with fewer blocks, the overhead of calling many small kernels becomes noticeable.
 BLOCKS_PER_PASS = 2048
-# OpenSSL takes at most 2^31 bytes at a time.
-_BYTES_PER_CALL = 1 << 24
+# Encrypted zeros are the keystream; this many bytes at a time.
+_ZEROS = memoryview(bytes(1 << 19))
 
 
 def keystream(
@@ -96,17 +96,27 @@ def openssl(
     key: AnyArray, nonce: AnyArray, start_block: int | AnyArray, num_words: int
 ) -> UInt32[np.ndarray, " num_words"]:
     """:func:`keystream` on the host, unchecked."""
+    found = np.empty(num_words, "<u4")
+    stream(key, nonce, start_block)(found)
+    return found.astype(np.uint32, copy=False)
+
+
+def stream(key: AnyArray, nonce: AnyArray, start_block: int | AnyArray = 0) -> Callable[[np.ndarray], None]:
+    """A function that fills one array of little-endian words after the other with OpenSSL's keystream, unchecked."""
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
     key, nonce = (np.asarray(x, "<u4") for x in (key, nonce))
     counter = np.asarray(start_block, "<u4").reshape(1)
     cipher = Cipher(algorithms.ChaCha20(key.tobytes(), np.concatenate([counter, nonce]).tobytes()), mode=None)
-    stream, found = cipher.encryptor(), np.zeros(num_words, "<u4")
-    data = memoryview(found.view(np.uint8))  # pyright: ignore[reportArgumentType]  # an array is a buffer
-    for start in range(0, len(data), _BYTES_PER_CALL):  # zeros become the keystream, in place
-        part = data[start : start + _BYTES_PER_CALL]
-        stream.update_into(part, part)
-    return found.astype(np.uint32, copy=False)
+    encryptor = cipher.encryptor()
+
+    def fill(words: np.ndarray) -> None:
+        data = memoryview(words.view(np.uint8))  # pyright: ignore[reportArgumentType]  # an array is a buffer
+        for start in range(0, len(data), len(_ZEROS)):
+            part = data[start : start + len(_ZEROS)]
+            encryptor.update_into(_ZEROS[: len(part)], part)
+
+    return fill
 
 
 def blocks(

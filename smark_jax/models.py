@@ -11,7 +11,6 @@ Images are uint8 from 0 to 255, which the networks scale, or floats already scal
 import contextlib
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -116,7 +115,7 @@ def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """The maximum of each 2x2 window, like ``flax.linen.max_pool(x, (2, 2), strides=(2, 2))``.
 
     The gradient is also the same: it goes to the first maximum in a window. XLA would derive a select-and-scatter for
-    it, which takes most of a small network's training step on CPUs. Here it is a sum of four products with 0 or 1.
+    it, which takes most of a small network's training step on CPUs. Here it is one pass over the activations.
 
     Args:
       x: activations; a last odd row or column is left out.
@@ -137,13 +136,18 @@ def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
 def _max_pool_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
     top = max_pool(x)
-    rows, columns = 2 * top.shape[1], 2 * top.shape[2]
-    free, tangent = jnp.ones(top.shape, bool), jnp.zeros_like(top)
-    for i, j in itertools.product((0, 1), repeat=2):
-        first = free & (x[:, i:rows:2, j:columns:2] == top)
-        tangent += jnp.where(first, dx[:, i:rows:2, j:columns:2], 0)
-        free &= ~first
-    return top, tangent
+    batch, height, width, channels = top.shape
+
+    def windows(x: Array) -> Array:
+        return x[:, : 2 * height, : 2 * width].reshape(batch, height, 2, width, 2, channels)
+
+    is_top = windows(x) == top[:, :, None, :, None]
+    place = jnp.full(top.shape, 3, jnp.int8)
+    for number in (2, 1, 0):  # the first place wins
+        place = jnp.where(is_top[:, :, number // 2, :, number % 2], jnp.int8(number), place)
+    places = jnp.arange(4, dtype=jnp.int8).reshape(1, 1, 2, 1, 2, 1)
+    chosen = jnp.where(place[:, :, None, :, None] == places, windows(dx), 0)
+    return top, chosen.sum(axis=(2, 4))
 
 
 def init(model: nn.Module, key: Array, image_shape: tuple[int, int, int]) -> PyTree:

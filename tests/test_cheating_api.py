@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from test_desk import SECRET, Here, serve
 
-from smark_jax import blackbox, codes, keys, tracing, vault
+from smark_jax import _documents, blackbox, codes, keys, tracing, vault
 from smark_jax.blackbox import answers as records
 from smark_jax.vault import documents, models, probes, queries, reading, shown, verdicts
 
@@ -314,7 +314,7 @@ def test_a_query_that_lay_for_years_is_not_gone_on_with_silently(made, desk, mon
     with vault.opened(desk.folder / "vault", SECRET) as opened:
         ready = queries.prepare(models.get(opened, "net"), "a", predict)
         with monkeypatch.context() as patch:
-            patch.setattr(blackbox.answers, "now", lambda: "2020-01-01T00:00:00Z")
+            patch.setattr(_documents, "now", lambda: "2020-01-01T00:00:00Z")
             with pytest.raises(ConnectionError):
                 queries.ask(ready, breaks_off, batch_size=16)
         with pytest.raises(ValueError, match=r"32 since 2020-01-01T00:00:00Z, [0-9.]+ days ago"):

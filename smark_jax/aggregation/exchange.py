@@ -9,8 +9,8 @@ from jaxtyping import UInt32
 
 from smark_jax import _validate, keys
 
-MASK, ROUNDING = 1, 2
-"""The nonce of a keystream is (round, 0, purpose), so that no stream repeats between purposes or rounds."""
+MASK = 1
+"""The nonce of a mask's keystream is (round, 0, MASK), so that no stream repeats between purposes or rounds."""
 
 
 def public_key(secret: keys.SecretKey) -> bytes:

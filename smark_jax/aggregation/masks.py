@@ -18,11 +18,12 @@ from jaxtyping import Array, UInt32
 
 from smark_jax import _validate, chacha
 from smark_jax._types import AnyArray
-from smark_jax.aggregation.exchange import MASK, ROUNDING
+from smark_jax.aggregation.exchange import MASK
 
 # At least this many blocks of each stream are made at a time, however many partners there are.
 _FEWEST_BLOCKS = 64
-_WORDS_PER_CALL = 1 << 20  # of OpenSSL's stream
+# Words of OpenSSL's streams at a time: more leave the core's cache, fewer make parties' threads wait for each other.
+_WORDS_PER_CALL = 1 << 17
 
 
 def pairwise_mask(
@@ -69,13 +70,18 @@ def _pairwise_mask(row: Array, party: Array, round: Array, num_words: int) -> Ar
 
 def _called(row: AnyArray, party: int | AnyArray, round: int | AnyArray, num_words: int) -> np.ndarray:
     """The mask by OpenSSL."""
-    nonce, total = np.array([round, 0, MASK], np.uint32), np.zeros(num_words, np.uint32)
+    nonce, party = np.array([round, 0, MASK], np.uint32), int(party)
+    streams = [
+        (np.add if partner > party else np.subtract, chacha.stream(key, nonce))
+        for partner, key in enumerate(np.asarray(row))
+        if partner != party
+    ]
+    total, words = np.zeros(num_words, np.uint32), np.empty(_WORDS_PER_CALL, "<u4")
     for start in range(0, num_words, _WORDS_PER_CALL):
         part = total[start : start + _WORDS_PER_CALL]
-        for partner, key in enumerate(np.asarray(row)):
-            if partner != int(party):
-                stream = chacha.openssl(key, nonce, start // chacha.BLOCK_WORDS, part.size)
-                (np.add if partner > int(party) else np.subtract)(part, stream, out=part)
+        for combine, fill in streams:
+            fill(words[: part.size])
+            combine(part, words[: part.size], out=part)
     return total
 
 
@@ -88,7 +94,7 @@ def _drawn(row: Array, party: Array, round: Array, num_words: int) -> Array:
     # All partners' streams are made side by side, a few blocks at a time: memory never holds a whole stream.
     width = max(_FEWEST_BLOCKS, chacha.BLOCKS_PER_PASS // (num_parties - 1))
     width = min(width, -(-num_words // chacha.BLOCK_WORDS))
-    nonce = _nonce(round, MASK)
+    nonce = (round, jnp.uint32(0), jnp.uint32(MASK))
 
     def sums(first: Array) -> Array:
         counters = first + jnp.arange(width, dtype=jnp.uint32)
@@ -103,10 +109,7 @@ def _drawn(row: Array, party: Array, round: Array, num_words: int) -> Array:
 
 def rounding_key(pair_keys: UInt32[AnyArray, "P 8"], party: int | Array, round: int | Array) -> Array:
     """The ``jax.random`` key for a party's rounding in a round, derived from the entry of its row that it alone has."""
-    words = chacha.keystream(jnp.asarray(pair_keys)[party], _nonce(round, ROUNDING), 2)
+    # Rounding needs no secret, so 64 bits of the entry do, and no cipher is called for them.
+    own = jax.random.wrap_key_data(jnp.asarray(pair_keys)[party][:2], impl="threefry2x32")
     # The party's number is folded in, so that parties with equal keys (in tests) still round independently.
-    return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), party)
-
-
-def _nonce(round: int | Array, purpose: int) -> Array:
-    return jnp.stack([jnp.asarray(round, jnp.uint32), jnp.uint32(0), jnp.uint32(purpose)])
+    return jax.random.fold_in(jax.random.fold_in(own, round), party)

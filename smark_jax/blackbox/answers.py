@@ -4,7 +4,6 @@ Answers can lead to an accusation, so their file is sealed (:func:`smark_jax.key
 about, and for each answer the probe, the class, and the time.
 """
 
-import datetime
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from cryptography.exceptions import InvalidTag
 from jaxtyping import Float, UInt8
 
-from smark_jax import _io, _validate, keys
+from smark_jax import _documents, _io, _validate, keys
 from smark_jax._types import AnyArray
 from smark_jax.blackbox.probes import halves
 
@@ -101,11 +100,6 @@ def unseal(key: keys.SecretKey, sealed: bytes) -> bytes:
     return keys.unseal(keys.derive(key, "seal"), sealed.removeprefix(SEALED), SEALED)
 
 
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 # Asking
 
 
@@ -156,7 +150,7 @@ def query(
     for start in range(0, len(wanted), batch_size):
         some = wanted[start : start + batch_size]
         labels = ask(predict, images[some], num_classes)
-        found += [Answer(names[i], label, now()) for i, label in zip(some, labels, strict=True)]
+        found += [Answer(names[i], label, _documents.now()) for i, label in zip(some, labels, strict=True)]
         for i, label in zip(some, labels, strict=True):
             had[names[i]].append(label)
         if answers:

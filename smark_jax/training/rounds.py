@@ -102,7 +102,8 @@ def fit(
       pair_keys: the parties' pair keys, shape [P, P, 8]; never used before with the same round numbers. After an error
         or a crash agree new ones, since the masks of rounds already sent must not cover other gradients. (A run that
         repeats the same rounds bit for bit sends nothing new, and may keep them.)
-      on_round: called after each round with its state and info, for a progress bar or a checkpoint.
+      on_round: called after each round with its state and info, for a progress bar or a checkpoint; the next round is
+        under way by then.
 
     Returns:
       The last state.
@@ -110,14 +111,29 @@ def fit(
     Raises:
       SmarkError: when parties' gradients are NaN or infinite. States passed to ``on_round`` before that are valid.
     """
+    running: tuple[parallel.TrainState, parallel.TrainInfo] | None = None
     for images, labels in batches:
-        state, info = step.update(state, images, labels, pair_keys)
-        if int(info.diverged) > 0:
-            raise _validate.fail(
-                "fit",
-                "finite gradients from every party",
-                f"NaN or infinite ones from {int(info.diverged)} in round {int(state.round) - 1}",
-                "Lower the learning rate, or look for NaN in the images.",
-            )
-        on_round(state, info)
-    return state
+        # The next round is under way while the host looks at the last one.
+        following = step.update(running[0] if running else state, images, labels, pair_keys)
+        if running:
+            _finish(*running, on_round)
+        running = following
+    if running:
+        _finish(*running, on_round)
+    return running[0] if running else state
+
+
+def _finish(
+    state: parallel.TrainState,
+    info: parallel.TrainInfo,
+    on_round: Callable[[parallel.TrainState, parallel.TrainInfo], None],
+) -> None:
+    """Waits for a round, and shows it."""
+    if int(info.diverged) > 0:
+        raise _validate.fail(
+            "fit",
+            "finite gradients from every party",
+            f"NaN or infinite ones from {int(info.diverged)} in round {int(state.round) - 1}",
+            "Lower the learning rate, or look for NaN in the images.",
+        )
+    on_round(state, info)

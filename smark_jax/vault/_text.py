@@ -1,10 +1,7 @@
-"""Canonical texts to hash, sign or store: one JSON text per value, one format for times, one form of each name."""
+"""Names of models, customers and files, each in one form."""
 
-import datetime
-import json
 import re
 import unicodedata
-from typing import Any
 
 from smark_jax import _validate
 
@@ -13,16 +10,6 @@ LONGEST_NAME = 200
 _JOINERS = "\u200c\u200d"
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def canonical(value: Any) -> bytes:
-    """The canonical JSON text of a value, in ASCII: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def now() -> str:
-    """The time in UTC, to the second: ``2026-11-25T18:00:00Z``."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def model_name(name: str) -> str:

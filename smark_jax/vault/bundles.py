@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from smark_jax import _foreign, errors, keys
+from smark_jax import _documents, _foreign, errors, keys
 from smark_jax.files import _limits
-from smark_jax.vault import _text, commitments, crypto, documents, versions
+from smark_jax.vault import commitments, crypto, documents, versions
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def genuine(found: documents.Signed) -> bool:
 
 
 def _message(content: Any) -> bytes:
-    return b"smark evidence v1\n" + _text.canonical(content)
+    return b"smark evidence v1\n" + _documents.canonical(content)
 
 
 def read(path: Path) -> documents.Signed:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from smark_jax import _io, _validate, keys
-from smark_jax.vault import _text, crypto, documents, folder, merkle, models, store
+from smark_jax import _documents, _io, _validate, keys
+from smark_jax.vault import crypto, documents, folder, merkle, models, store
 from smark_jax.vault.customers import Customer
 from smark_jax.vault.documents import Commitment, Header, Leaf
 
@@ -65,7 +65,7 @@ def build(model: models.OpenModel, hashed: Sequence[bytes]) -> Commitment:
         alpha=settings.alpha,
         base=settings.base,
         carrier_key=keys.commitment(models.carrier_key(vault, model.name)),
-        created=_text.now(),
+        created=_documents.now(),
         customers=len(hashed),
         model=model.name,
         num_chips=settings.num_chips,

@@ -11,8 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from smark_jax import _validate, errors, keys
-from smark_jax.vault import _text
+from smark_jax import _documents, _validate, errors, keys
 
 SHORTEST_PASSPHRASE = 12
 """A passphrase of fewer characters is weak; callers warn."""
@@ -39,7 +38,7 @@ def seal(master: keys.SecretKey, passphrase: str) -> bytes:
     }
     cipher = ChaCha20Poly1305(_stretch(passphrase, header["kdf"]))
     nonce = bytes.fromhex(header["cipher"]["nonce"])
-    sealed = cipher.encrypt(nonce, master.to_bytes(), _text.canonical(header))
+    sealed = cipher.encrypt(nonce, master.to_bytes(), _documents.canonical(header))
     return json.dumps({**header, "ciphertext": sealed.hex()}, indent=2).encode() + b"\n"
 
 
@@ -58,7 +57,7 @@ def unseal(path: Path, passphrase: str) -> keys.SecretKey:
         nonce, kdf = bytes.fromhex(header["cipher"]["nonce"]), header["kdf"]
         if not all(type(kdf[name]) is int and 1 <= kdf[name] <= most for name, most in _LARGEST.items()):
             raise broken
-        secret = ChaCha20Poly1305(_stretch(passphrase, kdf)).decrypt(nonce, sealed, _text.canonical(header))
+        secret = ChaCha20Poly1305(_stretch(passphrase, kdf)).decrypt(nonce, sealed, _documents.canonical(header))
     except InvalidTag:
         cause = "Type it again. If you are sure of it, the file was changed: restore master.key from your backup."
         raise _validate.fail(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from smark_jax import _validate
+from smark_jax import _documents, _validate
 from smark_jax.vault import _text, folder, store
 from smark_jax.vault.store import Customer
 
@@ -56,7 +56,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def _insert(vault: folder.Vault, names: list[str]) -> list[Customer]:
-    created, first = _text.now(), store.num_customers(vault.connection)
+    created, first = _documents.now(), store.num_customers(vault.connection)
     new = [Customer(serial, name, created) for serial, name in enumerate(names, first)]
     folder.record(vault, "customers added", {"customers": new}, first=first, number=len(new))
     return new

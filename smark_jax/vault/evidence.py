@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, carriers, statistics
+from smark_jax import _documents, _validate, carriers, statistics
 from smark_jax.vault import (
-    _text,
     bundles,
     commitments,
     documents,
@@ -163,7 +162,7 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
     bundle = Bundle(
         format=bundles.FORMAT,
         version=bundles.VERSION,
-        created=_text.now(),
+        created=_documents.now(),
         smark_version=verdict.smark_version,
         commitment=first.commitment,
         timestamps=first.timestamps,

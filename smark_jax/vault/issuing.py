@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from smark_jax import _io, _validate, carriers, embedding, errors, files
+from smark_jax import _documents, _io, _validate, carriers, embedding, errors, files
 from smark_jax._types import PyTree
 from smark_jax.vault import _text, commitments, folder, models, store, trials
 from smark_jax.vault.customers import Customer
@@ -211,7 +211,7 @@ def _write(
             hashed = list(writers.map(hidden, parts, made))
             del batch, made  # otherwise three batches would be in memory
             rows = [
-                (model.name, licence.customer.serial, sha256, content, _text.now())
+                (model.name, licence.customer.serial, sha256, content, _documents.now())
                 for licence, (sha256, content) in zip(some, hashed, strict=True)
                 if sha256 not in licence.known
             ]

@@ -17,8 +17,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smark_jax import _validate, errors, keys
-from smark_jax.vault import _text, store
+from smark_jax import _documents, _validate, errors, keys
+from smark_jax.vault import store
 
 _START = bytes(32)
 
@@ -67,7 +67,9 @@ def append(
     if last is not None and not hmac.compare_digest(_mac(key, *last[:3]), last.mac):
         raise _tampered(f"entry {last.number} is not authentic")
     number, previous = (last.number + 1, last.mac) if last else (1, _START)
-    body = _text.canonical({"event": event, "time": _text.now(), "rows": store.summary(rows), **details}).decode()
+    body = _documents.canonical(
+        {"event": event, "time": _documents.now(), "rows": store.summary(rows), **details}
+    ).decode()
     store.add_entry(connection, store.Entry(number, previous, body, _mac(key, number, previous, body)))
     for table, some in rows.items():
         store.insert(connection, table, some, number)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax import _io, _validate, carriers, files, keys
+from smark_jax import _documents, _io, _validate, carriers, files, keys
 from smark_jax.carriers import marks
 from smark_jax.vault import _text, documents, folder, shapes, store, versions
 from smark_jax.vault import public as publicity
@@ -182,7 +182,7 @@ def add(
             "add-model", "fewer chips than carrying weights", got, "Choose fewer chips, or let more leaves carry."
         )
     known = files.content_hash(public) if public is not None else None
-    model = Model(name, files.content_hash(leaves), spec, num_chips, alpha, strength, _text.now(), known)
+    model = Model(name, files.content_hash(leaves), spec, num_chips, alpha, strength, _documents.now(), known)
     if made:
         model = model._replace(versions=versions.NEW, shape=made.document)
     refuse_taken(vault, name)

@@ -11,8 +11,8 @@ them and rewrites the file, so that no plaintext bytes remain in it. Earlier bac
 
 from cryptography.exceptions import InvalidTag
 
-from smark_jax import _validate, keys
-from smark_jax.vault import _text, log, store
+from smark_jax import _documents, _validate, keys
+from smark_jax.vault import log, store
 
 _COLUMNS = ("document", "statistics", "chips")
 
@@ -43,7 +43,7 @@ def unseal(master: keys.SecretKey, finding: store.Finding, column: str) -> bytes
 
 
 def _about(verdict: int, place: int, column: str) -> bytes:
-    return _text.canonical(["smark finding v1", verdict, place, column])
+    return _documents.canonical(["smark finding v1", verdict, place, column])
 
 
 def seal_plain_rows(connection: store.Connection, master: keys.SecretKey, log_key: keys.SecretKey) -> None:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, errors, extraction, files, statistics, tracing
-from smark_jax.vault import _text, commitments, documents, folder, models, sealing, store
+from smark_jax import _documents, _validate, errors, extraction, files, statistics, tracing
+from smark_jax.vault import commitments, documents, folder, models, sealing, store
 from smark_jax.vault.documents import Suspect, Verdict
 from smark_jax.vault.reading import Read, Reading, read
 
@@ -186,7 +186,7 @@ def judge(
     parts = [_judged(row, *next(judged), names) if row.verdict == PENDING else Judged(row) for row in rows]
     verdict = Verdict(
         number=None,
-        created=_text.now(),
+        created=_documents.now(),
         smark_version=importlib.metadata.version("smark-jax"),
         model=model.name,
         num_customers=len(serials),

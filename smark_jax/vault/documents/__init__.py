@@ -1,12 +1,9 @@
 """The documents that a vault stores, publishes and signs: JSON in a file, a NamedTuple in the program.
 
-:func:`parse` is strict, since bundles and commitments may come from strangers: every field must be present and of the
-right type, and no other field is allowed. Hashes and signatures cover the output of :func:`canonical`. Parsing a
-document and writing it again gives the same bytes: a field whose default is :data:`MISSING` may be absent, and is then
-not written either.
+:mod:`smark_jax._documents` converts them. Hashes and signatures cover the output of :func:`canonical`.
 """
 
-from smark_jax.vault.documents.codec import (
+from smark_jax._documents import (
     MISSING,
     Hash,
     Hex,
@@ -16,9 +13,9 @@ from smark_jax.vault.documents.codec import (
     canonical,
     parse,
     plain,
-    stored,
     text,
 )
+from smark_jax.vault.documents._stored import stored
 from smark_jax.vault.documents.evidence import Bundle, Claim, Exhibit, Opened, Signed, Stamp, Stamped, VerdictNamed
 from smark_jax.vault.documents.settings import Commitment, Header, Leaf, LeafRow, Model, Shape, Versions, rows, spec
 from smark_jax.vault.documents.verdicts import Accused, Answers, CommitmentNamed, Coverage, Reading, Suspect, Verdict

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from smark_jax import extraction, files
-from smark_jax.vault.documents.codec import MISSING, Hash, Hex, Missing, Signature
+from smark_jax._documents import MISSING, Hash, Hex, Missing, Signature
 from smark_jax.vault.documents.settings import Commitment, Header, Leaf, LeafRow
 from smark_jax.vault.documents.verdicts import Reading
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from smark_jax import carriers
-from smark_jax.vault.documents.codec import MISSING, Hash, Hex, Missing, canonical
+from smark_jax._documents import MISSING, Hash, Hex, Missing, canonical
 
 
 class Versions(NamedTuple):

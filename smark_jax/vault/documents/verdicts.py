@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from smark_jax import extraction, files, tracing
-from smark_jax.vault.documents.codec import MISSING, Hash, Missing
+from smark_jax._documents import MISSING, Hash, Missing
 
 
 class Reading(NamedTuple):

@@ -1,14 +1,17 @@
-"""Converts NamedTuples to and from JSON: strictly, since some come from strangers, and back to the same bytes."""
+"""Our own documents: JSON in a file, a NamedTuple in the program, one text for each value and one format of times.
 
+:func:`parse` is strict, since some documents come from strangers: every field must be present and of the right type,
+and no other field is allowed. Parsing a document and writing it again gives the same bytes: a field whose default is
+:data:`MISSING` may be absent, and is then not written either.
+"""
+
+import datetime
 import functools
 import json
 import math
 import types
 import typing
 from typing import Annotated, Any, Literal, TypeVar, Union
-
-from smark_jax import _validate
-from smark_jax.vault import _text
 
 T = TypeVar("T")
 
@@ -52,21 +55,6 @@ def parse(kind: type[T], value: Any) -> T:
     return _parse(kind, value, "")
 
 
-def stored(kind: type[T], text: str | bytes, **more: Any) -> T:
-    """Parses a document that the vault stores as text, with additional fields that it stores elsewhere.
-
-    Raises:
-      SmarkError: when a newer version of smark-jax wrote it.
-    """
-    try:
-        return parse(kind, {**json.loads(text), **more})
-    except Wrong as error:
-        cause = "A newer smark-jax wrote it: upgrade smark-jax."
-        raise _validate.fail(
-            "vault", f"a {kind.__name__.lower()} as this version writes it", f"one whose {error}", cause
-        ) from None
-
-
 def plain(document: Any) -> Any:
     """The document as a JSON value, the inverse of :func:`parse`. Lists are left as they are."""
     if isinstance(document, tuple):
@@ -81,13 +69,23 @@ def plain(document: Any) -> Any:
 
 
 def canonical(document: Any) -> bytes:
-    """The canonical JSON text of a document, for hashing and signing."""
-    return _text.canonical(plain(document))
+    """The canonical JSON text of a document, for hashing and signing: in ASCII, with sorted keys, no spaces, no NaN."""
+    return json.dumps(plain(document), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def text(document: Any) -> str:
     """The canonical text as a string, which is what the vault stores."""
     return canonical(document).decode()
+
+
+def pretty(document: Any) -> bytes:
+    """The text of a file that people may read: one field per line, in the document's order."""
+    return json.dumps(plain(document), indent=2).encode() + b"\n"
+
+
+def now() -> str:
+    """The time in UTC, to the second: ``2026-11-25T18:00:00Z``."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @functools.cache
