@@ -93,8 +93,8 @@ def test_floors():
     floor = lambda case, arm, **params: floor_side.floor(rates, case, arm, params)  # noqa: E731
     assert floor("weights", "copy", num_weights=10**9) == pytest.approx(8)
     assert floor("weights", "spread", num_weights=10**9) == pytest.approx(4.25)
-    assert floor("verdict", "verdict", num_customers=10**6, num_chips=304) == pytest.approx(0.64 + 0.0608)
-    assert floor("verdict", "verdict", num_customers=10**6, num_chips=513) == pytest.approx(1.28 + 0.1026)
+    assert floor("verdict", "verdict", num_customers=10**6, num_chips=304) == pytest.approx(0.64 + 0.064)
+    assert floor("verdict", "verdict", num_customers=10**6, num_chips=513) == pytest.approx(1.28 + 0.128)
     # The CNN's 421,642 weights, less biases, times the places where each is used.
     used = 784 * 288 + 196 * 18_432 + 401_408 + 1280
     assert floor("train", "plain", parties=2, batch=5) == pytest.approx(10 * 6 * used / 1e10)

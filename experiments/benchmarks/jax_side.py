@@ -218,15 +218,17 @@ def _trained(model: str) -> tuple[PyTree, np.ndarray, np.ndarray]:
         return files.nest(leaves), saved["test_images"], saved["test_labels"]
 
 
-def verdict(num_customers: int, num_chips: int, decoder: Literal["single", "joint"], seed: int) -> Arms:
-    """From the key to every customer's p-value, no codeword held."""
+def verdict(
+    num_customers: int, num_chips: int, decoder: Literal["single", "joint"], seed: int, keep: bool = True
+) -> Arms:
+    """From the key to every customer's p-value, no codeword held; ``keep`` says whether all statistics are returned."""
     book = codes.Codebook(_secret(seed, "code"), num_customers, num_chips)
     guilty = num_customers // 3
     word = np.asarray(codes.codebook(book.key, [guilty], num_chips)[0], np.float64)
     chips = word + np.random.default_rng(seed).normal(size=num_chips)
 
     def trace() -> dict[str, Any]:
-        found = tracing.trace(chips, book, decoder=decoder)
+        found = tracing.trace(chips, book, decoder=decoder, keep_statistics=keep)
         return {"right": [accusation.serial for accusation in found.accused] == [guilty]}
 
     return {"verdict": trace}

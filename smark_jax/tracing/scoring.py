@@ -9,10 +9,10 @@ vectors y is rounded to :math:`l + s q` with integers q of up to 22 bits, as exa
 bits become a matrix. Two codewords that differ in d chips have the product m - 2 d, and d is a count of bits.
 """
 
+import collections
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,14 +153,30 @@ class _Best:
 
 
 def _calls(vectors: jax.Array, book: Book) -> Iterator[tuple[int, np.ndarray]]:
-    """The first customer of each call, and the scores [R, customers]; a call computes while the next words are made."""
+    """The first customer of each call, and the scores [R, customers]; all devices compute while one call is read."""
     num_customers, num_chips = size(book)
     most = max(1, _ROWS_PER_CALL * 512 // max(512, num_chips))
     rows = min(most, 1 << (num_customers - 1).bit_length())
-    found = (_score_call(vectors, book, start, rows) for start in range(0, num_customers, rows))
-    ahead = itertools.pairwise(itertools.chain(found, [jnp.empty(0)]))  # asks for a call before it gives the last one
-    for start, (scores, _) in zip(range(0, num_customers, rows), ahead, strict=True):
-        yield start, np.asarray(scores)[:, : num_customers - start]
+    devices = _devices()
+    placed = [jax.device_put(vectors, device) for device in devices]
+    running: collections.deque[tuple[int, jax.Array]] = collections.deque()
+    for number, start in enumerate(range(0, num_customers, rows)):
+        one = number % len(devices)
+        with jax.default_device(devices[one]):
+            running.append((start, _score_call(placed[one], book, start, rows)))
+        if len(running) > len(devices):
+            yield _read(*running.popleft(), num_customers)
+    while running:
+        yield _read(*running.popleft(), num_customers)
+
+
+def _devices() -> list[Any]:
+    """All accelerators of this process; a single device of a CPU, whose cores it uses all."""
+    return jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
+
+
+def _read(start: int, scores: jax.Array, num_customers: int) -> tuple[int, np.ndarray]:
+    return start, np.asarray(scores)[:, : num_customers - start]
 
 
 def _score_call(vectors: jax.Array, book: Book, start: int, rows: int) -> jax.Array:
