@@ -34,7 +34,7 @@ def _map_kernels(change: Callable[..., Array], params: PyTree, *others: PyTree, 
 
 
 @jax.jit
-def _prune_kernel(leaf: Array, fraction: float) -> Array:
+def _prune_kernel(leaf: Array, fraction: Array | float) -> Array:
     bar = jnp.quantile(jnp.abs(leaf).astype(jnp.float32).reshape(-1), fraction)
     return jnp.where(jnp.abs(leaf) < bar, 0, leaf).astype(leaf.dtype)
 
@@ -55,7 +55,7 @@ def quantise(params: PyTree, bits: int) -> PyTree:
 
 
 @jax.jit
-def _quantise_kernel(leaf: Array, levels: int) -> Array:
+def _quantise_kernel(leaf: Array, levels: Array | int) -> Array:
     step = jnp.maximum(jnp.abs(leaf).max().astype(jnp.float32), 1e-30) / levels
     return (jnp.round(leaf.astype(jnp.float32) / step) * step).astype(leaf.dtype)
 
@@ -85,7 +85,7 @@ def add_noise(params: PyTree, key: Array, relative: float, match: str = "") -> P
 
 
 @jax.jit
-def _add_noise_to_leaf(leaf: Array, key: Array, relative: float) -> Array:
+def _add_noise_to_leaf(leaf: Array, key: Array, relative: Array | float) -> Array:
     wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
     spread = jnp.sqrt(jnp.mean(jnp.square(wide)))
     return (wide + relative * spread * jax.random.normal(key, leaf.shape, wide.dtype)).astype(leaf.dtype)
