@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LOOPS
+from conftest import COMPUTES
 from PIL import Image
 
 from smark_jax.cli import _cache
@@ -37,8 +37,8 @@ def demo(tmp_path_factory):
     """A short demo: two parties, three epochs, six customers."""
     out = tmp_path_factory.mktemp("demo") / "new folder"
     arguments = ("--parties", "2", "--epochs", "3", "--customers", "6", "--out", str(out))
-    # It computes for longer than it compiles: with optimisation, unlike the tests around it.
-    return smark("demo", *arguments, command=(sys.executable, "-c", _SMALL), COLUMNS="160", XLA_FLAGS=LOOPS), out
+    # It computes for longer than it compiles: with some optimisation, unlike the tests around it.
+    return smark("demo", *arguments, command=(sys.executable, "-c", _SMALL), COLUMNS="160", XLA_FLAGS=COMPUTES), out
 
 
 def test_demo_traces_all_and_accuses_no_innocent(demo):

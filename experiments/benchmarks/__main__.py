@@ -11,15 +11,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.benchmarks import accelerator, accelerator_report, compare, race, scaling, shaped
+from experiments.benchmarks import accelerator, accelerator_report, compare, race, scaling, shape_cost
 from experiments.common import sections
 
-SECTIONS = {"compare": compare, "scaling": scaling, "shaped": shaped, "accelerator": accelerator}
-_ALWAYS = ("compare", "scaling", "shaped")
+SECTIONS = {"compare": compare, "scaling": scaling, "shape_cost": shape_cost, "accelerator": accelerator}
+_ALWAYS = ("compare", "scaling", "shape_cost")
 _EXAMPLES = """sections:
   compare      what was aimed at, case by case: training step, carrier, copies on disk, verdict, models of real size
   scaling      time against weights, chips, customers, copies and parties, with fitted exponents
-  shaped       marks with a shape: seconds to make one, its room beside the model, memory to make and read a copy
+  shape_cost   marks with a shape: seconds to make one, its room beside the model, memory to make and read a copy
   accelerator  only when named: a GPU or TPU checked against references on the host, and timed beside its own limits;
                exit status 1 if it computes anything wrong; the quick sizes where there is no accelerator
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.benchmarks import accelerator_report, floor_side, race, shapes
+from experiments.benchmarks import accelerator_report, floor_side, network_sizes, race
 from experiments.benchmarks.compare import CNN_WEIGHTS
 from experiments.benchmarks.race import Entry, Timing
 from experiments.common import sections
@@ -146,13 +146,13 @@ def _rows(config: Config, parties: int, setting: race.Setting, seed: int) -> lis
         each = parties if not setting.accelerator else 1  # devices work side by side
         add(f"{engine}, P = {parties}", Entry("jax", "train", params, arms), parties=each)
     params = {"name": config.model, "dtype": "float32", "folder": "", **chips}
-    weights = sum(math.prod(shape) for shape in shapes.NAMED[config.model]().values())
+    weights = sum(math.prod(shape) for shape in network_sizes.NAMED[config.model]().values())
     add(config.model, Entry("jax", "model", params, ("embed", "extract")), case="weights", num_weights=weights)
     disk = {"num_copies": config.copies, "folder": ""}
     bare = Entry("floor", "disk", {**disk, "num_bytes": 4 * CNN_WEIGHTS})
     add(f"{config.copies} copies of the CNN", Entry("device", "issue", {**disk, "seed": seed}, ("issue",)), 1, bare)
     for size in config.customers:
-        params = {"num_customers": size, "decoder": "single", **chips}
+        params = {"num_customers": size, "decoder": "single", "keep": False, **chips}
         rounds = 1 if size >= _MANY_CUSTOMERS else config.rounds
         add(f"N = {size:,}", Entry("jax", "verdict", params), size, rounds=rounds)
     return rows

@@ -177,7 +177,7 @@ def _transformed(columns: np.ndarray) -> np.ndarray:
 
 
 def _scores(seed: int) -> Found:
-    """Correlations with packed words by tables and by matmul, with words held, and the counts of joint decoding."""
+    """Correlations with packed words by bit planes and by matmul, with words held, and the counts of joint decoding."""
     key, customers, num_chips = _secret(seed, "code"), 3000, 304
     stream = _stream(key.to_words(), (0, 0, 2**31), 0, 16 * customers)
     words = _chips(stream.reshape(customers, 16), num_chips)
