@@ -212,7 +212,7 @@ def _despread_jvp(primals: tuple[Array, Carrier], tangents: tuple[Array, Carrier
 
 @jax.jit
 def _despread_change(change: Array, carrier: Carrier) -> Float[Array, " m"]:
-    """``X change``; the transpose of a slice in a loop would add a whole vector in each pass, that of a map does not."""
+    """``X change``, by a map: the transpose of a slice in a loop would add a whole vector in each pass."""
     n, length = carrier.blocks
     blocks = (change[: n * length].reshape(n, length), *carrier.arrays)
     chips = jax.lax.map(lambda block: despread_block(*block), blocks, batch_size=_per_pass(carrier))
