@@ -18,6 +18,7 @@ from experiments.common import networks, sections
 from experiments.common.networks import ALPHA, CUSTOMERS, Subject
 from smark_jax import alignment, attacks, carriers, codes, embedding, errors, extraction, models, statistics, tracing
 from smark_jax._types import PyTree
+from smark_jax.attacks.rewriting import Dummy
 
 INNOCENTS = 1000
 
@@ -33,7 +34,7 @@ class Config:
     customers: int = CUSTOMERS
     num_chips: int = 304
     strength: float = 0.03
-    combined: tuple[str, ...] = ("zero", "clique", "split")
+    combined: tuple[Dummy, ...] = ("zero", "clique", "split")
     large: bool = True
 
 
@@ -163,7 +164,7 @@ def _combined(
     subject: Subject,
     copy: PyTree,
     graph: alignment.Graph,
-    kinds: Sequence[str],
+    kinds: Sequence[Dummy],
     trace: Any,
     leaker: int,
     rng: np.random.Generator,

@@ -238,7 +238,8 @@ def _by_planes(vector: jax.Array, packed: jax.Array, num_chips: int, planes: int
             ones += jax.lax.population_count(word & of_word[planes])
         return total, ones
 
-    sums = (jnp.zeros(len(packed), jnp.uint32),) * 2
+    none = jnp.zeros(len(packed), jnp.uint32)
+    sums = none, none
     if blocks == 1:
         sums = add(sums, packed[:, 0, : len(masks)], masks)
     else:  # a loop, since a long program takes long to compile
