@@ -75,6 +75,7 @@ def rewrite(params, graph, name, key):
     steps = {
         "permute": lambda p, k: attacks.permute(p, graph, k),
         "rescale": lambda p, k: attacks.rescale(p, graph, k, 0.7),
+        "stretch": lambda p, k: attacks.rescale(p, graph, k, 15.0),  # to 1e26 and more, and back
         "flip": lambda p, k: attacks.flip(p, graph, k),
         "fold": lambda p, k: attacks.fold_batch_norm(p, graph),
         **{
@@ -92,6 +93,7 @@ def rewrite(params, graph, name, key):
     [
         ("concat", "permute"),
         ("concat", "zero permute rescale"),
+        ("concat", "permute stretch"),
         ("concat", "rescale split clique permute"),
         ("tanh", "flip permute"),
         ("tanh", "split flip permute"),
@@ -135,6 +137,8 @@ def test_renamed_leaves_are_paired():
     aligned, report = alignment.align(renamed, base, apply_fn, images)
     assert report.renamed["Dense_0/kernel"].endswith("/w")
     assert accused(read(aligned), book) == [7]
+    renamed["layer3"]["w"] = renamed["layer3"]["w"].at[0, 0].set(jnp.nan)
+    assert alignment.align(renamed, base, apply_fn, images).report.renamed == report.renamed
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -182,6 +186,23 @@ def test_random_kernels_are_not_alike():
         with pytest.raises(errors.NothingMatched) as refusal:
             alignment.align(stranger, base, apply_fn, images)
         assert refusal.value.attempt.report.alike == ()
+
+
+def test_a_kernel_with_one_weight_for_each_unit_shows_nothing():
+    """Its scales and signs alone make it the base's."""
+
+    def apply_fn(params, x):
+        return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+    def drawn(seed):
+        rng = np.random.default_rng(seed)
+        return {"a": rng.normal(size=(1, 64)).astype(np.float32), "b": rng.normal(size=(64, 12)).astype(np.float32)}
+
+    base, images = drawn(0), np.zeros((2, 1), np.float32)
+    assert alignment.align(base, base, apply_fn, images).report.alike == ("b",)
+    with pytest.raises(errors.NothingMatched) as refusal:
+        alignment.align(drawn(1), base, apply_fn, images)
+    assert refusal.value.attempt.report.similarities["a"] > 0.99
 
 
 def test_malformed_suspects_are_refused():

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 import section_checks
 
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import compare, floor_side, race, scaling, shaped, shapes
+from experiments.benchmarks import compare, floor_side, network_sizes, race, scaling, shape_cost
 
 ALONE = race.Setting(threads=1, accelerator=False, torch=False)
 NO_TORCH = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
@@ -93,8 +93,8 @@ def test_floors():
     floor = lambda case, arm, **params: floor_side.floor(rates, case, arm, params)  # noqa: E731
     assert floor("weights", "copy", num_weights=10**9) == pytest.approx(8)
     assert floor("weights", "spread", num_weights=10**9) == pytest.approx(4.25)
-    assert floor("verdict", "verdict", num_customers=10**6, num_chips=304) == pytest.approx(0.64 + 0.0608)
-    assert floor("verdict", "verdict", num_customers=10**6, num_chips=513) == pytest.approx(1.28 + 0.1026)
+    assert floor("verdict", "verdict", num_customers=10**6, num_chips=304) == pytest.approx(0.64 + 0.064)
+    assert floor("verdict", "verdict", num_customers=10**6, num_chips=513) == pytest.approx(1.28 + 0.128)
     # The CNN's 421,642 weights, less biases, times the places where each is used.
     used = 784 * 288 + 196 * 18_432 + 401_408 + 1280
     assert floor("train", "plain", parties=2, batch=5) == pytest.approx(10 * 6 * used / 1e10)
@@ -104,10 +104,10 @@ def test_floors():
 
 def test_shapes_have_the_published_numbers_of_weights():
     count = lambda leaves: sum(int(np.prod(shape)) for shape in leaves.values())  # noqa: E731
-    assert count(shapes.resnet18()) == 11_689_512
-    assert count(shapes.resnet50()) == 25_557_032
-    assert count(shapes.vit_b16()) == 86_567_656
-    assert count(shapes.layers(1003)) == 1003
+    assert count(network_sizes.resnet18()) == 11_689_512
+    assert count(network_sizes.resnet50()) == 25_557_032
+    assert count(network_sizes.vit_b16()) == 86_567_656
+    assert count(network_sizes.layers(1003)) == 1003
 
 
 @pytest.mark.parametrize("at_most", [True, False])
@@ -172,24 +172,24 @@ def test_scaling_fits_its_curves_resumes_and_says_whether_pytorch_took_part(tmp_
 
 
 def test_costs_of_shapes(tmp_path, monkeypatch):
-    from experiments.benchmarks import shape_side
+    from experiments.benchmarks import shape_cost_side
 
     def in_this_process(entry, setting):
         (arm,) = entry.arms
-        facts = shape_side.CASES[entry.case](**entry.params)[arm]()
+        facts = shape_cost_side.CASES[entry.case](**entry.params)[arm]()
         return {"network": entry.params["network"], "arm": arm, "device": "cpu", "seconds": 1.0, "facts": facts}
 
     monkeypatch.setattr(race, "setting", lambda: ALONE)
-    monkeypatch.setattr(shaped, "lap", in_this_process)
-    tiny = shaped.Config(("CNN",), 4, ("dense",), 80_000, 64)
-    result = section_checks.run_and_resume({shaped: tiny}, tmp_path)["shaped"]["result"]
+    monkeypatch.setattr(shape_cost, "lap", in_this_process)
+    tiny = shape_cost.Config(("CNN",), 4, ("dense",), 80_000, 64)
+    result = section_checks.run_and_resume({shape_cost: tiny}, tmp_path)["shape_cost"]["result"]
     shape, alone, embed, extract = (found["facts"] for found in result["laps"])
     assert shape["weights"] == compare.CNN_WEIGHTS and shape["bases"] and 0 < shape["stored"] < shape["weights"]
     assert 0 < alone["change"] < 0.05
     assert embed["copies"] > 0 and extract["copies"] > 0
     assert [row["measured"] for row in result["targets"][-2:]] == [embed["copies"], extract["copies"]]
     text = io.StringIO()
-    shaped.show(rich.console.Console(file=text, width=200), result)
+    shape_cost.show(rich.console.Console(file=text, width=200), result)
     assert "memory of extract: dense" in text.getvalue()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LOOPS
+from conftest import COMPUTES
 from PIL import Image
 
 from smark_jax.cli import _cache
@@ -37,8 +37,8 @@ def demo(tmp_path_factory):
     """A short demo: two parties, three epochs, six customers."""
     out = tmp_path_factory.mktemp("demo") / "new folder"
     arguments = ("--parties", "2", "--epochs", "3", "--customers", "6", "--out", str(out))
-    # It computes for longer than it compiles: with optimisation, unlike the tests around it.
-    return smark("demo", *arguments, command=(sys.executable, "-c", _SMALL), COLUMNS="160", XLA_FLAGS=LOOPS), out
+    # It computes for longer than it compiles: with some optimisation, unlike the tests around it.
+    return smark("demo", *arguments, command=(sys.executable, "-c", _SMALL), COLUMNS="160", XLA_FLAGS=COMPUTES), out
 
 
 def test_demo_traces_all_and_accuses_no_innocent(demo):
@@ -140,3 +140,31 @@ def test_nothing_is_kept_where_the_user_or_the_home_forbids_it(tmp_path, monkeyp
     (tmp_path / "smark-jax").write_text("a file in the way")
     _cache.keep_compiled()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_nothing_is_kept_where_somebody_else_could_put_programs(tmp_path, monkeypatch):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
+        monkeypatch.setenv(name, "0")  # so that it is restored
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    def kept(caches: str) -> str | None:
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", caches)
+        _cache.keep_compiled()
+        return os.environ.get("JAX_COMPILATION_CACHE_DIR")
+
+    shared = tmp_path / "shared"
+    (shared / "smark-jax").mkdir(parents=True)
+    (shared / "smark-jax").chmod(0o777)  # in which anybody could replace the folder of programs
+    folder = kept(str(shared))
+    assert folder is not None
+    assert (shared / "smark-jax").stat().st_mode & 0o077 == 0
+    monkeypatch.chdir(tmp_path)
+    assert str(kept("shared")).startswith(str(tmp_path / "home" / ".cache"))  # not in whatever folder one works in
+    with monkeypatch.context() as other:
+        other.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        assert kept(str(shared)) is None
+    Path(folder).rename(tmp_path / "elsewhere")
+    Path(folder).symlink_to(tmp_path / "elsewhere")
+    assert kept(str(shared)) is None

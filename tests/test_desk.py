@@ -330,7 +330,7 @@ def test_wrong_usage_exits_with_2(small, arguments):
 
 
 def test_the_passphrase_comes_from_a_file_or_a_prompt_and_not_from_nowhere(tmp_path):
-    desk = Desk(tmp_path)
+    desk = Here(tmp_path)  # what is typed at a terminal is typed to processes below
     (tmp_path / "secret").write_text(SECRET + "\n")
     nothing = {"SMARK_PASSPHRASE": ""}
     (desk.folder / "bytes").write_bytes(b"\xff\xfe" * 9)

@@ -463,8 +463,8 @@ def test_a_plan_says_what_the_models_own_strength_can_do(desk):
     # T of the traced copy, whose weights moved by 2 % of their RMS, lies between an intact one's and an int4 copy's.
     traced = desk.json("trace", "vault", "net", "net/000000-Ada.safetensors", "leaked")["suspects"]
     intact, noisy = (suspect["accused"][0]["statistic"] for suspect in traced)
-    # The reading leaves out a few odd weights of 4,260: over vaults' keys, an intact copy's T has mean 7.85 and standard
-    # deviation 0.13 where the plan says 8.
+    # The reading leaves out a few odd weights of 4,260: over vaults' keys, an intact copy's T has mean 7.85 and
+    # standard deviation 0.13 where the plan says 8.
     assert row["statistic"]["intact"] == pytest.approx(intact, rel=0.15)
     assert row["statistic"]["int4"] < noisy < intact
     doubled = desk.json("plan", "vault", "net", "--change", 2 * desk.added["cost"]["mean"]["change"])

@@ -247,7 +247,7 @@ def test_the_bound_of_a_test_is_as_documented(key):
     rng = np.random.default_rng(0)
     words = rng.choice([-1.0, 1.0], (4, 200))
     y = words.sum(axis=0) + rng.normal(size=200)
-    found = evidence.test(y, words[0], list(words[1:]), num_customers=1000, num_suspects=3, num_alignments=2)
+    found = evidence.test(y, words[0], list(words[1:]), evidence.Counts(1000, num_suspects=3, num_alignments=2))
     coefficients = np.linalg.solve(words[1:] @ words[1:].T, words[1:] @ y)
     residual = y - coefficients @ words[1:]
     statistic = residual @ words[0] / np.linalg.norm(residual)
@@ -255,7 +255,7 @@ def test_the_bound_of_a_test_is_as_documented(key):
     choices = 1000 * math.comb(999, 3) * 2**4 * 3 * 2
     expected = float(statistics.log_p_value(statistic, residual)) / math.log(10) + math.log10(choices)
     assert found.log10_p == pytest.approx(expected, abs=1e-6)
-    zero = evidence.test(np.zeros(200), words[0], [], num_customers=9, num_suspects=1, num_alignments=1)
+    zero = evidence.test(np.zeros(200), words[0], [], evidence.Counts(9, num_suspects=1, num_alignments=1))
     assert zero == (0.0, 0.0)
 
 
@@ -276,9 +276,8 @@ def test_an_owner_who_searches_all_supports_accuses_an_innocent_no_more_than_alp
                     if len(support) == size:
                         found.append((abs(_statistic(y, book[j], book[support])), j, support))
             _, j, support = max(found)
-            test = evidence.test(
-                y, book[j], list(book[support]), num_customers=num_customers, num_suspects=1, num_alignments=1
-            )
+            counts = evidence.Counts(num_customers, num_suspects=1, num_alignments=1)
+            test = evidence.test(y, book[j], list(book[support]), counts)
             best = min(best, test.log10_p)
             # The exact normal tail in place of the proved bound, for the same N: what a naive arbiter would compute.
             plain = min(plain, math.log10(2 * stats.norm.sf(abs(test.statistic)) * num_customers))
@@ -391,10 +390,10 @@ def test_accusations_that_would_take_an_arbiter_s_computer_hours_are_refused():
 
 
 def test_counts_below_one_are_refused_where_a_test_is_computed():
-    counts = {"num_customers": 1, "num_suspects": 1, "num_alignments": 1}
-    for name in counts:
+    counts = evidence.Counts(1, 1, 1)
+    for name in ("num_customers", "num_suspects", "num_alignments"):
         with pytest.raises(ValueError, match=f"{name} to be a whole number of at least 1"):
-            evidence.test(np.ones(8), np.ones(8), [], **{**counts, name: 0})
+            evidence.test(np.ones(8), np.ones(8), [], counts._replace(**{name: 0}))
 
 
 def test_large_counts_only_weaken_an_accusation(tmp_path):

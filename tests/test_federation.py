@@ -118,7 +118,7 @@ def test_no_reply_holds_an_update():
     """What leaves a client is uniform words; the control is the same run without masks."""
     grid = LocalGrid(client_app(), configs(3))
     run(grid, federation.Masked(fedavg()), 1)
-    sent = next(wire.take(r.content)["masked"].words for r in grid.received if wire.WORDS in r.content)
+    sent = next(wire.take(r.content).masked.words for r in grid.received if wire.WORDS in r.content)
     moved = np.concatenate([change(0, 1)[name].reshape(-1) for name in ("a", "b")])
     assert abs(np.corrcoef(sent[: moved.size], moved)[0, 1]) < 0.15
     names = {name for reply in grid.received for name in reply.content}
@@ -140,7 +140,7 @@ def test_killed_clients_are_left_out_and_come_back():
 
     def fails(node: int, message: Message) -> bool:
         asked = wire.take(message.content)
-        for round_, request in asked.get("requests", ()):
+        for round_, request in asked.requests or ():
             kind = {"MaskRequest": "train", "UnmaskRequest": "unmask", "ShareRequest": "shares"}.get(
                 type(request).__name__
             )
@@ -164,7 +164,7 @@ def test_killed_clients_are_left_out_and_come_back():
 
 def test_too_few_clients_open_nothing_and_end_the_run():
     def fails(node: int, message: Message) -> bool:
-        requests = wire.take(message.content).get("requests", ())
+        requests = wire.take(message.content).requests or ()
         return node > 101 and any(type(r).__name__ == "MaskRequest" for _, r in requests)
 
     strategy = federation.Masked(fedavg())

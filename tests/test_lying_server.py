@@ -232,9 +232,9 @@ def test_whatever_differs_in_a_message_makes_another_task(lie):
 
     def digest(node: int, lied: bool) -> bytes:
         content = RecordDict({"arrays": model(), "config": ConfigRecord({"server-round": 1})})
-        content = wire.put(content, format=task.Format())
+        content = wire.put(content, wire.Items(format=task.Format()))
         content = lie(node, content) if lied else content
-        form = wire.take(content)["format"]
+        form = wire.take(content).format
         del content[wire.RECORD]
         return task.digest(content, form, message_type="train", run_config={})
 
@@ -368,20 +368,20 @@ def test_copies_of_a_stored_context_answer_each_stage_once(tmp_path):
     setup = protocol.setup(crowd.roster, 50, 1, session=b"run")
     advertised = {}
     for p in range(4):
-        joined = at_once(crowd, p, wire.put(RecordDict(), setup=setup))
-        advertised[p] = joined["keys"]
-    request = wire.put(RecordDict(), requests=((1, messages.ShareRequest(advertised)),))
-    assert isinstance(at_once(crowd, 0, request)["shares"], messages.Shares)
+        joined = at_once(crowd, p, wire.put(RecordDict(), wire.Items(setup=setup)))
+        advertised[p] = joined.keys
+    request = wire.put(RecordDict(), wire.Items(requests=((1, messages.ShareRequest(advertised)),)))
+    assert isinstance(at_once(crowd, 0, request).shares, messages.Shares)
     # From the state before the answer, as after a crash between the answer and the storing of the state.
     with pytest.raises(protocol.ProtocolError, match="which was answered already"):
-        crowd.app(parties.message(0, wire.put(RecordDict(), setup=setup)), fresh(crowd, 0))
+        crowd.app(parties.message(0, wire.put(RecordDict(), wire.Items(setup=setup))), fresh(crowd, 0))
 
 
 def fresh(crowd, party_: int) -> Context:
     return Context(1, 100 + party_, crowd.contexts[party_].node_config, RecordDict(), {})
 
 
-def at_once(crowd, party_: int, sent: RecordDict) -> dict:
+def at_once(crowd, party_: int, sent: RecordDict) -> wire.Items:
     from experiments.lying_server import parties
 
     copies = [crowd.copy_of(party_) for _ in range(8)]

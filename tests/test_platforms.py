@@ -94,3 +94,14 @@ def test_streams_under_vmap_and_in_a_loop():
     stream = lambda nonce: keys.keystream(jnp.asarray(KEY.to_words()), nonce, 40)  # noqa: E731
     np.testing.assert_array_equal(jax.vmap(stream)(nonces), expected)
     np.testing.assert_array_equal(jax.jit(lambda x: jax.lax.map(stream, x))(nonces), expected)
+
+
+@pytest.mark.parametrize("axes", [{"a"}, {"a", "b"}])
+def test_streams_under_shard_map_over_some_axes_or_all(axes):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+    nonces = jnp.arange(6, dtype=jnp.uint32).reshape(2, 3)
+    expected = [chacha.openssl(KEY.to_words(), nonce, 0, 40) for nonce in np.asarray(nonces)]
+    stream = lambda nonce: keys.keystream(KEY.to_words(), nonce[0], 40)[None]  # noqa: E731
+    rows = jax.sharding.PartitionSpec("a")
+    mapped = jax.shard_map(stream, mesh=mesh, in_specs=rows, out_specs=rows, axis_names=axes)
+    np.testing.assert_array_equal(jax.jit(mapped)(nonces), expected)

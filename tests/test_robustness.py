@@ -20,7 +20,13 @@ pytestmark = pytest.mark.usefixtures("small_cnn")
 
 def test_rewritten_copies_are_traced_after_alignment_only(tmp_path):
     tiny = rewrites.Config(
-        compositions=2, epochs=1, networks=("concatenating",), train_images=320, customers=1000, large=False
+        compositions=2,
+        epochs=1,
+        networks=("concatenating",),
+        train_images=320,
+        customers=1000,
+        combined=("clique",),
+        large=False,
     )
     document = run_and_resume({rewrites: tiny}, tmp_path)["rewrites"]
     (row,) = document["result"]["networks"]

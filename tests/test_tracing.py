@@ -188,6 +188,18 @@ def test_a_shortlist_gives_what_the_whole_codebook_gives(monkeypatch):
     np.testing.assert_allclose(short.statistics, whole.statistics, atol=1e-4)
 
 
+def test_several_devices_share_the_customers_and_find_the_same(monkeypatch):
+    y, guilty = coalition(7000, 2, 0.1, seed=3)
+    for book in (codes.Codebook(KEY, 7000, M), words(range(7000))):
+        alone = tracing.trace(y, book)
+        with monkeypatch.context() as patch:
+            patch.setattr(tracing.scoring, "_ROWS_PER_CALL", 1024)
+            patch.setattr(tracing.scoring, "_devices", lambda: jax.devices()[:3])
+            shared = tracing.trace(y, book)
+        assert {a.serial for a in shared.accused} == {a.serial for a in alone.accused} == guilty
+        np.testing.assert_allclose(shared.statistics, alone.statistics, atol=1e-5)
+
+
 @pytest.mark.parametrize("decoder", ["joint", "sequential", "single"])
 def test_suspects_and_alignments_are_counted(decoder):
     book = words(range(100))

@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
-from smark_jax import data, errors, files, keys, models
+from smark_jax import _documents, data, errors, files, keys, models
 from smark_jax.cli import _train, _train_config
 from smark_jax.cli._console import Console
 from smark_jax.training import checkpoints, runs
@@ -77,7 +78,7 @@ def number_keys(monkeypatch: pytest.MonkeyPatch, first: int = 1) -> list[keys.Se
 def run(out: Path, config: _train_config.Config = TINY) -> tuple[dict, str]:
     console = Console()
     console.file, console.width = io.StringIO(), 300
-    return _train.run(config, out, console), console.file.getvalue()
+    return _documents.plain(_train.run(config, out, console)), console.file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +367,16 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path, monkeypatch, name, content):
         (tmp_path / "base.safetensors").touch()
     with pytest.raises(errors.SmarkError, match=name.rpartition("/")[2]):
         run(tmp_path)
+
+
+def test_results_are_read_back_and_a_wrong_field_of_them_is_named(tmp_path, whole):
+    results = runs.Results(**whole[1] | {"loss": (0.5, math.nan)})
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results._asdict()))  # as versions before wrote what diverged
+    assert runs._results(path) == results._replace(loss=(0.5, None), devices=tuple(results.devices))
+    path.write_text(json.dumps(results._asdict() | {"rounds": -1}))
+    with pytest.raises(errors.SmarkError, match=r"results\.json, but got some whose field 'rounds'"):
+        runs._results(path)
 
 
 def test_a_damaged_key_is_not_shown(tmp_path):

@@ -8,15 +8,15 @@ configuration and seed; an interrupted section resumes where it stopped.
 
 from collections.abc import Sequence
 
-from experiments.benchmarks import commands, compare, scaling, shaped
+from experiments.benchmarks import commands, compare, scaling, shape_cost
 from experiments.common import sections
 
-SECTIONS = {"compare": compare, "scaling": scaling, "shaped": shaped, "commands": commands}
+SECTIONS = {"compare": compare, "scaling": scaling, "shape_cost": shape_cost, "commands": commands}
 _EXAMPLES = """sections:
-  commands  CPU seconds and peak memory of each command of smark, for 3 customers and for many
-  compare  what was aimed at, case by case: training step, carrier, copies on disk, verdict, models of real size
-  scaling  time against weights, chips, customers, copies and parties, with fitted exponents
-  shaped   marks with a shape: seconds to make one, its room beside the model, memory to make and read a copy
+  compare     what was aimed at, case by case: training step, carrier, copies on disk, verdict, models of real size
+  scaling     time against weights, chips, customers, copies and parties, with fitted exponents
+  shape_cost  marks with a shape: seconds to make one, its room beside the model, memory to make and read a copy
+  commands    CPU seconds and peak memory of each command of smark, among 3 customers and among many
 
 examples:
   python -m experiments.benchmarks

@@ -34,6 +34,7 @@ class Config:
     num_weights: int = 11_000_000
     num_chips: int = 304
     customers: int = 10**6
+    most_customers: int = 10**8
     parties: int = 4
     batch: int = 64
     models: tuple[tuple[str, str, int, int], ...] = (
@@ -44,7 +45,15 @@ class Config:
     )
 
 
-QUICK = Config(3, 6, epochs=2, copies=100, scored=5, dense_gigabytes=1, models=(("ViT-B/16", "float32", 0, 304),))
+QUICK = Config(
+    *(3, 6),
+    epochs=2,
+    copies=100,
+    scored=5,
+    dense_gigabytes=1,
+    most_customers=10**7,
+    models=(("ViT-B/16", "float32", 0, 304),),
+)
 FULL = Config(15, 60, epochs=6, copies=1000, scored=30, dense_gigabytes=4)
 
 Found = dict[str, Any]
@@ -75,8 +84,17 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     for timing in timings:
         floor = floor_side.floor(known, timing["case"], timing["arm"], timing["params"])
         timing["floor"] = timing.get("floor") or floor
+    targets.append(_beside_floor(find(timings, "jax", "verdict", num_customers=config.customers, decoder="single")))
     machine = race.machine(setting, ours(timings), seed)
     return {"machine": machine, "rates": rates["rates"], "targets": targets, "timings": timings}
+
+
+def _beside_floor(timing: Timing | None) -> Found:
+    assert timing and timing["floor"]
+    what = (
+        f"verdict among {timing['params']['num_customers']:,} over its floor: the keystream, and a pass over its words"
+    )
+    return target(what, timing["median"] / timing["floor"], 2, at_most=True, unit="x")
 
 
 def ours(timings: Sequence[Timing]) -> str:
@@ -98,6 +116,11 @@ def target(what: str, measured: float | None, bound: float, *, at_most: bool, un
     return {"what": what, "measured": measured, "bound": bound, "at_most": at_most, "unit": unit, "met": met}
 
 
+def fastest(timings: Sequence[Timing]) -> Timing | None:
+    """The timing with the smallest median; None of none."""
+    return min(timings, key=lambda timing: timing["median"], default=None)
+
+
 def times(slow: Timing | None, fast: Timing | None) -> float | None:
     """How many times as fast the second is as the first; None where one did not run."""
     return race.ratio(slow, fast) if slow and fast else None
@@ -114,9 +137,14 @@ def _training(config: Config, setting: race.Setting, seed: int, tell: Callable[[
     plain = find(timings, "jax", "plain", keep_memory=True)
     marked = find(timings, "jax", "masks and fingerprint")
     assert plain and marked
-    what = f"training step of the CNN, {config.parties} parties: masks and fingerprint beyond a plain psum"
+    step = f"training step of the CNN, {config.parties} parties"
     cost = 100 * (race.ratio(marked, plain) - 1)
-    return {"timings": timings, "targets": [target(what, cost, 15, at_most=True, unit="%")]}
+    theirs = fastest([timing for timing in timings if timing["side"] == "torch"])
+    targets = [
+        target(f"{step}: masks and fingerprint beyond a plain psum", cost, 8, at_most=True, unit="%"),
+        target(f"{step}, a plain psum, over PyTorch's", times(plain, theirs), 1, at_most=True, unit="x"),
+    ]
+    return {"timings": timings, "targets": targets}
 
 
 def _carrier(config: Config, setting: race.Setting, seed: int, tell: Callable[[str], None]) -> Found:
@@ -132,7 +160,7 @@ def _carrier(config: Config, setting: race.Setting, seed: int, tell: Callable[[s
     targets = []
     for arm in arms:
         what = f"{arm} at D = {config.num_weights:,}, against one copy of the weights"
-        targets.append(target(what, times(find(alone, "jax", arm), copy), 5, at_most=True, unit="x"))
+        targets.append(target(what, times(find(alone, "jax", arm), copy), 3, at_most=True, unit="x"))
     for arm in arms:
         what = f"{arm}, times as fast as PyTorch's dense projection at D = {dense:,} ({config.dense_gigabytes:g} GB)"
         faster = times(find(beside, "torch", arm), find(beside, "jax", arm))
@@ -163,8 +191,7 @@ def _copies(config: Config, setting: race.Setting, seed: int, tell: Callable[[st
     for timing in timings:  # file paths are private and stay out of the results
         timing["params"] = {key: value for key, value in timing["params"].items() if key not in ("folder", "model")}
     write = find(timings, "floor", "write")
-    tuned = [timing for timing in timings if timing["side"] == "torch"]
-    fastest = min(tuned, key=lambda timing: timing["median"], default=None)
+    tuned = fastest([timing for timing in timings if timing["side"] == "torch"])
     targets = []
     for arm, how in (("issue", "vault.issuing.issue"), ("write", "embed_batch and files.write")):
         timing = find(timings, "jax", arm)
@@ -172,13 +199,13 @@ def _copies(config: Config, setting: race.Setting, seed: int, tell: Callable[[st
         timing["floor"] = write["median"]
         share = 100 * race.ratio(write, timing) * timing["facts"]["bytes"][0] / write["facts"]["bytes"][0]
         what = f"{config.copies:,} copies of the CNN to disk by {how}: share of the machine's write rate"
-        targets.append(target(what, share, 70, at_most=False, unit="%"))
+        targets.append(target(what, share, 85, at_most=False, unit="%"))
     issue = find(timings, "jax", "issue")
     assert issue
-    faster = config.copies * race.ratio(fastest, issue) if fastest else None
+    faster = config.copies * race.ratio(tuned, issue) if tuned else None
     what = "a copy on disk, times as fast as PyTorch's fine-tuning with Uchida's loss"
-    targets.append(target(what, faster, 20, at_most=False, unit="x"))
-    gain = 100 * (np.mean(issue["facts"]["accuracy"]) - np.mean(fastest["facts"]["accuracy"])) if fastest else None
+    targets.append(target(what, faster, 25, at_most=False, unit="x"))
+    gain = 100 * (np.mean(issue["facts"]["accuracy"]) - np.mean(tuned["facts"]["accuracy"])) if tuned else None
     what = "its accuracy on held-out digits, less that of the fine-tuned copies"
     targets.append(target(what, None if gain is None else float(gain), 0, at_most=False, unit="points"))
     return {"timings": timings, "targets": targets}
@@ -214,16 +241,29 @@ def _verdict(config: Config, setting: race.Setting, seed: int, tell: Callable[[s
         Entry("jax", "verdict", {**params, "decoder": "joint"}),
     ]
     timings = race.race(entries, setting, config.rounds, seconds=config.seconds, on_lap=tell)
-    ours = find(timings, "jax", "verdict", decoder="single")
+    large = {**params, "num_customers": config.most_customers, "decoder": "single", "keep": False}
+    timings += race.race([Entry("jax", "verdict", large)], setting, 3, seconds=config.seconds, on_lap=tell)
+    ours = find(timings, "jax", "verdict", num_customers=config.customers, decoder="single")
+    all_of_them = find(timings, "jax", "verdict", num_customers=config.most_customers)
+    assert ours and all_of_them
     targets = []
     for arm, how in hows.items():
         theirs = find(timings, "torch", arm)
         what = f"verdict among {config.customers:,}, times as fast as PyTorch, {how}"
-        targets.append(target(what, times(theirs, ours), 10, at_most=False, unit="x"))
-        memory = theirs["peak_mb"] / ours["peak_mb"] if theirs and ours and ours["peak_mb"] else None
-        what = f"its peak memory (whole process) in PyTorch, {how}, over ours"
-        targets.append(target(what, memory, 4, at_most=False, unit="x"))
+        targets.append(target(what, times(theirs, ours), 2, at_most=False, unit="x"))
+        what = f"its memory beyond the imports in PyTorch, {how}, over ours"
+        targets.append(target(what, used(theirs) / used(ours) if theirs else None, 4, at_most=False, unit="x"))
+    what = f"verdict among {config.most_customers:,}, seconds for each hundred million"
+    seconds = all_of_them["median"] * 1e8 / config.most_customers
+    targets.append(target(what, seconds, 5, at_most=True, unit="s"))
+    what = "its memory beyond the imports, over that among the few"
+    targets.append(target(what, used(all_of_them) / used(ours), 1.5, at_most=True, unit="x"))
     return {"timings": timings, "targets": targets}
+
+
+def used(timing: Timing) -> float:
+    """Megabytes at the peak of a worker, beyond what interpreter and libraries took; NaN where there is no /proc."""
+    return timing["peak_mb"] - timing["imported_mb"] if timing["peak_mb"] else float("nan")
 
 
 def _models(config: Config, setting: race.Setting, seed: int, tell: Callable[[str], None]) -> Found:

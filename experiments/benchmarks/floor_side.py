@@ -103,9 +103,8 @@ def floor(rates: Rates, case: str, arm: str, params: Mapping[str, Any]) -> float
     if case == "copies":
         return 4 * params["num_weights"] * (params["num_copies"] + 1) / rates.copy
     if case == "verdict":
-        n, m = params["num_customers"], params["num_chips"]
-        blocks = -(-m // (8 * _KEYSTREAM_BLOCK))
-        return n * blocks * _KEYSTREAM_BLOCK / rates.keystream + 2 * n * m / rates.matmul
+        num_bytes = params["num_customers"] * -(-params["num_chips"] // (8 * _KEYSTREAM_BLOCK)) * _KEYSTREAM_BLOCK
+        return num_bytes / rates.keystream + num_bytes / rates.copy
     if case == "train":
         return 3 * _CNN_FORWARD * params["parties"] * params["batch"] / rates.matmul
     if case == "party" and arm == "party":

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from experiments.benchmarks import shapes
+from experiments.benchmarks import network_sizes
 from experiments.common import sections
 from smark_jax import (
     _memory,
@@ -218,15 +218,17 @@ def _trained(model: str) -> tuple[PyTree, np.ndarray, np.ndarray]:
         return files.nest(leaves), saved["test_images"], saved["test_labels"]
 
 
-def verdict(num_customers: int, num_chips: int, decoder: Literal["single", "joint"], seed: int) -> Arms:
-    """From the key to every customer's p-value, no codeword held."""
+def verdict(
+    num_customers: int, num_chips: int, decoder: Literal["single", "joint"], seed: int, keep: bool = True
+) -> Arms:
+    """From the key to every customer's p-value, no codeword held; ``keep`` says whether all statistics are returned."""
     book = codes.Codebook(_secret(seed, "code"), num_customers, num_chips)
     guilty = num_customers // 3
     word = np.asarray(codes.codebook(book.key, [guilty], num_chips)[0], np.float64)
     chips = word + np.random.default_rng(seed).normal(size=num_chips)
 
     def trace() -> dict[str, Any]:
-        found = tracing.trace(chips, book, decoder=decoder)
+        found = tracing.trace(chips, book, decoder=decoder, keep_statistics=keep)
         return {"right": [accusation.serial for accusation in found.accused] == [guilty]}
 
     return {"verdict": trace}
@@ -261,7 +263,7 @@ def model(name: str, dtype: str, num_chips: int, folder: str, seed: int, num_wei
 
     One copy is in memory at a time, as with an owner who streams copies to disk.
     """
-    leaves = shapes.NAMED[name]() if name in shapes.NAMED else shapes.layers(num_weights)
+    leaves = network_sizes.NAMED[name]() if name in network_sizes.NAMED else network_sizes.layers(num_weights)
     rng = np.random.default_rng(seed)
     number = np.dtype(getattr(ml_dtypes, dtype)) if dtype == "bfloat16" else np.dtype(dtype)
     base = {leaf: jnp.asarray(0.05 * rng.standard_normal(shape, np.float32), number) for leaf, shape in leaves.items()}

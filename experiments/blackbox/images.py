@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from smark_jax import data
+from experiments.common import networks
 
 SHAPES = {"natural-like 32 x 32 x 3": (32, 32, 3), "natural-like 224 x 224 x 3": (224, 224, 3)}
 
@@ -15,7 +15,7 @@ def kinds(counts: dict[str, int], seed: int) -> dict[str, np.ndarray]:
     import skimage.data
 
     faces = np.round(skimage.data.lfw_subset() * 255).astype(np.uint8)[..., None]
-    found = {"digits 28 x 28 x 1": np.asarray(data.load("mnist_5k", "test").images), "LFW crops 25 x 25 x 1": faces}
+    found = {"digits 28 x 28 x 1": networks.loaded()[1].images, "LFW crops 25 x 25 x 1": faces}
     rng = np.random.default_rng(seed)
     found |= {name: natural(rng, counts[name], *shape) for name, shape in SHAPES.items()}
     return {name: images[: counts[name]] for name, images in found.items()}

@@ -1,5 +1,7 @@
 """The networks under attack, trained on digits, and the functions on them that all sections need."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,6 +19,7 @@ from smark_jax._types import ApplyFn, PyTree
 CUSTOMERS = 10**6
 ALPHA = 1e-6
 _SHAPE_IMAGES = 64
+_ADAM = optax.adam(1e-3)
 
 
 class ConcatNet(nn.Module):
@@ -55,6 +58,26 @@ def networks() -> dict[str, nn.Module]:
     return {"CNN": models.CNN(), "ResNet-18": models.ResNet18(width=8, norm="batch"), "concatenating": ConcatNet()}
 
 
+@functools.cache
+def loaded(dataset: str = "mnist_5k") -> tuple[data.Dataset, data.Dataset]:
+    """Training and test images, decoded once for all sections."""
+    return data.load(dataset, "train"), data.load(dataset, "test")
+
+
+@functools.lru_cache(maxsize=8)
+def _loss(network: nn.Module, statistics: bool) -> Callable[..., tuple[Array, PyTree]]:
+    """The loss of :func:`train`; the same function for equal networks, so that their step is compiled once."""
+
+    def loss(params: PyTree, rest: PyTree, x: Array, y: Array) -> tuple[Array, PyTree]:
+        if not statistics:
+            logits, new = network.apply({"params": params}, x), {}
+        else:
+            logits, new = network.apply({"params": params, **rest}, x, train=True, mutable=["batch_stats"])
+        return parallel.cross_entropy(logits, y), new  # pyright: ignore[reportArgumentType]
+
+    return loss
+
+
 def train(
     network: nn.Module,
     seed: int,
@@ -64,25 +87,16 @@ def train(
     dataset: str = "mnist_5k",
 ) -> Subject:
     """Trains with Adam, batch statistics included."""
-    train, test = data.load(dataset, "train"), data.load(dataset, "test")
+    train, test = loaded(dataset)
     images, labels = np.asarray(train.images)[:train_images], np.asarray(train.labels)[:train_images]
     start = models.init(network, jax.random.key(seed), images.shape[1:])
     variables = dict(start) if "params" in start else {"params": start}
     statistics = "batch_stats" in variables
-    optimizer = optax.adam(1e-3)
-
-    def loss(params: PyTree, rest: PyTree, x: Array, y: Array) -> tuple[Array, PyTree]:
-        if not statistics:
-            logits, new = network.apply({"params": params}, x), {}
-        else:
-            logits, new = network.apply({"params": params, **rest}, x, train=True, mutable=["batch_stats"])
-        return parallel.cross_entropy(logits, y), new  # pyright: ignore[reportArgumentType]
-
     params, rest = variables.pop("params"), variables
     state, _ = training.minimise(
-        loss,
-        optimizer,
-        training.begin(params, optimizer, carried=rest),
+        _loss(network, statistics),
+        _ADAM,
+        training.begin(params, _ADAM, carried=rest),
         training.minibatches((images, labels), batch_size=64, epochs=epochs, seed=seed),
         total=training.num_batches(len(images), 64, epochs),
         on_progress=on_progress,

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import time
@@ -21,7 +22,7 @@ import jax
 import rich.console
 import rich.progress
 
-from smark_jax import _io, keys
+from smark_jax import _io, _validate, keys
 
 Result = dict[str, Any]
 _SECONDS_PER_LOG_LINE = 20
@@ -56,7 +57,7 @@ class Meter:
                 self._progress.console.print(f"{self._name} {task.completed:.0f} of {task.total:.0f}: {note}")
 
     def part(self, name: str, steps: int, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` gives (anything that JSON can hold), kept until the section is done, so that it resumes."""
+        """The result of ``compute``, a JSON value, kept until the section is done so that it can resume."""
         path = self._parts / f"{name}.json" if self._parts else None
         if path and path.exists():
             self.step(f"{name}: from {path}", steps)
@@ -68,7 +69,7 @@ class Meter:
         return found
 
     def finish(self) -> None:
-        """The steps were planned as an upper bound, so the line may end early."""
+        """Completes the line; the planned number of steps was an upper bound."""
         if self._progress:
             task = self._progress.tasks[self._task]
             self._progress.update(self._task, total=task.completed or 1, completed=task.completed or 1)
@@ -101,10 +102,10 @@ def run_section(
     """Runs one section unless its result is there, prints its tables, draws its picture, and returns the result."""
     name = section.__name__.rpartition(".")[2]
     path = out / f"{name}.json"
-    # As JSON returns it, with lists in place of tuples.
+    # As JSON reads it back, with lists in place of tuples.
     parameters = json.loads(json.dumps(dataclasses.asdict(config)))
     identity = {"section": name, "config": label, "parameters": parameters, "seed": seed}
-    document = json.loads(path.read_text()) if path.exists() and not fresh else {}
+    document = kept(path) if path.exists() and not fresh else {}
     if {key: document.get(key) for key in identity} == identity:
         console.print(f"[bold]{name}[/bold]: taken from {path}")
     else:
@@ -138,6 +139,24 @@ def run_section(
     return document
 
 
+def kept(path: Path) -> Result:
+    """The result of a section as :func:`run_section` wrote it.
+
+    Raises:
+      SmarkError: when the file holds anything else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, or of UTF-8
+        found, got = None, str(error)
+    else:
+        got = f"a {type(found).__name__}"
+    if not isinstance(found, dict):
+        cause = "Was it changed, or left by another program? Run the section again with --fresh, or name another --out."
+        raise _validate.fail("experiments", f"the result of a section in {path}", got, cause)
+    return found
+
+
 def commit() -> str:
     """The commit that is checked out, with ``+`` where library or experiments differ from it; empty outside git."""
 
@@ -151,28 +170,70 @@ def commit() -> str:
         return ""
 
 
-def command_line(
-    package: str, sections: Mapping[str, ModuleType], about: str | None, examples: str
-) -> argparse.ArgumentParser:
-    """The options that all experiments with sections have; an experiment may add its own."""
-    parser = argparse.ArgumentParser(
+def parser(package: str, about: str | None, examples: str) -> argparse.ArgumentParser:
+    """The command line ``python -m experiments.PACKAGE`` with ``--seed``; every experiment adds its own options."""
+    found = argparse.ArgumentParser(
         prog=f"python -m experiments.{package}",
         description=about,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", choices=("quick", "full"), default="quick", help="quick: under three minutes")
-    parser.add_argument("--out", type=Path, help=f"folder for results (default: out/{package}/CONFIG)")
-    parser.add_argument("--seed", type=_seed, default=0)
-    parser.add_argument("--only", nargs="+", choices=tuple(sections), metavar="NAME", help="sections to run")
-    parser.add_argument("--fresh", action="store_true", help="run sections again whose results exist")
-    return parser
+    found.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
+    return found
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
+def sized(package: str, about: str | None, examples: str, quick: str) -> argparse.ArgumentParser:
+    """A command line with a quick and a full configuration, whose results have a folder each."""
+    found = parser(package, about, examples)
+    found.add_argument("--config", choices=("quick", "full"), default="quick", help=f"quick: {quick}")
+    found.add_argument("--out", type=folder, help=f"folder for results (default: out/{package}/CONFIG)")
+    return found
+
+
+def command_line(
+    package: str, sections: Mapping[str, ModuleType], about: str | None, examples: str
+) -> argparse.ArgumentParser:
+    """The options that all experiments with sections have; an experiment may add its own."""
+    found = sized(package, about, examples, "under three minutes")
+    found.add_argument("--only", nargs="+", choices=tuple(sections), metavar="NAME", help="sections to run")
+    found.add_argument("--fresh", action="store_true", help="run sections again whose results exist")
+    return found
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an option: a whole number from ``least`` to ``most``."""
+
+    def read(text: str) -> int:
+        number = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
+        return number
+
+    return read
+
+
+def positive(below: float = math.inf) -> Callable[[str], float]:
+    """The type of an option: a number above 0 and below ``below``."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < below:
+            bound = "" if below == math.inf else f" and below {below:g}"
+            raise argparse.ArgumentTypeError(f"expected a number above 0{bound}, got {text!r}")
+        return number
+
+    return read
+
+
+def folder(text: str) -> Path:
+    """The type of an option: a folder, there or to be made."""
+    path = Path(text)
+    if any(part.exists() and not part.is_dir() for part in (path, *path.parents)):
+        raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r} or one below a file")
+    return path
 
 
 def run_sections(

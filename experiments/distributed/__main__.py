@@ -17,6 +17,7 @@ import optax
 import rich.console
 import rich.progress
 
+from experiments.common import sections
 from experiments.distributed import launch
 from smark_jax import aggregation, data, keys, models, parallel, training
 
@@ -75,25 +76,23 @@ def train(options: argparse.Namespace) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.distributed",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=64, help="examples of one party in a round")
+    parser = sections.parser("distributed", __doc__, _EXAMPLES)
+    parser.add_argument("--processes", type=sections.whole(1), default=2)
+    parser.add_argument("--epochs", type=sections.whole(1), default=3)
+    parser.add_argument("--batch-size", type=sections.whole(1), default=64, help="examples of one party in a round")
     parser.add_argument("--engine", choices=("pmap", "shard_map"), default="pmap")
-    parser.add_argument("--epsilon", type=float, help="train with differential privacy (needs smark-jax[dp])")
-    parser.add_argument("--delta", type=float, default=1e-5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds until processes of this machine are ended")
+    parser.add_argument(
+        "--epsilon", type=sections.positive(), help="train with differential privacy (needs smark-jax[dp])"
+    )
+    parser.add_argument("--delta", type=sections.positive(below=1), default=1e-5)
+    parser.add_argument(
+        "--timeout", type=sections.positive(), default=1800, help="seconds until processes of this machine are ended"
+    )
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="be one process of a group on several machines")
-    parser.add_argument("--process", type=int, help="which of them, from 0")
+    parser.add_argument("--process", type=sections.whole(0), help="which of them, from 0")
     options = parser.parse_args(arguments)
-    if options.processes < 1:
-        parser.error(f"--processes: expected at least 1, got {options.processes}")
+    if options.coordinator not in (None, "auto") and options.process not in range(options.processes):
+        parser.error("--process: with --coordinator HOST:PORT, say which process this is, from 0 to --processes - 1")
     if options.coordinator is None:
         given = list(sys.argv[1:] if arguments is None else arguments)
         group = ["--coordinator", f"127.0.0.1:{launch.free_port()}"]

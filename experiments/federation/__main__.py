@@ -25,6 +25,7 @@ from typing import Any
 import rich.console
 import rich.table
 
+from experiments.common import sections
 from experiments.federation import participants, processes
 
 _EXAMPLES = """examples:
@@ -147,20 +148,20 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, rich.console.Console], dict[s
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.federation",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = sections.parser("federation", __doc__, _EXAMPLES)
     parser.add_argument("what", choices=tuple(_COMMANDS))
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--clients", type=int, default=5, help="of killed, timing and simulation")
-    parser.add_argument("--turns", type=int, default=2, help="of timing: how often the three take turns")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a client has dropped out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/federation"), help="folder for results")
+    parser.add_argument("--rounds", type=sections.whole(1), default=10)
+    parser.add_argument("--clients", type=sections.whole(3), default=5, help="of killed, timing and simulation")
+    parser.add_argument("--turns", type=sections.whole(1), default=2, help="of timing: how often the three take turns")
+    parser.add_argument(
+        "--timeout", type=sections.positive(), default=60.0, help="seconds after which a client has dropped out"
+    )
+    parser.add_argument("--out", type=sections.folder, default=Path("out/federation"), help="folder for results")
     options = parser.parse_args(arguments)
+    if options.what == "killed" and options.clients < 4:
+        parser.error("--clients: killed stops clients 0, 1 and 3, so it needs 4 or more")
+    if options.what == "timing" and options.rounds < 2:
+        parser.error("--rounds: timing leaves the first round out, so it needs 2 or more")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are stopped too
     console = rich.console.Console()
     result = _COMMANDS[options.what](options, console)

@@ -37,10 +37,11 @@ def run(options: argparse.Namespace, console: rich.console.Console) -> dict[str,
     rows, coalitions = [], []
     for round_ in sorted({1, min(5, options.rounds), options.rounds}):
         base = marked[round_ - 1]
-        asked = [(m, wire.take(m.content).get("requests", ())) for m in grid.sent if "arrays" in m.content]
+        sent = [m for m in grid.sent if "arrays" in m.content]
+        asked = [(m, request) for m in sent for request in wire.take(m.content).requests or ()]
         given = {
             m.metadata.dst_node_id: _tree(m.content.array_records["arrays"])
-            for m, ((number, _),) in asked
+            for m, (number, _) in asked
             if number == round_
         }
         found = {node: verdict(copy, base) for node, copy in given.items()}

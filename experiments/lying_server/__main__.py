@@ -12,7 +12,6 @@ The result is servers.json in the output folder. The exit code is 1 if the defau
 was not.
 """
 
-import argparse
 import collections
 import contextlib
 import json
@@ -30,6 +29,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from experiments.common import sections
 from experiments.lying_server import judge
 from experiments.lying_server.parties import Parties
 from experiments.lying_server.server import PLANS, LyingServer, Plan
@@ -136,15 +136,7 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.lying_server",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", choices=tuple(_SERVERS), default="quick", help="quick: 60 servers; full: 1,000")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for the result (default: out/lying_server/CONFIG)")
+    parser = sections.sized("lying_server", __doc__, _EXAMPLES, "60 servers; full: 1,000")
     options = parser.parse_args(arguments)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     console = rich.console.Console()

@@ -27,14 +27,14 @@ class Answer(NamedTuple):
     """What came back from a participant.
 
     Attributes:
-      items: protocol objects by name; empty for an error.
+      items: protocol objects; none for an error.
       error: the exception, or None.
       words: the update's words before masking, which only the judge sees; None where nothing was trained.
       update: the update itself, likewise.
       seconds: how much processor time it took.
     """
 
-    items: dict[str, Any]
+    items: wire.Items
     error: Exception | None
     words: np.ndarray | None
     update: np.ndarray | None
@@ -122,7 +122,7 @@ class Parties:
                 reply = self.app(message(party, sent, kind), context)
             items, error = wire.take(reply.content), None
         except Exception as raised:  # Flower would send its text; the judge decides which types are allowed
-            items, error = {}, raised
+            items, error = wire.Items(), raised
         words = encoded[-1] if encoded else None
         return Answer(items, error, words, self._updates[party], time.process_time() - began)
 

@@ -81,9 +81,9 @@ class LyingServer:
         heard = self._heard
         for party in _EVERYBODY:
             challenge = messages.Challenge(heard.setup.session, keys.new().to_bytes())
-            self._ask(party, wire.put(RecordDict(), hello=challenge))
+            self._ask(party, wire.put(RecordDict(), wire.Items(hello=challenge)))
         for party in self._asked():
-            for answer in self._ask(party, wire.put(RecordDict(), setup=heard.setup)):
+            for answer in self._ask(party, wire.put(RecordDict(), wire.Items(setup=heard.setup))):
                 self._note(answer, "keys", heard.advertised)
         self._join_sybils()
         if heard.advertised:
@@ -103,7 +103,7 @@ class LyingServer:
         for party in self._asked():
             sealed = {v: shared[v].sealed[party] for v in members if party in shared[v].sealed}
             for answer in self._request(party, messages.MaskRequest(members, sealed), self._task_of(party)):
-                item = answer.items.get("masked")
+                item = answer.items.masked
                 if isinstance(item, messages.Masked):
                     agreed[item.party] = item.agreement
         self._mask_sybils(members, shared, agreed)
@@ -123,7 +123,7 @@ class LyingServer:
         for party in self._asked():
             if party in survivors:
                 for answer in self._request(party, messages.ConfirmRequest(survivors)):
-                    item = answer.items.get("confirm")
+                    item = answer.items.confirm
                     if isinstance(item, messages.Confirm):
                         agreed[item.party] = item.agreement
         for party, state in self._sybils.items():
@@ -199,7 +199,7 @@ class LyingServer:
         number = self._heard.setup.round
         if self._rng.random() < self.plan.rate / 2:
             request = alter(self._rng, request)
-        return self._ask(party, wire.put(records, requests=((number, request),), format=form), kind)
+        return self._ask(party, wire.put(records, wire.Items(requests=((number, request),), format=form)), kind)
 
     def _ask(self, party: int, sent: RecordDict, kind: str = "train") -> list[Answer]:
         """Sends a message: as it is, altered, repeated or not at all."""
@@ -222,7 +222,7 @@ class LyingServer:
 
     def _hear(self, answer: Answer) -> None:
         self.answers.append(answer)
-        masked, reveal = answer.items.get("masked"), answer.items.get("reveal")
+        masked, reveal = answer.items.masked, answer.items.reveal
         if isinstance(masked, messages.Masked) and answer.words is not None and answer.update is not None:
             self._heard.masked.append((masked.party, masked, answer.words, answer.update))
         if isinstance(reveal, messages.Reveal):
@@ -230,7 +230,7 @@ class LyingServer:
 
     @staticmethod
     def _note(answer: Answer, name: str, into: dict[int, Any]) -> None:
-        item = answer.items.get(name)
+        item = getattr(answer.items, name)
         if item is not None and item.party not in into:
             into[item.party] = item
 

@@ -67,12 +67,12 @@ def for_data(config: Any, dataset: str) -> Any:
 
 
 def _need(parser: argparse.ArgumentParser, dataset: str) -> None:
-    """Refuses, before anything is computed, a data set that is not to be had."""
+    """Refuses, before anything is computed, a data set that is not available."""
     try:
         data.load(dataset, "test[:1]")
     except (OSError, ImportError) as error:
         parser.error(
-            f"--data {dataset}: expected a data set on this machine or to be downloaded by TFDS. {error}\n"
+            f"--data {dataset}: expected a data set that is on this machine or that TFDS can download. {error}\n"
             "On a machine with network: pip install 'smark-jax[tfds]', then run the same command there, or copy its "
             "TFDS_DATA_DIR here; without, use --data mnist_5k."
         )

@@ -11,7 +11,7 @@ from jax import Array
 from scipy import stats
 
 from experiments.common import networks, sections
-from smark_jax import codes, data, keys, models, statistics, tracing, training
+from smark_jax import codes, keys, models, statistics, tracing, training
 
 ALPHA = 1e-6
 
@@ -53,7 +53,7 @@ DATA = {
 
 def steps(dataset: str, epochs: int, train_images: int | None) -> int:
     """How many steps :func:`experiments.common.networks.train` makes."""
-    return networks.steps(epochs, len(data.load(dataset, "train").labels[:train_images]))
+    return networks.steps(epochs, len(networks.loaded(dataset)[0].labels[:train_images]))
 
 
 def train(

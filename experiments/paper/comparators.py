@@ -16,10 +16,10 @@ import jax
 import numpy as np
 import rich.console
 
-from experiments.common import sections
+from experiments.common import networks, sections
 from experiments.common.networks import Subject
 from experiments.paper import common, report, schemes
-from smark_jax import alignment, attacks, data, models
+from smark_jax import alignment, attacks, models
 
 Params = Any
 _TOLERATED = 0.01  # the accuracy that a setting may lose in tuning
@@ -149,7 +149,7 @@ def _tune(
     The drop is against the ``reference``'s mean: what the training itself costs is not held against the mark.
     """
     world = world_of()
-    held_out = data.load(config.data, "train")
+    held_out, _ = networks.loaded(config.data)
     after = slice(len(world.subject.images), len(world.subject.images) + config.held_out)
     images, labels = held_out.images[after], held_out.labels[after]
     score = functools.partial(models.accuracy, world.subject.apply_fn, images=images, labels=labels)

@@ -16,7 +16,7 @@ import optax
 import rich.console
 from jax import Array
 
-from experiments.common import sections
+from experiments.common import networks, sections
 from experiments.paper import common, report, splits
 from smark_jax import (
     aggregation,
@@ -75,7 +75,7 @@ class _Task(NamedTuple):
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     """Every training is a part that survives an interruption."""
-    train, test = data.load(config.data, "train"), data.load(config.data, "test")
+    train, test = networks.loaded(config.data)
     train = train._replace(images=train.images[: config.train_images], labels=train.labels[: config.train_images])
     tasks = [
         _Task(parties, split, kind, seed + 1000 * number)

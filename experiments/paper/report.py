@@ -1,6 +1,5 @@
 """Tables that a section prints and tables.md repeats, with the same rows."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +52,7 @@ def write(out: Path, modules: Mapping[str, ModuleType]) -> Path:
     for name, module in modules.items():
         path = out / f"{name}.json"
         if path.exists():
-            document: sections.Result = json.loads(path.read_text())
+            document = sections.kept(path)
             parts.append(f"## {name}")
             parts.append(
                 f"`{command('paper', document)}`; seed {document['seed']}; commit {document['commit'] or 'unknown'}; "

@@ -33,6 +33,7 @@ from experiments.common import comparators
 from experiments.common.networks import Subject
 from experiments.paper import common
 from smark_jax import (
+    _validate,
     alignment,
     carriers,
     codes,
@@ -89,7 +90,7 @@ class World(NamedTuple):
 
 
 def trainer(apply_fn: Callable, loss: Callable[[Params, Aim], Array]) -> Callable[..., Params]:
-    """Training on by Adam at 1e-3 in batches of 64, as ``attacks.fine_tune`` does, with ``weight * loss(params, aim)``.
+    """Fine-tuning by Adam at 1e-3 in batches of 64, as ``attacks.fine_tune``, plus ``weight * loss(params, aim)``.
 
     The aim is an argument: one compilation serves all copies.
     """
@@ -122,7 +123,8 @@ def scales(params: Params) -> Array:
     named = jax.tree_util.tree_leaves_with_path(params)
     found = [leaf for path, leaf in named if jax.tree_util.keystr(path).endswith("['scale']")]
     if not found:
-        raise ValueError("schemes.scales: expected a network with norm layers, got one without any leaf named 'scale'.")
+        cause = "FedTracker marks the scales of norms, and this network has none."
+        raise _validate.fail("schemes.scales", "a network with norm layers", "no leaf named 'scale'", cause)
     return jnp.concatenate([leaf.reshape(-1) for leaf in found])
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +71,7 @@ def _row(config: Config, source: Source) -> dict[str, Any]:
             f"--out experiments/{source.package}/results"
         )
         return {**row, "figure": _NOT_MEASURED, "command": make, "seed": None, "commit": "", "device": "", "seconds": 0}
-    document = json.loads(path.read_text())
+    document = sections.kept(path)
     return {
         **row,
         "figure": source.figure(document["result"]),

@@ -16,7 +16,7 @@ import rich.table
 from experiments.common import networks, sections
 from experiments.common.networks import ALPHA, CUSTOMERS, Subject
 from experiments.robustness import recipes
-from smark_jax import _batches, carriers, codes, embedding, extraction, losses, models, parallel, tracing
+from smark_jax import carriers, codes, embedding, extraction, losses, models, parallel, tracing, training
 from smark_jax._types import PyTree
 
 _TOLERATED = 0.05  # a leaker who loses more accuracy has ruined the model
@@ -128,17 +128,9 @@ def _train_mark(subject: Subject, mark: carriers.Mark, word: Any, strength: floa
     margin = strength * math.sqrt(mark.carrier.num_carrying / mark.num_chips)
     hinge = functools.partial(losses.sign_hinge, margin=margin)
     optimizer = optax.chain(embedding.add_fingerprint_gradient(hinge, mark, word, weight=10.0), optax.adam(3e-4))
-
-    @jax.jit
-    def step(params: PyTree, state: Any, x: Any, y: Any) -> tuple[PyTree, Any]:
-        gradient = jax.grad(lambda p: parallel.cross_entropy(subject.apply_fn(p, x), y))(params)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params, state = subject.base, optimizer.init(subject.base)
-    for index in _batches.shuffled(np.random.default_rng(seed), len(subject.images), 64):
-        params, state = step(params, state, subject.images[index], subject.labels[index])
-    return params
+    loss = lambda params, x, y: parallel.cross_entropy(subject.apply_fn(params, x), y)  # noqa: E731
+    batches = training.minibatches((subject.images, subject.labels), batch_size=64, epochs=1, seed=seed)
+    return training.minimise(loss, optimizer, training.begin(subject.base, optimizer), batches)[0].params
 
 
 def show(console: rich.console.Console, result: sections.Result) -> None:

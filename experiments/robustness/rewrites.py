@@ -24,7 +24,7 @@ INNOCENTS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """``large`` aligns a ResNet-18 of full width too."""
+    """``combined`` are the kinds of dummy neurons that come with damage; ``large`` aligns a full ResNet-18 too."""
 
     compositions: int
     epochs: int
@@ -33,6 +33,7 @@ class Config:
     customers: int = CUSTOMERS
     num_chips: int = 304
     strength: float = 0.03
+    combined: tuple[str, ...] = ("zero", "clique", "split")
     large: bool = True
 
 
@@ -121,7 +122,7 @@ def _one(
             }
         )
         meter.step(f"{name}: {sum(f['traced'] for f in found)} of {len(found)} traced")
-    combined = _combined(subject, copy, graph, trace, leaker, rng)
+    combined = _combined(subject, copy, graph, config.combined, trace, leaker, rng)
     meter.step(f"{name}: fine-tuning and rewrites")
     unrelated = _unrelated(models.init(network, jax.random.key(seeds[0] + 999), images.shape[1:]), subject, trace)
     meter.step(f"{name}: an unrelated model")
@@ -159,7 +160,13 @@ def _unrelated(stranger: PyTree, subject: Subject, trace: Callable[..., Any]) ->
 
 
 def _combined(
-    subject: Subject, copy: PyTree, graph: alignment.Graph, trace: Any, leaker: int, rng: np.random.Generator
+    subject: Subject,
+    copy: PyTree,
+    graph: alignment.Graph,
+    kinds: Sequence[str],
+    trace: Any,
+    leaker: int,
+    rng: np.random.Generator,
 ) -> list[dict[str, Any]]:
     """Fine-tuning, 30 % pruning, permutation, scaling, 20 % dummy neurons: damage first, and rewrites first."""
 
@@ -172,7 +179,7 @@ def _combined(
 
     rows = []
     damaged = damage(copy)
-    for kind in ("zero", "clique", "split"):
+    for kind in kinds:
         for order in ("damage first", "rewrites first"):
             key = [jax.random.key(int(k)) for k in rng.integers(2**31, size=3)]
             wide = attacks.add_neurons(damaged if order == "damage first" else copy, graph, key[0], 0.2, kind)

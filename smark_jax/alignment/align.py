@@ -14,8 +14,6 @@ from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves
 from smark_jax.alignment.report import Alignment, Report, SpaceReport, refused, undecided
 
-_HUGE = 1e15
-
 
 def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any) -> Alignment:
     """Brings a suspect's neurons back to where the base has them.
@@ -57,17 +55,17 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     for name, leaf in everything.items():
         _validate.all_finite("align", f"weights in the base's leaf {name!r}", np.isfinite(leaf).all())
     theirs = _named(suspect)
+    tamed = {name: _tamed(leaf) for name, leaf in theirs.items()}
     whole = graphs.trace(apply_fn, base, example_images)
     names = {
         path: name
-        for path, name in pairing.pair(whole, theirs, everything).items()
+        for path, name in pairing.pair(whole, tamed, everything).items()
         if pairing.could_be(whole, path, theirs[name])
     }
     names, sizes = _fitting(whole, names, theirs)
     left_out = everything.keys() - names.keys()
     graph, ours = whole.without(left_out), {path: leaf for path, leaf in everything.items() if path in names}
-    raw = {path: theirs[name] for path, name in names.items()}
-    leaves = {path: _tamed(leaf) for path, leaf in raw.items()}
+    raw, leaves = ({path: some[name] for path, name in names.items()} for some in (theirs, tamed))
     merged = duplicates.merge_duplicates(graph, leaves, sizes)
     match = matching.match(graph, merged.leaves, ours, sizes, merged.alive)
     aligned, found = scaling.read(graph, leaves, merged, ours, sizes, match)
@@ -118,10 +116,10 @@ def _fitting(graph: Graph, names: dict[str, str], theirs: Leaves) -> tuple[dict[
 
 
 def _tamed(leaf: np.ndarray) -> np.ndarray:
-    """A leaf in which nothing overflows: weights that are NaN or infinite become zero."""
+    """A leaf in which nothing overflows: floats as float64, with zeros for NaN and infinity."""
     if leaf.dtype != np.float32:
         return leaf
-    return np.clip(np.where(np.isfinite(leaf), leaf, 0), -_HUGE, _HUGE)
+    return np.where(np.isfinite(leaf), leaf, 0).astype(np.float64)
 
 
 def _broken_again(graph: Graph, raw: Leaves, aligned: Leaves, sizes: Sequence[int], match: matching.Match) -> Leaves:

@@ -56,11 +56,12 @@ def kernels(graph: Graph) -> list[str]:
 def balance(graph: Graph, path: str, leaf: np.ndarray, sizes: Sequence[int]) -> dict[int, np.ndarray]:
     """By axis, the factor of each entry that brings every unit's slice to an RMS of one.
 
-    Slices of zeros and entries of fixed places have the factor one.
+    Slices of zeros and entries of fixed places have the factor one. Computed in float64: somebody may have scaled units
+    by factors whose squares float32 does not hold.
     """
-    power = np.square(leaf, dtype=np.float32)
+    power = np.square(leaf, dtype=np.float64)
     axes = {axis: graph.entries(path, axis, sizes) for axis in range(leaf.ndim) if graph.spaces(path, axis)}
-    factors = {axis: np.ones(leaf.shape[axis], np.float32) for axis in axes}
+    factors = {axis: np.ones(leaf.shape[axis]) for axis in axes}
     for _ in range(_ROUNDS):
         change = 0.0
         for axis, spaces in axes.items():
@@ -71,7 +72,7 @@ def balance(graph: Graph, path: str, leaf: np.ndarray, sizes: Sequence[int]) -> 
             mean = weights.mean(axis=others)
             for entries in spaces.values():
                 level = mean[entries].mean(axis=1)
-                new = np.where(level > 0, 1 / np.sqrt(np.where(level > 0, level, 1)), 1).astype(np.float32)
+                new = np.where(level > 0, 1 / np.sqrt(np.where(level > 0, level, 1)), 1)
                 old = factors[axis][entries[:, 0]]
                 change = max(change, float(np.abs(np.log(new / old)).max()))
                 factors[axis][entries] = new[:, None]
@@ -84,7 +85,7 @@ def balanced(graph: Graph, path: str, leaf: np.ndarray, sizes: Sequence[int]) ->
     """The leaf times its factors."""
     for axis, factor in balance(graph, path, leaf, sizes).items():
         leaf = leaf * along(factor, axis, leaf.ndim)
-    return leaf
+    return leaf.astype(np.float32)
 
 
 def match(graph: Graph, suspect: Leaves, base: Leaves, sizes: Sequence[int], alive: Sequence[np.ndarray]) -> Match:

@@ -49,9 +49,9 @@ def could_be(graph: Graph, path: str, leaf: np.ndarray) -> bool:
 def _profile(leaf: np.ndarray) -> np.ndarray:
     """Invariants under order, sign and scale of channels: singular values of the balanced kernel, or sorted values."""
     if leaf.ndim < 2:
-        values = np.sort(np.abs(leaf.reshape(-1)))[::-1]
+        values = np.sort(np.abs(leaf.reshape(-1).astype(np.float64)))[::-1]
     else:
-        matrix = leaf.reshape(-1, leaf.shape[-1]).astype(np.float32)
+        matrix = leaf.reshape(-1, leaf.shape[-1]).astype(np.float64)
         for _ in range(10):
             for axis in (0, 1):
                 level = np.sqrt(np.square(matrix).mean(axis=axis, keepdims=True))

@@ -52,7 +52,7 @@ def read(
         aligned[path] = np.where(present, leaf, mine).astype(mine.dtype)
         if mine.ndim > 1:
             norms = float(np.linalg.norm(leaf)) * float(np.linalg.norm(mine))
-            similarities[path] = float(np.vdot(leaf, mine)) / norms if norms > 0 else 0.0
+            similarities[path] = min(1.0, float(np.vdot(leaf, mine)) / norms) if norms > 0 else 0.0
             chance = _chance(graph, path, mine, sizes, match)
             alike += [path] * (similarities[path] > max(ALIKE, chance))
             from_base += [path] * (similarities[path] < min(ALIKE, chance) and norms > 0)
@@ -77,7 +77,8 @@ def _chance(graph: Graph, path: str, mine: np.ndarray, sizes: Sequence[int], mat
     """The cosine that a kernel of random weights may reach by chance, by the signs of its units, and by their choice.
 
     A direction in D dimensions has a cosine above c with another with a probability of about (1 - c^2)^((D - 1) / 2),
-    so the best of k reaches c where that is 1 / k: here k = 2 for a unit in its place, 2 n for one chosen among n.
+    so the best of k reaches c where that is 1 / k: here k = 2 for a unit in its place, 2 n for one chosen among n. A
+    unit of a single weight (D = 1) always fits, by its scale and sign.
     """
     rest = max(0.0, 1 - 4 * mine.size**-0.5)
     for axis in range(mine.ndim):
@@ -85,7 +86,8 @@ def _chance(graph: Graph, path: str, mine: np.ndarray, sizes: Sequence[int], mat
             units = match.units[space]
             moved = float(((units >= 0) & (units != np.arange(len(units)))).mean())
             choices = 2 * sizes[space] ** moved
-            rest *= 1 - math.sqrt(1 - choices ** (-2 / max(mine.size / len(units) - 1, 1)))
+            free = mine.size / len(units) - 1
+            rest *= 1 - math.sqrt(1 - choices ** (-2 / free)) if free > 0 else 0
     return 1 - rest
 
 
@@ -101,7 +103,7 @@ def _unscaled(
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """A kernel in the base's scale with its split units added up, and by axis the factor of each entry."""
     splits = [a for a in range(mine.ndim) if (path, a) in graph.consumed and _split(graph, path, a, merged, match)]
-    factors = {a: np.ones(mine.shape[a], np.float32) for a in range(mine.ndim) if graph.spaces(path, a)}
+    factors = {a: np.ones(mine.shape[a]) for a in range(mine.ndim) if graph.spaces(path, a)}
     for _ in range(_REFITS if splits else 1):  # scales and sums depend on each other
         for axis, factor in _factors(graph, path, leaf, mine, match).items():
             factors[axis] = factors[axis] * factor
@@ -131,7 +133,7 @@ def _factors(
     for factors in (theirs, base):
         for axis, factor in factors.items():
             product = product * matching.along(factor, axis, leaf.ndim)
-    plain = {axis: np.ones(mine.shape[axis], np.float32) for axis in theirs}
+    plain = {axis: np.ones(mine.shape[axis]) for axis in theirs}
     flipped = {axis: sign.copy() for axis, sign in plain.items()}
     for axis, sign in flipped.items():
         for space, entries in graph.entries(path, axis, graph.sizes).items():
@@ -169,7 +171,7 @@ def _refit(
             parts = np.stack([raw[theirs[space][u]] for u in (first, *merged.members[space][first])])
             wanted = target[ours[space][unit]]
             weights, *_ = np.linalg.lstsq(parts.reshape(len(parts), -1).T, wanted.reshape(-1), rcond=1e-6)
-            leaf[ours[space][unit]] = np.tensordot(weights.astype(np.float32), parts, 1)
+            leaf[ours[space][unit]] = np.tensordot(weights, parts, 1)
     return np.moveaxis(leaf, 0, axis)
 
 
@@ -199,13 +201,14 @@ def _vector(
 
     A bias scales like its kernel, a variance like the square; a gain may not scale at all.
     """
+    leaf = leaf.astype(np.float64)  # a sum of squares may be beyond float32
     fits = [leaf]
     entries = graph.entries(path, 0, graph.sizes)
     if len(entries) == 1:
         ((space, where),) = entries.items()
         for scale in scales[space]:
             for power in (1, 2, -1):
-                factor = np.ones_like(mine)
+                factor = np.ones(mine.shape)
                 factor[where] = (scale**power)[:, None]
                 fit = leaf / factor
                 size = float(np.vdot(fit, fit))
@@ -213,4 +216,4 @@ def _vector(
                 fits.append(fit * (float(np.vdot(fit, mine)) / size) if size > 0 else fit)
     best = min(fits, key=lambda fit: float(np.linalg.norm(fit - mine)))
     norm = float(np.linalg.norm(mine))
-    return best, norm > 0 and float(np.linalg.norm(best - mine)) > _CLOSE * norm
+    return best.astype(mine.dtype), norm > 0 and float(np.linalg.norm(best - mine)) > _CLOSE * norm

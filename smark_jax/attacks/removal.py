@@ -33,7 +33,8 @@ def _map_kernels(change: Callable[..., Array], params: PyTree, *others: PyTree, 
     return jax.tree.map(lambda leaf, *rest: change(leaf, *rest) if large(leaf) else leaf, params, *others)
 
 
-def _prune_kernel(leaf: Array, fraction: float) -> Array:
+@jax.jit
+def _prune_kernel(leaf: Array, fraction: Array | float) -> Array:
     bar = jnp.quantile(jnp.abs(leaf).astype(jnp.float32).reshape(-1), fraction)
     return jnp.where(jnp.abs(leaf) < bar, 0, leaf).astype(leaf.dtype)
 
@@ -53,7 +54,8 @@ def quantise(params: PyTree, bits: int) -> PyTree:
     return _map_kernels(functools.partial(_quantise_kernel, levels=2 ** (bits - 1) - 1), params)
 
 
-def _quantise_kernel(leaf: Array, levels: int) -> Array:
+@jax.jit
+def _quantise_kernel(leaf: Array, levels: Array | int) -> Array:
     step = jnp.maximum(jnp.abs(leaf).max().astype(jnp.float32), 1e-30) / levels
     return (jnp.round(leaf.astype(jnp.float32) / step) * step).astype(leaf.dtype)
 
@@ -72,15 +74,18 @@ def add_noise(params: PyTree, key: Array, relative: float, match: str = "") -> P
       SmarkError: when ``relative`` is not positive and finite, or ``match`` is found in no path.
     """
     _validate.finite_number("add_noise", "the noise relative to the RMS", relative)
-    add = functools.partial(_add_noise_to_leaf, relative=relative)
     chosen = _trees.matching("add_noise", params, match)
-    noisy = jax.tree.map(add, params, optax.tree.split_key_like(key, params))
-    return jax.tree.map(lambda old, new, moved: new if moved else old, params, noisy, chosen)
+    noisy = lambda leaf, moved: moved and jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf, key, moved: _add_noise_to_leaf(leaf, key, relative) if noisy(leaf, moved) else leaf,
+        params,
+        optax.tree.split_key_like(key, params),
+        chosen,
+    )
 
 
-def _add_noise_to_leaf(leaf: Array, key: Array, relative: float) -> Array:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf
+@jax.jit
+def _add_noise_to_leaf(leaf: Array, key: Array, relative: Array | float) -> Array:
     wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
     spread = jnp.sqrt(jnp.mean(jnp.square(wide)))
     return (wide + relative * spread * jax.random.normal(key, leaf.shape, wide.dtype)).astype(leaf.dtype)

@@ -35,6 +35,15 @@ class Answer(NamedTuple):
     time: str
 
 
+class _File(NamedTuple):
+    """The content of a file of answers."""
+
+    format: str
+    version: int
+    about: dict[str, object]
+    answers: tuple[tuple[str, int, str], ...]
+
+
 class Answers(NamedTuple):
     """Where answers are kept.
 
@@ -46,7 +55,7 @@ class Answers(NamedTuple):
 
     path: Path
     key: keys.SecretKey
-    about: Mapping[str, Any] = {}
+    about: Mapping[str, object] = {}
 
 
 def read(kept: Answers) -> list[Answer]:
@@ -65,24 +74,21 @@ def read(kept: Answers) -> list[Answer]:
     if not content.startswith(SEALED):
         raise _validate.fail("query", expected, "one without authentication", cause)
     try:
-        document = json.loads(unseal(kept.key, content))
+        found = _documents.parse(_File, json.loads(unseal(kept.key, content)))
     except InvalidTag:
         raise _validate.fail("query", expected, "one that somebody else wrote or changed", cause) from None
-    if document["about"] != dict(kept.about):
-        got = f"some about {document['about']}"
+    except _documents.Wrong as error:
+        raise _validate.fail("query", expected, f"some whose {error}", "Upgrade smark-jax.") from None
+    if found.about != dict(kept.about):
+        got = f"some about {found.about}"
         raise _validate.fail("query", f"answers about {dict(kept.about)} in {kept.path}", got, "Name another file.")
-    return [Answer(*row) for row in document["answers"]]
+    return [Answer(*row) for row in found.answers]
 
 
 def write(kept: Answers, answers: Sequence[Answer]) -> None:
     """Writes all answers atomically to a file that only its owner can read."""
-    document = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "about": dict(kept.about),
-        "answers": [list(a) for a in answers],
-    }
-    content = json.dumps(document).encode()
+    document = _File(_FORMAT, _VERSION, dict(kept.about), tuple((a.probe, a.label, a.time) for a in answers))
+    content = json.dumps(_documents.plain(document)).encode()
     _io.write(kept.path, seal(kept.key, content), private=True)
 
 

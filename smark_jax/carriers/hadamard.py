@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -179,19 +180,50 @@ def _draw(key: keys.SecretKey, n: int, length: int, num_chips: int, num_weights:
 def spread(chips: Array, carrier: Carrier) -> Float[Array, " D"]:
     """``X^T chips``, unchecked."""
     n, length = carrier.blocks
-    block = lambda args: spread_block(chips * n**-0.5, length, *args)  # noqa: E731
-    blocks = jax.lax.map(block, carrier.arrays, batch_size=_blocks_per_pass(n, length))
+    block = jax.vmap(functools.partial(spread_block, chips * n**-0.5, length))
+
+    def write(vector: Array, first: int | Array, count: int) -> Array:
+        some = block(*(jax.lax.dynamic_slice_in_dim(x, first, count) for x in carrier.arrays))
+        return jax.lax.dynamic_update_slice_in_dim(vector, some.reshape(-1), first * length, 0)
+
     # Only adding -0 leaves every weight unchanged: adding 0 turns -0 into 0.
-    return jnp.pad(blocks.reshape(-1), (0, carrier.num_weights - n * length), constant_values=-0.0)
+    return _in_passes(carrier, write, jnp.full(carrier.num_weights, -0.0, jnp.float32))
 
 
+@jax.custom_jvp
 @jax.jit
 def despread(vector: Array, carrier: Carrier) -> Float[Array, " m"]:
     """``X vector``, unchecked."""
     n, length = carrier.blocks
-    arrays = (vector[: n * length].reshape(n, length), *carrier.arrays)
-    chips = jax.lax.map(lambda args: despread_block(*args), arrays, batch_size=_blocks_per_pass(n, length))
-    return chips.sum(axis=0) * n**-0.5
+    block = jax.vmap(despread_block)
+
+    def add(chips: Array, first: int | Array, count: int) -> Array:
+        x = jax.lax.dynamic_slice_in_dim(vector, first * length, count * length).reshape(count, length)
+        return chips + block(x, *(jax.lax.dynamic_slice_in_dim(x, first, count) for x in carrier.arrays)).sum(axis=0)
+
+    return _in_passes(carrier, add, jnp.zeros(carrier.num_chips)) * n**-0.5
+
+
+@despread.defjvp
+def _despread_jvp(primals: tuple[Array, Carrier], tangents: tuple[Array, Carrier]) -> tuple[Array, Array]:
+    """The transpose of a slice in a loop would add a vector of zeros for each pass; that of a map stacks its blocks."""
+    (vector, carrier), (change, _) = primals, tangents
+    n, length = carrier.blocks
+    blocks = (change[: n * length].reshape(n, length), *carrier.arrays)
+    chips = jax.lax.map(lambda block: despread_block(*block), blocks, batch_size=_per_pass(carrier))
+    return despread(vector, carrier), chips.sum(axis=0) * n**-0.5
+
+
+def _in_passes(carrier: Carrier, step: Callable[[Array, int | Array, int], Array], start: Array) -> Array:
+    """Folds ``step(result, first, count)`` over all blocks, some at a time."""
+    n, count = carrier.blocks[0], _per_pass(carrier)
+    result = jax.lax.fori_loop(0, n // count, lambda i, result: step(result, i * count, count), start)
+    return step(result, n - n % count, n % count) if n % count else result
+
+
+def _per_pass(carrier: Carrier) -> int:
+    n, length = carrier.blocks
+    return min(n, max(1, _PASS_WEIGHTS // length))
 
 
 def spread_block(chips: Array, length: int, inner: Array, outer: Array, positions: Array) -> Float[Array, " L"]:
@@ -219,10 +251,6 @@ def even(num_coordinates: int, num_chips: int) -> tuple[int, int]:
     return n, num_coordinates // n // _WORD_BITS * _WORD_BITS if few else length
 
 
-def _blocks_per_pass(n: int, length: int) -> int:
-    return min(n, max(1, _PASS_WEIGHTS // length))
-
-
 def _mix(x: Array, transpose: bool = False) -> Array:
     """H x if the length is a power of two, else H over the first and then the last 2^k entries (or its transpose)."""
     length = x.shape[0]
@@ -236,16 +264,17 @@ def _mix(x: Array, transpose: bool = False) -> Array:
 
 
 def _walsh_hadamard(x: Array) -> Array:
-    """The orthonormal transform of 2^k entries, as H = H_f1 (x) H_f2 (x) ... : one small matmul for each axis."""
+    """The orthonormal transform of 2^k entries, as H = H_f1 (x) H_f2 (x) ... : small matmuls along each axis."""
     bits = x.shape[0].bit_length() - 1
     num_factors = max(1, -(-bits // (_MAX_FACTOR.bit_length() - 1)))
-    factors = [1 << (bits * (i + 1) // num_factors - bits * i // num_factors) for i in range(num_factors)]
-    y = x.reshape(factors)
-    for axis, factor in enumerate(factors):
+    left = 1 << bits
+    for i in range(num_factors):
+        factor = 1 << (bits * (i + 1) // num_factors - bits * i // num_factors)
+        left //= factor
+        h, y = _hadamard_matrix(factor), x.reshape(-1, factor, left)
         # Accelerators would round a float32 matmul to bfloat16 or TF32 by default, and orthonormality would be lost.
-        y = jnp.tensordot(y, _hadamard_matrix(factor), axes=((axis,), (0,)), precision=jax.lax.Precision.HIGHEST)
-        y = jnp.moveaxis(y, -1, axis)
-    return y.reshape(-1)
+        x = jnp.einsum("ij,bjk->bik", h, y, precision=jax.lax.Precision.HIGHEST)
+    return x.reshape(-1)
 
 
 def _hadamard_matrix(size: int) -> np.ndarray:

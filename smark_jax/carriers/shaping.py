@@ -144,7 +144,7 @@ def _unseen(spec: selection.Spec, base: PyTree) -> Shape:
     The squares of the shares add up to 1: at strength s the logits change by s of their RMS, if every layer passes a
     relative change of its weights on as it is. Measured at the default of 0.01: 0.011 on EfficientNet-Lite0, whose
     norms and depthwise kernels amplify it; 0.002 on OpenNSFW and 0.001 on the CNN for MNIST
-    (``python -m experiments.benchmarks --only shaped --config full``).
+    (``python -m experiments.benchmarks --only shape_cost --config full``).
     """
     every = [Leaf(path, np.shape(leaf)) for path, leaf in _trees.named("shape", base).items()]
     vectors = {leaf.size for leaf in every if is_vector(leaf)}

@@ -154,10 +154,7 @@ def train(
         _outputs.check("--out", out / name, (config,))
     console = Console(stderr=as_json)
     results = _train.run(settings, out, console)
-    if as_json:
-        print(_foreign.dumps(results))
-    else:
-        _train.show(console, out, results)
+    _common.show(results, as_json, lambda: _train.show(console, out, results, settings.test_split))
 
 
 _REPORT = "Please report it to the project's issue tracker: the command, what you expected, and the traceback below."

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -10,6 +10,16 @@ from smark_jax.cli import _common
 from smark_jax.cli._common import AsJson
 
 _REPEATS = 5
+
+
+class Times(NamedTuple):
+    """How long each step takes, in milliseconds, at these sizes and on this device."""
+
+    weights: int
+    chips: int
+    customers: int
+    device: str
+    milliseconds: dict[str, float]
 
 
 def bench(
@@ -23,14 +33,14 @@ def bench(
         found = _measure(weights, chips, customers, status.update)
 
     def words() -> None:
-        rows = [(name, f"{milliseconds:.1f}") for name, milliseconds in found["milliseconds"].items()]
+        rows = [(name, f"{milliseconds:.1f}") for name, milliseconds in found.milliseconds.items()]
         _common.out.table(("step", "milliseconds"), rows, keep=("milliseconds", "step"), figures=("milliseconds",))
-        _common.say(f"{weights:,} weights, {chips} chips, {customers:,} customers, on {found['device']}.")
+        _common.say(f"{weights:,} weights, {chips} chips, {customers:,} customers, on {found.device}.")
 
     _common.show(found, as_json, words)
 
 
-def _measure(weights: int, chips: int, customers: int, tell: Callable[[str], Any]) -> dict[str, Any]:
+def _measure(weights: int, chips: int, customers: int, tell: Callable[[str], Any]) -> Times:
     import jax
     import numpy as np
 
@@ -60,5 +70,4 @@ def _measure(weights: int, chips: int, customers: int, tell: Callable[[str], Any
             jax.block_until_ready(run())
             times.append(1e3 * (time.perf_counter() - began))
         found[name] = round(float(np.median(times)), 2)
-    sizes = {"weights": weights, "chips": chips, "customers": customers}
-    return {**sizes, "device": str(parallel.devices(1)[0].device_kind), "milliseconds": found}
+    return Times(weights, chips, customers, str(parallel.devices(1)[0].device_kind), found)

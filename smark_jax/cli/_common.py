@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 import typer.core
 
-from smark_jax import _foreign, _validate
+from smark_jax import _documents, _foreign, _validate
 from smark_jax.cli._console import Console, progress
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def before_training(parties: int) -> None:
 def show(document: Any, as_json: bool, otherwise: Callable[[], None]) -> None:
     """Prints a result: as one JSON document, or in words."""
     if as_json:
-        print(_foreign.dumps(document))
+        print(_foreign.dumps(_documents.plain(document)))
     else:
         otherwise()
 
@@ -184,9 +184,9 @@ def runnable(name: str | None, images: Path | None) -> "trials.Network | None":
             raise typer.BadParameter("--images goes with --network", param_hint="--images")
         return None
     from smark_jax import files
-    from smark_jax.vault import trials
+    from smark_jax.vault import image_files, trials
 
-    given = trials.images(images) if images else ()
+    given = image_files.read(images) if images else ()
     if not Path(name).is_file():
         apply_fn, *own = network("network", name, alone=bool(given))
         return trials.network(apply_fn, *(given or own))

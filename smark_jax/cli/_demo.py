@@ -7,7 +7,7 @@ Progress, the table and the plot are in ``_demo_show.py``.
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -81,12 +81,50 @@ class Suspect(NamedTuple):
     probes: np.ndarray | None = None
 
 
+class Row(NamedTuple):
+    """What ``results.json`` states about one suspect; T and the p-values are the customer's own, if that is accused."""
+
+    suspect: str
+    customer: int | None
+    accuracy: float
+    accused: tuple[int, ...]
+    traced: bool
+    statistic: float
+    p_value: float
+    log10_p: float
+    threshold: float
+
+
+class Results(NamedTuple):
+    """The content of ``results.json``."""
+
+    base_accuracy: float
+    marked_accuracy_mean: float
+    marked_accuracy_min: float
+    bit_errors: int
+    issued: int
+    traced: int
+    worst_p_value: float
+    leaks_traced: int
+    innocents_accused: int
+    num_chips: int
+    alpha: float
+    parties: int
+    epochs: int
+    seed: int
+    suspects: tuple[Row, ...]
+    strength: float
+    owner_mark_log10_p: float
+    devices: tuple[str, ...]
+    seconds: float = 0.0
+
+
 class Found(NamedTuple):
-    """The demo's outcome: the suspects, the verdict on each, and the content of ``results.json``."""
+    """The demo's outcome: the suspects, the verdict on each, and the results."""
 
     suspects: list[Suspect]
     verdicts: list[tracing.Verdict]
-    results: dict[str, Any]
+    results: Results
 
 
 def run(config: Config, bar: Bar) -> Found:
@@ -114,14 +152,10 @@ def run(config: Config, bar: Bar) -> Found:
     suspects = [*issued, *leaks, served, other._replace(name="independent API", probes=served.probes), other]
     chips = read(model, suspects, digits)
     verdicts = trace(model, chips, bar("trace"))
-    intact = np.sign(chips[: config.customers])
-    results = summary(
-        config, digits.accuracy(base), suspects, verdicts, wrong_bits=int((intact != model.codebook).sum())
-    )
-    results["strength"] = float(model.mark.strength)
-    results["owner_mark_log10_p"] = training.owner_log10_p(base, owner)
-    results["devices"] = [str(device) for device in parallel.devices(config.parties)]
-    return Found(suspects, verdicts, results)
+    wrong_bits = int((np.sign(chips[: config.customers]) != model.codebook).sum())
+    rows = tuple(row(suspect, verdict) for suspect, verdict in zip(suspects, verdicts, strict=True))
+    proof = training.owner_log10_p(base, owner)
+    return Found(suspects, verdicts, summary(config, digits.accuracy(base), model, rows, wrong_bits, proof))
 
 
 def load() -> Digits:
@@ -246,45 +280,46 @@ def trace(model: Model, chips: np.ndarray, on_progress: Callable[..., None]) -> 
     return verdicts
 
 
+def row(suspect: Suspect, verdict: tracing.Verdict) -> Row:
+    """What the results state about a suspect."""
+    accused = tuple(accusation.serial for accusation in verdict.accused)
+    own = next((a for a in verdict.accused if a.serial == suspect.customer), None)
+    return Row(
+        suspect=suspect.name,
+        customer=suspect.customer,
+        accuracy=suspect.accuracy,
+        accused=accused,
+        traced=accused == (() if suspect.customer is None else (suspect.customer,)),
+        statistic=own.statistic if own else float(verdict.statistics[np.abs(verdict.statistics).argmax()]),
+        p_value=own.p_value if own else 1.0,
+        log10_p=own.log10_p if own else 0.0,
+        threshold=verdict.threshold,
+    )
+
+
 def summary(
-    config: Config, base_accuracy: float, suspects: list[Suspect], verdicts: list[tracing.Verdict], *, wrong_bits: int
-) -> dict[str, Any]:
-    """The content of ``results.json``."""
-    rows = []
-    for suspect, verdict in zip(suspects, verdicts, strict=True):
-        accused = [accusation.serial for accusation in verdict.accused]
-        own = [a for a in verdict.accused if a.serial == suspect.customer]
-        rows.append(
-            {
-                "suspect": suspect.name,
-                "customer": suspect.customer,
-                "accuracy": suspect.accuracy,
-                "accused": accused,
-                "traced": accused == ([] if suspect.customer is None else [suspect.customer]),
-                "statistic": own[0].statistic
-                if own
-                else float(verdict.statistics[np.abs(verdict.statistics).argmax()]),
-                "p_value": own[0].p_value if own else 1.0,
-                "log10_p": own[0].log10_p if own else 0.0,
-                "threshold": verdict.threshold,
-            }
-        )
-    intact = rows[: config.customers]
-    accuracies = [row["accuracy"] for row in intact]
-    return {
-        "base_accuracy": base_accuracy,
-        "marked_accuracy_mean": float(np.mean(accuracies)),
-        "marked_accuracy_min": min(accuracies),
-        "bit_errors": wrong_bits,
-        "issued": config.customers,
-        "traced": sum(row["traced"] for row in intact),
-        "worst_p_value": max(row["p_value"] for row in intact),
-        "leaks_traced": sum(row["traced"] for row in rows[config.customers :] if row["customer"] is not None),
-        "innocents_accused": sum(len(set(row["accused"]) - {row["customer"]}) for row in rows),
-        "num_chips": NUM_CHIPS,
-        "alpha": ALPHA,
-        "parties": config.parties,
-        "epochs": config.epochs,
-        "seed": config.seed,
-        "suspects": rows,
-    }
+    config: Config, base_accuracy: float, model: Model, rows: tuple[Row, ...], wrong_bits: int, owner_log10_p: float
+) -> Results:
+    """The results, from what is known of each suspect."""
+    intact, others = rows[: config.customers], rows[config.customers :]
+    accuracies = [row.accuracy for row in intact]
+    return Results(
+        base_accuracy=base_accuracy,
+        marked_accuracy_mean=float(np.mean(accuracies)),
+        marked_accuracy_min=min(accuracies),
+        bit_errors=wrong_bits,
+        issued=config.customers,
+        traced=sum(row.traced for row in intact),
+        worst_p_value=max(row.p_value for row in intact),
+        leaks_traced=sum(row.traced for row in others if row.customer is not None),
+        innocents_accused=sum(len(set(row.accused) - {row.customer}) for row in rows),
+        num_chips=NUM_CHIPS,
+        alpha=ALPHA,
+        parties=config.parties,
+        epochs=config.epochs,
+        seed=config.seed,
+        suspects=rows,
+        strength=float(model.mark.strength),
+        owner_mark_log10_p=owner_log10_p,
+        devices=tuple(str(device) for device in parallel.devices(config.parties)),
+    )

@@ -1,20 +1,19 @@
 """The output of ``smark demo``: progress bars, a table of verdicts, and a plot of the statistics."""
 
 import functools
-import json
 import math
+import operator
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from smark_jax import _validate, tracing
+from smark_jax import _documents, _validate, tracing
 from smark_jax.cli import _common, _console, _demo
 from smark_jax.cli._console import Console, Styled
 
 
-def run(config: _demo.Config, console: Console) -> dict[str, Any]:
+def run(config: _demo.Config, console: Console) -> _demo.Results:
     """Runs the demo, prints its table, writes ``results.json`` and ``statistics.png``, and returns the results."""
     began = time.perf_counter()
     with _validate.needs("demo", "demo"):
@@ -24,17 +23,17 @@ def run(config: _demo.Config, console: Console) -> dict[str, Any]:
     with _console.progress(console) as bars:
         suspects, verdicts, results = _demo.run(config, functools.partial(_console.bar, bars))
     picture(config.out / "statistics.png", suspects, verdicts)
-    results["seconds"] = round(time.perf_counter() - began, 1)
-    (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    results = results._replace(seconds=round(time.perf_counter() - began, 1))
+    (config.out / "results.json").write_bytes(_documents.pretty(results))
     table(console, config, results)
     return results
 
 
-def table(console: Console, config: _demo.Config, results: dict[str, Any]) -> None:
+def table(console: Console, config: _demo.Config, results: _demo.Results) -> None:
     """Prints the verdicts on the weakest intact copy and on all other suspects, and a summary."""
-    rows = results["suspects"]
-    weakest = max(rows[: config.customers], key=lambda row: row["p_value"])
-    shown = ({**weakest, "suspect": f"weakest copy, {weakest['customer']}"}, *rows[config.customers :])
+    rows = results.suspects
+    weakest = max(rows[: config.customers], key=operator.attrgetter("p_value"))
+    shown = (weakest._replace(suspect=f"weakest copy, {weakest.customer}"), *rows[config.customers :])
     console.print()
     console.table(
         ("suspect", "accuracy", "|T|", "threshold", "p-value", "verdict"),
@@ -44,25 +43,25 @@ def table(console: Console, config: _demo.Config, results: dict[str, Any]) -> No
         title=f"Who leaked? {config.customers} customers, alpha = {_demo.ALPHA:g}",
     )
     console.print(
-        f"Base accuracy {results['base_accuracy']:.3f}; {config.customers} copies: mean "
-        f"{results['marked_accuracy_mean']:.4f}, worst {results['marked_accuracy_min']:.3f}; "
-        f"{results['bit_errors']} of {config.customers * _demo.NUM_CHIPS:,} chips wrong; "
-        f"{results['traced']} of {config.customers} intact copies traced; "
-        f"{results['innocents_accused']} innocents accused."
+        f"Base accuracy {results.base_accuracy:.3f}; {config.customers} copies: mean "
+        f"{results.marked_accuracy_mean:.4f}, worst {results.marked_accuracy_min:.3f}; "
+        f"{results.bit_errors} of {config.customers * _demo.NUM_CHIPS:,} chips wrong; "
+        f"{results.traced} of {config.customers} intact copies traced; "
+        f"{results.innocents_accused} innocents accused."
     )
     console.say(f"Results: {config.out / 'results.json'}   Picture: {config.out / 'statistics.png'}")
-    console.say(f"{results['seconds']:.0f} seconds.")
+    console.say(f"{results.seconds:.0f} seconds.")
 
 
-def _row(row: dict[str, Any]) -> tuple[str | Styled, ...]:
-    who = ", ".join(f"customer {serial}" for serial in row["accused"]) or "nobody"
+def _row(row: _demo.Row) -> tuple[str | Styled, ...]:
+    who = ", ".join(f"customer {serial}" for serial in row.accused) or "nobody"
     return (
-        row["suspect"],
-        f"{row['accuracy']:.3f}",
-        f"{abs(row['statistic']):.1f}",
-        f"{row['threshold']:.1f}",
-        f"< 1e{math.floor(row['log10_p']) + 1}" if row["log10_p"] < 0 else "-",
-        (who, "green") if row["traced"] else (f"{who} (wrong)", "bold red"),
+        row.suspect,
+        f"{row.accuracy:.3f}",
+        f"{abs(row.statistic):.1f}",
+        f"{row.threshold:.1f}",
+        f"< 1e{math.floor(row.log10_p) + 1}" if row.log10_p < 0 else "-",
+        (who, "green") if row.traced else (f"{who} (wrong)", "bold red"),
     )
 
 

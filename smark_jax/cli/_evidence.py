@@ -106,9 +106,9 @@ def verify(
         "largest_alpha": found.largest_alpha,
         "num_customers": found.num_customers,
         "root": found.root,
-        "checks": [check._asdict() for check in found.checks],
-        "accused": [accused._asdict() for accused in found.accused],
-        "statements": list(found.statements),
+        "checks": found.checks,
+        "accused": found.accused,
+        "statements": found.statements,
     }
 
     def words() -> None:

@@ -1,8 +1,8 @@
 """``smark issue``: writes a copy for each customer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -94,23 +94,42 @@ def issue(
         path = commitments.file(desk, issued.commitment)
         if timestamp_request:
             _io.write(timestamp_request, timestamps.request(issued.commitment), private=True)
-    document = {
-        "model": name,
-        "out": str(out),
-        "customers": len(everyone),
-        "licensed": issued.new,
-        "written": issued.written,
-        "files": [str(file) for file in issued.files],
-        "commitment": {
-            "number": issued.commitment.number,
-            "root": issued.commitment.root,
-            "created": issued.commitment.header.created,
-            "file": str(path),
-        },
-        "trial": _described(issued.trial) if issued.trial else None,
-        "timestamp_request": str(timestamp_request) if timestamp_request else None,
-    }
-    _common.show(document, as_json, lambda: _say(vault, issued, document))
+    made, request = issued.commitment, str(timestamp_request) if timestamp_request else None
+    report = _Report(
+        model=name,
+        out=str(out),
+        customers=len(everyone),
+        licensed=issued.new,
+        written=issued.written,
+        files=tuple(map(str, issued.files)),
+        commitment=_Commitment(made.number, made.root, made.header.created, str(path)),
+        trial=issued.trial,
+        timestamp_request=request,
+    )
+    _common.show(report, as_json, lambda: _say(vault, issued, report))
+
+
+class _Commitment(NamedTuple):
+    """The commitment to the customers' codewords, and its file for publication."""
+
+    number: int
+    root: str
+    created: str
+    file: str
+
+
+class _Report(NamedTuple):
+    """What ``issue`` states about its copies."""
+
+    model: str
+    out: str
+    customers: int
+    licensed: int
+    written: int
+    files: tuple[str, ...]
+    commitment: _Commitment
+    trial: "trials.Trial | None"
+    timestamp_request: str | None
 
 
 def _warn_before(model: "OpenModel", exports: Sequence[str], untaught: bool) -> None:
@@ -144,10 +163,10 @@ def _warn(model: "OpenModel", issued: "issuing.Issued") -> None:
         )
 
 
-def _say(vault: Path, issued: "issuing.Issued", document: Mapping[str, Any]) -> None:
+def _say(vault: Path, issued: "issuing.Issued", report: _Report) -> None:
     """Prints what was issued, and what to do next."""
     commitment = issued.commitment
-    say(f"{document['customers']:,} copies in {document['out']}, {issued.written:,} of them written now:")
+    say(f"{report.customers:,} copies in {report.out}, {issued.written:,} of them written now:")
     for file in issued.files[:_SHOWN]:
         say(f"  {file.name}")
     if len(issued.files) > _SHOWN:
@@ -155,7 +174,7 @@ def _say(vault: Path, issued: "issuing.Issued", document: Mapping[str, Any]) -> 
     if issued.trial:
         say(_answered(issued.trial))
         _costs(issued.trial)
-    if issued.trial and issued.written < document["customers"]:
+    if issued.trial and issued.written < report.customers:
         say("Copies that existed already were not run. To run one, move its file away, and issue it again.")
     elif not issued.written:
         say("All of them existed already, and were not run.")
@@ -163,16 +182,12 @@ def _say(vault: Path, issued: "issuing.Issued", document: Mapping[str, Any]) -> 
         say("They were not run: with --network, issue says what each copy costs, and refuses one that answers NaN.")
     say(f"Commitment {commitment.number} to {commitment.header.customers:,} customers; publish its root:")
     say(f"  {commitment.root}")
-    say(f"  or the file {document['commitment']['file']}")
-    if document["timestamp_request"]:
+    say(f"  or the file {report.commitment.file}")
+    if report.timestamp_request:
         say(
-            f"Time-stamp request: {document['timestamp_request']}. Then: smark evidence timestamp {vault} "
-            f"{document['model']} {commitment.number} RESPONSE"
+            f"Time-stamp request: {report.timestamp_request}. Then: smark evidence timestamp {vault} "
+            f"{report.model} {commitment.number} RESPONSE"
         )
-
-
-def _described(trial: "trials.Trial") -> dict[str, Any]:
-    return {**trial._asdict(), "each": [one._asdict() for one in trial.each]}
 
 
 def _costs(trial: "trials.Trial") -> None:

@@ -3,7 +3,6 @@
 import functools
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -12,7 +11,7 @@ from smark_jax.cli import _common, _console, _train_config
 from smark_jax.cli._console import Console
 
 
-def run(config: _train_config.Config, out: Path, console: Console) -> dict[str, Any]:
+def run(config: _train_config.Config, out: Path, console: Console) -> training.Results:
     """Trains, or resumes training, and returns the results (:func:`smark_jax.training.run`)."""
 
     def load() -> training.Task:
@@ -39,11 +38,11 @@ def run(config: _train_config.Config, out: Path, console: Console) -> dict[str, 
         )
 
 
-def show(console: Console, out: Path, results: dict[str, Any]) -> None:
+def show(console: Console, out: Path, results: training.Results, test_split: str) -> None:
     """Prints the results, and what to do next."""
-    console.say(f"Accuracy {results['accuracy']:.4f} on {results['config']['test_split']}.")
-    if results["owner_mark_log10_p"] is not None:
-        odds = f"1e{math.floor(results['owner_mark_log10_p']) + 1}"
+    console.say(f"Accuracy {results.accuracy:.4f} on {test_split}.")
+    if results.owner_mark_log10_p is not None:
+        odds = f"1e{math.floor(results.owner_mark_log10_p) + 1}"
         console.say(f"The owner's mark can be read; by chance that happens with a probability below {odds}.")
         console.say(f"Keep {out / 'private'} secret, and back it up: the proof of the mark needs it.")
     console.say(f"The base model, {out / 'base.safetensors'}, goes to nobody. Next: smark add-model VAULT NAME BASE")

@@ -1,7 +1,5 @@
 """``smark init``, ``add-model`` and ``customers``."""
 
-import collections
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -9,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from smark_jax import _validate
-from smark_jax.cli import _common, _names, _plan
+from smark_jax.cli import _added, _common, _names, _plan
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
 if TYPE_CHECKING:
-    from smark_jax import carriers, embedding, files
+    from smark_jax import carriers, files
     from smark_jax.vault import Vault, shapes, trials
-    from smark_jax.vault.models import OpenModel
 
 _SHOWN = 50
 
@@ -102,13 +99,13 @@ def add_model(
         raise typer.BadParameter("--change goes with --network, and not with --strength", param_hint="--change")
     with _common.desk(vault, passphrase_file) as desk, _common.err.status("reading the base") as status:
         from smark_jax import files
-        from smark_jax.vault import models
+        from smark_jax.vault import image_files, models
         from smark_jax.vault import probes as images_to_ask
 
         weights = _base(base)
         leaves = weights.leaves
         source = models.Source(base, weights.sha256) if weights.format == "safetensors" else None
-        pictures = images_to_ask.images(probes) if probes else None
+        pictures = image_files.pixels(probes) if probes else None
         runs = _common.runnable(network, images)
         models.refuse_taken(desk, name)
         known = _base(public).leaves if public else None
@@ -125,7 +122,7 @@ def add_model(
         if asked is not None and classes is not None:
             images_to_ask.keep(model, asked, classes)
         status.update("planning")
-        document = _document(model, made, asked is not None)
+        added = _added.describe(model, made, asked is not None)
         expected = _plan.sentence(model)
     if public is None:
         _common.warn(
@@ -137,7 +134,7 @@ def add_model(
             f"nobody measured what copies of {name} cost: add it under another name with --network, and smark measures "
             "it and marks as strongly as the network bears."
         )
-    _common.show(document, as_json, lambda: _say_added(vault, document, made, expected))
+    _common.show(added, as_json, lambda: _added.show(vault, added, made, expected))
 
 
 class _Chosen(NamedTuple):
@@ -171,81 +168,6 @@ def _made(
     change = embedding.MAX_CHANGE if chosen.change is None else chosen.change
     key, options = models.carrier_key(desk, name), {"max_change": change, "strength": chosen.strength}
     return shapes.from_network(key, leaves, chosen.spec, runs, chosen.chips, **options, on_step=on_step)
-
-
-def _document(model: "OpenModel", made: "shapes.Made", probes: bool) -> dict[str, Any]:
-    from smark_jax import carriers, files
-
-    settings, base = model.settings, model.base
-    unmarked = {path: str(role) for path, role in carriers.roles(files.nest(base)).items() if not role.carries}
-    cost = None
-    if made.measured:
-        parts = {"mean": made.measured.cost, "interval": made.measured.interval, "worst": made.worst}
-        cost = {part: _known(found) for part, found in parts.items() if found}
-        cost |= {"images": made.tried}
-    return {
-        "model": model.name,
-        "base": settings.base,
-        "public": settings.public,
-        "leaves": len(base),
-        "weights": sum(leaf.size for leaf in base.values()),
-        "carrying_leaves": len(settings.spec.leaves),
-        "carrying_weights": settings.spec.num_weights,
-        "unmarked": unmarked,
-        "num_chips": settings.num_chips,
-        "alpha": settings.alpha,
-        "strength": settings.strength,
-        "shape": {"digest": made.shape.digest(), "coordinates": made.shape.num_coordinates, "images": made.images},
-        "cost": cost,
-        "probes": probes,
-    }
-
-
-def _known(cost: "embedding.Cost | embedding.Intervals") -> dict[str, Any]:
-    """The costs by name; null where labels are wanting."""
-    return {name: None if _unknown(value) else value for name, value in cost._asdict().items()}
-
-
-def _unknown(value: float | tuple[float, float]) -> bool:
-    return math.isnan(value[0] if isinstance(value, tuple) else value)
-
-
-def _say_added(vault: Path, added: Mapping[str, Any], made: "shapes.Made", expected: str) -> None:
-    """Prints how much of an added model carries the mark, what a copy costs, and what to do next."""
-    say(
-        f"{added['model']}: {added['carrying_weights']:,} of {added['weights']:,} weights in "
-        f"{added['carrying_leaves']} of {added['leaves']} leaves carry {added['num_chips']} chips; "
-        f"alpha {added['alpha']:g}, strength {added['strength']:.3g}. Base: {added['base']}"
-    )
-    if added["unmarked"]:
-        counts = collections.Counter(added["unmarked"].values())
-        say("Left as they are: " + ", ".join(f"{role} ({count})" for role, count in counts.items()))
-    if made.measured:
-        source = f"the first {made.images} images" if made.images else "the weights"
-        say(f"Shape from {source}; what a copy costs, measured on the last {made.tried}:")
-        _common.out.table(("cost", "mean", "95 % interval", "worst"), _costs(made), keep=("cost", "mean", *_MORE))
-    say(expected)
-    say(f"Next: smark issue {vault} {added['model']} CUSTOMER... --out COPIES")
-
-
-_MORE = ("95 % interval", "worst")
-
-
-def _costs(made: "shapes.Made") -> list[tuple[str, str, str, str]]:
-    """The rows of the table of costs; without labels no accuracy."""
-    assert made.measured and made.worst
-    forms = {
-        "agreement": ("same answer as the base", "{:.1%}"),
-        "kl": ("KL divergence in nats", "{:.2g}"),
-        "change": ("relative change of the logits", "{:.2%}"),
-        "drop": ("accuracy lost", "{:.1%}"),
-    }
-    rows = []
-    for name, (text, form) in forms.items():
-        mean, (low, high), worst = (getattr(part, name) for part in (*made.measured, made.worst))
-        if not math.isnan(mean):
-            rows.append((text, form.format(mean), f"{form.format(low)} to {form.format(high)}", form.format(worst)))
-    return rows
 
 
 def _base(path: Path) -> "files.Weights":

@@ -58,51 +58,52 @@ def masked_mod(message: Message, context: Context, call_next: ClientAppCallable)
     if not message.metadata.message_type.startswith(MessageType.TRAIN):
         return call_next(message, context)
     asked = wire.take(message.content)
-    if not asked:
+    if asked == wire.Items():
         cause = "Use federation.Masked around the server's strategy, or take masked_mod out of the ClientApp."
         raise _validate.fail("masked_mod", "a request for a masked update", "one for a bare update", cause)
     conditions = consent.read(context.node_config)
-    for item in (asked[name] for name in ("hello", "setup") if name in asked):
-        conditions.check_session(item.session)
+    for item in (asked.hello, asked.setup):
+        if item is not None:
+            conditions.check_session(item.session)
     identity, answered = _identity(context, conditions)
-    answers: dict[str, Any] = {}
-    content = RecordDict()
-    if "hello" in asked:
-        answers["identity"] = messages.introduce(identity, asked["hello"], context.node_id)
-    if "setup" in asked:
-        state, answers["keys"] = party.join(asked["setup"], identity, keys.new(), conditions.policy)
+    answers = wire.Items()
+    if asked.hello:
+        answers = answers._replace(identity=messages.introduce(identity, asked.hello, context.node_id))
+    if asked.setup:
+        state, answer = party.join(asked.setup, identity, keys.new(), conditions.policy)
+        answers = answers._replace(keys=answer)
         _move_on(context, state, answered, "keys")
-    for round, request in asked.get("requests", ()):
+    for round, request in asked.requests or ():
         state = _load(context, round)
         match request:
             case messages.ShareRequest():
                 stage, (state, answer) = "shares", party.share(state, request)
             case messages.MaskRequest():
-                words, digest = _train(message, context, call_next, asked, state, conditions.limits)
+                words, digest = _train(message, context, call_next, asked.format, state, conditions.limits)
                 stage, (state, answer) = "masked", party.mask(state, request, words, digest)
             case messages.ConfirmRequest():
                 stage, (state, answer) = "confirm", party.confirm(state, request)
             case _:
                 stage, (state, answer) = "reveal", party.unmask(state, request)
-        answers[stage] = answer
+        answers = answers._replace(**{stage: answer})
         _move_on(context, state, answered, stage)
-    return Message(wire.put(content, **answers), reply_to=message)
+    return Message(wire.put(RecordDict(), answers), reply_to=message)
 
 
 def _train(
     message: Message,
     context: Context,
     call_next: ClientAppCallable,
-    asked: dict[str, Any],
+    form: task.Format | None,
     state: party.Party,
     limits: task.Limits,
 ) -> tuple[np.ndarray, bytes]:
     """The words of this client's update, and the digest of everything that went into it."""
     from smark_jax.federation import update  # loads jax, which only training needs
 
-    if "format" not in asked:
+    if form is None:
         raise refuse("masked_mod", "the format of the update", "none", "Is the server honest?")
-    form, setup = asked["format"], state.setup
+    setup = state.setup
     limits.check(form, setup)
     party.expect(state, "masked")  # checked before training, which takes long
     message.metadata.group_id = ""  # masks are not bound to it, so the train function must not see it

@@ -148,13 +148,13 @@ class Masked(Strategy):
         out = []
         for node in dict.fromkeys([*(now.nodes[p] for p in requests), *self._next.nodes]):
             content = RecordDict()
-            items: dict[str, Any] = {"setup": self._next.state.setup if node in self._next.nodes else None}
+            items = wire.Items(setup=self._next.state.setup if node in self._next.nodes else None)
             if node in now.nodes and now.nodes.index(node) in requests:
                 content = RecordDict(dict(drafts[0].content.items()))
                 content[self.strategy.arrayrecord_key] = self._copy_for(node, arrays)
-                items["requests"] = ((now.state.setup.round, requests[now.nodes.index(node)]),)
-                items["format"] = self._form(len(now.nodes))
-            out.append(Message(wire.put(content, **items), dst_node_id=node, message_type=MessageType.TRAIN))
+                request = (now.state.setup.round, requests[now.nodes.index(node)])
+                items = items._replace(requests=(request,), format=self._form(len(now.nodes)))
+            out.append(Message(wire.put(content, items), dst_node_id=node, message_type=MessageType.TRAIN))
         return out
 
     def aggregate_train(
@@ -175,8 +175,7 @@ class Masked(Strategy):
                 for p, request in shares.items():
                     asked.setdefault(following.nodes[p], []).append((following.state.setup.round, request))
                 shares = {}
-                contents = {node: wire.put(RecordDict(), requests=tuple(items)) for node, items in asked.items()}
-                for reply in self._exchange(contents):
+                for reply in self._exchange({n: wire.Items(requests=tuple(items)) for n, items in asked.items()}):
                     self._take(reply, now, following)
                 now.state, requests = server.close(now.state)
             total = server.open_sum(now.state)
@@ -225,8 +224,8 @@ class Masked(Strategy):
     def _greet(self, nodes: list[int]) -> None:
         """Asks new clients for their identity and a proof of it."""
         strangers = self._contacts.challenges(nodes)
-        for reply in self._exchange({n: wire.put(RecordDict(), hello=item) for n, item in strangers.items()}):
-            self._contacts.introduce(reply.metadata.src_node_id, self._read(reply).get("identity"))
+        for reply in self._exchange({n: wire.Items(hello=item) for n, item in strangers.items()}):
+            self._contacts.introduce(reply.metadata.src_node_id, self._read(reply).identity)
 
     def _begin(self, server_round: int, nodes: list[int], num_words: int) -> Round:
         """Starts a round of the protocol under a new number, since clients answer no round twice."""
@@ -253,20 +252,21 @@ class Masked(Strategy):
             if len(ready.state.shared) >= ready.state.setup.quorum and ready.server_round == server_round:
                 return ready
         fresh = self._begin(server_round, nodes, num_words)
-        for reply in self._exchange({n: wire.put(RecordDict(), setup=fresh.state.setup) for n in fresh.nodes}):
+        for reply in self._exchange(dict.fromkeys(fresh.nodes, wire.Items(setup=fresh.state.setup))):
             self._take(reply, fresh)
         fresh.state, requests = server.close(fresh.state)
         number = fresh.state.setup.round
-        asked = {fresh.nodes[p]: wire.put(RecordDict(), requests=((number, r),)) for p, r in requests.items()}
+        asked = {fresh.nodes[p]: wire.Items(requests=((number, r),)) for p, r in requests.items()}
         for reply in self._exchange(asked):
             self._take(reply, fresh)
         return fresh
 
-    def _exchange(self, contents: Mapping[int, RecordDict]) -> list[Message]:
-        """Sends each node its content and waits for the answers; polls more often than Flower's every 3 seconds."""
-        if not contents:
+    def _exchange(self, asked: Mapping[int, wire.Items]) -> list[Message]:
+        """Sends each node its items and waits for the answers; polls more often than Flower's every 3 seconds."""
+        if not asked:
             return []
-        out = [Message(c, dst_node_id=node, message_type=MessageType.TRAIN) for node, c in contents.items()]
+        contents = ((node, wire.put(RecordDict(), items)) for node, items in asked.items())
+        out = [Message(c, dst_node_id=node, message_type=MessageType.TRAIN) for node, c in contents]
         waiting, replies = set(self._grid.push_messages(out)), []
         end = time.monotonic() + self._timeout
         while waiting and time.monotonic() < end:
@@ -276,20 +276,20 @@ class Masked(Strategy):
             replies += came
         return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
 
-    def _read(self, reply: Message) -> dict[str, Any]:
+    def _read(self, reply: Message) -> wire.Items:
         if reply.has_error():
             self._contacts.forget(reply.metadata.src_node_id)
             log(WARNING, "Client %s dropped out: %s", reply.metadata.src_node_id, reply.error.reason)
-            return {}
+            return wire.Items()
         try:
             return wire.take(reply.content)
         except (ValueError, KeyError) as error:  # our error, or Flower's for a message without content
             log(WARNING, "Client %s sent something else: %s", reply.metadata.src_node_id, error)
-            return {}
+            return wire.Items()
 
     def _take(self, reply: Message, *rounds: Round) -> None:
         """Passes a client's messages to the rounds that wait for them; an invalid message is ignored."""
-        for item in self._read(reply).values():
+        for item in self._read(reply).answers:
             for one in rounds:
                 node = reply.metadata.src_node_id
                 kind = server.stage_of(item)
@@ -315,10 +315,8 @@ class Masked(Strategy):
         after = {name: before[name].astype(np.float32) + change for name, change in mean.change.items()}
         if mean.clipped:
             log(WARNING, "%s weight changes were clipped in round %s: raise clip", mean.clipped, server_round)
-        metrics: dict[str, Any] = {self.strategy.weighted_by_key: mean.examples, **mean.metrics}
-        content = RecordDict(
-            {self.strategy.arrayrecord_key: wire.record(after, self._before), "metrics": MetricRecord(metrics)}
-        )
+        metrics = MetricRecord({self.strategy.weighted_by_key: mean.examples, **mean.metrics})
+        content = RecordDict({self.strategy.arrayrecord_key: wire.record(after, self._before), "metrics": metrics})
         survivors = tuple(now.nodes[p] for p in now.state.survivors)
         seconds = time.monotonic() - self._began
         self.results.append(RoundLog(server_round, survivors, mean.examples, mean.clipped, seconds, ""))

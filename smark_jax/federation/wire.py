@@ -6,7 +6,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -42,21 +42,45 @@ _TYPES = {
     )
 }
 
-_ITEMS: dict[str, Any] = {
-    # to a participant
-    "hello": messages.Challenge,
-    "setup": parameters.Setup,
-    "requests": tuple[tuple[int, messages.Request], ...],
-    "format": task.Format,
-    # from a participant
-    "identity": messages.Introduction,
-    "keys": messages.Keys,
-    "shares": messages.Shares,
-    "masked": messages.Masked,
-    "confirm": messages.Confirm,
-    "reveal": messages.Reveal,
-}
-"""The items allowed in a message, and their types. A request names its round."""
+
+class Items(NamedTuple):
+    """The protocol objects of a message, each absent where it is None.
+
+    Attributes:
+      hello: asks a participant for its identity.
+      setup: asks a participant for its keys.
+      requests: of later stages, each with its round's number.
+      format: of the update that is asked for.
+      identity: a participant's answer to ``hello``.
+      keys: a participant's answer to ``setup``.
+      shares: a participant's answer to a ShareRequest.
+      masked: a participant's answer to a MaskRequest.
+      confirm: a participant's answer to a ConfirmRequest.
+      reveal: a participant's answer to an UnmaskRequest.
+    """
+
+    hello: messages.Challenge | None = None
+    setup: parameters.Setup | None = None
+    requests: tuple[tuple[int, messages.Request], ...] | None = None
+    format: task.Format | None = None
+    identity: messages.Introduction | None = None
+    keys: messages.Keys | None = None
+    shares: messages.Shares | None = None
+    masked: messages.Masked | None = None
+    confirm: messages.Confirm | None = None
+    reveal: messages.Reveal | None = None
+
+    @property
+    def answers(self) -> tuple[messages.Message, ...]:
+        """A participant's messages to the round's server."""
+        found = (self.keys, self.shares, self.masked, self.confirm, self.reveal)
+        return tuple(item for item in found if item is not None)
+
+
+@functools.cache
+def _kinds() -> dict[str, object]:
+    """The type of each item where it is present."""
+    return {name: typing.get_args(kind)[0] for name, kind in typing.get_type_hints(Items).items()}
 
 
 def dump(value: Any) -> bytes:
@@ -142,34 +166,33 @@ def _object(value: Any) -> Any:
     return base64.b64decode(value["bytes"], validate=True)
 
 
-def put(content: RecordDict, **items: Any) -> RecordDict:
-    """Adds protocol objects to a message's content by name; the words of a Masked become a separate array."""
-    content[RECORD] = ConfigRecord({name: dump(item) for name, item in items.items() if item is not None})
-    for item in items.values():
-        if isinstance(item, messages.Masked):
-            content[WORDS] = ArrayRecord({"words": Array(item.words)})
+def put(content: RecordDict, items: Items) -> RecordDict:
+    """Adds protocol objects to a message's content; the words of ``masked`` become a separate array."""
+    present = {name: item for name, item in items._asdict().items() if item is not None}
+    content[RECORD] = ConfigRecord({name: dump(item) for name, item in present.items()})
+    if items.masked:
+        content[WORDS] = ArrayRecord({"words": Array(items.masked.words)})
     return content
 
 
-def take(content: RecordDict) -> dict[str, Any]:
-    """The protocol objects of a message's content by name; empty when it holds none.
+def take(content: RecordDict) -> Items:
+    """The protocol objects of a message's content.
 
     Raises:
       SmarkError: when the content holds something else in their place.
     """
     if RECORD not in content:
-        return {}
-    found = content[RECORD]
-    if not isinstance(found, ConfigRecord) or not set(found) <= set(_ITEMS):
+        return Items()
+    found, kinds = content[RECORD], _kinds()
+    if not isinstance(found, ConfigRecord) or not set(found) <= set(kinds):
         got = f"{sorted(found)}"
         cause = "Do server and clients run the same version of smark_jax?"
-        raise _validate.fail("federation", f"items of {sorted(_ITEMS)}", got, cause)
-    items = {name: load(data if isinstance(data, bytes) else b"", _ITEMS[name]) for name, data in found.items()}
-    for name, item in items.items():
-        if isinstance(item, messages.Masked):
-            words = tree(content[WORDS] if WORDS in content else None, np.uint32).get("words")
-            items[name] = item._replace(words=words if words is not None else np.zeros(0, np.uint32))
-    return items
+        raise _validate.fail("federation", f"items of {sorted(kinds)}", got, cause)
+    items = Items(**{name: load(data if isinstance(data, bytes) else b"", kinds[name]) for name, data in found.items()})
+    if items.masked is None:
+        return items
+    words = tree(content[WORDS] if WORDS in content else None, np.uint32).get("words")
+    return items._replace(masked=items.masked._replace(words=np.zeros(0, np.uint32) if words is None else words))
 
 
 def tree(arrays: object, kind: Any = np.floating) -> dict[str, np.ndarray]:

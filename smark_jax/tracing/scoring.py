@@ -4,21 +4,22 @@ Codewords are made from the key (or taken from a codebook in memory) a few thous
 With R vectors at once the working memory is about ``2048 * 4 * (m + R)`` bytes besides the N * R scores themselves.
 
 Streamed words stay packed. With bits b, :math:`\langle y, 1 - 2b \rangle = \sum y - 2 \langle y, b \rangle`. For a few
-vectors the last term is looked up, eight chips at a time, in tables of the 256 possible sums; for many vectors the
+vectors y is rounded to :math:`l + s q` with integers q of up to 22 bits, as exact as float32, and
+:math:`\langle q, b \rangle` is a sum over q's bit planes of :math:`2^p` times a count of bits. For many vectors the
 bits become a matrix. Two codewords that differ in d chips have the product m - 2 d, and d is a count of bits.
 """
 
+import collections
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int8, UInt32
 
-from smark_jax import _validate, codes
+from smark_jax import _validate, chacha, codes
 from smark_jax._types import AnyArray
 
 Book = AnyArray | codes.Codebook
@@ -31,8 +32,9 @@ _ROWS_PER_CALL = 1 << 16
 # of reach of any decoder (experiments/collusion).
 _MOST_SHORTLISTED = 1 << 17
 _SHORTLIST_CHIPS = 320_000_000
-# More vectors than this are scored faster by a matmul than by tables.
-_MOST_BY_TABLES = 4
+# More vectors than this are scored faster by a matmul than by bit planes; with more chips, too few planes would remain.
+_MOST_BY_PLANES = 4
+_MOST_CHIPS_BY_PLANES = 1 << 14
 
 
 def size(book: Book) -> tuple[int, int]:
@@ -151,14 +153,30 @@ class _Best:
 
 
 def _calls(vectors: jax.Array, book: Book) -> Iterator[tuple[int, np.ndarray]]:
-    """The first customer of each call, and the scores [R, customers]; a call computes while the next words are made."""
+    """The first customer of each call, and the scores [R, customers]; all devices compute while one call is read."""
     num_customers, num_chips = size(book)
     most = max(1, _ROWS_PER_CALL * 512 // max(512, num_chips))
     rows = min(most, 1 << (num_customers - 1).bit_length())
-    found = (_score_call(vectors, book, start, rows) for start in range(0, num_customers, rows))
-    ahead = itertools.pairwise(itertools.chain(found, [jnp.empty(0)]))  # asks for a call before it gives the last one
-    for start, (scores, _) in zip(range(0, num_customers, rows), ahead, strict=True):
-        yield start, np.asarray(scores)[:, : num_customers - start]
+    devices = _devices()
+    placed = [jax.device_put(vectors, device) for device in devices]
+    running: collections.deque[tuple[int, jax.Array]] = collections.deque()
+    for number, start in enumerate(range(0, num_customers, rows)):
+        one = number % len(devices)
+        with jax.default_device(devices[one]):
+            running.append((start, _score_call(placed[one], book, start, rows)))
+        if len(running) > len(devices):
+            yield _read(*running.popleft(), num_customers)
+    while running:
+        yield _read(*running.popleft(), num_customers)
+
+
+def _devices() -> list[Any]:
+    """All accelerators of this process; a single device of a CPU, whose cores it uses all."""
+    return jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
+
+
+def _read(start: int, scores: jax.Array, num_customers: int) -> tuple[int, np.ndarray]:
+    return start, np.asarray(scores)[:, : num_customers - start]
 
 
 def _score_call(vectors: jax.Array, book: Book, start: int, rows: int) -> jax.Array:
@@ -170,13 +188,17 @@ def _score_call(vectors: jax.Array, book: Book, start: int, rows: int) -> jax.Ar
 
 @jax.jit
 def _score_packed(vectors: jax.Array, packed: jax.Array) -> jax.Array:
-    """[R, rows] products of vectors and packed words, a few thousand words at a time."""
+    """[R, rows] products of vectors and packed words."""
     (num_vectors, num_chips), count = vectors.shape, len(packed)
     # Bits past the last chip are random, so they get weight zero.
-    padded = jnp.pad(vectors, ((0, 0), (0, -num_chips % 32))).reshape(num_vectors, -1, 32).swapaxes(0, 1)
-    score = _by_tables if num_vectors <= _MOST_BY_TABLES else _by_matmul
-    found = jax.lax.map(functools.partial(score, padded), _in_steps(packed, num_chips))  # [steps, R, rows]
-    return vectors.sum(axis=1)[:, None] - 2 * found.swapaxes(0, 1).reshape(num_vectors, -1)[:, :count]
+    padded = jnp.pad(vectors, ((0, 0), (0, -num_chips % 32))).reshape(num_vectors, -1, 32)
+    if num_vectors <= _MOST_BY_PLANES and num_chips <= _MOST_CHIPS_BY_PLANES:
+        found = jnp.stack([_by_planes(vector, packed, num_chips) for vector in padded])
+    else:
+        score = functools.partial(_by_matmul, padded.swapaxes(0, 1))
+        found = jax.lax.map(score, _in_steps(packed, num_chips))  # [steps, R, rows]
+        found = found.swapaxes(0, 1).reshape(num_vectors, -1)[:, :count]
+    return vectors.sum(axis=1)[:, None] - 2 * found
 
 
 def _in_steps(packed: jax.Array, num_chips: int) -> UInt32[jax.Array, "steps words rows"]:
@@ -191,23 +213,40 @@ def _step(count: int, num_chips: int) -> int:
     return min(count, max(1, _ROWS_PER_STEP * 512 // max(512, num_chips)))
 
 
-def _by_tables(vectors: jax.Array, packed: jax.Array) -> jax.Array:
-    """[R, rows] sums of the entries of ``vectors`` [words, R, 32] where ``packed`` [words, rows] has a 1."""
-    patterns = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.float32)
-    groups = vectors.reshape(*vectors.shape[:2], 4, 8)
-    tables = jnp.einsum("wrgb,tb->wgrt", groups, patterns, precision=jax.lax.Precision.HIGHEST)
+def _by_planes(vector: jax.Array, packed: jax.Array, num_chips: int) -> jax.Array:
+    """[rows] sums of the entries of ``vector`` [words, 32] where ``packed`` [rows, blocks, 16] has a 1, of m chips."""
+    blocks = packed.shape[1]
+    used = np.arange(vector.size).reshape(vector.shape) < num_chips
+    low, high = jnp.min(vector, where=used, initial=jnp.inf), jnp.max(vector, where=used, initial=-jnp.inf)
+    planes = min(22, 32 - num_chips.bit_length())  # so that sums stay below 2^32
+    size = jnp.maximum((high - low) / (2**planes - 1), jnp.finfo(jnp.float32).tiny)
+    whole = jnp.where(used, jnp.rint((vector - low) / size), 0).astype(jnp.uint32)
+    bits = jnp.stack([*(whole >> plane & 1 for plane in range(planes)), jnp.asarray(used, jnp.uint32)], axis=1)
+    masks = jnp.sum(
+        bits << jnp.arange(32, dtype=jnp.uint32)[None, None], axis=2, dtype=jnp.uint32
+    )  # [words, planes + 1]
 
-    def add(total: jax.Array, of_word: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        tables, bits = of_word
-        for group in range(4):
-            total += tables[group][:, (bits >> (8 * group)) & 255]
-        return total, None
+    def add(sums: tuple[jax.Array, jax.Array], words: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total, ones = sums
+        for word, of_word in zip(words.T, masks, strict=True):
+            for plane in range(planes):
+                total += jax.lax.population_count(word & of_word[plane]) << plane
+            ones += jax.lax.population_count(word & of_word[planes])
+        return total, ones
 
-    return jax.lax.scan(add, jnp.zeros((vectors.shape[1], packed.shape[1])), (tables, packed))[0]
+    sums = (jnp.zeros(len(packed), jnp.uint32),) * 2
+    if blocks == 1:
+        sums = add(sums, packed[:, 0, : len(masks)], masks)
+    else:  # a loop, since a long program takes long to compile
+        masks = jnp.pad(masks, ((0, blocks * chacha.BLOCK_WORDS - len(masks)), (0, 0)))
+        masks = masks.reshape(blocks, chacha.BLOCK_WORDS, -1)
+        sums = jax.lax.fori_loop(0, blocks, lambda block, sums: add(sums, packed[:, block], masks[block]), sums)
+    total, ones = (x.astype(jnp.float32) for x in sums)
+    return low * ones + size * total
 
 
 def _by_matmul(vectors: jax.Array, packed: jax.Array) -> jax.Array:
-    """The same as :func:`_by_tables`."""
+    """[R, rows] sums of the entries of ``vectors`` [words, R, 32] where ``packed`` [words, rows] has a 1."""
     bits = (packed[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None, :, None]) & 1  # [words, 32, rows]
     flat = vectors.swapaxes(0, 1).reshape(vectors.shape[1], -1)
     return jnp.dot(flat, bits.astype(jnp.float32).reshape(flat.shape[1], -1), precision=jax.lax.Precision.HIGHEST)

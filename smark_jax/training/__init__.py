@@ -17,7 +17,7 @@ All training without parties, by a loss and an optimiser, uses :func:`minimise`.
 from smark_jax.training.descent import Info, OnProgress, State, begin, minibatches, minimise
 from smark_jax.training.recipe import Owner, Recipe, Training, owner_log10_p, owner_mark, prepare
 from smark_jax.training.rounds import batches, fit, num_batches, partition
-from smark_jax.training.runs import OUTPUTS, Task, run
+from smark_jax.training.runs import OUTPUTS, Results, Task, run
 
 __all__ = [
     "OUTPUTS",
@@ -25,6 +25,7 @@ __all__ = [
     "OnProgress",
     "Owner",
     "Recipe",
+    "Results",
     "State",
     "Task",
     "Training",

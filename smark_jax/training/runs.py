@@ -7,6 +7,7 @@ the mark.
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _io, _validate, data, errors, files, keys, parallel
+from smark_jax import _documents, _io, _validate, data, errors, files, keys, parallel
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.training import checkpoints, recipe
 
@@ -38,6 +39,34 @@ class Task(NamedTuple):
     accuracy: Callable[[PyTree], float]
 
 
+class Results(NamedTuple):
+    """What a training came to: the content of ``results.json``.
+
+    Attributes:
+      config: the settings that define the training.
+      base_sha256: hash of the base's leaves.
+      file_sha256: SHA-256 of ``base.safetensors``.
+      accuracy: on held-out examples.
+      loss: the mean of each epoch, in nats; null where it is not finite.
+      rounds: how many there were.
+      owner_mark_log10_p: how improbable the reading of the owner's mark is by chance; null without a mark.
+      owner_key_commitment: the published commitment to the owner's key; null without a mark.
+      devices: that the parties ran on.
+      seconds: that the last, perhaps resumed, run took.
+    """
+
+    config: dict[str, object]
+    base_sha256: _documents.Hash
+    file_sha256: _documents.Hash
+    accuracy: float
+    loss: tuple[float | None, ...]
+    rounds: int
+    owner_mark_log10_p: float | None
+    owner_key_commitment: _documents.Hash | None
+    devices: tuple[str, ...]
+    seconds: float
+
+
 def run(
     out: Path,
     settings: Mapping[str, Any],
@@ -48,7 +77,7 @@ def run(
     checkpoint_every: int = 100,
     on_progress: checkpoints.OnProgress = lambda done, total, loss: None,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+) -> Results:
     """Starts or resumes a training; writes ``base.safetensors``, ``results.json`` and ``training.png``.
 
     Args:
@@ -62,7 +91,7 @@ def run(
       say: called with sentences about the progress.
 
     Returns:
-      The content of ``results.json``: settings, hashes, accuracy, mean loss per epoch, strength of the owner's mark.
+      The content of ``results.json``.
 
     Raises:
       SmarkError: when ``out`` holds a run with other settings or unrelated files, or another process is at work there.
@@ -78,7 +107,7 @@ def run(
             say(f"{out} holds this model already; nothing is left to do.")
             shutil.rmtree(private / "checkpoints", ignore_errors=True)
             (out / "base.safetensors").chmod(0o600)  # earlier versions left it readable by everybody
-            return _json(out / "results.json")
+            return _results(out / "results.json")
         task = load()
         start = _start(private / "start.safetensors", task.init)
         key = _owner_key(private / "owner.key") if owner_mark else None
@@ -97,19 +126,19 @@ def run(
             digest = files.write(out / "base.safetensors", params)
         epochs = np.asarray(round_losses).reshape(how.epochs, -1).mean(axis=1)
         _picture(out / "training.png", round_losses, epochs, say)
-        results = {
-            "config": dict(settings),
-            "base_sha256": files.content_hash(files.flatten(params)),
-            "file_sha256": digest,
-            "accuracy": task.accuracy(params),
-            "loss": [round(float(loss), 6) for loss in epochs],
-            "rounds": ready.rounds,
-            "owner_mark_log10_p": recipe.owner_log10_p(params, owner) if owner else None,
-            "owner_key_commitment": keys.commitment(key) if key else None,
-            "devices": [str(device) for device in parallel.devices(how.parties)],
-            "seconds": round(time.perf_counter() - began, 1),
-        }
-        _io.write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+        results = Results(
+            config=dict(settings),
+            base_sha256=files.content_hash(files.flatten(params)),
+            file_sha256=digest,
+            accuracy=task.accuracy(params),
+            loss=tuple(round(float(loss), 6) if math.isfinite(loss) else None for loss in epochs),
+            rounds=ready.rounds,
+            owner_mark_log10_p=recipe.owner_log10_p(params, owner) if owner else None,
+            owner_key_commitment=keys.commitment(key) if key else None,
+            devices=tuple(str(device) for device in parallel.devices(how.parties)),
+            seconds=round(time.perf_counter() - began, 1),
+        )
+        _io.write(out / "results.json", _documents.pretty(results))
         shutil.rmtree(private / "checkpoints")
         return results
 
@@ -138,7 +167,7 @@ def _refuse_others_files(private: Path, out: Path) -> None:
 
 def _same_settings(settings: Mapping[str, Any], path: Path, out: Path) -> None:
     if not path.exists():
-        _io.write(path, (json.dumps(settings, indent=2) + "\n").encode(), private=True)
+        _io.write(path, _documents.pretty(settings), private=True)
         return
     before = _json(path)
     changed = [f"{name} {before.get(name)!r}" for name, value in settings.items() if before.get(name) != value]
@@ -148,10 +177,19 @@ def _same_settings(settings: Mapping[str, Any], path: Path, out: Path) -> None:
         raise _validate.fail("train", f"a run of this configuration in {out}", got, cause)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """An object that an earlier run of the same training wrote."""
+def _results(path: Path) -> Results:
+    """The results that an earlier run of the same training wrote."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return _documents.parse(Results, _json(path))
+    except _documents.Wrong as error:
+        cause = "Was it changed by hand, or written by a newer smark-jax? Upgrade it, or train into another folder."
+        raise _validate.fail("train", f"the results of smark train in {path}", f"some whose {error}", cause) from None
+
+
+def _json(path: Path) -> dict[str, object]:
+    """An object that an earlier run of the same training wrote."""
+    try:  # versions before wrote NaN, which is no JSON, where training had diverged
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
     except ValueError as error:  # of JSON, or of UTF-8
         cause = "Was it changed? Restore it from a backup, or train into another folder."
         raise _validate.fail("train", f"what smark train wrote in {path}", str(error), cause) from error

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import serialization
@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from smark_jax import _documents, _validate, errors, keys
+from smark_jax._documents import MISSING, Hex, Missing
 
 SHORTEST_PASSPHRASE = 12
 """A passphrase of fewer characters is weak; callers warn."""
@@ -22,6 +23,33 @@ _LARGEST = {"n": 2**20, "r": 16, "p": 4}
 _LONGEST_FILE = 10_000
 
 
+class Kdf(NamedTuple):
+    """How the passphrase becomes a key."""
+
+    name: str
+    n: int
+    r: int
+    p: int
+    salt: Hex
+
+
+class Cipher(NamedTuple):
+    """What seals the master key."""
+
+    name: str
+    nonce: Hex
+
+
+class KeyFile(NamedTuple):
+    """A key file; its ciphertext authenticates the other fields."""
+
+    format: str
+    version: int
+    kdf: Kdf
+    cipher: Cipher
+    ciphertext: Hex | Missing = MISSING
+
+
 def seal(master: keys.SecretKey, passphrase: str) -> bytes:
     """The content of a key file: JSON with the key under scrypt (RFC 7914) and ChaCha20-Poly1305 (RFC 8439).
 
@@ -30,16 +58,12 @@ def seal(master: keys.SecretKey, passphrase: str) -> bytes:
     Raises:
       SmarkError: when the passphrase is empty.
     """
-    header = {
-        "format": "smark master key",
-        "version": 1,
-        "kdf": {"name": "scrypt", "n": _N, "r": _R, "p": _P, "salt": os.urandom(16).hex()},
-        "cipher": {"name": "ChaCha20-Poly1305", "nonce": os.urandom(12).hex()},
-    }
-    cipher = ChaCha20Poly1305(_stretch(passphrase, header["kdf"]))
-    nonce = bytes.fromhex(header["cipher"]["nonce"])
+    nonce = os.urandom(12)
+    kdf = Kdf("scrypt", _N, _R, _P, os.urandom(16).hex())
+    header = KeyFile("smark master key", 1, kdf, Cipher("ChaCha20-Poly1305", nonce.hex()))
+    cipher = ChaCha20Poly1305(_stretch(passphrase, kdf))
     sealed = cipher.encrypt(nonce, master.to_bytes(), _documents.canonical(header))
-    return json.dumps({**header, "ciphertext": sealed.hex()}, indent=2).encode() + b"\n"
+    return _documents.pretty(header._replace(ciphertext=sealed.hex()))
 
 
 def unseal(path: Path, passphrase: str) -> keys.SecretKey:
@@ -52,12 +76,12 @@ def unseal(path: Path, passphrase: str) -> keys.SecretKey:
     with path.open("rb") as file:
         content = file.read(_LONGEST_FILE)
     try:
-        header: dict[str, Any] = json.loads(content)
-        sealed = bytes.fromhex(header.pop("ciphertext"))
-        nonce, kdf = bytes.fromhex(header["cipher"]["nonce"]), header["kdf"]
-        if not all(type(kdf[name]) is int and 1 <= kdf[name] <= most for name, most in _LARGEST.items()):
+        found = _documents.parse(KeyFile, json.loads(content))
+        if not found.ciphertext or not all(1 <= getattr(found.kdf, name) <= most for name, most in _LARGEST.items()):
             raise broken
-        secret = ChaCha20Poly1305(_stretch(passphrase, kdf)).decrypt(nonce, sealed, _documents.canonical(header))
+        cipher, nonce = ChaCha20Poly1305(_stretch(passphrase, found.kdf)), bytes.fromhex(found.cipher.nonce)
+        header = found._replace(ciphertext=MISSING)
+        secret = cipher.decrypt(nonce, bytes.fromhex(found.ciphertext), _documents.canonical(header))
     except InvalidTag:
         cause = "Type it again. If you are sure of it, the file was changed: restore master.key from your backup."
         raise _validate.fail(
@@ -67,16 +91,16 @@ def unseal(path: Path, passphrase: str) -> keys.SecretKey:
             cause,
             kind=errors.WrongPassphrase,
         ) from None
-    except (KeyError, TypeError, AttributeError, RecursionError, ValueError):
+    except (_documents.Wrong, RecursionError, ValueError):
         raise broken from None
     return keys.from_bytes(secret)
 
 
-def _stretch(passphrase: str, kdf: dict[str, Any]) -> bytes:
+def _stretch(passphrase: str, kdf: Kdf) -> bytes:
     if not passphrase:
         cause = "Choose a sentence that nobody guesses; without it nobody can open the vault, not even you."
         raise _validate.fail("vault", "a passphrase", "an empty one", cause)
-    scrypt = Scrypt(salt=bytes.fromhex(kdf["salt"]), length=keys.KEY_BYTES, n=kdf["n"], r=kdf["r"], p=kdf["p"])
+    scrypt = Scrypt(salt=bytes.fromhex(kdf.salt), length=keys.KEY_BYTES, n=kdf.n, r=kdf.r, p=kdf.p)
     return scrypt.derive(passphrase.encode())
 
 

@@ -16,7 +16,7 @@ every customer whom the verdict compared, even when the accused's own commitment
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,15 +61,28 @@ class Test(NamedTuple):
     log10_p: float
 
 
+class Counts(NamedTuple):
+    """What p-values are corrected for.
+
+    Attributes:
+      num_customers: N, the customers compared; at least as many as were committed to.
+      num_suspects: how many suspects were examined together.
+      num_alignments: how many readings were tried.
+      log_maps: natural logarithm of the number of leaf maps from which the owner chose.
+    """
+
+    num_customers: int
+    num_suspects: int
+    num_alignments: int
+    log_maps: float = 0.0
+
+
 def test(
     chips: np.ndarray,
     word: np.ndarray,
     support: Sequence[np.ndarray],
+    counts: Counts,
     *,
-    num_customers: int,
-    num_suspects: int,
-    num_alignments: int,
-    log_maps: float = 0.0,
     base: np.ndarray | None = None,
 ) -> Test:
     """Computes an accused's statistic and p-value as an arbiter does.
@@ -78,18 +91,14 @@ def test(
       chips: the suspect's read-out y, shape [m].
       word: the accused's codeword in {-1, +1}, shape [m].
       support: the codewords of other customers that are projected out, each of shape [m].
-      num_customers: N, the customers compared; at least as many as were committed to.
-      num_suspects: how many suspects were examined together.
-      num_alignments: how many readings were tried.
-      log_maps: natural logarithm of the number of leaf maps from which the owner chose.
+      counts: what the p-value is corrected for.
       base: chips that are projected out too, without a correction, since nobody chose them.
 
     Raises:
       SmarkError: when a number is below 1.
     """
-    counts = {"num_customers": num_customers, "num_suspects": num_suspects, "num_alignments": num_alignments}
-    for name, count in counts.items():
-        _validate.positive("evidence", name, count)
+    for name in ("num_customers", "num_suspects", "num_alignments"):
+        _validate.positive("evidence", name, getattr(counts, name))
     residual = direction = statistics.direction(chips)
     fixed = [] if base is None else [statistics.direction(base) * math.sqrt(len(chips))]
     if support or fixed:
@@ -100,10 +109,12 @@ def test(
         return Test(0.0, 0.0)
     statistic = float(residual @ word) / norm
     size = len(support)
-    others = num_customers - 1
+    others = counts.num_customers - 1
     choices = math.lgamma(others + 1) - math.lgamma(size + 1) - math.lgamma(max(0, others - size) + 1)
-    log_p = float(statistics.log_p_value(statistic, residual)) + math.log(num_customers) + choices
-    log_p += (size + 1) * math.log(2) + math.log(num_suspects) + math.log(num_alignments) + log_maps
+    log_p = float(statistics.log_p_value(statistic, residual)) + math.log(counts.num_customers) + choices
+    log_p += (
+        (size + 1) * math.log(2) + math.log(counts.num_suspects) + math.log(counts.num_alignments) + counts.log_maps
+    )
     return Test(statistic, min(0.0, log_p) / math.log(10))
 
 
@@ -153,7 +164,7 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
     ranked = sorted(suspect.accused, key=operator.attrgetter("share"), reverse=True)
     customers = [Customer(accused.serial, accused.customer, "") for accused in ranked]
     leaves = {leaf.serial: leaf for leaf in commitments.open_leaves(model, customers)}
-    claims, left_out = _claims(model, verdicts.chips(vault, number, where), ranked, leaves, _price(verdict, suspect))
+    claims, left_out = _claims(model, verdicts.chips(vault, number, where), ranked, leaves, _counts(verdict, suspect))
     shown = sorted({serial for claim in claims for serial in (claim.serial, *claim.support)})
     newest = verdict.commitment.number
     under = _under(vault, model.name, shown, newest, commitment)
@@ -184,10 +195,10 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
     return Exported(content, who, tuple(left_out), model.shape, numbers)
 
 
-def _price(verdict: Verdict, suspect: Suspect) -> dict[str, Any]:
-    """The counts for which p-values are corrected, as arguments of :func:`test`."""
-    counts = {"num_suspects": suspect.num_suspects, "num_alignments": suspect.num_alignments}
-    return {**counts, "num_customers": verdict.num_customers, "log_maps": suspect.log_maps or 0.0}
+def _counts(verdict: Verdict, suspect: Suspect) -> Counts:
+    """What p-values of this suspect are corrected for."""
+    tried = (suspect.num_suspects or 0, suspect.num_alignments or 0)
+    return Counts(verdict.num_customers, *tried, log_maps=suspect.log_maps or 0.0)
 
 
 def _exhibit(verdict: Verdict, suspect: Suspect) -> Exhibit:
@@ -210,7 +221,7 @@ def _claims(
     chips: np.ndarray,
     ranked: Sequence[Accused],
     leaves: Mapping[int, Leaf],
-    price: Mapping[str, Any],
+    counts: Counts,
 ) -> tuple[list[Claim], list[str]]:
     """The accusations that an arbiter will find significant, and the names of the others."""
     settings = model.settings
@@ -222,7 +233,7 @@ def _claims(
         for size in range(len(others) + 1):
             support = others[:size]
             rest = [words[serial] for serial in support]
-            found, apart = (test(chips, words[accused.serial], rest, base=base, **price) for base in (None, alone))
+            found, apart = (test(chips, words[accused.serial], rest, counts, base=base) for base in (None, alone))
             if max(found.log10_p, apart.log10_p) <= math.log10(settings.alpha):
                 claims.append(Claim(accused.serial, tuple(support), *found, share=accused.share))
                 break

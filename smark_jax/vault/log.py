@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     number: int
     event: str
     time: str
-    rows: Mapping[str, Any]
+    rows: Mapping[str, store.Summary]
     details: Mapping[str, Any]
 
 
@@ -94,7 +94,7 @@ def verify(connection: store.Connection, key: keys.SecretKey) -> None:
         for table in document.get("replaces", ()):
             for rows in said.values():
                 rows.pop(table, None)
-        said[number] = document["rows"]
+        said[number] = _rows(document["rows"])
     if not count:
         raise _tampered("it is empty")
     store.verify(connection, said)
@@ -105,7 +105,11 @@ def entries(connection: store.Connection, event: str, model: str) -> Iterator[En
     for entry in store.entries(connection):
         body = json.loads(entry.body)
         if body.pop("event") == event and body.get("model") == model:
-            yield Entry(entry.number, event, body.pop("time"), body.pop("rows"), body)
+            yield Entry(entry.number, event, body.pop("time"), _rows(body.pop("rows")), body)
+
+
+def _rows(said: Mapping[str, Mapping[str, Any]]) -> dict[str, store.Summary]:
+    return {table: store.Summary(**summary) for table, summary in said.items()}
 
 
 def _mac(key: keys.SecretKey, number: int, previous: bytes, body: str) -> bytes:

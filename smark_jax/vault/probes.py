@@ -4,7 +4,6 @@ import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import jax
 import numpy as np
@@ -14,33 +13,9 @@ from jaxtyping import UInt8
 from smark_jax import _io, _validate, blackbox, files, keys
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.blackbox import answers as records
-from smark_jax.vault import folder, issuing, models, store, trials
+from smark_jax.vault import folder, image_files, issuing, models, store, trials
 
 _EPOCHS, _BATCH = 4, 64  # of teaching a copy
-
-
-def images(path: Path) -> np.ndarray:
-    """Loads the owner's images from an npz file, where they are named ``images``: uint8, shape [N, H, W, C].
-
-    Raises:
-      SmarkError: when the file holds no such images.
-    """
-    with path.open("rb") as file:
-        return _images(path, file)
-
-
-def _images(path: Path, source: BinaryIO) -> np.ndarray:
-    cause = "Save them with NumPy, as an npz file, under the name 'images'."
-    try:
-        with np.load(source, allow_pickle=False) as archive:
-            found = archive["images"]
-    except trials.NO_IMAGES as error:
-        got = f"a damaged file, or one without them ({type(error).__name__})"
-        raise _validate.fail("probes", f"an npz file with 'images' in {path}", got, cause) from None
-    if found.ndim != 4 or found.dtype != np.uint8:
-        got = f"shape {found.shape}, dtype {found.dtype}"
-        raise _validate.fail("probes", "uint8 images of shape [N, H, W, C]", got, cause)
-    return found
 
 
 def make(
@@ -103,7 +78,7 @@ def load(model: models.OpenModel) -> tuple[np.ndarray, int]:
     plain = not content.startswith(records.SEALED)  # as an older version wrote them
     try:
         content = content if plain else records.unseal(_file_key(vault, name), content)
-        made = _images(path, io.BytesIO(content))
+        made = image_files.pixels(path, content)
     except InvalidTag:
         made = np.zeros(0, np.uint8)
     if hashlib.sha256(made.tobytes()).hexdigest() != known.sha256:

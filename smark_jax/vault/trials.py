@@ -1,9 +1,6 @@
 """Runs copies beside their base before they are delivered: are outputs finite, and what does a copy cost?"""
 
-import zipfile
-import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +9,6 @@ import numpy as np
 from smark_jax import _validate, embedding, errors, files
 from smark_jax._types import ApplyFn, PyTree
 
-NO_IMAGES = (KeyError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-"""What NumPy raises on a file that is not an npz file, is damaged, or lacks an array."""
 # The most images that a copy is run on.
 _IMAGES = 256
 _OF_BASE = "Nothing is marked yet: does the network belong to this base, and are the images as it takes them?"
@@ -73,25 +68,6 @@ class Trial(NamedTuple):
     accuracy: float | None
     base_accuracy: float | None
     each: tuple[Tried, ...]
-
-
-def images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images in an npz file, in the form that the network takes, and their labels if the file has them.
-
-    Raises:
-      SmarkError: when the file holds no array of numbers named ``images``.
-    """
-    cause = "Save them with NumPy as an npz file: the images under the name 'images', class numbers under 'labels'."
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            found, labels = archive["images"], archive["labels"] if "labels" in archive.files else None
-    except NO_IMAGES as error:
-        got = f"a damaged file, or one without them ({type(error).__name__})"
-        raise _validate.fail("images", f"an npz file with 'images' in {path}", got, cause) from None
-    if found.ndim < 2 or found.dtype.kind not in "uif":
-        got = f"shape {found.shape}, dtype {found.dtype} in {path}"
-        raise _validate.fail("images", "an array of numbers whose first axis runs over images", got, cause)
-    return found, labels
 
 
 def network(apply_fn: ApplyFn, images: Any, labels: Any = None) -> Network:

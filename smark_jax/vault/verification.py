@@ -137,19 +137,9 @@ def _judge(
     """Recomputes one accusation."""
     name = next(opened.leaf.customer for opened in bundle.opened if opened.leaf.serial == claim.serial)
     alpha, customers = bundle.header.alpha, bundle.customers
-    found, apart = (
-        evidence.test(
-            read.chips,
-            words[claim.serial],
-            [words[serial] for serial in claim.support],
-            num_customers=customers,
-            num_suspects=bundle.num_suspects,
-            num_alignments=bundle.num_alignments,
-            log_maps=read.log_maps,
-            base=base,
-        )
-        for base in (None, read.nothing)
-    )
+    counts = evidence.Counts(customers, bundle.num_suspects, bundle.num_alignments, read.log_maps)
+    word, support = words[claim.serial], [words[serial] for serial in claim.support]
+    found, apart = (evidence.test(read.chips, word, support, counts, base=base) for base in (None, read.nothing))
     rest = f", with {len(claim.support)} others' parts taken out" if claim.support else ""
     level = f"p <= 10^{found.log10_p:.1f} at alpha = {alpha:g}, counting {customers:,} customers"
     detail = f"T = {found.statistic:.2f}, {level}{rest}"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smark_jax.vault import crypto
 from stress.crash import __main__ as crasher
 from stress.crash import kills
 from stress.fuzz import __main__ as fuzzer
@@ -41,7 +42,8 @@ def test_10000_false_bundles():
 
 
 @quick
-def test_kill_9_at_random_moments_loses_nothing(tmp_path):
+def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(crypto, "_N", 2**10)  # the vaults are opened quickly, by the processes too
     rng = random.Random(1)
     issued = kills.issue(tmp_path / "issue", 1, 60, rng)
     traced = kills.trace(tmp_path / "trace", 1, 60, rng)

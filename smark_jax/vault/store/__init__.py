@@ -44,7 +44,7 @@ from smark_jax.vault.store.lookups import (
     verdict,
     verdict_numbers,
 )
-from smark_jax.vault.store.rows import Row, insert, summary, verify
+from smark_jax.vault.store.rows import Row, Summary, insert, summary, verify
 from smark_jax.vault.store.schema import (
     MIGRATIONS,
     SEALED,
@@ -76,6 +76,7 @@ __all__ = [
     "Probes",
     "Row",
     "Stamp",
+    "Summary",
     "Verdict",
     "add_entry",
     "clear",

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from smark_jax.vault.store.schema import Connection
 
-
 _NAMES_PER_QUERY = 4096
 _AMONG = "serial IN (SELECT value FROM json_each(?))"
 

@@ -5,11 +5,19 @@ import itertools
 import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from smark_jax.vault.store.schema import TABLES, Connection, tampered
 
 Row = Sequence[Any]
+
+
+class Summary(NamedTuple):
+    """What a log entry states about its rows in one table: their number, and their SHA-256."""
+
+    rows: int
+    sha256: str
+
 
 _ROWS_PER_HASH = 4096
 
@@ -22,12 +30,12 @@ def insert(connection: Connection, table: str, rows: Iterable[Row], entry: int) 
     connection.executemany(statement, rows)
 
 
-def summary(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
-    """What a log entry states about its rows: their number in each table, and their SHA-256."""
+def summary(rows: Mapping[str, Sequence[Row]]) -> dict[str, Summary]:
+    """What a log entry states about its rows, by table."""
     return {table: _summary(some) for table, some in rows.items() if len(some)}
 
 
-def _summary(rows: Iterable[Row], width: int | None = None) -> dict[str, Any]:
+def _summary(rows: Iterable[Row], width: int | None = None) -> Summary:
     """The number and the SHA-256 of rows, of which the first ``width`` values count."""
     digest, count = hashlib.sha256(), 0
     rows = iter(rows)
@@ -35,7 +43,7 @@ def _summary(rows: Iterable[Row], width: int | None = None) -> dict[str, Any]:
         text = json.dumps([row[:width] for row in some], separators=(",", ":"), default=_hashed)
         digest.update(text.encode())
         count += len(some)
-    return {"rows": count, "sha256": digest.hexdigest()}
+    return Summary(count, digest.hexdigest())
 
 
 def _hashed(value: Any) -> dict[str, str]:
@@ -44,7 +52,7 @@ def _hashed(value: Any) -> dict[str, str]:
     return {"sha256": hashlib.sha256(value).hexdigest()}
 
 
-def verify(connection: Connection, said: Mapping[int, Mapping[str, Any]]) -> None:
+def verify(connection: Connection, said: Mapping[int, Mapping[str, Summary]]) -> None:
     """Compares all rows of all tables with the summaries in the log, and indices with their tables.
 
     Args:
@@ -69,6 +77,5 @@ def verify(connection: Connection, said: Mapping[int, Mapping[str, Any]]) -> Non
             found[entry] = _summary(rows, len(columns))
         for entry in sorted(expected.keys() | found.keys(), key=str):
             if expected.get(entry) != found.get(entry):
-                rows = found.get(entry, {"rows": 0})["rows"]
-                should = expected.get(entry, {"rows": 0})["rows"]
+                rows, should = (some[entry].rows if entry in some else 0 for some in (found, expected))
                 raise tampered(f"table {table} has {rows} rows of log entry {entry}, and the log says {should} others")

@@ -98,12 +98,15 @@ def prepare(folder: Path, copies: int) -> Bench:
 
 
 def start(bench: Bench, arguments: list[str]) -> subprocess.Popen[bytes]:
-    """A command in a process of its own, which compiles nothing that was compiled before."""
+    """A command in a process of its own, which compiles nothing that was compiled before.
+
+    It takes programs from the folder that the environment names, such as that of the test suite.
+    """
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(bench.vault.parent.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    environment = {**os.environ, **cache, "SMARK_PASSPHRASE": SECRET}
+    environment = {**cache, **os.environ, "SMARK_PASSPHRASE": SECRET}
     return subprocess.Popen(
         [str(SMARK), *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

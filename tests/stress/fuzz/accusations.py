@@ -249,8 +249,8 @@ def accuse(content: dict[str, Any], suspect: stage.Suspect, rng: np.random.Gener
         others = [other for other in words if other != serial]
         support = rng.permutation(others)[: int(rng.integers(0, 3))].tolist()
         rest = [words[other] for other in support]
-        counts = {name: content[name] for name in ("num_customers", "num_suspects", "num_alignments")}
-        found = evidence.test(suspect.chips, words[serial], rest, **counts)
+        counts = evidence.Counts(content["num_customers"], content["num_suspects"], content["num_alignments"])
+        found = evidence.test(suspect.chips, words[serial], rest, counts)
         content["accused"].append({"serial": serial, "support": support, "share": 0.5, **found._asdict()})
 
 

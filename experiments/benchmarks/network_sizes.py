@@ -1,4 +1,4 @@
-"""The leaves of networks of real size: their shapes, without the networks."""
+"""The leaves of networks of real size by name, with the shape of each array; without the networks."""
 
 import functools
 from collections.abc import Callable

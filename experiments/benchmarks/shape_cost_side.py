@@ -1,4 +1,4 @@
-"""Marks with a shape: making the shape of a network, and the memory of a copy made and read with one."""
+"""The worker's side of ``shape_cost``: makes the shape of a network's mark, and copies and read-outs with one."""
 
 import contextlib
 import math
@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import jax_side, shapes, worker
+from experiments.benchmarks import jax_side, network_sizes, worker
 from experiments.benchmarks.jax_side import device, device_peak
 from experiments.common import sections
 from smark_jax import carriers, codes, embedding, extraction, keys, models
 
 __all__ = ["CASES", "device", "device_peak"]
 
-# Images of few patterns, in few of whose combinations the inputs of the CNN's dense layer vary.
+# Images are mixtures of this many patterns, so that the inputs of the CNN's dense layer vary in few directions.
 _PATTERNS = 20
 # Directions of the over-parametrised kernel.
 _DIRECTIONS = 48
@@ -29,7 +29,7 @@ def _secret(seed: int, name: str) -> keys.SecretKey:
 
 
 def making(network: str, images: int, seed: int) -> jax_side.Arms:
-    """Shapes of a network: the CNN with weights at random, or one of ``experiments.common.real``.
+    """Shapes of a network's mark: of the CNN with random weights, or of a network in ``experiments.common.real``.
 
     ``shape`` makes one from the network and ``images``; ``weights alone`` makes one without, and measures how far
     a copy at the default strength changes the logits.
@@ -65,12 +65,12 @@ def making(network: str, images: int, seed: int) -> jax_side.Arms:
 
 
 def using(network: str, num_chips: int, seed: int, num_weights: int = 0) -> jax_side.Arms:
-    """A copy made, and a suspect read; what each takes beyond what the process held, in copies of the weights.
+    """Making a copy, and reading a suspect: the memory beyond what the process held before, in copies of the weights.
 
     Run one arm per process: compilation then counts, and no arm uses memory that another has freed.
     """
     rng = np.random.default_rng(seed)
-    leaves = shapes.over_parametrised() if network == "over-parametrised" else _leaves(network, num_weights)
+    leaves = network_sizes.over_parametrised() if network == "over-parametrised" else _leaves(network, num_weights)
     base = {name: jnp.asarray(0.05 * rng.standard_normal(size, np.float32)) for name, size in leaves.items()}
     found = [(carriers.Leaf(name, base[name].shape), _scales(base[name].shape, rng)) for name in sorted(base)]
     shape = carriers.Shape(*zip(*found, strict=True))
@@ -85,9 +85,9 @@ def using(network: str, num_chips: int, seed: int, num_weights: int = 0) -> jax_
     }
 
 
-def _leaves(network: str, num_weights: int) -> shapes.Shapes:
-    if network in shapes.NAMED:
-        return shapes.NAMED[network]()
+def _leaves(network: str, num_weights: int) -> network_sizes.Shapes:
+    if network in network_sizes.NAMED:
+        return network_sizes.NAMED[network]()
     width = math.isqrt(num_weights // 8)
     return {f"layer_{i}": (width, width) for i in range(8)}
 

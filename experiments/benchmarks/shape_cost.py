@@ -1,4 +1,4 @@
-"""What marks with a shape cost: time to make the shape, its room beside the model, memory of a copy made and read."""
+"""The cost of marks with a shape: time to make the shape, its size beside the model, memory to make and read a copy."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from experiments.common import sections
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """``networks`` get a shape from so many images; copies are made and read of ``models``, or eight dense layers."""
+    """Shapes are made for ``networks`` from ``images`` images; copies of ``models`` or 8 dense layers are read."""
 
     networks: tuple[str, ...] = ("CNN",)
     images: int = 48
@@ -33,13 +33,13 @@ _CHANGE = 0.02
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     setting = race.setting()
     jobs = [
-        Entry("shape", "making", {"network": name, "images": config.images, "seed": seed}, (arm,))
+        Entry("shape_cost", "making", {"network": name, "images": config.images, "seed": seed}, (arm,))
         for name in config.networks
         for arm in ("shape", "weights alone")
     ]
     more = {"num_weights": config.num_weights, "num_chips": config.num_chips, "seed": seed}
     jobs += [
-        Entry("shape", "using", {"network": name, **more}, (arm,))
+        Entry("shape_cost", "using", {"network": name, **more}, (arm,))
         for name in config.models
         for arm in ("embed", "extract")
     ]
