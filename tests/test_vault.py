@@ -184,6 +184,8 @@ TAMPERING = {
     "a customer less": "DELETE FROM customers WHERE serial = 4",
     "a customer more": "INSERT INTO customers VALUES (9, 'Mallory', 'today', 3)",
     "a customer more of a new entry": "INSERT INTO customers VALUES (9, 'Mallory', 'today', 999)",
+    "a customer more of the second entry, before the first one's": "INSERT INTO customers "
+    "SELECT -1, 'Mallory', 'today', max(entry) FROM customers",
     "a model's alpha": "UPDATE models SET document = replace(document, '1e-06', '0.1')",
     "a copy's hash": "UPDATE copies SET sha256 = 'ab' WHERE serial = 1",
     "a copy's customer": "UPDATE copies SET serial = 0 WHERE serial = 1",

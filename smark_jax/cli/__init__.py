@@ -1,5 +1,6 @@
 """The ``smark`` command line. Each subcommand lives in a module of this folder; heavy imports wait until it runs."""
 
+import gc
 import io
 import itertools
 import sys
@@ -174,6 +175,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot encode must not crash the program
             stream.reconfigure(errors="backslashreplace")
     _cache.keep_compiled()
+    gc.set_threshold(100_000, 10, 10)  # a million customers are a million objects, which live until the command ends
     settings = {"verbose": False}
     try:
         code = app(standalone_mode=False, obj=settings)
