@@ -70,7 +70,7 @@ def verify(connection: Connection, said: Mapping[int, Mapping[str, Summary]]) ->
         expected = {number: tables[table] for number, tables in said.items() if table in tables}
         # Tables only grow, so entries follow each other in the order of rows, and sqlite need not sort.
         cursor = connection.execute(f"SELECT {', '.join(columns)}, entry FROM {table} ORDER BY rowid")
-        found: dict[Any, dict[str, Any]] = {}
+        found: dict[Any, Summary] = {}
         for entry, rows in itertools.groupby(cursor, operator.itemgetter(-1)):
             if entry in found:
                 raise tampered(f"table {table} has rows of log entry {entry} among those of others")
