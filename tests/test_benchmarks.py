@@ -5,6 +5,8 @@ import importlib.util
 import io
 import itertools
 import json
+import re
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +18,17 @@ pytest.importorskip("matplotlib")
 import section_checks
 
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import commands, compare, floor_side, network_sizes, race, scaling, shape_cost
+from experiments.benchmarks import (
+    accelerator,
+    accelerator_report,
+    commands,
+    compare,
+    floor_side,
+    network_sizes,
+    race,
+    scaling,
+    shape_cost,
+)
 
 ALONE = race.Setting(threads=1, accelerator=False, torch=False)
 NO_TORCH = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
@@ -107,6 +119,7 @@ def test_shapes_have_the_published_numbers_of_weights():
     assert count(network_sizes.resnet18()) == 11_689_512
     assert count(network_sizes.resnet50()) == 25_557_032
     assert count(network_sizes.vit_b16()) == 86_567_656
+    assert count(network_sizes.vit_l16()) == 304_326_632
     assert count(network_sizes.layers(1003)) == 1003
 
 
@@ -203,6 +216,157 @@ def test_commands_are_run_in_two_vaults_and_the_second_counts(tmp_path, monkeypa
     text = io.StringIO()
     commands.show(rich.console.Console(file=text, width=200), result)
     assert "2.50" in text.getvalue()
+
+
+class InThisProcess:
+    """A worker without a process of its own."""
+
+    def __init__(self, entry, setting):
+        side = importlib.import_module(f"experiments.benchmarks.{entry.side}_side")
+        self.entry, self.imported, self.device = entry, 100, side.device()
+        self.case = side.CASES[entry.case](**entry.params)
+        self.arms = entry.arms or tuple(self.case)
+
+    def lap(self, arm):
+        began = time.perf_counter()
+        facts = self.case[arm]() or {}
+        return {"seconds": time.perf_counter() - began, "facts": facts, "peak": 200, "device_peak": None}
+
+    def close(self):
+        pass
+
+
+TINY = accelerator.Config(
+    minutes=60,
+    rounds=1,
+    seconds=0.1,
+    num_weights=(5000,),
+    mask_words=(1000,),
+    batch=2,
+    model="ResNet-18",
+    copies=2,
+    customers=(500, 10**9),
+    megabytes=1,
+    matrix=64,
+)
+
+
+def test_an_accelerator_is_checked_and_timed_and_its_faults_are_told(tmp_path, monkeypatch, small_cnn, capsys):
+    monkeypatch.setattr(race, "Worker", InThisProcess)
+    monkeypatch.setattr(race, "devices", lambda: race.Devices("cpu", "cpu", 1))
+    monkeypatch.setitem(network_sizes.NAMED, "ResNet-18", lambda: network_sizes.layers(5000))
+    result = section_checks.run_and_resume({accelerator: TINY}, tmp_path)["accelerator"]["result"]
+    assert [check["passed"] for check in result["checks"]] == [True] * 7
+    assert result["checks"][0]["found"] == "0 of 131,232 words differ from OpenSSL's"
+    timings = [timing for row in result["rows"] for timing in row["timings"]]
+    assert all(timing["floor"] > 0 and timing["compile"] >= 0 for timing in timings)
+    assert not any("folder" in timing["params"] for timing in timings)
+    assert [row["name"] for row in result["rows"] if "left_out" in row] == ["N = 1,000,000,000"]
+    assert accelerator_report.faults(result) == []
+
+    text = io.StringIO()
+    accelerator_report.show(rich.console.Console(file=text, width=80), result)
+    assert "No accelerator: measured on CPU." in text.getvalue() and "…" not in text.getvalue()
+    assert "verdict, N = 1,000,000,000: left out: would take about" in text.getvalue()
+    assert max(map(len, text.getvalue().splitlines())) <= 80
+
+    result["rows"][0]["timings"][-1]["facts"]["wrong_chips"] = [0, 3]
+    monkeypatch.setattr(accelerator, "run", lambda config, seed, meter: result)
+    monkeypatch.setattr(accelerator, "picture", lambda path, result: None)
+    with pytest.raises(SystemExit) as ended:
+        benchmarks.main(["--only", "accelerator", "--config", "full", "--out", str(tmp_path / "fault")])
+    assert ended.value.code == 1 and "Wrong on this device: extract, D = 5,000" in capsys.readouterr().out
+    written = json.loads((tmp_path / "fault" / "accelerator.json").read_text())
+    assert written["parameters"]["minutes"] == accelerator.QUICK.minutes  # without a device, not the full sizes
+
+
+def other_cipher(checks, monkeypatch):
+    monkeypatch.setattr(checks.chacha, "_rotate", lambda word, bits: (word << bits) | (word >> (31 - bits)))
+
+
+def other_stream(checks, monkeypatch):
+    stream = checks._stream
+    monkeypatch.setattr(checks, "_stream", lambda *args: stream(*args) ^ np.uint32(1))
+
+
+def other_transform(checks, monkeypatch):
+    mixed = checks._mixed
+    monkeypatch.setattr(checks, "_mixed", lambda columns: (1 + 2**-12) * mixed(columns))  # half of TF32's spacing
+
+
+def other_gradient(checks, monkeypatch):
+    descended = checks._descended
+    monkeypatch.setattr(checks, "_descended", lambda *args: (1 + 2**-12) * descended(*args))
+
+
+def other_engine(checks, monkeypatch):
+    step = checks.parallel.train_step
+
+    def train_step(apply_fn, optimizer, fixed_point, *, engine):
+        bits = 32 if engine == "pmap" else 24
+        return step(apply_fn, optimizer, dataclasses.replace(fixed_point, bits=bits), engine=engine)
+
+    monkeypatch.setattr(checks.parallel, "train_step", train_step)
+
+
+def refused(checks, monkeypatch):
+    def score(*args, **kwargs):
+        raise ValueError("no such operation\nand more")
+
+    monkeypatch.setattr(checks.scoring, "score", score)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "names", "found"),
+    [
+        (other_cipher, ["keystream"], "words differ"),
+        (other_stream, ["keystream", "masks", "codewords", "scores", "copy"], "differ|wrong"),
+        (other_transform, ["carrier"], "relative error .e-0[34]"),
+        (other_gradient, ["training step"], "equal; relative error .e-0[34]"),
+        (other_engine, ["training step"], "differ"),
+        (refused, ["scores"], "^ValueError: no such operation$"),
+    ],
+)
+def test_checks_of_a_device_see_what_is_wrong(monkeypatch, spoil, names, found):
+    from experiments.benchmarks import device_checks
+
+    spoil(device_checks, monkeypatch)
+    arms = device_checks.checks(2, 0)
+    for name in names:
+        result = arms[name]()
+        assert not result["passed"] and re.search(found, result["found"]), result
+
+
+def test_a_check_that_takes_its_process_down_fails_and_the_others_go_on(monkeypatch):
+    class Dying(InThisProcess):
+        def __init__(self, entry, setting):
+            self.arms = ("first", "second", "third")
+
+        def lap(self, arm):
+            if arm == "second":
+                raise RuntimeError("The worker ended with status -6: its last words:\nCheck failed: ok")
+            return {"facts": {"passed": True, "found": "fine"}}
+
+    monkeypatch.setattr(race, "Worker", Dying)
+    checks = accelerator._checks(race.Entry("device", "checks", {}), ALONE, lambda note: None)
+    assert [check["passed"] for check in checks] == [True, False, True]
+    assert checks[1]["found"] == "Check failed: ok"
+
+
+def test_a_row_is_expected_to_take_as_long_as_a_smaller_one_and_longer_for_its_laps():
+    row = accelerator.Row("N", (race.Entry("jax", "verdict", {}),), 1, 1000, ("verdict", {}))
+    before = [
+        {"case": "train", "size": 1, "wall": 99.0, "timings": [laps(1.0)]},
+        {"case": "verdict", "size": 100, "wall": 10.0, "timings": [laps(2.0, 2.0, 2.0)]},
+    ]
+    assert accelerator.expected(row, before[:1]) == 20
+    # Of ten seconds, four laps took eight; now there are two, each ten times as long.
+    assert accelerator.expected(row, before) == pytest.approx(2 + 2 * 20)
+
+
+def test_devices_name_folders():
+    names = {"NVIDIA H100 80GB HBM3": "NVIDIA-H100-80GB-HBM3", "TPU v5 lite": "TPU-v5-lite", "../cpu": "cpu"}
+    assert {kind: accelerator.folder(kind) for kind in names} == names
 
 
 def test_help_lists_examples(capsys):

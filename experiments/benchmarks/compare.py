@@ -106,8 +106,7 @@ def measured_rates(setting: race.Setting, tell: Callable[[str], None]) -> Found:
     """What the machine can do, in bytes and operations a second."""
     entry = Entry("floor", "rates", {"megabytes": 256, "matrix": 1024, "threads": setting.threads})
     timings = race.race([entry], setting, 7, on_lap=tell)
-    rates = {timing["arm"]: timing["facts"]["amount"][0] / timing["median"] for timing in timings}
-    return {"timings": timings, "rates": rates}
+    return {"timings": timings, "rates": race.rates(timings)}
 
 
 def target(what: str, measured: float | None, bound: float, *, at_most: bool, unit: str = "") -> Found:

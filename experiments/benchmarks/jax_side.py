@@ -1,5 +1,6 @@
 """The system, built from smark_jax's public functions."""
 
+import contextlib
 import functools
 import tempfile
 import time
@@ -95,11 +96,17 @@ def fingerprint_losses(num_weights: int, num_chips: int, seed: int) -> Arms:
     return {"uchida": arm(losses.bit_cross_entropy), "deepmarks": arm(losses.code_mse)}
 
 
-def train(parties: int, batch: int, seed: int, keep_memory: bool = True) -> Arms:
+def cpu_devices(number: int) -> None:
+    """So many virtual CPU devices, for parties without accelerators of their own."""
+    with contextlib.suppress(RuntimeError):  # raised if computation has begun; there are then as many as there are
+        jax.config.update("jax_num_cpu_devices", number)
+
+
+def train(parties: int, batch: int, seed: int, keep_memory: bool = True, engine: parallel.Engine = "pmap") -> Arms:
     """A round of the CNN: with a bare psum of floats, under masks, and under masks with the owner's mark."""
     if keep_memory:
         _memory.keep_freed()
-    jax.config.update("jax_num_cpu_devices", parties)
+    cpu_devices(parties)
     network = models.CNN()
     apply_fn = models.apply_fn(network)
     start = models.init(network, jax.random.key(seed), (28, 28, 1))
@@ -113,7 +120,7 @@ def train(parties: int, batch: int, seed: int, keep_memory: bool = True) -> Arms
     marking = optax.chain(embedding.add_fingerprint_gradient(margin, mark, word), optax.adam(1e-3))
 
     def masked(optimizer: optax.GradientTransformation) -> Callable[[], None]:
-        step = parallel.train_step(apply_fn, optimizer, aggregation.FixedPoint(1.0, parties))
+        step = parallel.train_step(apply_fn, optimizer, aggregation.FixedPoint(1.0, parties), engine=engine)
         state = step.init(start)
 
         def update() -> None:

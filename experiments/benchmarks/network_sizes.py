@@ -56,14 +56,22 @@ def over_parametrised() -> Shapes:
 
 def vit_b16(classes: int = 1000) -> Shapes:
     """ViT-B/16 (Dosovitskiy et al. 2021) for images of 224 x 224: 86,567,656 weights."""
-    width, hidden = 768, 3072
+    return _vit(768, 3072, 12, classes)
+
+
+def vit_l16(classes: int = 1000) -> Shapes:
+    """ViT-L/16, likewise: 304,326,632 weights."""
+    return _vit(1024, 4096, 24, classes)
+
+
+def _vit(width: int, hidden: int, layers: int, classes: int) -> Shapes:
     shapes: Shapes = {
         "embedding/kernel": (16, 16, 3, width),
         "embedding/bias": (width,),
         "class_token": (1, 1, width),
         "positions": (1, 197, width),
     }
-    for layer in range(12):
+    for layer in range(layers):
         for norm in ("norm_0", "norm_1"):
             shapes[f"layer_{layer}/{norm}/scale"] = shapes[f"layer_{layer}/{norm}/bias"] = (width,)
         for name, inputs, outputs in (
@@ -86,4 +94,9 @@ def layers(num_weights: int) -> Shapes:
     return {f"layer_{i}": (size,) for i, size in enumerate(sizes)}
 
 
-NAMED: dict[str, Callable[[], Shapes]] = {"ResNet-18": resnet18, "ResNet-50": resnet50, "ViT-B/16": vit_b16}
+NAMED: dict[str, Callable[[], Shapes]] = {
+    "ResNet-18": resnet18,
+    "ResNet-50": resnet50,
+    "ViT-B/16": vit_b16,
+    "ViT-L/16": vit_l16,
+}

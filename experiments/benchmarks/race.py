@@ -1,6 +1,7 @@
 """Races: each side has its own worker process; they run one lap at a time while the others sleep."""
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -177,18 +178,45 @@ def find(timings: Sequence[Timing], side: str, arm: str, **params: Any) -> Timin
     return None
 
 
+def rates(timings: Sequence[Timing]) -> dict[str, float]:
+    """By arm: the amounts (bytes, operations) that its laps report, per second."""
+    return {timing["arm"]: timing["facts"]["amount"][0] / timing["median"] for timing in timings}
+
+
 def setting() -> Setting:
     """This machine's: all cores that this process may use; a GPU only where both sides find it."""
     torch = importlib.util.find_spec("torch") is not None
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = [_prints("import jax; print(jax.default_backend() == 'gpu')")]
-    if torch:
-        found.append(_prints("import torch; print(torch.cuda.is_available())"))
-    return Setting(threads, all(line == "True" for line in found), torch)
+    gpu = devices().platform == "gpu"
+    if gpu and torch:
+        gpu = _prints("import torch; print(torch.cuda.is_available())") == "True"
+    return Setting(threads(), gpu, torch)
+
+
+def threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Devices(NamedTuple):
+    """What JAX computes on: "cpu", "gpu" or "tpu", the name of the first device, and how many there are."""
+
+    platform: str
+    kind: str
+    number: int
+
+
+@functools.cache
+def devices() -> Devices:
+    """The devices of this machine, seen by a process of its own: whoever looks takes a TPU away from the workers."""
+    code = "import jax, json; d = jax.devices(); print(json.dumps([d[0].platform, d[0].device_kind, len(d)]))"
+    return Devices(*json.loads(_prints(code)))
 
 
 def _prints(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"Python could not tell which devices there are; its last words:\n{done.stderr[-2000:]}")
+    return done.stdout.strip().rpartition("\n")[2]
 
 
 def machine(setting: Setting, device: str, seed: int) -> dict[str, Any]:

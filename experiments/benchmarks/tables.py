@@ -16,13 +16,19 @@ def show_machine(console: rich.console.Console, result: sections.Result) -> None
     console.print(machine_line(result))
     if not found["torch"]:
         console.print("PyTorch is not installed (extra 'bench'): smark_jax ran alone.")
-    if found["load_average"] > 1.5 * found["threads"]:
-        load = f"load {found['load_average']:.1f}"
-        console.print(f"[bold]The machine was busy[/bold] ({load}): measure again on a quiet one.")
+    show_load(console, result)
     console.print(
         f"copy {rates['copy'] / 1e9:.1f} GB/s read and written, float32 matmul {rates['matmul'] / 1e9:.0f} GFLOP/s, "
         f"ChaCha20 {rates['keystream'] / 1e9:.2f} GB/s"
     )
+
+
+def show_load(console: rich.console.Console, result: sections.Result) -> None:
+    """A warning where other programs had the cores."""
+    found = result["machine"]
+    if found["load_average"] > 1.5 * found["threads"]:
+        load = f"load {found['load_average']:.1f}"
+        console.print(f"[bold]The machine was busy[/bold] ({load}): measure again on a quiet one.")
 
 
 def machine_line(result: sections.Result) -> str:
