@@ -35,6 +35,7 @@ def pair_keys() -> jax.Array:
 def entries() -> dict:
     fixed = aggregation.FixedPoint(1.0, 4)
     words = jnp.asarray(KEY.to_words())
+    scored = functools.partial(tracing.scoring._score_packed, planes=22)
     found = {
         "keystream": (lambda key: keys.keystream(key, jnp.zeros(3, jnp.uint32), 100), words),
         "pairwise mask": (lambda row: aggregation.pairwise_mask(row, 1, 7, 1000), pair_keys()),
@@ -43,8 +44,8 @@ def entries() -> dict:
             functools.partial(codes._drawn, number=1, version=2),
             *(words, jnp.arange(64, dtype=jnp.uint32), jnp.zeros(64, jnp.uint32)),
         ),
-        "scores": (tracing.scoring._score_packed, jnp.ones((1, 300)), jnp.zeros((4096, 1, 16), jnp.uint32)),
-        "many scores": (tracing.scoring._score_packed, jnp.ones((9, 300)), jnp.zeros((4096, 1, 16), jnp.uint32)),
+        "scores": (scored, jnp.ones((1, 300)), jnp.zeros((4096, 1, 16), jnp.uint32)),
+        "many scores": (scored, jnp.ones((9, 300)), jnp.zeros((4096, 1, 16), jnp.uint32)),
         "products": (tracing.scoring._score_held, jnp.ones((1, 300)), jnp.ones((64, 300), jnp.int8)),
     }
     for shaped in (False, True):

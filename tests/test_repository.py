@@ -102,8 +102,11 @@ def test_parallel_alone_chooses_devices():
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jax"):
                 found[name] |= {alias.name for alias in node.names} & choosing
     assert {"devices", "pmap", "shard_map", "Mesh"} <= found.pop("parallel.py")
-    # Carriers follow the mesh that the weights lie on.
-    assert {name: uses for name, uses in found.items() if uses} == {"carriers/sharded.py": {"Mesh", "shard_map"}}
+    # Carriers follow the mesh that the weights lie on, and a verdict looks at the customers on all accelerators.
+    assert {name: uses for name, uses in found.items() if uses} == {
+        "carriers/sharded.py": {"Mesh", "shard_map"},
+        "tracing/scoring.py": {"local_devices"},
+    }
 
 
 def test_commands_write_through_the_console_alone():

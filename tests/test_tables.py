@@ -12,32 +12,41 @@ from smark_jax.vault import documents
 WIDTHS = [40, 60, 80, 120, None]  # None: into a pipe, where nobody says how wide it is
 
 
-def result(customers: int = 20, accused: dict[int, list[int]] | None = None) -> dict:
+def result(customers: int = 20, accused: dict[int, tuple[int, ...]] | None = None) -> _demo.Results:
     """What ``smark demo`` stores, as a run of it did; ``accused`` changes whom some suspects are traced to."""
     leaks = ("fine-tuned 3 epochs", 7), ("pruned to 50 %", 11), ("quantised to 4 bits", 13), ("API, labels only", 17)
     owners = [*((f"copy {k}", k) for k in range(customers)), *leaks, ("independent API", None), ("independent", None)]
     rows = []
     for place, (name, customer) in enumerate(owners):
-        found = (accused or {}).get(place, [] if customer is None else [customer])
-        rows.append(
-            {
-                "suspect": name,
-                "customer": customer,
-                "accuracy": 0.975,
-                "accused": found,
-                "traced": found == ([] if customer is None else [customer]),
-                "statistic": 17.2,
-                "p_value": 1e-66 if customer is not None else 1.0,
-                "log10_p": -66.2 if customer is not None else 0.0,
-                "threshold": 5.8,
-            }
-        )
-    totals = {"base_accuracy": 0.98, "marked_accuracy_mean": 0.9755, "marked_accuracy_min": 0.973, "bit_errors": 0}
-    return {**totals, "traced": customers, "innocents_accused": 0, "suspects": rows, "seconds": 65.0}
+        right = () if customer is None else (customer,)
+        found = (accused or {}).get(place, right)
+        p_value, log10_p = (1.0, 0.0) if customer is None else (1e-66, -66.2)
+        rows.append(_demo.Row(name, customer, 0.975, found, found == right, 17.2, p_value, log10_p, 5.8))
+    return _demo.Results(
+        base_accuracy=0.98,
+        marked_accuracy_mean=0.9755,
+        marked_accuracy_min=0.973,
+        bit_errors=0,
+        issued=customers,
+        traced=customers,
+        worst_p_value=1e-66,
+        leaks_traced=4,
+        innocents_accused=0,
+        num_chips=304,
+        alpha=1e-6,
+        parties=4,
+        epochs=8,
+        seed=0,
+        suspects=tuple(rows),
+        strength=0.01,
+        owner_mark_log10_p=-90.0,
+        devices=("cpu",),
+        seconds=65.0,
+    )
 
 
 def demo_table(tmp_path, **changes):
-    return lambda: _demo_show.table(_common.out, _demo.Config(tmp_path, 4, 20, 15, 0), result(**changes))
+    return lambda: _demo_show.table(_common.out, _demo.Config(tmp_path, 4, 20, 8, 0), result(**changes))
 
 
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
@@ -68,7 +77,7 @@ def test_what_is_left_out_is_said_and_a_wide_table_leaves_out_nothing(tmp_path):
 
 
 def test_a_wrong_verdict_on_several_customers_stands_there_whole(tmp_path):
-    text = terminal.shown(demo_table(tmp_path, accused={20: [1, 19]}), 60, tty=True)
+    text = terminal.shown(demo_table(tmp_path, accused={20: (1, 19)}), 60, tty=True)
     assert "customer 1, customer 19 (wrong)" in text.replace("\x1b[1;31m", "").replace("\x1b[0m", "")
 
 
@@ -80,8 +89,8 @@ def test_the_control_a_plain_table_of_rich_cuts_the_verdict(tmp_path):
         table = rich.table.Table()
         for column in ("suspect", "accuracy", "|T|", "threshold", "p-value", "verdict"):
             table.add_column(column, no_wrap=True)
-        for row in result()["suspects"]:
-            table.add_row(row["suspect"], "0.975", "17.2", "5.8", "< 1e-66", f"customer {row['customer']} (whole)")
+        for row in result().suspects:
+            table.add_row(row.suspect, "0.975", "17.2", "5.8", "< 1e-66", f"customer {row.customer} (whole)")
         _common.out.print(table)
 
     assert "customer 17 (whole)" not in terminal.shown(cut, 60, tty=True)

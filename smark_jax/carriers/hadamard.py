@@ -206,12 +206,17 @@ def despread(vector: Array, carrier: Carrier) -> Float[Array, " m"]:
 
 @despread.defjvp
 def _despread_jvp(primals: tuple[Array, Carrier], tangents: tuple[Array, Carrier]) -> tuple[Array, Array]:
-    """The transpose of a slice in a loop would add a vector of zeros for each pass; that of a map stacks its blocks."""
     (vector, carrier), (change, _) = primals, tangents
+    return despread(vector, carrier), _despread_change(change, carrier)
+
+
+@jax.jit
+def _despread_change(change: Array, carrier: Carrier) -> Float[Array, " m"]:
+    """``X change``, by a map: the transpose of a slice in a loop would add a whole vector in each pass."""
     n, length = carrier.blocks
     blocks = (change[: n * length].reshape(n, length), *carrier.arrays)
     chips = jax.lax.map(lambda block: despread_block(*block), blocks, batch_size=_per_pass(carrier))
-    return despread(vector, carrier), chips.sum(axis=0) * n**-0.5
+    return chips.sum(axis=0) * n**-0.5
 
 
 def _in_passes(carrier: Carrier, step: Callable[[Array, int | Array, int], Array], start: Array) -> Array:

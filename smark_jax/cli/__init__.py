@@ -100,7 +100,7 @@ def demo(
     ),
     parties: Annotated[int, typer.Option(min=1, max=64, help="Data holders that train together.")] = 4,
     customers: Annotated[int, typer.Option(min=3, max=1_000_000, help="Copies to issue, one per customer.")] = 20,
-    epochs: Annotated[int, typer.Option(min=1, max=1_000_000, help="Passes over the training data.")] = 15,
+    epochs: Annotated[int, typer.Option(min=1, max=1_000_000, help="Passes over the training data.")] = 8,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of initialisation, shuffles and the demo's keys.")
     ] = 0,

@@ -250,7 +250,7 @@ def serve(issued: list[Suspect], model: Model, digits: Digits, seed: int, bar: B
         probes,
         model.codebook[customer][None],
         digits.train.num_classes,
-        epochs=4,
+        epochs=3,
         seed=seed,
         on_progress=bar(f"teach copy {customer} to answer"),
     )

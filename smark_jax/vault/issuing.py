@@ -27,6 +27,8 @@ from smark_jax.vault.customers import Customer
 _HIDDEN = ".issuing"
 # Limits of a batch of copies. Two batches are in memory at once.
 _COPIES_PER_BATCH, _BYTES_PER_BATCH = 32, 1 << 27
+# Older versions also registered a hash of the content, which nothing reads and which took as long as the file's.
+_NO_CONTENT = ""
 # Threads that hash, write and flush files: hashing and writing release the GIL, and flushing waits for the disk.
 _WRITERS = 4
 
@@ -209,8 +211,8 @@ def _write(
             hashed = list(writers.map(hidden, parts, made))
             del batch, made  # otherwise three batches would be in memory
             rows = [
-                (model.name, licence.customer.serial, sha256, content, _documents.now())
-                for licence, (sha256, content) in zip(some, hashed, strict=True)
+                (model.name, licence.customer.serial, sha256, _NO_CONTENT, _documents.now())
+                for licence, sha256 in zip(some, hashed, strict=True)
                 if sha256 not in licence.known
             ]
             if rows:
@@ -269,11 +271,10 @@ def _refuse_below(name: str, lowest: float, customer: Customer) -> None:
         raise _validate.fail("issue", f"values of zero and above in leaf {name!r}, as the base has them", got, cause)
 
 
-def _write_hidden(part: Path, leaves: Mapping[str, np.ndarray], like: Path) -> tuple[str, str]:
-    """Writes a copy under its hidden name and flushes it to disk; returns the hashes of file and content."""
+def _write_hidden(part: Path, leaves: Mapping[str, np.ndarray], like: Path) -> str:
+    """Writes a copy under its hidden name and flushes it to disk; returns the file's hash."""
     with _io.new_file(part) as file:
-        sha256 = files.dump(file, leaves, like=like)
-    return sha256, files.content_hash(leaves)
+        return files.dump(file, leaves, like=like)
 
 
 def _sweep(out: Path, names: set[str]) -> None:
