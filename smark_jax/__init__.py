@@ -7,8 +7,9 @@ The modules are the interface; import them, not their contents::
 They are loaded when first used, so that ``smark --help`` does not wait for optax or TFDS.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from smark_jax import _lazy
 
 if TYPE_CHECKING:
     from smark_jax import aggregation as aggregation
@@ -60,11 +61,7 @@ __all__ = [
     "vault",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return importlib.import_module(f"smark_jax.{name}")
-    raise AttributeError(f"module 'smark_jax' has no attribute {name!r}; its modules are {', '.join(__all__)}")
+__getattr__ = _lazy.modules(__name__, __all__)
 
 
 def __dir__() -> list[str]:

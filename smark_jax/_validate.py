@@ -2,14 +2,17 @@
 
 import contextlib
 import math
+import numbers
 from collections.abc import Iterator
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from smark_jax import _foreign, errors
 
-PyTree = Any  # as _types.PyTree, which comes with jax; jax is loaded only where a tree is walked
+if TYPE_CHECKING:
+    import numpy as np
+
+# JAX and NumPy are loaded by the functions that need them: commands that check no array start without.
+PyTree = Any  # as _types.PyTree, which comes with jax
 
 
 Kind = TypeVar("Kind", bound=errors.SmarkError)
@@ -45,6 +48,8 @@ def is_traced(*values: Any) -> bool:
 
 def same_shape(who: str, **named: Any) -> None:
     """Refuses arrays whose shapes differ."""
+    import numpy as np
+
     shapes = {name: np.shape(value) for name, value in named.items()}
     if len(set(shapes.values())) > 1:
         got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -53,13 +58,15 @@ def same_shape(who: str, **named: Any) -> None:
 
 def vector(who: str, name: str, value: Any, length: int, cause: str) -> None:
     """Refuses anything but a vector of ``length`` entries."""
+    import numpy as np
+
     if np.shape(value) != (length,):
         raise fail(who, f"{name} of shape ({length:,},)", f"shape {np.shape(value)}", cause)
 
 
 def positive(who: str, name: str, value: int) -> None:
     """Refuses a count that is not a whole number of at least one."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise fail(
             who, f"{name} to be a whole number of at least 1", repr(value), "It counts something: 1, 2, 3 and so on."
         )
@@ -67,6 +74,8 @@ def positive(who: str, name: str, value: int) -> None:
 
 def probability(who: str, name: str, value: float) -> None:
     """Refuses a level outside the open interval (0, 1)."""
+    import numpy as np
+
     if isinstance(value, str) or np.ndim(value) != 0 or not 0 < float(value) < 1:
         raise fail(
             who,
@@ -84,6 +93,8 @@ def unit_interval(who: str, name: str, value: float, cause: str) -> None:
 
 def finite_number(who: str, name: str, value: float) -> None:
     """Refuses a strength, clip or margin that is not a positive finite number."""
+    import numpy as np
+
     if is_traced(value):
         return
     if not (np.ndim(value) == 0 and math.isfinite(value) and value > 0):
@@ -122,8 +133,10 @@ def needs(who: str, extra: str) -> Iterator[None]:
         raise found from error
 
 
-def chips(who: str, value: Any) -> np.ndarray:
+def chips(who: str, value: Any) -> "np.ndarray":
     """Returns a read-out as a float64 vector on the host, or refuses it."""
+    import numpy as np
+
     array = np.asarray(value, np.float64)
     if array.ndim != 1 or array.size == 0:
         raise fail(who, "chips of shape [m]", f"shape {array.shape}", "For several suspects, trace one row at a time.")
@@ -131,8 +144,10 @@ def chips(who: str, value: Any) -> np.ndarray:
     return array
 
 
-def serials(who: str, value: Any) -> np.ndarray:
+def serials(who: str, value: Any) -> "np.ndarray":
     """Returns customers' serials as int64 [K], or refuses duplicates, negatives and non-integers."""
+    import numpy as np
+
     array = np.asarray(value)
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise fail(
@@ -153,6 +168,7 @@ def serials(who: str, value: Any) -> np.ndarray:
 def stacked(who: str, name: str, trees: PyTree) -> int:
     """The length of the leading axis that all leaves share, or an error when there is no such axis."""
     import jax
+    import numpy as np
 
     axes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(trees)}
     if len(axes) != 1 or axes == {()} or axes == {(0,)}:
@@ -165,10 +181,12 @@ def stacked(who: str, name: str, trees: PyTree) -> int:
     return axes.pop()[0]
 
 
-def class_numbers(who: str, labels: np.ndarray, classes: int) -> None:
+def class_numbers(who: str, labels: "np.ndarray", classes: int) -> None:
     """Requires labels from 0 to ``classes`` - 1."""
-    numbers = labels.dtype.kind in "iuf" and (labels == np.floor(labels)).all()
-    if not numbers or labels.min() < 0 or labels.max() >= classes:
-        got = f"{labels.min()} to {labels.max()}" if numbers else f"dtype {labels.dtype}"
+    import numpy as np
+
+    whole = labels.dtype.kind in "iuf" and (labels == np.floor(labels)).all()
+    if not whole or labels.min() < 0 or labels.max() >= classes:
+        got = f"{labels.min()} to {labels.max()}" if whole else f"dtype {labels.dtype}"
         cause = "Are the labels of these images, counted from 0?"
         raise fail(who, f"labels as class numbers, 0 to {classes - 1}", got, cause)

@@ -8,16 +8,17 @@ import hmac
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from jaxtyping import UInt32
 
 from smark_jax import _validate
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the commands that make, open and fill a vault start without arrays
+    import numpy as np
+    from jaxtyping import UInt32
+
     from smark_jax.chacha import keystream
 
 __all__ = ["KEY_BYTES", "SecretKey", "commitment", "derive", "from_bytes", "keystream", "new", "seal", "unseal"]
@@ -41,8 +42,10 @@ class SecretKey:
         """The 32 secret bytes: for a vault, never for a log."""
         return self._secret
 
-    def to_words(self) -> UInt32[np.ndarray, "8"]:
+    def to_words(self) -> "UInt32[np.ndarray, '8']":
         """The key in ChaCha20's form: eight little-endian words, shape [8]."""
+        import numpy as np
+
         return np.frombuffer(self._secret, "<u4").astype(np.uint32)
 
     def __repr__(self) -> str:

@@ -21,6 +21,7 @@ from experiments.benchmarks import __main__ as benchmarks
 from experiments.benchmarks import (
     accelerator,
     accelerator_report,
+    commands,
     compare,
     floor_side,
     network_sizes,
@@ -203,6 +204,18 @@ def test_costs_of_shapes(tmp_path, monkeypatch):
     text = io.StringIO()
     shape_cost.show(rich.console.Console(file=text, width=200), result)
     assert "memory of extract: dense" in text.getvalue()
+
+
+def test_commands_are_run_in_two_vaults_and_the_second_counts(tmp_path, monkeypatch):
+    laps = iter([[("trace", 9.0, 500.0)], [("trace", 2.5, 250.0)]])
+    monkeypatch.setattr(race, "setting", lambda: ALONE)
+    monkeypatch.setattr(commands, "_commands", lambda *settings: next(laps))
+    result = section_checks.run_and_resume({commands: commands.Config((7,))}, tmp_path)["commands"]["result"]
+    row = {"command": "trace", "customers": 7, "first_seconds": 9.0, "seconds": 2.5, "peak_mb": 250.0}
+    assert result["rows"] == [row]
+    text = io.StringIO()
+    commands.show(rich.console.Console(file=text, width=200), result)
+    assert "2.50" in text.getvalue()
 
 
 class InThisProcess:

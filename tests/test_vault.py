@@ -184,6 +184,8 @@ TAMPERING = {
     "a customer less": "DELETE FROM customers WHERE serial = 4",
     "a customer more": "INSERT INTO customers VALUES (9, 'Mallory', 'today', 3)",
     "a customer more of a new entry": "INSERT INTO customers VALUES (9, 'Mallory', 'today', 999)",
+    "a customer more of the second entry, before the first one's": "INSERT INTO customers "
+    "SELECT -1, 'Mallory', 'today', max(entry) FROM customers",
     "a model's alpha": "UPDATE models SET document = replace(document, '1e-06', '0.1')",
     "a copy's hash": "UPDATE copies SET sha256 = 'ab' WHERE serial = 1",
     "a copy's customer": "UPDATE copies SET serial = 0 WHERE serial = 1",
@@ -627,7 +629,7 @@ def test_a_time_stamp_of_an_authority_is_kept_and_one_about_something_else_refus
 
 def test_a_verdict_document_is_complete_and_kept(full):
     with vault.opened(full / "vault", SECRET) as desk:
-        document = verdicts.get(desk, 1)
+        document = verdicts.get(desk, 1, everybody=True)
         with pytest.raises(ValueError, match="This vault holds verdict 1 alone"):
             verdicts.get(desk, 2)
     written = documents.plain(document)
@@ -661,7 +663,7 @@ def test_only_those_with_a_copy_are_compared_and_each_is_found(place, tmp_path):
         assert [suspect.verdict for suspect in document.suspects[3:]] == ["nobody", "undecided", "undecided"]
         assert document.num_customers == 3
         assert document.suspects[0].num_suspects == 4
-        assert document.suspects[0].serials == [2, 5, 8]
+        assert verdicts.get(desk, 1, everybody=True).suspects[0].serials == [2, 5, 8]
         again = verdicts.trace(models.get(desk, "net"), suspects[:1], tried=2)
         assert (again.number, again.occasion) == (2, 2)
         first, second = document.suspects[0].accused[0], again.suspects[0].accused[0]

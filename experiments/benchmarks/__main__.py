@@ -11,15 +11,22 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.benchmarks import accelerator, accelerator_report, compare, race, scaling, shape_cost
+from experiments.benchmarks import accelerator, accelerator_report, commands, compare, race, scaling, shape_cost
 from experiments.common import sections
 
-SECTIONS = {"compare": compare, "scaling": scaling, "shape_cost": shape_cost, "accelerator": accelerator}
-_ALWAYS = ("compare", "scaling", "shape_cost")
+SECTIONS = {
+    "compare": compare,
+    "scaling": scaling,
+    "shape_cost": shape_cost,
+    "commands": commands,
+    "accelerator": accelerator,
+}
+_ALWAYS = ("compare", "scaling", "shape_cost", "commands")
 _EXAMPLES = """sections:
   compare      what was aimed at, case by case: training step, carrier, copies on disk, verdict, models of real size
   scaling      time against weights, chips, customers, copies and parties, with fitted exponents
   shape_cost   marks with a shape: seconds to make one, its room beside the model, memory to make and read a copy
+  commands     CPU seconds and peak memory of each command of smark, among 3 customers and among many
   accelerator  only when named: a GPU or TPU checked against references on the host, and timed beside its own limits;
                exit status 1 if it computes anything wrong; the quick sizes where there is no accelerator
 

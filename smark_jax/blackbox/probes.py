@@ -15,18 +15,22 @@ commitment before sale cannot choose probes after a suspect has answered.
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 from jaxtyping import Float, Int, Num, UInt8
 
-from smark_jax import _batches, _trees, _validate, carriers, keys, training
+from smark_jax import _batches, _trees, _validate, carriers, keys
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 from smark_jax.blackbox import payload
+
+if TYPE_CHECKING:
+    import optax
+
+    from smark_jax import training
 
 _IMAGES_PER_PASS = 256
 
@@ -155,7 +159,7 @@ def train_copies(
     learning_rate: float = 1e-3,
     seed: int = 0,
     at_once: int = 1,
-    on_progress: training.OnProgress | None = None,
+    on_progress: "training.OnProgress | None" = None,
 ) -> Trained:
     r"""Trains K copies at once to answer each probe by their own codewords, and everything else as the base does.
 
@@ -190,6 +194,8 @@ def train_copies(
       SmarkError: when the codes are not one row for each copy and one column for each probe, images are not of the
         probes' shape and dtype, or a batch is larger than the number of images.
     """
+    from smark_jax import training  # with optax; here and not above, since tracing and issuing load this module
+
     count = _validate.stacked("train_copies", "copies", copies)
     probe_images = np.asarray(probe_images)
     if np.shape(codes) != (count, len(probe_images)):
@@ -283,5 +289,7 @@ def _task(apply_fn: ApplyFn, probe_weight: float) -> Callable[..., Array]:
 
 
 @functools.lru_cache(maxsize=8)
-def _adam(learning_rate: float, steps: int) -> optax.GradientTransformation:
+def _adam(learning_rate: float, steps: int) -> "optax.GradientTransformation":
+    import optax
+
     return optax.adam(optax.cosine_decay_schedule(learning_rate, steps))

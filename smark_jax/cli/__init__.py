@@ -1,5 +1,6 @@
 """The ``smark`` command line. Each subcommand lives in a module of this folder; heavy imports wait until it runs."""
 
+import gc
 import io
 import itertools
 import sys
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import typer.rich_utils
 
 from smark_jax import _foreign, errors
 from smark_jax.cli import _attack, _bench, _cache, _common, _evidence, _issue, _outputs, _plan, _query, _trace, _vault
@@ -175,6 +175,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot encode must not crash the program
             stream.reconfigure(errors="backslashreplace")
     _cache.keep_compiled()
+    gc.set_threshold(100_000, 10, 10)  # a million customers are a million objects, which live until the command ends
     settings = {"verbose": False}
     try:
         code = app(standalone_mode=False, obj=settings)
@@ -182,11 +183,13 @@ def main() -> None:
         if _as_json():
             _refuse("Usage", error.format_message())
         elif type(error).__name__ != "NoArgsIsHelpError":  # in that case the help was printed already
+            from typer import rich_utils  # a tenth of a second, for help and errors alone
+
             usage = _UsageError(_foreign.clean(error.format_message()), getattr(error, "ctx", None))
-            typer.rich_utils.rich_format_error(usage)
+            rich_utils.rich_format_error(usage)
         sys.exit(error.exit_code)
     except typer.Abort:
-        typer.rich_utils.rich_abort_error()
+        _common.err.say("Aborted.", style="red")
         sys.exit(1)
     except (errors.SmarkError, OSError) as error:
         public = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ in (errors.__name__, "builtins")]

@@ -1,13 +1,11 @@
 """``smark query``: traces a suspect that can only be queried."""
 
-import http.client
 import io
 import json
 import secrets
 import shlex
 import subprocess
 import tempfile
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,6 +112,9 @@ def _png(image: "np.ndarray") -> bytes:
 
 def _post(url: str, png: bytes, field: str | None) -> Any:
     """Sends one image to a service and returns its class number."""
+    import http.client  # here and not above: every command imports this module
+    import urllib.request
+
     body, kind = png, "image/png"
     if field is not None:
         edge = f"smark{secrets.token_hex(12)}"

@@ -174,7 +174,7 @@ def report(
         from smark_jax import report as reports
         from smark_jax.vault import documents, verdicts
 
-        found = verdicts.get(desk, verdict)
+        found = verdicts.get(desk, verdict, everybody=True)
         _outputs.check("--out", out, _outputs.suspects(found))
         _io.write(out, reports.render(documents.plain(found)).encode(), private=True)
     _common.show({"verdict": verdict, "report": str(out)}, as_json, lambda: say(f"Report: {out}"))

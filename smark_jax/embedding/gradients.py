@@ -1,17 +1,19 @@
 """Embedding by training: the gradient of a fingerprint loss is added to that of the task."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Num
 
 from smark_jax import _trees, _validate, carriers
 from smark_jax._types import AnyArray, PyTree
 from smark_jax.carriers import hadamard, marks, selection
 from smark_jax.embedding import copies
+
+if TYPE_CHECKING:
+    import optax
 
 FingerprintLoss = Callable[[Array, Array], Array]
 """``loss(chips [m], word [m]) -> scalar``, such as those in :mod:`smark_jax.losses`."""
@@ -35,8 +37,8 @@ def add_fingerprint_gradient(
     loss_fn: FingerprintLoss,
     mark: carriers.Mark,
     word: Num[AnyArray, " m"],
-    weight: float | Array | optax.Schedule = 1.0,
-) -> optax.GradientTransformation:
+    weight: "float | Array | optax.Schedule" = 1.0,
+) -> "optax.GradientTransformation":
     """Adds ``weight`` times the gradient of the fingerprint loss to the gradient that passes through.
 
     Chained before an optimiser, it marks a model during training. In distributed training the owner applies it after
@@ -74,6 +76,8 @@ def add_fingerprint_gradient(
       >>> bool((jnp.sign(extraction.extract(params, base, mark)) == word).all())
       True
     """
+    import optax  # here and not above: no copy that is made or traced in closed form needs it
+
     who, spec = "add_fingerprint_gradient", mark.spec
     copies.check_word(who, mark, word)
     copies.verify(who, True, jnp.all(jnp.abs(jnp.asarray(word)) == 1))

@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
 
 from smark_jax import _validate, errors
 from smark_jax.files import _changes, _pairing
@@ -216,6 +215,8 @@ def _log_maps(
     channels: set[int],
 ) -> float:
     """The natural logarithm of the number of maps that could have been given; see the module's docstring."""
+    from scipy import special  # here and not above: bases are read without
+
     used = {found.choices[name].source for name in found.settled}
     theirs: dict[tuple[int, ...], dict[str, int]] = {}
     for source in suspect.keys() - used:

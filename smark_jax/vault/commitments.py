@@ -80,7 +80,9 @@ def build(model: models.OpenModel, hashed: Sequence[bytes]) -> Commitment:
     )
     tree = [header_leaf(header), *hashed]
     (path,) = merkle.paths(tree, [0])
-    return Commitment(FORMAT, VERSION, header, tuple(node.hex() for node in path), merkle.root(tree).hex())
+    root = merkle.root_of_path(tree[0], 0, len(tree), path)  # the header's path, so the tree is not hashed twice
+    assert root is not None
+    return Commitment(FORMAT, VERSION, header, tuple(node.hex() for node in path), root.hex())
 
 
 def row(commitment: Commitment) -> store.Commitment:

@@ -1,5 +1,6 @@
 """The registry of customers, shared by all models: each has a name and a serial; serials count up from 0."""
 
+import itertools
 from collections.abc import Sequence
 
 from smark_jax import _documents, _validate
@@ -57,6 +58,6 @@ def _distinct(names: list[str]) -> list[str]:
 
 def _insert(vault: folder.Vault, names: list[str]) -> list[Customer]:
     created, first = _documents.now(), store.num_customers(vault.connection)
-    new = [Customer(serial, name, created) for serial, name in enumerate(names, first)]
+    new = list(map(Customer, itertools.count(first), names, itertools.repeat(created)))
     folder.record(vault, "customers added", {"customers": new}, first=first, number=len(new))
     return new

@@ -250,8 +250,8 @@ def _under(
     vault: folder.Vault, model: str, shown: Sequence[int], newest: int, commitment: int | None
 ) -> dict[int, int]:
     """The number of the commitment under which each serial's codeword is opened."""
-    licensed = {licence.serial: licence.number for licence in store.licences(vault.connection, model)}
-    under = {serial: licensed[serial] for serial in shown}
+    licensed = store.licences(vault.connection, model, shown)
+    under = {serial: licensed[serial].number for serial in shown}
     if commitment is None:
         return under
     least = max(under.values())
@@ -268,16 +268,15 @@ def _under(
 
 def _opened(vault: folder.Vault, model: str, leaves: Sequence[Leaf], under: Mapping[int, int]) -> list[Opened]:
     """The leaves with their paths to the roots of the commitments that cover them."""
-    licences = store.licences(vault.connection, model)
     opened = []
     for number in sorted(set(under.values())):
         commitment = commitments.get(vault, model, number)
-        covered = [licence for licence in licences if licence.number <= number]
-        tree = [commitments.header_leaf(commitment.header), *(licence.leaf for licence in covered)]
+        covered = store.leaves(vault.connection, model, number)
+        tree = [commitments.header_leaf(commitment.header), *covered.values()]
         if merkle.root(tree).hex() != commitment.root:
             cause = "Restore the vault from your backup."
             raise _validate.fail("evidence", "the leaves that were committed to", "others", cause)
-        index = {licence.serial: place for place, licence in enumerate(covered, 1)}
+        index = {serial: place for place, serial in enumerate(covered, 1)}
         some = [leaf for leaf in leaves if under[leaf.serial] == number]
         places = [index[leaf.serial] for leaf in some]
         for leaf, place, path in zip(some, places, merkle.paths(tree, places), strict=True):

@@ -137,8 +137,9 @@ def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
 def _license(model: models.OpenModel, customers: Sequence[Customer], strength: float | None) -> int:
     """Gives a licence to each customer without one, all under one new commitment; returns how many."""
     vault = model.vault
-    held = strengths(vault, model.name)
-    other = [c.name for c in customers if strength is not None and held.get(c.serial, strength) != strength]
+    held = store.licences(vault.connection, model.name, [customer.serial for customer in customers])
+    licensed = [customer for customer in customers if customer.serial in held]
+    other = [c.name for c in licensed if strength is not None and held[c.serial].strength != strength]
     if other:
         got = f"another one in the copies of {', '.join(map(repr, other[:5]))}"
         cause = "A customer has one copy of a model: leave --strength out to write it again."
@@ -152,26 +153,23 @@ def _license(model: models.OpenModel, customers: Sequence[Customer], strength: f
         for customer, leaf in zip(new, hashed, strict=True)
     ]
     with store.transaction(vault.connection):
-        tree = {licence.serial: licence.leaf for licence in store.licences(vault.connection, model.name)}
-        tree |= {serial: leaf for _, serial, _, leaf in rows}
+        tree = store.leaves(vault.connection, model.name) | {serial: leaf for _, serial, _, leaf in rows}
         commitment = commitments.build(model, [tree[serial] for serial in sorted(tree)])
         added = {"commitments": [commitments.row(commitment)], "licences": [(*row, commitment.number) for row in rows]}
         folder.record(vault, "customers licensed", added, model=model.name, number=commitment.number)
     return len(new)
 
 
-def strengths(vault: folder.Vault, model: str) -> dict[int, float]:
-    """The strength of each issued copy by its customer's serial, in the order of serials."""
-    return {licence.serial: licence.strength for licence in store.licences(vault.connection, model)}
-
-
 def _licences(model: models.OpenModel, customers: Sequence[Customer], out: Path) -> list[_Licence]:
-    held = strengths(model.vault, model.name)
+    serials = [customer.serial for customer in customers]
+    held = store.licences(model.vault.connection, model.name, serials)
     known: dict[int, set[str]] = {}
-    for serial, sha256 in store.copies(model.vault.connection, model.name):
+    for serial, sha256 in store.copies(model.vault.connection, model.name, serials):
         known.setdefault(serial, set()).add(sha256)
     return [
-        _Licence(c, held[c.serial], frozenset(known.get(c.serial, ())), out / _text.file_name(c.serial, c.name))
+        _Licence(
+            c, held[c.serial].strength, frozenset(known.get(c.serial, ())), out / _text.file_name(c.serial, c.name)
+        )
         for c in sorted(set(customers))
     ]
 

@@ -4,7 +4,7 @@ A byte 0 precedes a leaf before hashing, a byte 1 an inner node, so that neither
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from smark_jax import _validate
 
@@ -20,20 +20,17 @@ def root(leaves: Sequence[bytes]) -> bytes:
     Raises:
       SmarkError: when there are none.
     """
-    return _levels(leaves)[-1][0]
+    *_, (top,) = _levels(leaves)
+    return top
 
 
 def paths(leaves: Sequence[bytes], indices: Sequence[int]) -> list[list[bytes]]:
     """For each index, the siblings from the leaf to the root, which prove that the leaf is under the root."""
-    levels = _levels(leaves)
-    found = []
-    for index in indices:
-        path = []
-        for level in levels[:-1]:
-            if index ^ 1 < len(level):
-                path.append(level[index ^ 1])
-            index //= 2
-        found.append(path)
+    found: list[list[bytes]] = [[] for _ in indices]
+    for height, level in enumerate(_levels(leaves)):
+        for path, index in zip(found, indices, strict=True):
+            if (other := index >> height ^ 1) < len(level):
+                path.append(level[other])
     return found
 
 
@@ -59,15 +56,14 @@ def root_of_path(leaf: bytes, index: int, size: int, path: Sequence[bytes]) -> b
     return None if rest else node
 
 
-def _levels(leaves: Sequence[bytes]) -> list[list[bytes]]:
-    """All levels from the leaves up; a node without a sibling moves up unchanged, which gives RFC 6962's tree."""
+def _levels(leaves: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    """The levels from the leaves up; a node without a sibling moves up unchanged, which gives RFC 6962's tree."""
     _validate.positive("merkle", "the number of leaves", len(leaves))
-    levels = [list(leaves)]
-    while len(levels[-1]) > 1:
-        level = levels[-1]
-        above = [_node(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
-        levels.append(above + level[len(level) - len(level) % 2 :])
-    return levels
+    level = leaves
+    yield level
+    while len(level) > 1:
+        level = [*map(_node, level[:-1:2], level[1::2]), *level[len(level) - len(level) % 2 :]]
+        yield level
 
 
 def _node(left: bytes, right: bytes) -> bytes:

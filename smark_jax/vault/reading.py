@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax import _validate, alignment, carriers, errors, extraction, files
+from smark_jax import _validate, carriers, errors, extraction, files
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.vault import documents
 
@@ -84,6 +84,8 @@ def read(
     params: PyTree = files.nest(carriers.with_tied(layout.leaves, spec))
     report = None
     if reading.aligner:
+        from smark_jax import alignment  # here and not above: most suspects are read without
+
         aligned = alignment.align(params, files.nest(base), reading.aligner.apply_fn, reading.aligner.images)
         params, report = _without(aligned.params, aligned.report.left_out), str(aligned.report)
     original: PyTree = files.nest({leaf.path: base[leaf.path] for leaf in spec.leaves})

@@ -266,8 +266,8 @@ def _record(vault: folder.Vault, verdict: Verdict, parts: Sequence[Judged]) -> V
     return get(vault, number)
 
 
-def get(vault: folder.Vault, number: int) -> Verdict:
-    """The verdict of this number, with every customer's statistic.
+def get(vault: folder.Vault, number: int, *, everybody: bool = False) -> Verdict:
+    """The verdict of this number; with ``everybody``, each suspect has every customer's serial, name and statistic.
 
     Raises:
       SmarkError: when there is none.
@@ -279,12 +279,12 @@ def get(vault: folder.Vault, number: int) -> Verdict:
         cause = f"This vault holds {some}." if last else "'smark trace' makes the first."
         raise _validate.fail("vault", "the number of a verdict", f"{number}, which does not exist", cause)
     verdict = documents.stored(Verdict, row.document, number=number, created=row.created, suspects=[])
-    customers = store.covered_names(vault.connection, row.model, verdict.commitment.number)
+    customers = store.covered_names(vault.connection, row.model, verdict.commitment.number) if everybody else {}
     serials, names = list(customers), list(customers.values())
     suspects = []
     for finding in store.findings(vault.connection, number):
         suspect = documents.stored(Suspect, sealing.unseal(vault.master, finding, "document"))
-        values = np.frombuffer(sealing.unseal(vault.master, finding, "statistics"), "<f4")
+        values = np.frombuffer(sealing.unseal(vault.master, finding, "statistics") if everybody else b"", "<f4")
         if values.size:
             suspect = suspect._replace(statistics=values.astype(float).tolist(), serials=serials, customers=names)
         suspects.append(suspect)

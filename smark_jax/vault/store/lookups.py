@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from smark_jax.vault.store.schema import Connection
 
+_NAMES_PER_QUERY = 4096
+_AMONG = "serial IN (SELECT value FROM json_each(?))"
+
 
 class Entry(NamedTuple):
     """An entry of the log as it is stored (:mod:`smark_jax.vault.log`)."""
@@ -148,8 +151,9 @@ def customers(connection: Connection, first: int) -> list[Customer]:
 def named(connection: Connection, names: Sequence[str]) -> dict[str, Customer]:
     """Those of the customers with these names who are registered, by name."""
     query = "SELECT serial, name, created FROM customers WHERE name IN (SELECT value FROM json_each(?))"
-    found = map(Customer._make, connection.execute(query, (json.dumps(names),)))
-    return {customer.name: customer for customer in found}
+    parts = (names[start : start + _NAMES_PER_QUERY] for start in range(0, len(names), _NAMES_PER_QUERY))
+    rows = (row for part in parts for row in connection.execute(query, (json.dumps(part),)))
+    return {customer.name: customer for customer in map(Customer._make, rows)}
 
 
 def num_customers(connection: Connection) -> int:
@@ -165,10 +169,17 @@ def name(connection: Connection, serial: int) -> str:
 # Licences and copies
 
 
-def licences(connection: Connection, model: str) -> list[Licence]:
-    """A model's licences in the order of serials."""
-    query = "SELECT serial, strength, leaf, number FROM licences WHERE model = ? ORDER BY serial"
-    return list(map(Licence._make, connection.execute(query, (model,))))
+def licences(connection: Connection, model: str, serials: Sequence[int]) -> dict[int, Licence]:
+    """Those of a model's licences that these customers hold, by serial."""
+    query = f"SELECT serial, strength, leaf, number FROM licences WHERE model = ? AND {_AMONG}"
+    found = map(Licence._make, connection.execute(query, (model, json.dumps(serials))))
+    return {licence.serial: licence for licence in found}
+
+
+def leaves(connection: Connection, model: str, number: int = 2**63 - 1) -> dict[int, bytes]:
+    """The hashed leaves that a model's commitment of this number covers, by default all, by serial and in order."""
+    query = "SELECT serial, leaf FROM licences WHERE model = ? AND number <= ? ORDER BY serial"
+    return dict(connection.execute(query, (model, number)))
 
 
 def covered(connection: Connection, model: str, number: int) -> list[int]:
@@ -194,9 +205,10 @@ def licensed_models(connection: Connection) -> dict[int, list[str]]:
     return found
 
 
-def copies(connection: Connection, model: str) -> list[Copy]:
-    """The files that were made of a model."""
-    return list(map(Copy._make, connection.execute("SELECT serial, sha256 FROM copies WHERE model = ?", (model,))))
+def copies(connection: Connection, model: str, serials: Sequence[int]) -> list[Copy]:
+    """The files that were made of a model for these customers."""
+    query = f"SELECT serial, sha256 FROM copies WHERE model = ? AND {_AMONG}"
+    return list(map(Copy._make, connection.execute(query, (model, json.dumps(serials)))))
 
 
 def model_of_copy(connection: Connection, sha256: str, but: str) -> str | None:

@@ -24,10 +24,10 @@ _ROWS_PER_HASH = 4096
 
 def insert(connection: Connection, table: str, rows: Iterable[Row], entry: int) -> None:
     """Adds rows that this log entry vouches for."""
-    columns = (*TABLES[table], "entry")
-    marks = ", ".join("?" * len(columns))
-    statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
-    connection.executemany(statement, ((*row, entry) for row in rows))
+    columns = TABLES[table]
+    marks = "?, " * len(columns)
+    statement = f"INSERT INTO {table} ({', '.join(columns)}, entry) VALUES ({marks}{entry:d})"
+    connection.executemany(statement, rows)
 
 
 def summary(rows: Mapping[str, Sequence[Row]]) -> dict[str, Summary]:
@@ -63,14 +63,18 @@ def verify(connection: Connection, said: Mapping[int, Mapping[str, Summary]]) ->
       SmarkError: naming the table, and the entry with which its rows disagree.
     """
     # Queries may read names and numbers from an index alone, so the indices must be intact too.
-    (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-    if found != "ok":
-        raise tampered(found)
+    (state,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    if state != "ok":
+        raise tampered(state)
     for table, columns in TABLES.items():
         expected = {number: tables[table] for number, tables in said.items() if table in tables}
-        cursor = connection.execute(f"SELECT {', '.join(columns)}, entry FROM {table} ORDER BY entry, rowid")
-        by_entry = itertools.groupby(cursor, operator.itemgetter(-1))
-        found = {entry: _summary(rows, len(columns)) for entry, rows in by_entry}
+        # Tables only grow, so entries follow each other in the order of rows, and sqlite need not sort.
+        cursor = connection.execute(f"SELECT {', '.join(columns)}, entry FROM {table} ORDER BY rowid")
+        found: dict[Any, Summary] = {}
+        for entry, rows in itertools.groupby(cursor, operator.itemgetter(-1)):
+            if entry in found:
+                raise tampered(f"table {table} has rows of log entry {entry} among those of others")
+            found[entry] = _summary(rows, len(columns))
         for entry in sorted(expected.keys() | found.keys(), key=str):
             if expected.get(entry) != found.get(entry):
                 rows, should = (some[entry].rows if entry in some else 0 for some in (found, expected))
