@@ -142,7 +142,7 @@ def _rows(config: Config, parties: int, setting: race.Setting, seed: int) -> lis
         params = {"parties": config.mask_parties, "num_words": size, "seed": seed}
         add(f"P = {config.mask_parties}, D = {size:,}", Entry("jax", "party", params), size)
     for engine, arms in (("pmap", ("plain", "masks and fingerprint")), ("shard_map", ("masks and fingerprint",))):
-        params = {"parties": parties, "batch": config.batch, "keep_memory": False, "engine": engine, "seed": seed}
+        params = {"parties": parties, "batch": config.batch, "engine": engine, "seed": seed}
         each = parties if not setting.accelerator else 1  # devices work side by side
         add(f"{engine}, P = {parties}", Entry("jax", "train", params, arms), parties=each)
     params = {"name": config.model, "dtype": "float32", "folder": "", **chips}

@@ -126,14 +126,13 @@ def times(slow: Timing | None, fast: Timing | None) -> float | None:
 
 
 def _training(config: Config, setting: race.Setting, seed: int, tell: Callable[[str], None]) -> Found:
-    params = {"parties": config.parties, "batch": config.batch, "seed": seed, "keep_memory": True}
+    params = {"parties": config.parties, "batch": config.batch, "seed": seed}
     entries = [
         Entry("jax", "train", params),
         Entry("torch", "train", params),
-        Entry("jax", "train", {**params, "keep_memory": False}, ("plain",)),
     ]
     timings = race.race(entries, setting, 3 * config.rounds, seconds=config.seconds, on_lap=tell)
-    plain = find(timings, "jax", "plain", keep_memory=True)
+    plain = find(timings, "jax", "plain")
     marked = find(timings, "jax", "masks and fingerprint")
     assert plain and marked
     step = f"training step of the CNN, {config.parties} parties"

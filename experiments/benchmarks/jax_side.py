@@ -17,7 +17,6 @@ import optax
 from experiments.benchmarks import network_sizes
 from experiments.common import sections
 from smark_jax import (
-    _memory,
     aggregation,
     carriers,
     codes,
@@ -102,10 +101,8 @@ def cpu_devices(number: int) -> None:
         jax.config.update("jax_num_cpu_devices", number)
 
 
-def train(parties: int, batch: int, seed: int, keep_memory: bool = True, engine: parallel.Engine = "pmap") -> Arms:
+def train(parties: int, batch: int, seed: int, engine: parallel.Engine = "pmap") -> Arms:
     """A round of the CNN: with a bare psum of floats, under masks, and under masks with the owner's mark."""
-    if keep_memory:
-        _memory.keep_freed()
     cpu_devices(parties)
     network = models.CNN()
     apply_fn = models.apply_fn(network)

@@ -80,7 +80,6 @@ def label(row: Timing) -> str:
     names = {"num_weights": "D", "num_chips": "m", "num_customers": "N", "num_copies": "K", "parties": "P"}
     params = row["params"]
     parts = [params[name] for name in ("name", "dtype", "decoder") if name in params]
-    parts += ["memory given back"] if params.get("keep_memory") is False else []
     parts += [f"{short} = {params[name]:,}" for name, short in names.items() if params.get(name)]
     return f"{row['case']}: {row['arm']}" + (f" ({', '.join(parts)})" if parts else "")
 

@@ -34,7 +34,6 @@ from experiments.benchmarks.torch_system import (
     statistics_by_tables,
     uchida_loss,
 )
-from smark_jax import _memory
 
 Arms = Mapping[str, Callable[[], dict[str, Any] | None]]
 
@@ -97,14 +96,12 @@ def fingerprint_losses(num_weights: int, num_chips: int, seed: int) -> Arms:
     return {"uchida": arm(uchida_loss), "deepmarks": arm(deepmarks_loss)}
 
 
-def train(parties: int, batch: int, seed: int, keep_memory: bool = True) -> Arms:
+def train(parties: int, batch: int, seed: int) -> Arms:
     """A data-parallel step of the CNN: the mean of the parties' gradients, then Adam.
 
     On one device the parties' batches may run one after the other (``parties``), or as one (``joined``): the mean of
     equally many examples' gradients is the same.
     """
-    if keep_memory:
-        _memory.keep_freed()
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     images = pixels(rng.integers(0, 256, (parties, batch, 28, 28, 1), dtype=np.uint8))

@@ -131,12 +131,11 @@ def bar(text: str, total: int) -> Iterator[Callable[[float], None]]:
 
 
 def before_training(parties: int) -> None:
-    """Keeps freed memory for reuse, and asks JAX for one CPU device per party before it computes anything."""
+    """Asks JAX for one CPU device per party, before it computes anything."""
     import jax
 
-    from smark_jax import _memory, parallel
+    from smark_jax import parallel
 
-    _memory.keep_freed()
     try:
         jax.config.update("jax_num_cpu_devices", parties)
     except RuntimeError:  # JAX has computed already: use the devices that there are
