@@ -105,7 +105,7 @@ def demo(
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of initialisation, shuffles and the demo's keys.")
     ] = 0,
 ) -> None:
-    """Train across parties, issue fingerprinted copies, leak four of them, and trace the leaks; about two minutes.
+    """Train across parties, issue fingerprinted copies, leak four of them, and trace the leaks; a minute or two.
 
     It trains on real digits (MNIST-5k, shipped with a package; nothing is downloaded). Parties run on accelerators if
     there are enough of them, and otherwise on virtual CPU devices.
