@@ -46,7 +46,8 @@ class Config:
 
 
 QUICK = Config(
-    *(3, 6),
+    rounds=3,
+    seconds=6,
     epochs=2,
     copies=100,
     scored=5,

@@ -71,6 +71,7 @@ def pair_keys(secrets: Sequence[keys.SecretKey]) -> UInt32[np.ndarray, "P P 8"]:
 
 def stream(key: keys.SecretKey, round: int, num_words: int) -> UInt32[np.ndarray, " num_words"]:
     """The mask of a key in a round, computed on the host: ``pairwise_mask`` adds it for a pair with this key."""
+    # Not by chacha.openssl, since that module loads JAX, and parties of the protocol do without.
     nonce = np.array([0, round, 0, MASK], "<u4").tobytes()  # block counter, then the nonce (RFC 8439, section 2.3)
     encryptor = Cipher(algorithms.ChaCha20(key.to_bytes(), nonce), None).encryptor()
     return np.frombuffer(encryptor.update(bytes(4 * num_words)), "<u4").astype(np.uint32)

@@ -226,9 +226,8 @@ def _by_planes(vector: jax.Array, packed: jax.Array, num_chips: int, planes: int
     size = jnp.maximum((high - low) / (2**planes - 1), jnp.finfo(jnp.float32).tiny)
     whole = jnp.where(used, jnp.rint((vector - low) / size), 0).astype(jnp.uint32)
     bits = jnp.stack([*(whole >> plane & 1 for plane in range(planes)), jnp.asarray(used, jnp.uint32)], axis=1)
-    masks = jnp.sum(
-        bits << jnp.arange(32, dtype=jnp.uint32)[None, None], axis=2, dtype=jnp.uint32
-    )  # [words, planes + 1]
+    places = jnp.arange(32, dtype=jnp.uint32)[None, None]
+    masks = jnp.sum(bits << places, axis=2, dtype=jnp.uint32)  # [words, planes + 1]
 
     def add(sums: tuple[jax.Array, jax.Array], words: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:
         total, ones = sums
