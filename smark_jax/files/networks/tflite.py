@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _limits
+from smark_jax.files import _limits, _places
 from smark_jax.files._limits import Foreign, shown
+from smark_jax.files._sources import Source
 from smark_jax.files.networks import graph as graphs
 from smark_jax.files.networks import tflite_schema
 from smark_jax.files.networks.flatbuffer import ADVICE, Reader, Span, Table
@@ -34,6 +35,7 @@ DTYPES = {
 }  # fmt: skip
 _FLOATS = (0, 1, 10, 18)
 _MAX_NAME = 900
+_MOST_UNPACKED = 8  # bytes of float32 for a byte of two four-bit numbers
 
 
 class _Leaf(NamedTuple):
@@ -57,19 +59,30 @@ def matches(data: bytes) -> bool:
     return data[4:8] == b"TFL3"
 
 
-def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
+def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     """The tensors by name."""
-    root = Reader(data).root()
+    root = Reader(source.data).root()
     return {leaf.name: leaf.tensor.array for leaf in _leaves(root, _graph(root), max_bytes)}
 
 
-def load(data: bytes, max_bytes: int) -> Graph:
-    """The network in a file's content.
+def places(source: Source) -> _places.Places:
+    """Where the tensors lie that are not quantised."""
+    root = Reader(source.data).root()
+    found: dict[str, _places.Place | _places.Unwritable] = {}
+    for name, _, (array, span, _), _ in _leaves(root, _graph(root), _MOST_UNPACKED * len(source.data)):
+        if not isinstance(array, Foreign):
+            at = _places.in_order(span[0], array.dtype, array.shape) if span else _places.Unwritable.QUANTISED
+            found[name] = at
+    return found
+
+
+def load(source: Source, max_bytes: int) -> Graph:
+    """The network in a file.
 
     Raises:
       Unreadable: when the content is no model of one input, or is beyond a limit.
     """
-    root = Reader(data).root()
+    root = Reader(source.data).root()
     graph = _graph(root)
     inputs, outputs = graph.integers(1), graph.integers(2)
     if len(inputs) != 1 or not outputs:
