@@ -199,14 +199,6 @@ def _real(x: Any) -> Any:
     return x.astype(np.float32)
 
 
-def _local_response(x: Any, *, radius: int, bias: float, alpha: float, beta: float) -> Any:
-    size = 2 * layers.countable(radius) + 1
-    reach = [*[(0, 0)] * (x.ndim - 1), (radius, radius)]
-    ones = (1,) * (x.ndim - 1)
-    near = lax.reduce_window(x * x, np.zeros((), x.dtype), lax.add, (*ones, size), (1,) * x.ndim, reach)
-    return x / (bias + alpha * near) ** beta
-
-
 def _unit(x: Any, *, activation: int = 0) -> Any:
     """Vectors along the last axis, of length one."""
     return _activated(x / jnp.sqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12)), activation)
@@ -253,7 +245,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "FULLY_CONNECTED": _dense,
     "BATCH_MATMUL": _matmul,
     "L2_NORMALIZATION": _unit,
-    "LOCAL_RESPONSE_NORMALIZATION": _local_response,
     "QUANTIZE": _real,
     "DEQUANTIZE": _real,
     "CAST": _cast,

@@ -62,7 +62,6 @@ _OPTIONS = {
     "GELU": "approximate:b",
     "LEAKY_RELU": "alpha:f",
     "MIRROR_PAD": "mode:b",
-    "LOCAL_RESPONSE_NORMALIZATION": "radius:i bias:f alpha:f beta:f",
 }
 
 
