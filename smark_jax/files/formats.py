@@ -80,4 +80,5 @@ def of(content: bytes) -> Format:
     for format in FORMATS:
         if format.matches(content):
             return format
-    raise Unreadable("it is neither safetensors, Flax msgpack, npz, ONNX nor PyTorch", "Convert it to safetensors.")
+    known = ", ".join(format.name for format in FORMATS if format.suffixes)
+    raise Unreadable(f"it is in none of the formats {known}", "Convert it to safetensors.")
