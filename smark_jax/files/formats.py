@@ -13,7 +13,7 @@ from smark_jax.files import _msgpack, _npz, _safetensors, _torch
 from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Places
 from smark_jax.files._sources import Source
-from smark_jax.files.networks import onnx, pt2
+from smark_jax.files.networks import onnx, pt2, tflite
 
 Leaves = Mapping[str, np.ndarray | Foreign]
 
@@ -57,6 +57,7 @@ FORMATS = (
     Format("torch", (".pt", ".pth", ".bin", ".ckpt"), _torch.matches, _torch.read),  # before npz: all three are zips
     Format("npz", (".npz",), _npz.matches, _npz.read, _npz.places),
     Format("safetensors", (".safetensors",), _safetensors.matches, _safetensors.read, _safetensors.places),
+    Format("tflite", (".tflite",), tflite.matches, tflite.read, tflite.places),
     refused(tuple(bytes((0x80, version)) for version in (2, 3, 4, 5)), "a pickle", _PICKLE),
     refused(b"\x89HDF", "an HDF5 file", "Load it in Keras and save the weights with safetensors.numpy.save_file."),
     refused(b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),

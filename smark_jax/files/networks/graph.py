@@ -1,7 +1,7 @@
 """A network as its file holds it, and the function that it computes, as a pure function of JAX."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,6 +138,18 @@ def needed(graph: Graph) -> Graph:
 
 
 _AGAIN = "The file is damaged: export the network again."
+
+
+def without_softmax(graph: Graph, softmax: str, quantisers: Sequence[str] = ()) -> Graph:
+    """The graph without a softmax at its end, so that its result is logits; nodes of ``quantisers`` may follow it."""
+    result = graph.output
+    for node in reversed(graph.nodes):
+        given = node.arguments[0] if node.arguments else None
+        if node.outputs[:1] == (result,) and isinstance(given, Value) and node.op in (softmax, *quantisers):
+            result = given.name
+            if node.op == softmax:
+                return graph._replace(output=result)
+    return graph
 
 
 def function(graph: Graph, operators: Operators) -> Callable[[Mapping[str, Any], Any], Any]:

@@ -62,18 +62,9 @@ def load(source: Source, max_bytes: int) -> Graph:
         raise Unreadable(f"it has {len(model.inputs)} inputs and {len(model.outputs)} outputs", "It must take images.")
     ((image, shape),) = model.inputs.items()
     graph = Graph(tuple(model.nodes), model.tensors, _leaves(model), image, shape, model.outputs[0])
-    graph = graphs.needed(_without_softmax(graph))
+    graph = graphs.needed(graphs.without_softmax(graph, "Softmax"))
     nodes = tuple(_of_version(node, model.version) for node in graph.nodes)
     return graph._replace(nodes=nodes)
-
-
-def _without_softmax(graph: Graph) -> Graph:
-    """Leaves out a last Softmax, so that the result is logits."""
-    makers = {output: node for node in graph.nodes for output in node.outputs}
-    last = makers.get(graph.output)
-    if last is not None and last.op == "Softmax" and len(last.arguments) == 1 and isinstance(last.arguments[0], Value):
-        return graph._replace(output=last.arguments[0].name)
-    return graph
 
 
 def _of_version(node: Node, version: int) -> Node:
