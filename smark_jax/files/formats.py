@@ -53,7 +53,7 @@ def refused(start: bytes | tuple[bytes, ...], what: str, advice: str) -> Format:
 _PICKLE = "Pickle can run code and is never loaded: save the state dict with safetensors.torch.save_file."
 
 FORMATS = (
-    Format("pt2", (".pt2",), pt2.matches, pt2.read),
+    Format("pt2", (".pt2",), pt2.matches, pt2.read, pt2.places),
     Format("torch", (".pt", ".pth", ".bin", ".ckpt"), _torch.matches, _torch.read),  # before npz: all three are zips
     Format("npz", (".npz",), _npz.matches, _npz.read, _npz.places),
     Format("safetensors", (".safetensors",), _safetensors.matches, _safetensors.read, _safetensors.places),
@@ -65,7 +65,7 @@ FORMATS = (
     refused(b"GGUF", "a GGUF file", "Convert it to safetensors."),
     refused(b"version https://git-lfs", "a pointer to a file in Git LFS", "Fetch the file itself (git lfs pull)."),
     refused(b"<", "text", "Was a web page saved in place of the file?"),
-    Format("onnx", (".onnx",), onnx.matches, onnx.read),
+    Format("onnx", (".onnx",), onnx.matches, onnx.read, onnx.places),
     Format(
         "msgpack", (".msgpack",), _msgpack.matches, _msgpack.read, _msgpack.places
     ),  # last: only its first byte identifies it

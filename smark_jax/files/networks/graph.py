@@ -10,6 +10,7 @@ from smark_jax import _roles, _trees, _validate
 from smark_jax.errors import SmarkError, Unreadable
 from smark_jax.files import _limits
 from smark_jax.files._limits import shown
+from smark_jax.files._places import Place, Places, Unwritable
 
 MAX_NODES = 50_000
 # The most values in a result, per image, and in one that depends on no image: a hostile graph may ask for any number.
@@ -42,13 +43,11 @@ class Tensor(NamedTuple):
 
     Attributes:
       array: its numbers, or why they are none.
-      span: where its bytes lie in the file or in its member ``member``, unless they are coded one by one.
-      member: the member of the archive that holds them; empty for a file that is no archive.
+      place: where they lie in the file, or why they cannot be written there.
     """
 
     array: np.ndarray | _limits.Foreign
-    span: tuple[int, int] | None = None
-    member: str = ""
+    place: Place | Unwritable = Unwritable.PACKED
 
 
 class Graph(NamedTuple):
@@ -91,11 +90,21 @@ def leaf_name(name: str, carries: bool) -> str:
 
 def all_leaves(tensors: Mapping[str, Tensor], leaves: Mapping[str, str]) -> dict[str, np.ndarray | _limits.Foreign]:
     """Every tensor of a file by its name as a leaf; those that the network's function does not take do not carry."""
+    return {name: tensor.array for name, tensor in _by_leaf(tensors, leaves).items()}
+
+
+def all_places(tensors: Mapping[str, Tensor], leaves: Mapping[str, str]) -> Places:
+    """The places of those tensors of :func:`all_leaves` that are arrays."""
+    found = _by_leaf(tensors, leaves)
+    return {name: tensor.place for name, tensor in found.items() if not isinstance(tensor.array, _limits.Foreign)}
+
+
+def _by_leaf(tensors: Mapping[str, Tensor], leaves: Mapping[str, str]) -> dict[str, Tensor]:
     names = {name: leaves.get(name) or leaf_name(name, carries=False) for name in tensors}
     _limits.check_names(names.values())
     if len(set(names.values())) < len(names):
         raise Unreadable("two of its tensors have the same name", "Export the network again.")
-    return {names[name]: tensor.array for name, tensor in tensors.items()}
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def references(value: Any) -> list[str]:
