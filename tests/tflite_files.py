@@ -48,8 +48,11 @@ def _placed(out: bytearray, value: Any) -> int:
         _padded(out, 4)
         start = len(out)
         out += struct.pack("<I", len(value)) + bytes(4 * len(value))
+        places: dict[int, int] = {}  # an entry that a list has several times is written once
         for place, entry in zip(range(start + 4, start + 4 + 4 * len(value), 4), value, strict=True):
-            struct.pack_into("<I", out, place, _placed(out, entry) - place)
+            if id(entry) not in places:
+                places[id(entry)] = _placed(out, entry)
+            struct.pack_into("<I", out, place, places[id(entry)] - place)
         return start
     content = value.encode() + b"\0" if isinstance(value, str) else np.ascontiguousarray(value).tobytes()
     _padded(out, 16, 4)
@@ -77,7 +80,7 @@ def _table(out: bytearray, fields: Mapping[int, Any]) -> int:
 
 
 class Step(NamedTuple):
-    """An operator by its number, with its inputs and outputs by name; ``options`` by their fields, of a table's type."""
+    """An operator by its number, with inputs and outputs by name; ``options`` by field, of a table of a type."""
 
     op: int
     inputs: Sequence[str]
@@ -128,11 +131,13 @@ def tflite(
     operators = []
     for step in steps:
         found: dict[int, Any] = {0: Number("<I", codes.index(step.op))}
-        found |= {1 + i: np.int32([number.get(n, -1) for n in part]) for i, part in enumerate((step.inputs, step.outputs))}
+        found |= {
+            1 + i: np.int32([number.get(n, -1) for n in part]) for i, part in enumerate((step.inputs, step.outputs))
+        }
         if step.options_type:
             found |= {3: Number("<B", step.options_type), 4: step.options}
         operators.append(found)
-    ends = {1: np.int32([0]), 2: np.int32([number[name] for name in outputs])}
+    ends = {1: np.int32([0]), 2: np.int32([number.get(name, name) for name in outputs])}
     graph = {0: entries, **ends, 3: operators}
     listed = [{0: byte(min(code, 127)), 2: whole(versions[code]), 3: whole(code)} for code in codes]
     return flatbuffer({0: Number("<I", 3), 1: listed, 2: [graph], 4: buffers}, b"TFL3")
