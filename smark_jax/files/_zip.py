@@ -73,6 +73,23 @@ def bounded(data: bytes, max_bytes: int) -> zipfile.ZipFile:
     return archive
 
 
+def stored_at(data: bytes, info: zipfile.ZipInfo) -> int | None:
+    """Where a member's bytes begin in the archive; None where they are compressed.
+
+    Raises:
+      Unreadable: when they are not inside the archive.
+    """
+    if info.compress_type != zipfile.ZIP_STORED:
+        return None
+    head = data[info.header_offset : info.header_offset + 30]
+    if len(head) < 30 or head[:4] != b"PK\x03\x04" or info.compress_size != info.file_size:
+        raise Unreadable(f"its member {shown(info.filename)} does not begin as a member does", ADVICE)
+    start = info.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+    if start + info.file_size > len(data):
+        raise Unreadable(f"its member {shown(info.filename)} goes on after the end of the file", ADVICE)
+    return start
+
+
 def taken(stream: IO[bytes], size: int, what: str) -> np.ndarray:
     """The next ``size`` bytes of a member, read in pieces, since a long read would be refused.
 

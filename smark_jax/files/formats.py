@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _msgpack, _npz, _safetensors, _torch
+from smark_jax.files import _msgpack, _npz, _pickle, _safetensors, _torch
 from smark_jax.files._limits import Foreign
 from smark_jax.files.networks import onnx, pt2
 
@@ -46,14 +46,12 @@ def refused(start: bytes | tuple[bytes, ...], what: str, advice: str) -> Format:
     return Format(what, lambda content: content.startswith(start), read)
 
 
-_PICKLE = "Pickle can run code and is never loaded: save the state dict with safetensors.torch.save_file."
-
 FORMATS = (
     Format("pt2", pt2.matches, pt2.read),
     Format("torch", _torch.matches, _torch.read),  # before npz: all three are zips
+    Format("pickle", _pickle.matches, _torch.read),  # after torch, whose legacy files are pickles too
     Format("npz", _npz.matches, _npz.read),
     Format("safetensors", _safetensors.matches, _safetensors.read, _safetensors.write),
-    refused(tuple(bytes((0x80, version)) for version in (2, 3, 4, 5)), "a pickle", _PICKLE),
     refused(b"\x89HDF", "an HDF5 file", "Load it in Keras and save the weights with safetensors.numpy.save_file."),
     refused(b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),
     refused(b"\x1f\x8b", "compressed with gzip", "Unpack it first (gunzip)."),
@@ -74,7 +72,7 @@ def of(content: bytes) -> Format:
     for format in FORMATS:
         if format.matches(content):
             return format
-    raise Unreadable("it is neither safetensors, Flax msgpack, npz, ONNX nor PyTorch", "Convert it to safetensors.")
+    raise Unreadable("it is neither safetensors, Flax msgpack, npz, ONNX, PyTorch nor a pickle", "Convert it to safetensors.")
 
 
 def writer(name: str) -> Writer:
