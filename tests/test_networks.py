@@ -13,6 +13,7 @@ from network_files import Step, field, ints
 
 from smark_jax import alignment, carriers, errors, files
 from smark_jax.files import formats
+from smark_jax.files._sources import Source
 from smark_jax.files.networks import graph, onnx, protobuf, pt2
 
 KINDS = ("onnx", "pt2")
@@ -156,17 +157,17 @@ def test_tensors_are_read_however_their_numbers_are_coded():
         "halves by their bits": head + field(2, 10) + b"".join(field(5, int(bits)) for bits in halves.view(np.uint16)),
     }
     for how, content in coded.items():
-        found = onnx.load(model(content), 2**20).tensors["w"]
+        found = onnx.load(Source(model(content)), 2**20).tensors["w"]
         np.testing.assert_array_equal(found.array.astype(np.float32), values, how)
     whole = field(1, 3) + field(8, "w") + field(2, 7) + field(7, b"".join(map(network_files.varint, (5, -1, 2**40))))
-    assert onnx.load(model(whole), 2**20).tensors["w"].array.tolist() == [5, -1, 2**40]
+    assert onnx.load(Source(model(whole)), 2**20).tensors["w"].array.tolist() == [5, -1, 2**40]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_spans_are_where_the_bytes_lie(kind, tmp_path):
     content = content_of(kind)
     path = written(tmp_path, content)
-    tensors = {"onnx": onnx, "pt2": pt2}[kind].load(content, 2**20).tensors
+    tensors = {"onnx": onnx, "pt2": pt2}[kind].load(Source(content), 2**20).tensors
     assert len(tensors) == 9
     for tensor in tensors.values():
         first, end = tensor.span
@@ -348,14 +349,14 @@ def test_what_parsing_may_create_is_limited(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(protobuf, limit, 50)
             with pytest.raises(errors.Unreadable, match=said):
-                onnx.load(content, 2**20)
+                onnx.load(Source(content), 2**20)
     with monkeypatch.context() as patch:
         patch.setattr(graph, "MAX_NODES", 5)
         for kind in KINDS:
             with pytest.raises(errors.Unreadable, match="more than 5"):
                 files.network(written(tmp_path, content_of(kind)))
     with pytest.raises(errors.Unreadable, match="unpacks to"):
-        pt2.load(NET.exported(), 500)
+        pt2.load(Source(NET.exported()), 500)
 
 
 def walked(reader, span, depth):
@@ -380,7 +381,7 @@ def test_a_file_of_another_format_is_not_taken_for_onnx(tmp_path):
 
 def test_copies_in_the_form_of_a_network_are_not_written_yet(tmp_path):
     base = written(tmp_path, NET.onnx())
-    with pytest.raises(errors.SmarkError, match="to be safetensors, but got a file of another format"):
+    with pytest.raises(errors.SmarkError, match="to be written in place, but got a file of onnx"):
         files.write(tmp_path / "copy", files.read(base).leaves, like=base)
 
 

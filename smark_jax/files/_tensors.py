@@ -152,8 +152,9 @@ def _tensor(value: Any, path: str) -> Found | None:
     match value:
         case Object(name="torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor", arguments=arguments):
             return _view(path, *arguments[:4])
-        case Object(name="torch._utils._rebuild_tensor_v3", arguments=(*view, _, _, Global() as dtype)) | Object(
-            name="torch._utils._rebuild_tensor_v3", arguments=(*view, _, _, Global() as dtype, _)
+        case (
+            Object(name="torch._utils._rebuild_tensor_v3", arguments=(*view, _, _, Global() as dtype))
+            | Object(name="torch._utils._rebuild_tensor_v3", arguments=(*view, _, _, Global() as dtype, _))
         ):
             return _view(path, *view, dtype=dtype.name)
         case Object(name="torch._utils._rebuild_qtensor", arguments=(storage, offset, shape, strides, quantizer, *_)):
@@ -202,7 +203,9 @@ def _checked(path: str, tensor: Tensor) -> Tensor:
     if all(isinstance(sizes, tuple) for sizes in numbers) and len(tensor.shape) == len(tensor.strides) <= 32:
         if all(type(n) is int and 0 <= n < 2**48 for n in (tensor.offset, *tensor.shape, *tensor.strides)):
             return tensor
-    raise Unreadable(f"leaf {shown(path)} has the shape {shown(tensor.shape)}, strides {shown(tensor.strides)}", _ADVICE)
+    raise Unreadable(
+        f"leaf {shown(path)} has the shape {shown(tensor.shape)}, strides {shown(tensor.strides)}", _ADVICE
+    )
 
 
 def _array(path: str, state: Any) -> Tensor | Foreign:

@@ -19,6 +19,8 @@ from smark_jax.errors import Unreadable
 from smark_jax.files import _limits, _pickle, _scaled, _tensors, _zip
 from smark_jax.files._limits import Foreign, shown
 from smark_jax.files._pickle import Blob, Global, Object, Persistent
+from smark_jax.files._places import Place, Unwritable
+from smark_jax.files._sources import Source
 from smark_jax.files._tensors import Found, Scaled, Tensor
 
 _TREE, _CONSTANTS = "data.pkl", "constants.pkl"
@@ -59,13 +61,13 @@ class _Budget:
     """How many bytes leaves, and storages that are not in the file as they are, may still take."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._left, self._max = max_bytes, max_bytes
+        self._left = self.most = max_bytes
 
     def take(self, size: int) -> None:
         """Refuses what is beyond the limit, before it is made."""
         self._left -= size
         if self._left < 0:
-            raise _limits.too_large(f"its leaves take more than {self._max:,} bytes")
+            raise _limits.too_large(f"its leaves take more than {self.most:,} bytes")
 
 
 def matches(data: bytes) -> bool:
@@ -79,24 +81,45 @@ def matches(data: bytes) -> bool:
     return _pickle.matches(data) and _MAGIC_PICKLED in data[:32]
 
 
-def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
+def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     """The tensors by name; quantised ones as float32."""
     budget = _Budget(max_bytes)
     leaves: dict[str, np.ndarray | Foreign] = {}
-    for part in _parts(data, max_bytes, budget):
+    for part in _parts(source.data, budget):
         for name, found in part.leaves.items():
             leaves[name] = _leaf(name, found, part, budget)
     _limits.check_number(len(leaves))
     return _scaled.dequantised(leaves, max_bytes)
 
 
+def places(source: Source) -> dict[str, Place | Unwritable]:
+    """Where the numbers of tensors lie."""
+    found: dict[str, Place | Unwritable] = {}
+    dtypes: dict[str, np.dtype | None] = {}
+    for part in _parts(source.data, _Budget(1 << 62)):
+        for name, leaf in part.leaves.items():
+            if isinstance(leaf, Tensor):
+                raw = part.raw(leaf.storage)
+                view = _view(name, leaf, raw)
+                if isinstance(view, Foreign):
+                    continue
+                start = None if raw.start is None else raw.start + leaf.offset * view.itemsize
+                dtypes[name] = view.dtype
+                found[name] = (
+                    Unwritable.PACKED if start is None else Place("", start, view.dtype, view.shape, view.strides)
+                )
+            elif isinstance(leaf, Scaled):
+                found[name] = Unwritable.QUANTISED
+    return _scaled.places(found, dtypes)
+
+
 # --- what the file is made of
 
 
-def _parts(data: bytes, max_bytes: int, budget: _Budget) -> Iterator[_Part]:
+def _parts(data: bytes, budget: _Budget) -> Iterator[_Part]:
     """The pickles in a file that describe tensors."""
     if _zip.matches(data):
-        yield from _zipped(data, max_bytes, budget)
+        yield from _zipped(data, budget)
     elif _MAGIC_PICKLED in data[:32]:
         tree, storages = _legacy(data, 0, len(data), _pickle.MAX_MEMORY)
         yield _Part(_tensors.find(tree), _Numbers(data, storages, budget).raw)
@@ -104,8 +127,8 @@ def _parts(data: bytes, max_bytes: int, budget: _Budget) -> Iterator[_Part]:
         yield _Part(_tensors.find(_pickle.load(data).value), _Numbers(data, _no_storage, budget).raw)
 
 
-def _zipped(data: bytes, max_bytes: int, budget: _Budget) -> Iterator[_Part]:
-    archive = _zip.bounded(data, max_bytes)
+def _zipped(data: bytes, budget: _Budget) -> Iterator[_Part]:
+    archive = _zip.bounded(data, budget.most)
     names = archive.namelist()
     trees = [name for name in names if name.endswith(_TREE) and name.count("/") <= 1]
     if len(trees) != 1:
@@ -139,6 +162,7 @@ class _Members:
 
     def __init__(self, data: bytes, archive: zipfile.ZipFile, budget: _Budget) -> None:
         self._data, self._archive, self._budget = data, archive, budget
+        self._spans = _zip.spans(data)
         self._known: dict[str, _Raw] = {}
 
     def raw(self, name: str) -> _Raw:
@@ -155,9 +179,9 @@ class _Members:
         return self._known[name]
 
     def _read(self, info: zipfile.ZipInfo) -> _Raw:
-        start = _zip.stored_at(self._data, info)
-        if start is not None:
-            return _Raw(_bytes(self._data, start, start + info.file_size), start)
+        span = self._spans.get(info.filename)
+        if span is not None:
+            return _Raw(_bytes(self._data, *span), span[0])
         self._budget.take(info.file_size)
         with self._archive.open(info) as stream:
             return _Raw(_zip.taken(stream, info.file_size, f"its member {shown(info.filename)}"), None)
@@ -220,9 +244,7 @@ class _Numbers:
       raw: by what the pickle calls a storage.
     """
 
-    def __init__(
-        self, content: bytes, storage: Callable[[Any], _Raw], budget: _Budget, *, whole: bool = True
-    ) -> None:
+    def __init__(self, content: bytes, storage: Callable[[Any], _Raw], budget: _Budget, *, whole: bool = True) -> None:
         self._content, self._storage, self._budget, self._whole = content, storage, budget, whole
         self._nested: dict[int, _Raw] = {}
 

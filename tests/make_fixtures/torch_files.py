@@ -109,7 +109,10 @@ def main() -> None:
     except ImportError:
         print("torchao.pt is left as it is, and with it expected.npz")
         return
-    for kind, config in (("int8", torchao.Int8WeightOnlyConfig(version=2)), ("float8", torchao.Float8WeightOnlyConfig())):
+    for kind, config in (
+        ("int8", torchao.Int8WeightOnlyConfig(version=2)),
+        ("float8", torchao.Float8WeightOnlyConfig()),
+    ):
         dense = nn.Sequential(nn.Linear(16, 4))
         torchao.quantize_(dense, config)
         torch.save(dense.state_dict(), FOLDER / f"torchao_{kind}.pt")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _limits, formats, reading
+from smark_jax.files import _limits, _sources, formats, reading
 from smark_jax.files.networks import graph, onnx, pt2
 
 _KINDS = {"onnx": (onnx.load, "onnx_operators"), "pt2": (pt2.load, "aten")}  # the operators' modules load JAX
@@ -54,12 +54,12 @@ def network(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES)
       >>> logits = apply_fn(params, images)  # doctest: +SKIP
     """
     with reading.naming(path):
-        data = reading.content(path, max_bytes)
-        format = formats.of(data).name
+        source = _sources.opened(path, max_bytes)
+        format = formats.of(source.data).name
         if format not in _KINDS:
             said = "Give weights alone to files.read, and write their network as a function of JAX."
             raise Unreadable(f"it is {format}, and holds no network", said)
         load, operators = _KINDS[format]
-        found = load(data, max_bytes)
+        found = load(source, max_bytes)
         table = importlib.import_module(f"smark_jax.files.networks.{operators}").OPERATORS
         return Network(found.params, graph.function(found, table))

@@ -13,6 +13,7 @@ import numpy as np
 from smark_jax.errors import Unreadable
 from smark_jax.files import _limits
 from smark_jax.files._limits import Foreign, shown
+from smark_jax.files._sources import Source
 from smark_jax.files.networks import graph as graphs
 from smark_jax.files.networks.graph import Graph, Node, Tensor, Value
 from smark_jax.files.networks.protobuf import ADVICE, BYTES, Reader, Span, expect
@@ -56,21 +57,21 @@ def matches(data: bytes) -> bool:
     return False
 
 
-def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
+def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     """The tensors by name."""
     del max_bytes  # each tensor is a piece of the file, but for small ones whose numbers are coded one by one
-    model = _model(data)
+    model = _model(source.data)
     return graphs.all_leaves(model.tensors, _leaves(model))
 
 
-def load(data: bytes, max_bytes: int) -> Graph:
-    """The network in a file's content.
+def load(source: Source, max_bytes: int) -> Graph:
+    """The network in a file.
 
     Raises:
       Unreadable: when the content is no ONNX model of one input, or is beyond a limit.
     """
     del max_bytes  # as for read
-    model = _model(data)
+    model = _model(source.data)
     if len(model.inputs) != 1 or not model.outputs:
         raise Unreadable(f"it has {len(model.inputs)} inputs and {len(model.outputs)} outputs", "It must take images.")
     ((image, shape),) = model.inputs.items()

@@ -15,6 +15,7 @@ import numpy as np
 from smark_jax.errors import Unreadable
 from smark_jax.files import _limits, _zip
 from smark_jax.files._limits import Foreign, shown
+from smark_jax.files._sources import Source
 from smark_jax.files.networks import graph as graphs
 from smark_jax.files.networks.graph import Graph, Node, Tensor, Value
 
@@ -43,19 +44,19 @@ def matches(data: bytes) -> bool:
     return _zip.matches(data) and _root(_zip.opened(data)) is not None
 
 
-def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
+def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     """Parameters and buffers by name."""
-    tensors, parameters = _tensors(_Members(data, max_bytes))
+    tensors, parameters = _tensors(_Members(source.data, max_bytes))
     return graphs.all_leaves(tensors, {name: name for name in parameters})
 
 
-def load(data: bytes, max_bytes: int) -> Graph:
-    """The network in a file's content.
+def load(source: Source, max_bytes: int) -> Graph:
+    """The network in a file.
 
     Raises:
       Unreadable: when the content is no exported program of one input, or is beyond a limit.
     """
-    members = _Members(data, max_bytes)
+    members = _Members(source.data, max_bytes)
     tensors, parameters = _tensors(members)
     try:
         return _graph(members.json(_GRAPH), tensors, parameters)
