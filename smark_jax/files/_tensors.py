@@ -7,7 +7,7 @@ References:
   ``torch/_utils.py``, ``torch/_tensor.py`` and ``torch/jit/_pickle.py``; ``numpy.ndarray.__reduce__``.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,9 +91,10 @@ def find(tree: Any, root: str = "") -> dict[str, Found]:
 
 def _walk(value: Any, path: str, joint: str, above: list[int], left: list[int]) -> Iterator[tuple[str, Found]]:
     """The tensors of a value; ``above`` are the values around it, and ``left`` is how many more may be looked at."""
-    found = _tensor(value, path)
+    name = path or "tensor"
+    found = _tensor(value, name)
     if found is not None:
-        yield path or "tensor", found
+        yield name, found
         return
     if not isinstance(value, dict | list | tuple | Object) or id(value) in above:
         return
@@ -150,15 +151,12 @@ def _entries(value: Any) -> dict[Any, Any]:
 def _tensor(value: Any, path: str) -> Found | None:
     """The tensor that a value would be; None where it is none."""
     match value:
-        case Object(name="torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor", arguments=arguments):
-            return _view(path, *arguments[:4])
-        case (
-            Object(name="torch._utils._rebuild_tensor_v3", arguments=(*view, _, _, Global() as dtype))
-            | Object(name="torch._utils._rebuild_tensor_v3", arguments=(*view, _, _, Global() as dtype, _))
-        ):
-            return _view(path, *view, dtype=dtype.name)
-        case Object(name="torch._utils._rebuild_qtensor", arguments=(storage, offset, shape, strides, quantizer, *_)):
-            return _quantised(path, _view(path, storage, offset, shape, strides), quantizer)
+        case Object(name="torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor", arguments=(*view,)):
+            return _view(path, view[:4])
+        case Object(name="torch._utils._rebuild_tensor_v3", arguments=(_, _, _, _, _, _, Global(dtype), *_) as view):
+            return _view(path, view[:4], dtype)
+        case Object(name="torch._utils._rebuild_qtensor", arguments=(_, _, _, _, quantizer, *_) as view):
+            return _quantised(path, _view(path, view[:4]), quantizer)
         case Object(
             name="torch._utils._rebuild_parameter"
             | "torch._utils._rebuild_parameter_with_state"
@@ -182,12 +180,13 @@ def _tensor(value: Any, path: str) -> Found | None:
     return None
 
 
-def _view(
-    path: str, storage: Any = None, offset: Any = None, shape: Any = None, strides: Any = None, dtype: str = ""
-) -> Tensor | Foreign:
-    """A tensor of PyTorch's by the arguments that would rebuild it."""
+def _view(path: str, arguments: Sequence[Any], dtype: str = "") -> Tensor | Foreign:
+    """A tensor of PyTorch's by the arguments that would rebuild it: storage, offset, shape and strides."""
     if dtype and dtype not in _DTYPES:
         return Foreign(f"leaf {shown(path)} is of dtype {shown(dtype)}", CAST)
+    if len(arguments) != 4:
+        raise Unreadable(f"leaf {shown(path)} is made of {len(arguments)} values", _ADVICE)
+    storage, offset, shape, strides = arguments
     return _checked(path, Tensor(storage, _DTYPES.get(dtype), offset, _sizes(shape), _sizes(strides)))
 
 
@@ -247,7 +246,7 @@ def _scaled(path: str, arguments: tuple[Any, ...], state: Any) -> Found | None:
         return None
     numbers, scale = _tensor(state.get("qdata"), path), _tensor(state["scale"], path)
     zero = 0 if state.get("zero_point") is None else _tensor(state["zero_point"], path)
-    whole = isinstance(numbers, Tensor) and numbers.shape == _sizes(arguments[2] if len(arguments) > 2 else None)
-    if whole and isinstance(scale, Tensor) and isinstance(zero, Tensor | int):
-        return Scaled(numbers, scale, zero, None)
+    if isinstance(numbers, Tensor) and isinstance(scale, Tensor) and isinstance(zero, Tensor | int):
+        if len(arguments) > 2 and numbers.shape == _sizes(arguments[2]):
+            return Scaled(numbers, scale, zero, None)
     return Foreign(f"leaf {shown(path)} is quantised in a rare way", CAST)

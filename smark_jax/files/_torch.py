@@ -229,7 +229,8 @@ def _described(reference: Any) -> tuple[np.dtype | None, int, str]:
     match reference.reference if isinstance(reference, Persistent) else reference:
         case ("storage", Global(name), str() as key, _, _) | ("storage", Global(name), str() as key, _, _, None):
             if name in _STORAGES:
-                return *_STORAGES[name], key
+                dtype, size = _STORAGES[name]
+                return dtype, size, key
             raise Unreadable(f"its storage {shown(key)} is of the class {shown(name)}, which is not known", _ADVICE)
     raise Unreadable("its pickle refers to what is no storage of PyTorch's", _ADVICE)
 
