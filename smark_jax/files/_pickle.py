@@ -114,7 +114,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        while (code := self.number(1)) != _STOP:
+        while (code := self._data[self.skip(1)]) != _STOP:
             if code not in _STEPS:
                 raise Unreadable(f"its pickle has the instruction {code:#04x}, which no weights need", _ADVICE)
             _STEPS[code](self)
@@ -140,7 +140,8 @@ class _Machine:
 
     def number(self, length: int) -> int:
         """The next bytes as a number without sign."""
-        return int.from_bytes(self.taken(length), "little")
+        start = self.skip(length)
+        return self._data[start] if length == 1 else int.from_bytes(self._data[start : self.position], "little")
 
     def push(self, value: Any, price: int = _SMALL) -> None:
         self.spend(price + _SLOT)

@@ -13,7 +13,7 @@ from smark_jax.files import _msgpack, _npz, _pickle, _safetensors, _torch
 from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Places
 from smark_jax.files._sources import Source
-from smark_jax.files.networks import onnx, pt2
+from smark_jax.files.networks import onnx, pt2, tflite
 
 Leaves = Mapping[str, np.ndarray | Foreign]
 
@@ -51,20 +51,21 @@ def refused(start: bytes | tuple[bytes, ...], what: str, advice: str) -> Format:
 
 
 FORMATS = (
-    Format("pt2", (".pt2",), pt2.matches, pt2.read),
+    Format("pt2", (".pt2",), pt2.matches, pt2.read, pt2.places),
     # Before npz: all three are zips.
     Format("torch", (".pt", ".pth", ".bin", ".ckpt"), _torch.matches, _torch.read, _torch.places),
     # After torch, whose older files are pickles too.
     Format("pickle", (".pkl", ".pickle", ".pt", ".pth"), _pickle.matches, _torch.read, _torch.places),
     Format("npz", (".npz",), _npz.matches, _npz.read, _npz.places),
     Format("safetensors", (".safetensors",), _safetensors.matches, _safetensors.read, _safetensors.places),
+    Format("tflite", (".tflite",), tflite.matches, tflite.read, tflite.places),
     refused(b"\x89HDF", "an HDF5 file", "Load it in Keras and save the weights with safetensors.numpy.save_file."),
     refused(b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),
     refused(b"\x1f\x8b", "compressed with gzip", "Unpack it first (gunzip)."),
     refused(b"GGUF", "a GGUF file", "Convert it to safetensors."),
     refused(b"version https://git-lfs", "a pointer to a file in Git LFS", "Fetch the file itself (git lfs pull)."),
     refused(b"<", "text", "Was a web page saved in place of the file?"),
-    Format("onnx", (".onnx",), onnx.matches, onnx.read),
+    Format("onnx", (".onnx",), onnx.matches, onnx.read, onnx.places),
     Format(
         "msgpack", (".msgpack",), _msgpack.matches, _msgpack.read, _msgpack.places
     ),  # last: only its first byte identifies it
@@ -80,4 +81,5 @@ def of(content: bytes) -> Format:
     for format in FORMATS:
         if format.matches(content):
             return format
-    raise Unreadable("it is neither safetensors, Flax msgpack, npz, ONNX nor PyTorch", "Convert it to safetensors.")
+    known = ", ".join(format.name for format in FORMATS if format.suffixes)
+    raise Unreadable(f"it is in none of the formats {known}", "Convert it to safetensors.")
