@@ -68,7 +68,7 @@ class Form:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         with reading.naming(path):
-            source = _sources.opened(path, _ANY_SIZE)
+            source = _sources.opened(path, _limits.ANY_SIZE)
             format = formats.of(source.data)
             if format.places is None:
                 cause = "Leave like out, and write safetensors."
@@ -81,7 +81,7 @@ class Form:
     @functools.cached_property
     def leaves(self) -> Mapping[str, np.ndarray]:
         """The leaves of the file itself."""
-        return reading.read(self.path, max_bytes=_ANY_SIZE).leaves
+        return reading.read(self.path, max_bytes=_limits.ANY_SIZE).leaves
 
     def write(self, path: str | os.PathLike[str], leaves: Mapping[str, np.ndarray]) -> str:
         """Writes a file atomically, as :func:`write` does, and returns its SHA-256 in hex."""
@@ -114,9 +114,6 @@ class Form:
                 got = f"other numbers in leaf {_limits.shown(name)}, which is {self.places[name]} there"
                 cause = "Take the model that it was made from, or save it uncompressed."
                 raise _validate.fail("write", f"leaves that can be written as in {self.path}", got, cause)
-
-
-_ANY_SIZE = 1 << 62
 
 
 def _written(file: BinaryIO, parts: Iterable[memoryview]) -> str:
