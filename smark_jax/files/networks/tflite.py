@@ -68,12 +68,8 @@ def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
 def places(source: Source) -> _places.Places:
     """Where the tensors lie that are not quantised."""
     root = Reader(source.data).root()
-    found: dict[str, _places.Place | _places.Unwritable] = {}
-    for name, _, (array, span, _), _ in _leaves(root, _graph(root), _MOST_UNPACKED * len(source.data)):
-        if not isinstance(array, Foreign):
-            at = _places.in_order(span[0], array.dtype, array.shape) if span else _places.Unwritable.QUANTISED
-            found[name] = at
-    return found
+    leaves = _leaves(root, _graph(root), _MOST_UNPACKED * len(source.data))
+    return {leaf.name: leaf.tensor.place for leaf in leaves if not isinstance(leaf.tensor.array, Foreign)}
 
 
 def load(source: Source, max_bytes: int) -> Graph:
@@ -187,8 +183,8 @@ def _tensor(name: str, table: Table, span: Span, shape: tuple[int, ...], max_byt
     if packed:
         array = np.stack([array << 4, array], -1).reshape(-1)[:size] >> 4
     if quantisation is None:
-        return Tensor(array.reshape(shape).copy(), span)
-    return Tensor(_dequantised(name, array.reshape(shape), quantisation))
+        return Tensor(array.reshape(shape).copy(), _places.in_order(span.start, array.dtype, shape))
+    return Tensor(_dequantised(name, array.reshape(shape), quantisation), _places.Unwritable.QUANTISED)
 
 
 def _dequantised(name: str, numbers: np.ndarray, quantisation: Table) -> np.ndarray | Foreign:
