@@ -1,9 +1,9 @@
 """Data holders as devices: one training step whose gradients leave each device only under a mask.
 
 No other module chooses the devices of parties or makes a mesh (carriers follow the mesh that already holds the weights;
-verdicts use all accelerators of the process, or of all processes). The step's body is written once, with an axis name, and runs under both
-``pmap`` and ``shard_map``. Masks between devices of one program protect the messages between them; they do not protect
-one organisation from another.
+verdicts use all accelerators of the process, or of all processes). The step's body is written once, with an axis name,
+and runs under both ``pmap`` and ``shard_map``. Masks between devices of one program protect the messages between them;
+they do not protect one organisation from another.
 
 After ``jax.distributed.initialize`` the same step runs over the devices of several processes, on hosts that trust each
 other. Each process passes only its own parties' rows (:func:`own_parties`) and computes the owner's update itself.
