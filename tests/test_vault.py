@@ -256,6 +256,13 @@ def test_a_database_under_its_seal_is_not_compared_again(full, tmp_path, monkeyp
     assert not compared(monkeypatch, place)
 
 
+def test_a_seal_is_not_replaced_by_that_of_an_older_state(full, tmp_path, monkeypatch):
+    place = copy_of(full, tmp_path)
+    with vault.opened(place, SECRET), vault.opened(place, SECRET) as other:
+        customers.add(other, ["Edsger"])
+    assert not compared(monkeypatch, place)
+
+
 @pytest.mark.parametrize("then", ("nothing", "another transaction"))
 def test_what_is_changed_beside_an_open_vault_is_noticed_afterwards(full, tmp_path, then):
     place = copy_of(full, tmp_path)
