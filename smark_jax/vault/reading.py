@@ -80,7 +80,7 @@ def read(
     """
     spec = carriers.with_ties(mark.spec, base)
     mark = mark._replace(spec=spec)
-    layout = files.match_layout(*_once(leaves, base, spec), reading.given)
+    layout = files.match_layout(carriers.with_tied(leaves, spec), base, reading.given)
     params: PyTree = files.nest(carriers.with_tied(layout.leaves, spec))
     report = None
     if reading.aligner:
@@ -97,27 +97,6 @@ def read(
     chips = extraction.extract(params, original, mark, reading.rectify)
     nothing = base_alone(files.flatten(params), mark, original) if control else None
     return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)
-
-
-def _once(
-    leaves: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], spec: carriers.Spec
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Suspect and base for :func:`files.match_layout`, which cannot tell the places of a tied tensor apart.
-
-    When the suspect uses other names, both keep only one place of each tied tensor.
-    """
-    leaves = carriers.with_tied(leaves, spec)
-    tied = {name for leaf in spec.leaves for name in leaf.tied}
-    if tied <= leaves.keys():
-        return leaves, dict(base)
-    sizes = {base[name].size for name in tied}
-    first: dict[tuple[str, bytes], str] = {}
-    for name, leaf in leaves.items():
-        if leaf.size in sizes:
-            first.setdefault((str((leaf.shape, leaf.dtype)), leaf.tobytes()), name)
-    once = set(first.values())
-    kept = {name: leaf for name, leaf in leaves.items() if leaf.size not in sizes or name in once}
-    return kept, {name: leaf for name, leaf in base.items() if name not in tied}
 
 
 def base_alone(like: Mapping[str, np.ndarray], mark: carriers.Mark, original: PyTree | None = None) -> np.ndarray:
