@@ -25,17 +25,17 @@ from smark_jax.files.layout import Layout, Move, match_layout
 from smark_jax.files.networks.loading import Network, network
 from smark_jax.files.reading import Weights, read
 from smark_jax.files.trees import content_hash, flatten, nest
-from smark_jax.files.writing import dump, write
+from smark_jax.files.writing import Form, write
 
 __all__ = [
     "MAX_BYTES",
     "MAX_LEAVES",
+    "Form",
     "Layout",
     "Move",
     "Network",
     "Weights",
     "content_hash",
-    "dump",
     "flatten",
     "match_layout",
     "nest",

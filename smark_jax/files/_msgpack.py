@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _limits
+from smark_jax.files import _limits, _places
 from smark_jax.files._limits import Foreign, shown
+from smark_jax.files._sources import Source
 
 _MAX_DEPTH = 64
 _MAX_VALUES = 10 * _limits.MAX_LEAVES
@@ -47,9 +48,30 @@ def matches(data: bytes) -> bool:
     return data[:1] != b"" and (0x81 <= data[0] <= 0x8F or 0x91 <= data[0] <= 0x9F or data[0] in {*_LISTS, *_MAPS})
 
 
-def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
+def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     """The tree's arrays and numbers by path; text, ``None`` and the like are not weights and are left out."""
     del max_bytes  # each leaf is a piece of the file, and together they are no larger
+    leaves = _views(source.data)
+    for name, leaf in leaves.items():
+        if isinstance(leaf, np.ndarray) and not leaf.flags.writeable:  # a view, which would keep the file in memory
+            leaves[name] = leaf.copy()
+    return leaves
+
+
+def places(source: Source) -> _places.Places:
+    """Where the arrays lie: those that are views of the file."""
+    first = np.frombuffer(source.data, np.uint8).ctypes.data
+    return {
+        name: _places.Unwritable.PACKED
+        if leaf.flags.writeable
+        else _places.in_order(leaf.ctypes.data - first, leaf.dtype, leaf.shape)
+        for name, leaf in _views(source.data).items()
+        if isinstance(leaf, np.ndarray)
+    }
+
+
+def _views(data: bytes) -> dict[str, np.ndarray | Foreign]:
+    """The tree's arrays, as read-only views of the file, and its numbers by path."""
     walk = _Walk(memoryview(data))
     tree = walk.value(0)
     if walk.position != len(data):
@@ -162,8 +184,6 @@ def _add(path: str, leaf: np.ndarray | Foreign, leaves: dict[str, np.ndarray | F
     _limits.check_name(path)
     if path in leaves:
         raise Unreadable(f"the leaf {shown(path)} occurs twice", _ADVICE)
-    if isinstance(leaf, np.ndarray) and not leaf.flags.writeable:  # a view, which would keep the whole file in memory
-        leaf = leaf.copy()
     leaves[path] = leaf
     _limits.check_number(len(leaves))
 

@@ -1,18 +1,17 @@
 """Reads and writes safetensors: eight bytes of length, a JSON header, then the bytes of all leaves."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 
-from smark_jax import _validate
 from smark_jax.errors import Unreadable
-from smark_jax.files import _limits, trees
+from smark_jax.files import _limits, _places
 from smark_jax.files._limits import Foreign, shown
+from smark_jax.files._sources import Source
 
 _KINDS = {dtype: kind for kind, dtype in _limits.DTYPES.items()}
 _MAX_HEADER = 8 * 2**20  # JSON grows about twenty-fold when parsed
@@ -34,9 +33,10 @@ def matches(data: bytes) -> bool:
     return len(data) >= 9 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 2**32
 
 
-def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
+def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     """Reads the leaves: we check the header entry by entry, and then the library reads the file again."""
     del max_bytes  # the leaves are part of the file, so they are no larger
+    data = source.data
     entries = _check(data, len(data))
     first = 8 + int.from_bytes(data[:8], "little")
     dtypes = {name: dtype for name, dtype, *_ in entries if not isinstance(dtype, Foreign)}
@@ -54,35 +54,21 @@ def read(data: bytes, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     return {name: np.frombuffer(leaf["data"], dtypes[name]).reshape(leaf["shape"]) for name, leaf in found}
 
 
-def write(file: BinaryIO, leaves: Mapping[str, np.ndarray], like: Path | None) -> str:
-    """Writes leaves, in the layout of the file ``like`` if one is given; returns the SHA-256 of the written file."""
-    header, names = _laid_out(leaves) if like is None else _as_in(like, leaves)
-    digest = hashlib.sha256()
-    for piece in (header, *(leaves[name] for name in names)):
-        content = trees.raw(piece) if isinstance(piece, np.ndarray) else piece
-        digest.update(content)
-        file.write(content)
-    return digest.hexdigest()
+def places(source: Source) -> dict[str, _places.Place]:
+    """Where the leaves lie."""
+    first = 8 + int.from_bytes(source.data[:8], "little")
+    return {
+        name: _places.in_order(first + start, dtype, shape)
+        for name, dtype, start, _, shape in _check(source.data, len(source.data))
+        if not isinstance(dtype, Foreign)
+    }
 
 
-def _as_in(path: Path, leaves: Mapping[str, np.ndarray]) -> tuple[bytes, list[str]]:
-    """Another file's header, and the leaves' names in the order of their bytes."""
-    with path.open("rb") as file:
-        if not matches(file.read(9)):
-            cause = "Copies are written as safetensors only: leave out like, or name a base that is safetensors."
-            raise _validate.fail("write", f"{path} to be safetensors", "a file of another format", cause)
-    header, entries = head(path)
-    theirs = {entry.name: (entry.dtype, entry.shape) for entry in entries}
-    ours = {name: (leaf.dtype.newbyteorder("="), leaf.shape) for name, leaf in leaves.items()}
-    if ours != theirs:
-        name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        got = f"{ours.get(name, 'none')} for {name!r}, where it has {theirs.get(name, 'none')}"
-        raise _validate.fail("write", f"leaves as in {path}", got, "Is it the file of the model's base?")
-    return header, [entry.name for entry in entries]
+def laid_out(leaves: Mapping[str, np.ndarray]) -> tuple[bytes, list[str]]:
+    """The bytes before the leaves of a new file, and the leaves' names in the order of their bytes.
 
-
-def _laid_out(leaves: Mapping[str, np.ndarray]) -> tuple[bytes, list[str]]:
-    """The length and the JSON header that precede the leaves, padded with spaces to a multiple of eight bytes."""
+    Those bytes are the length of the JSON header, and the header, padded with spaces to a multiple of eight bytes.
+    """
     # Widest first, so that every leaf begins at a multiple of its width.
     names = sorted(leaves, key=lambda name: (-leaves[name].dtype.itemsize, name))
     entries, end = {}, 0

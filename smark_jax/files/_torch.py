@@ -17,6 +17,7 @@ import numpy as np
 from smark_jax.errors import Unreadable
 from smark_jax.files import _safetensors, _zip
 from smark_jax.files._limits import Foreign
+from smark_jax.files._sources import Source
 
 _SECONDS = 120
 _CHILD = Path(__file__).with_name("_torch_child.py")
@@ -33,16 +34,16 @@ def matches(data: bytes) -> bool:
     return _zip.matches(data) and any(name.endswith("data.pkl") for name in _zip.opened(data).namelist())
 
 
-def read(data: bytes, max_bytes: int) -> Mapping[str, np.ndarray | Foreign]:
+def read(source: Source, max_bytes: int) -> Mapping[str, np.ndarray | Foreign]:
     """The tensors of a state dict, or of a dict with one in it, by name."""
-    _zip.bounded(data, max_bytes)
+    _zip.bounded(source.data, max_bytes)
     if importlib.util.find_spec("torch") is None:
         advice = f"Install smark-jax[torch], or convert it with {_CONVERT}."
         raise Unreadable("it is a PyTorch file, and PyTorch is not installed", advice)
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "suspect"), Path(folder, "leaves")
-        source.write_bytes(data)
-        command = [sys.executable, "-I", str(_CHILD), str(source), str(target), str(max_bytes), str(_SECONDS)]
+        suspect, target = Path(folder, "suspect"), Path(folder, "leaves")
+        suspect.write_bytes(source.data)
+        command = [sys.executable, "-I", str(_CHILD), str(suspect), str(target), str(max_bytes), str(_SECONDS)]
         environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {"OMP_NUM_THREADS": "1"}
         try:
             code = subprocess.run(

@@ -4,6 +4,7 @@ import io
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from typing import IO
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from smark_jax.errors import Unreadable
 from smark_jax.files import _limits
 from smark_jax.files._limits import shown
+from smark_jax.files._places import Checksum
 
 ADVICE = "The file is damaged or forged: ask for it again, as safetensors."
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError, RuntimeError, ValueError)
@@ -86,3 +88,48 @@ def taken(stream: IO[bytes], size: int, what: str) -> np.ndarray:
     if position < size:
         raise Unreadable(f"{what} has {position:,} bytes of {size:,}", ADVICE)
     return content
+
+
+def spans(data: bytes) -> Mapping[str, tuple[int, int]]:
+    """Where the content of each member begins and ends that is stored as it is, by the member's name.
+
+    Raises:
+      Unreadable: when the archive is not safe to open, or a member lies outside of it.
+    """
+    return {info.filename: _span(data, info) for info in opened(data).infolist() if _stored(info)}
+
+
+def checksums(data: bytes) -> list[Checksum]:
+    """The checksums of the members that are stored as they are, and all places at which each is written.
+
+    Those are the central directory, and the header before the member or the descriptor behind it.
+
+    Raises:
+      Unreadable: as for :func:`spans`.
+    """
+    archive = opened(data)
+    found, entry = [], archive.start_dir
+    for info in archive.infolist():
+        lengths = struct.unpack_from("<HHH", data, entry + 28)  # of the name, the extra field and the comment
+        if _stored(info):
+            start, end = _span(data, info)
+            signed = data[end : end + 4] == b"PK\x07\x08"
+            places = [info.header_offset + 14, *([end + 4 * signed] if info.flag_bits & 8 else [])]
+            crc = info.CRC.to_bytes(4, "little")
+            there = [place for place in places if data[place : place + 4] == crc]
+            found.append(Checksum(start, end, (*there, entry + 16)))
+        entry += 46 + sum(lengths)
+    return found
+
+
+def _stored(info: zipfile.ZipInfo) -> bool:
+    return info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+
+
+def _span(data: bytes, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """Where the content of a stored member begins and ends."""
+    header = data[info.header_offset : info.header_offset + 30]
+    start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:])) if len(header) == 30 else len(data)
+    if header[:4] != b"PK\x03\x04" or start + info.file_size > len(data):
+        raise Unreadable(f"its member {shown(info.filename)} lies outside of it", ADVICE)
+    return start, start + info.file_size

@@ -1,21 +1,21 @@
 """All formats of weights files, in the order in which they are tried.
 
-To add a format, write a module with ``matches``, ``read`` and, if it can be written, ``write``, and add an entry here.
+To add a format, write a module with ``matches``, ``read`` and ``places``, and add an entry here.
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from smark_jax.errors import Unreadable
 from smark_jax.files import _msgpack, _npz, _safetensors, _torch
 from smark_jax.files._limits import Foreign
-from smark_jax.files.networks import onnx, pt2
+from smark_jax.files._places import Places
+from smark_jax.files._sources import Source
+from smark_jax.files.networks import onnx, pt2, tflite
 
 Leaves = Mapping[str, np.ndarray | Foreign]
-Writer = Callable[[BinaryIO, Mapping[str, np.ndarray], Path | None], str]
 
 
 class Format(NamedTuple):
@@ -23,36 +23,41 @@ class Format(NamedTuple):
 
     Attributes:
       name: as in :attr:`smark_jax.files.Weights.format`.
+      suffixes: of names of such files, the usual one first. A copy has its base's if that is among them.
       matches: ``matches(content)``, whether a non-empty file is of this format, judged by its content and never by its
         name. It may raise :class:`Unreadable`.
-      read: ``read(content, max_bytes)``, the leaves by name, using at most ``max_bytes`` besides the content. For any
-        content it returns or raises :class:`Unreadable`, and it never runs code from the file.
-      write: ``write(file, leaves, like)``, which writes the file and returns its SHA-256 in hex; None for a format that
-        is only read.
+      read: ``read(source, max_bytes)``, the leaves by name, using at most ``max_bytes`` besides the source's bytes.
+        For any content it returns or raises :class:`Unreadable`, and it never runs code from the file. Quantised leaves
+        are read as the float32 numbers that they stand for.
+      places: ``places(source)``, where the leaves that ``read`` gives lie in the file, under the same names: the
+        :class:`smark_jax.files._places.Place` of a leaf that can be written in place, or why another cannot. None for
+        a format without places.
     """
 
     name: str
+    suffixes: tuple[str, ...]
     matches: Callable[[bytes], bool]
-    read: Callable[[bytes, int], Leaves]
-    write: Writer | None = None
+    read: Callable[[Source, int], Leaves]
+    places: Callable[[Source], Places] | None = None
 
 
 def refused(start: bytes | tuple[bytes, ...], what: str, advice: str) -> Format:
     """A format that is recognised by its first bytes and refused, with advice on what to do instead."""
 
-    def read(content: bytes, max_bytes: int) -> Leaves:
+    def read(source: Source, max_bytes: int) -> Leaves:
         raise Unreadable(f"it is {what}", advice)
 
-    return Format(what, lambda content: content.startswith(start), read)
+    return Format(what, (), lambda content: content.startswith(start), read)
 
 
 _PICKLE = "Pickle can run code and is never loaded: save the state dict with safetensors.torch.save_file."
 
 FORMATS = (
-    Format("pt2", pt2.matches, pt2.read),
-    Format("torch", _torch.matches, _torch.read),  # before npz: all three are zips
-    Format("npz", _npz.matches, _npz.read),
-    Format("safetensors", _safetensors.matches, _safetensors.read, _safetensors.write),
+    Format("pt2", (".pt2",), pt2.matches, pt2.read, pt2.places),
+    Format("torch", (".pt", ".pth", ".bin", ".ckpt"), _torch.matches, _torch.read),  # before npz: all three are zips
+    Format("npz", (".npz",), _npz.matches, _npz.read, _npz.places),
+    Format("safetensors", (".safetensors",), _safetensors.matches, _safetensors.read, _safetensors.places),
+    Format("tflite", (".tflite",), tflite.matches, tflite.read, tflite.places),
     refused(tuple(bytes((0x80, version)) for version in (2, 3, 4, 5)), "a pickle", _PICKLE),
     refused(b"\x89HDF", "an HDF5 file", "Load it in Keras and save the weights with safetensors.numpy.save_file."),
     refused(b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),
@@ -60,8 +65,10 @@ FORMATS = (
     refused(b"GGUF", "a GGUF file", "Convert it to safetensors."),
     refused(b"version https://git-lfs", "a pointer to a file in Git LFS", "Fetch the file itself (git lfs pull)."),
     refused(b"<", "text", "Was a web page saved in place of the file?"),
-    Format("onnx", onnx.matches, onnx.read),
-    Format("msgpack", _msgpack.matches, _msgpack.read),  # last: only its first byte identifies it
+    Format("onnx", (".onnx",), onnx.matches, onnx.read, onnx.places),
+    Format(
+        "msgpack", (".msgpack",), _msgpack.matches, _msgpack.read, _msgpack.places
+    ),  # last: only its first byte identifies it
 )
 
 
@@ -74,10 +81,5 @@ def of(content: bytes) -> Format:
     for format in FORMATS:
         if format.matches(content):
             return format
-    raise Unreadable("it is neither safetensors, Flax msgpack, npz, ONNX nor PyTorch", "Convert it to safetensors.")
-
-
-def writer(name: str) -> Writer:
-    """The function that writes files of a format."""
-    (found,) = (format.write for format in FORMATS if format.name == name and format.write)
-    return found
+    known = ", ".join(format.name for format in FORMATS if format.suffixes)
+    raise Unreadable(f"it is in none of the formats {known}", "Convert it to safetensors.")

@@ -1,9 +1,7 @@
 """Reads a possibly hostile file of weights; its format is detected from its content."""
 
 import contextlib
-import hashlib
 import os
-import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,10 +9,8 @@ import numpy as np
 
 from smark_jax import _validate
 from smark_jax.errors import Unreadable
-from smark_jax.files import _limits, formats
+from smark_jax.files import _limits, _sources, formats
 from smark_jax.files._limits import shown
-
-_FOLDER = "Orbax checkpoints are not read from others: restore your own with Orbax, and save it as safetensors."
 
 
 class Weights(NamedTuple):
@@ -51,14 +47,14 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, st
     """
     _validate.positive("read", "max_bytes", max_bytes)
     with naming(path):
-        data = content(path, max_bytes)
-        format = formats.of(data)
-        found = format.read(data, max_bytes)
+        source = _sources.opened(path, max_bytes)
+        format = formats.of(source.data)
+        found = format.read(source, max_bytes)
         leaves = {name: leaf for name, leaf in sorted(found.items()) if not isinstance(leaf, _limits.Foreign)}
         foreign = {name: leaf for name, leaf in sorted(found.items()) if isinstance(leaf, _limits.Foreign)}
         if foreign and (strict or not leaves):
             raise Unreadable(*next(iter(foreign.values())))
-    return Weights(leaves, format.name, hashlib.sha256(data).hexdigest(), tuple(foreign))
+    return Weights(leaves, format.name, source.sha256(), tuple(foreign))
 
 
 @contextlib.contextmanager
@@ -69,27 +65,3 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     except Unreadable as error:
         where = f"cannot read {shown(os.fspath(path))}: "
         raise Unreadable(f"{where}{error}", desk=f"{where}{error.desk}") from None
-
-
-def content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """All bytes of a regular file, read once, so that the hash covers exactly what is parsed."""
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise Unreadable("it is a folder", _FOLDER)
-        if not stat.S_ISREG(mode):
-            raise Unreadable("it is not a regular file", "Name the file of weights itself.")
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except Unreadable:
-        raise
-    except (OSError, ValueError) as error:
-        reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else "no such name"
-        raise Unreadable(f"it cannot be opened ({reason})", "Check the path and its permissions.") from None
-    with os.fdopen(handle, "rb") as file:
-        size = os.fstat(handle).st_size
-        data = file.read(size + 1) if size <= max_bytes else None  # Python allocates as much as is requested
-    if data is None or len(data) > size:
-        raise _limits.too_large(f"it is larger than {max_bytes:,} bytes")
-    if not data:
-        raise Unreadable("it is empty", "Was it copied to the end?")
-    return data

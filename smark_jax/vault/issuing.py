@@ -193,7 +193,7 @@ def _write(
         alike = [licence for licence in licences if licence.strength == strength]
         batches += [alike[start : start + count] for start in range(0, len(alike), count)]
     copies = _maker(model, teach, count)
-    hidden = functools.partial(_write_hidden, like=model.base_file)
+    hidden = functools.partial(_write_hidden, form=files.Form(model.base_file))
     with (
         concurrent.futures.ThreadPoolExecutor(1) as maker,
         concurrent.futures.ThreadPoolExecutor(_WRITERS) as writers,
@@ -271,10 +271,10 @@ def _refuse_below(name: str, lowest: float, customer: Customer) -> None:
         raise _validate.fail("issue", f"values of zero and above in leaf {name!r}, as the base has them", got, cause)
 
 
-def _write_hidden(part: Path, leaves: Mapping[str, np.ndarray], like: Path) -> str:
+def _write_hidden(part: Path, leaves: Mapping[str, np.ndarray], form: files.Form) -> str:
     """Writes a copy under its hidden name and flushes it to disk; returns the file's hash."""
     with _io.new_file(part) as file:
-        return files.dump(file, leaves, like=like)
+        return form.dump(file, leaves)
 
 
 def _sweep(out: Path, names: set[str]) -> None:

@@ -1,4 +1,8 @@
-"""Layers that the graphs of several frameworks share, over JAX arrays whose axis 1 is the channels."""
+"""Layers that the graphs of several frameworks share, over JAX arrays.
+
+Images have their channels on axis 1, as in ONNX and PyTorch, or on the last axis, as in TFLite and Keras. A convolution
+has a function for each; a pool is told its first spatial axis, 2 or 1.
+"""
 
 import math
 from collections.abc import Sequence
@@ -45,18 +49,34 @@ def convolution(images: Any, kernel: Any, bias: Any, window: Window, groups: int
 
     It runs with the channels last: XLA's convolutions on CPUs are several times faster that way.
     """
+    kernel_axes = "OI" + "DHW"[-(kernel.ndim - 2) :]
+    return jnp.moveaxis(convolution_last(jnp.moveaxis(images, 1, -1), kernel, bias, window, groups, kernel_axes), -1, 1)
+
+
+def convolution_last(images: Any, kernel: Any, bias: Any, window: Window, groups: int, kernel_axes: str) -> Any:
+    """A convolution of images [B ... C] with a kernel whose axes are named in order, such as ``"HWIO"``."""
     space = "DHW"[-(kernel.ndim - 2) :]
     out = lax.conv_general_dilated(
-        jnp.moveaxis(images, 1, -1),
+        images,
         kernel,
         window.strides,
         window.padding,
         rhs_dilation=window.dilations,
         feature_group_count=groups,
-        dimension_numbers=(f"N{space}C", f"OI{space}", f"N{space}C"),
+        dimension_numbers=(f"N{space}C", kernel_axes, f"N{space}C"),
     )
-    out = jnp.moveaxis(out, -1, 1)
-    return out if bias is None else out + per_channel(bias, out.ndim)
+    return out if bias is None else out + bias.reshape(*[1] * (out.ndim - 1), -1)
+
+
+def same_padding(
+    lengths: Sequence[int], size: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> Padding:
+    """The padding that makes a result's lengths those of the image over the strides; odd ones are longer at the end."""
+    padding = []
+    for length, n, stride, dilation in zip(lengths, size, strides, dilations, strict=True):
+        whole = max((-(-length // stride) - 1) * stride + dilation * (n - 1) + 1 - length, 0)
+        padding.append((whole // 2, whole - whole // 2))
+    return padding
 
 
 def rounded_up(window: Window, lengths: Sequence[int]) -> Window:
@@ -70,22 +90,24 @@ def rounded_up(window: Window, lengths: Sequence[int]) -> Window:
     return window._replace(padding=padding)
 
 
-def max_pool(images: Any, window: Window) -> Any:
-    """The largest value in each window."""
-    return _pooled(images, window, -jnp.inf, lax.max)
+def max_pool(images: Any, window: Window, first: int = 2) -> Any:
+    """The largest value in each window; ``first`` is the first spatial axis."""
+    return _pooled(images, window, -jnp.inf, lax.max, first)
 
 
-def mean_pool(images: Any, window: Window, counted: Padding) -> Any:
+def mean_pool(images: Any, window: Window, counted: Padding, first: int = 2) -> Any:
     """The mean of each window over the image and the part ``counted`` of the padding."""
-    total = _pooled(images, window, 0.0, lax.add)
-    countable(max(*window.size, *total.shape[2:]))
+    total = _pooled(images, window, 0.0, lax.add, first)
+    countable(max(*window.size, *total.shape[first : first + len(window.size)]))
     counts = np.ones((), np.float32)
     for axis, (size, stride, (before, _), dilation) in enumerate(zip(*window, strict=True)):
-        length, (left, right) = images.shape[2 + axis], counted[axis]
-        at = np.arange(total.shape[2 + axis])[:, None] * stride - before + np.arange(size) * dilation
+        length, (left, right) = images.shape[first + axis], counted[axis]
+        at = np.arange(total.shape[first + axis])[:, None] * stride - before + np.arange(size) * dilation
         here = ((at >= -left) & (at < length + right)).sum(1).astype(np.float32)
         counts = counts[..., None] * here
-    return total / (float(counts.flat[0]) if (counts == counts.flat[0]).all() else counts[None, None])
+    if (counts == counts.flat[0]).all():
+        return total / float(counts.flat[0])
+    return total / np.expand_dims(counts, (*range(first), *range(first + counts.ndim, total.ndim)))
 
 
 def countable(number: int) -> int:
@@ -95,26 +117,30 @@ def countable(number: int) -> int:
     return number
 
 
+_NEAR = ("reflect", "symmetric", "edge", "wrap")
+
+
 def padded(images: Any, widths: Padding, mode: str, value: Any) -> Any:
-    """Padding before and after each axis, by a number (``constant``) or by what lies near (``reflect, edge, wrap``)."""
+    """Padding before and after each axis: a number (``constant``), or what lies near, in one of NumPy's modes."""
     if mode == "constant":
         fill = np.asarray(value, images.dtype).reshape(())
         return lax.pad(images, fill, [(before, after, 0) for before, after in widths])
-    if mode not in ("reflect", "edge", "wrap") or any(max(w) > n for w, n in zip(widths, images.shape, strict=True)):
+    if mode not in _NEAR or any(max(w) > n for w, n in zip(widths, images.shape, strict=True)):
         raise ValueError(f"padding of mode {mode} by more than the image, or of a mode that is not supported")
     return jnp.pad(images, widths, mode=mode)
 
 
-def _pooled(images: Any, window: Window, start: float, combine: Any) -> Any:
-    ones, none = (1, 1), [(0, 0), (0, 0)]
+def _pooled(images: Any, window: Window, start: float, combine: Any, first: int) -> Any:
+    others = images.ndim - first - len(window.size)  # axes after the spatial ones
+    spread = lambda numbers, fill: (*[fill] * first, *numbers, *[fill] * others)  # noqa: E731
     return lax.reduce_window(
         images,
         np.asarray(start, images.dtype),
         combine,
-        (*ones, *window.size),
-        (*ones, *window.strides),
-        [*none, *window.padding],
-        window_dilation=(*ones, *window.dilations),
+        spread(window.size, 1),
+        spread(window.strides, 1),
+        spread(window.padding, (0, 0)),
+        window_dilation=spread(window.dilations, 1),
     )
 
 

@@ -1,11 +1,9 @@
 """ONNX's operators that image classifiers use, over JAX arrays.
 
-What is known without weights and images (shapes, indices) comes as NumPy arrays and stays one, so that it can serve as
-a shape. An operator's settings are keyword arguments under ONNX's names. Where a newer version takes a setting as an
-input, the parameter of that name takes both.
+What is known without weights and images stays a NumPy array (see ``static``). An operator's settings are keyword
+arguments under ONNX's names. Where a newer version takes a setting as an input, the parameter of that name takes both.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,52 +14,22 @@ import numpy as np
 from jax import lax
 
 from smark_jax.files.networks import layers
-from smark_jax.files.networks.layers import Window, aligned
-from smark_jax.files.networks.onnx import DTYPES
-
-_MAX_STATIC = 2**12  # values of an array that is computed at once; two such arrays can make one of 2**24
-
-
-def _is_static(*values: Any) -> bool:
-    return all(
-        value is None or (isinstance(value, np.ndarray | np.generic) and value.size <= _MAX_STATIC) for value in values
-    )
-
-
-def _library(*values: Any) -> Any:
-    return np if _is_static(*values) else jnp
-
-
-def _integers(value: Any) -> list[int]:
-    """A setting that is a list of whole numbers, whether it is given as a setting or as an input."""
-    if not isinstance(value, list | np.ndarray):
-        raise ValueError("expected whole numbers that depend on no image")
-    return [int(number) for number in np.asarray(value).reshape(-1)]
-
-
-def _elementwise(name: str) -> Callable[..., Any]:
-    def apply(*values: Any) -> Any:
-        return getattr(_library(*values), name)(*aligned(*values))
-
-    return apply
-
-
-def _fold(name: str) -> Callable[..., Any]:
-    pair = _elementwise(name)
-    return lambda *values: functools.reduce(pair, values)
+from smark_jax.files.networks.layers import Window
+from smark_jax.files.networks.onnx_model import DTYPES
+from smark_jax.files.networks.static import MAX_STATIC, elementwise, fold, integers, is_static, library
 
 
 def _divide(a: Any, b: Any) -> Any:
     whole = np.issubdtype(a.dtype, np.integer)
-    return _elementwise("floor_divide" if whole else "divide")(a, b)
+    return elementwise("floor_divide" if whole else "divide")(a, b)
 
 
 def _clip(x: Any, min: Any = None, max: Any = None) -> Any:
-    return _library(x, min, max).clip(x, min, max)
+    return library(x, min, max).clip(x, min, max)
 
 
 def _cast(x: Any, *, to: int, saturate: int = 1) -> Any:
-    return x.astype(jax.dtypes.canonicalize_dtype(DTYPES[to]) if not _is_static(x) else DTYPES[to])
+    return x.astype(jax.dtypes.canonicalize_dtype(DTYPES[to]) if not is_static(x) else DTYPES[to])
 
 
 def _shape(x: Any, *, start: int = 0, end: int | None = None) -> np.ndarray:
@@ -70,32 +38,32 @@ def _shape(x: Any, *, start: int = 0, end: int | None = None) -> np.ndarray:
 
 def _constant_of_shape(shape: Any, *, value: Any = None) -> Any:
     number = np.zeros(1, np.float32) if value is None else value
-    return np.broadcast_to(number.reshape(-1)[0], _integers(shape))  # a view of one number, however large
+    return np.broadcast_to(number.reshape(-1)[0], integers(shape))  # a view of one number, however large
 
 
 def _range(start: Any, limit: Any, delta: Any) -> np.ndarray:
-    if not _is_static(start, limit, delta) or not 0 <= (limit - start) / delta <= _MAX_STATIC:
-        raise ValueError(f"expected a range of at most {_MAX_STATIC:,} numbers that depends on no image")
+    if not is_static(start, limit, delta) or not 0 <= (limit - start) / delta <= MAX_STATIC:
+        raise ValueError(f"expected a range of at most {MAX_STATIC:,} numbers that depends on no image")
     return np.arange(start.item(), limit.item(), delta.item()).astype(start.dtype)
 
 
 def _concat(*values: Any, axis: int) -> Any:
-    return _library(*values).concatenate(values, axis)
+    return library(*values).concatenate(values, axis)
 
 
 def _gather(x: Any, indices: Any, *, axis: int = 0) -> Any:
-    if np.ndim(indices) == 0 and _is_static(indices):
-        pick = np.take if _is_static(x) else lambda array, i, place: lax.index_in_dim(array, i, place, False)
+    if np.ndim(indices) == 0 and is_static(indices):
+        pick = np.take if is_static(x) else lambda array, i, place: lax.index_in_dim(array, i, place, False)
         return pick(x, int(indices), axis)
-    return _library(x, indices).take(x, indices, axis)
+    return library(x, indices).take(x, indices, axis)
 
 
 def _expand(x: Any, shape: Any) -> Any:
-    return _library(x).broadcast_to(x, np.broadcast_shapes(np.shape(x), tuple(_integers(shape))))
+    return library(x).broadcast_to(x, np.broadcast_shapes(np.shape(x), tuple(integers(shape))))
 
 
 def _tile(x: Any, repeats: Any) -> Any:
-    return jnp.tile(x, _integers(repeats))
+    return jnp.tile(x, integers(repeats))
 
 
 def _transpose(x: Any, *, perm: Sequence[int] | None = None) -> Any:
@@ -103,7 +71,7 @@ def _transpose(x: Any, *, perm: Sequence[int] | None = None) -> Any:
 
 
 def _reshape(x: Any, shape: Any, *, allowzero: int = 0) -> Any:
-    return x.reshape([x.shape[i] if n == 0 and not allowzero else n for i, n in enumerate(_integers(shape))])
+    return x.reshape([x.shape[i] if n == 0 and not allowzero else n for i, n in enumerate(integers(shape))])
 
 
 def _flatten(x: Any, *, axis: int = 1) -> Any:
@@ -111,19 +79,19 @@ def _flatten(x: Any, *, axis: int = 1) -> Any:
 
 
 def _squeeze(x: Any, axes: Any = None) -> Any:
-    return _library(x).squeeze(x, None if axes is None else tuple(_integers(axes)))
+    return library(x).squeeze(x, None if axes is None else tuple(integers(axes)))
 
 
 def _unsqueeze(x: Any, axes: Any) -> Any:
-    return _library(x).expand_dims(x, tuple(_integers(axes)))
+    return library(x).expand_dims(x, tuple(integers(axes)))
 
 
 def _slice(x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Any:
-    begin, end = _integers(starts), _integers(ends)
+    begin, end = integers(starts), integers(ends)
     cut = [slice(None)] * x.ndim
-    places = range(len(begin)) if axes is None else _integers(axes)
+    places = range(len(begin)) if axes is None else integers(axes)
     for axis, first, last, step in zip(
-        places, begin, end, [1] * len(begin) if steps is None else _integers(steps), strict=True
+        places, begin, end, [1] * len(begin) if steps is None else integers(steps), strict=True
     ):
         past_start = step < 0 and last < -x.shape[axis]
         cut[axis] = slice(first, None if past_start else last, step)
@@ -133,23 +101,23 @@ def _slice(x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) 
 def _split(x: Any, split: Any = None, *, axis: int = 0, num_outputs: int = 1) -> list[Any]:
     length = x.shape[axis]
     part = -(-length // layers.countable(num_outputs))
-    sizes = [min(part, length - i * part) for i in range(num_outputs)] if split is None else _integers(split)
+    sizes = [min(part, length - i * part) for i in range(num_outputs)] if split is None else integers(split)
     ends = np.cumsum(sizes)[:-1].tolist()
-    return _library(x).split(x, ends, axis)
+    return library(x).split(x, ends, axis)
 
 
 def _pad(
     x: Any, pads: Any, constant: Any = None, axes: Any = None, *, mode: str = "constant", value: float = 0.0
 ) -> Any:
-    widths, sizes = [(0, 0)] * x.ndim, _integers(pads)
-    places = list(range(x.ndim)) if axes is None else _integers(axes)
+    widths, sizes = [(0, 0)] * x.ndim, integers(pads)
+    places = list(range(x.ndim)) if axes is None else integers(axes)
     for i, axis in enumerate(places):
         widths[axis] = (sizes[i], sizes[i + len(places)])
     return layers.padded(x, widths, mode, value if constant is None else constant)
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
-    return _elementwise("where")(condition, a, b)
+    return elementwise("where")(condition, a, b)
 
 
 def _gemm(
@@ -157,15 +125,15 @@ def _gemm(
 ) -> Any:
     out = jnp.matmul(a.T if transA else a, b.T if transB else b)
     out = out if alpha == 1 else out * alpha
-    return out if c is None else _elementwise("add")(out, c if beta == 1 else c * beta)
+    return out if c is None else elementwise("add")(out, c if beta == 1 else c * beta)
 
 
 def _reduction(name: str) -> Callable[..., Any]:
     def reduce(x: Any, axes: Any = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Any:
-        places = [] if axes is None else _integers(axes)
+        places = [] if axes is None else integers(axes)
         if not places and noop_with_empty_axes:
             return x
-        return getattr(_library(x), name)(x, axis=tuple(places) or None, keepdims=bool(keepdims))
+        return getattr(library(x), name)(x, axis=tuple(places) or None, keepdims=bool(keepdims))
 
     return reduce
 
@@ -196,11 +164,8 @@ def _window(
     strides, dilations, pads = strides or [1] * axes, dilations or [1] * axes, pads or [0] * 2 * axes
     padding = list(zip(pads[:axes], pads[axes:], strict=True))
     if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-        padding = []
-        for length, n, stride, dilation in zip(x.shape[2:], size, strides, dilations, strict=True):
-            whole = max((-(-length // stride) - 1) * stride + dilation * (n - 1) + 1 - length, 0)
-            ends = (whole // 2, whole - whole // 2)
-            padding.append(ends if auto_pad == "SAME_UPPER" else ends[::-1])
+        padding = layers.same_padding(x.shape[2:], size, strides, dilations)
+        padding = padding if auto_pad == "SAME_UPPER" else [(after, before) for before, after in padding]
     return Window(size, strides, padding, dilations)
 
 
@@ -258,12 +223,12 @@ _REDUCTIONS = {"ReduceMean": "mean", "ReduceSum": "sum", "ReduceMax": "max", "Re
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
-    **{name: _elementwise(same) for name, same in _SAME_NAMES.items()},
+    **{name: elementwise(same) for name, same in _SAME_NAMES.items()},
     **{name: _reduction(same) for name, same in _REDUCTIONS.items()},
     "Div": _divide,
-    "Max": _fold("maximum"),
-    "Min": _fold("minimum"),
-    "Sum": _fold("add"),
+    "Max": fold("maximum"),
+    "Min": fold("minimum"),
+    "Sum": fold("add"),
     "ReduceL2": _norm2,
     "Where": _where,
     "Clip": _clip,
@@ -272,7 +237,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Dropout": lambda x, ratio=None, training=None, **settings: x,
     "Relu": lambda x: jnp.maximum(x, 0),
     "LeakyRelu": lambda x, *, alpha=0.01: jnp.where(x >= 0, x, x * alpha),
-    "PRelu": lambda x, slope: jnp.where(x >= 0, x, _elementwise("multiply")(x, slope)),
+    "PRelu": lambda x, slope: jnp.where(x >= 0, x, elementwise("multiply")(x, slope)),
     "Elu": lambda x, *, alpha=1.0: jax.nn.elu(x, alpha),
     "Selu": lambda x, *, alpha=1.67326319217681884765625, gamma=1.05070102214813232421875: gamma * jax.nn.elu(x, alpha),
     "Sigmoid": jax.nn.sigmoid,
