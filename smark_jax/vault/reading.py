@@ -10,8 +10,9 @@ from smark_jax import _validate, carriers, errors, extraction, files
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.vault import documents
 
-# Bundles state the number of the read-out. Number 1, which older bundles leave unstated, had no bounds.
-_READOUT = 2
+# Bundles state the number of the read-out. Number 1, which older bundles leave unstated, had no bounds, and number 2
+# matched fewer layouts, and no folded or fused leaves.
+READOUT = 3
 
 
 class Aligner(NamedTuple):
@@ -39,7 +40,7 @@ class Reading(NamedTuple):
     def document(self) -> documents.Reading:
         """The reading as verdicts and evidence state it."""
         name = self.aligner.name if self.aligner else None
-        return documents.Reading(name, dict(self.given), self.rectify, _READOUT)
+        return documents.Reading(name, dict(self.given), self.rectify, READOUT)
 
 
 class Read(NamedTuple):
