@@ -17,6 +17,7 @@ MAKERS = {
         "torch.export": "exported.pt2",
         "ONNX, older exporter": "older.onnx",
         "ONNX, dynamo": "dynamo.onnx",
+        "TFLite, LiteRT Torch": "litert.tflite",
     },
     "by_onnxruntime": {"ONNX, norms folded": "folded.onnx", "ONNX, int8 QDQ": "qdq.onnx"},
     "by_keras": {"Keras": "model.keras", "Keras h5": "model.h5"},
@@ -27,6 +28,9 @@ FORMS = {form: name for makes in MAKERS.values() for form, name in makes.items()
 
 REFERENCE = "reference.npz"
 """Images [B H W C] and the logits that the copy gives them in its own runtime."""
+
+UNFOLDED = "unfolded.onnx"
+"""ONNX whose batch norms are not folded yet, where somebody made it."""
 
 SAME = 1e-3
 """A conversion whose logits differ by more than this share of their largest size is no copy of the function."""

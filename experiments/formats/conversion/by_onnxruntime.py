@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime import quantization
 
-from experiments.formats.conversion import FORMS, REFERENCE, arguments, convert
+from experiments.formats.conversion import FORMS, REFERENCE, UNFOLDED, arguments, convert
 
 
 class _Calibration(quantization.CalibrationDataReader):
@@ -40,12 +40,15 @@ def _quantised(source: Path, images: np.ndarray, path: Path) -> None:
 def main() -> None:
     _, copy, folder = arguments()
     images = np.load(folder / REFERENCE)["images"]
-    plain = copy if copy.suffix == ".onnx" else folder / FORMS["ONNX, older exporter"]
-    unfolded = folder / "unfolded.onnx"
+    exported = [folder / FORMS[form] for form in ("ONNX, older exporter", "ONNX, dynamo")]
+    plain = [path for path in (copy, *exported) if path.suffix == ".onnx" and path.exists()]
+    unfolded = [path for path in (folder / UNFOLDED, *plain) if path.exists()]
     forms = {
-        "ONNX, norms folded": lambda path: _optimised(unfolded if unfolded.exists() else plain, path),
-        "ONNX, int8 QDQ": lambda path: _quantised(plain, images, path),
+        "ONNX, norms folded": lambda path: _optimised(unfolded[0], path),
+        "ONNX, int8 QDQ": lambda path: _quantised(plain[0], images, path),
     }
+    if not plain:
+        raise SystemExit("no exporter of PyTorch made an ONNX file of it")
     convert("by_onnxruntime", forms, folder)
 
 

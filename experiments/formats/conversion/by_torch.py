@@ -1,4 +1,4 @@
-"""A copy of a network of PyTorch as PyTorch saves it, and any module: states, programs and ONNX of both exporters."""
+"""A copy of a network of PyTorch as PyTorch saves it, and any module: states, programs, ONNX, TFLite."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.formats.conversion import REFERENCE, arguments, convert
+from experiments.formats.conversion import REFERENCE, UNFOLDED, arguments, convert
 from experiments.formats.conversion.torch_networks import SIZES, network
 
 _OPSET = 17
@@ -31,6 +31,11 @@ def makers(module: nn.Module, images: torch.Tensor) -> dict[str, Callable[[Path]
     def dynamo(path: Path) -> None:
         torch.onnx.export(module, (images,), path, dynamo=True, external_data=False, verbose=False)
 
+    def litert(path: Path) -> None:
+        import litert_torch  # pyright: ignore[reportMissingImports]
+
+        litert_torch.convert(module, (images,)).export(str(path))
+
     return {
         "safetensors": lambda path: save_file(state, path),
         "state dict": lambda path: torch.save(state, path),
@@ -38,6 +43,7 @@ def makers(module: nn.Module, images: torch.Tensor) -> dict[str, Callable[[Path]
         "torch.export": export,
         "ONNX, older exporter": older,
         "ONNX, dynamo": dynamo,
+        "TFLite, LiteRT Torch": litert,
     }
 
 
@@ -58,7 +64,7 @@ def main() -> None:
     with torch.no_grad():
         logits = module(images).numpy()
     np.savez(folder / REFERENCE, images=images.permute(0, 2, 3, 1).numpy(), logits=logits)
-    with_norms(module, images[:1], folder / "unfolded.onnx")
+    with_norms(module, images[:1], folder / UNFOLDED)
     convert("by_torch", makers(module, images[:1]), folder)
 
 
