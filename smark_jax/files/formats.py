@@ -4,12 +4,12 @@ To add a format, write a module with ``matches``, ``read`` and ``places``, and a
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _msgpack, _npz, _safetensors, _torch
+from smark_jax.files import _msgpack, _npz, _safetensors, _sharded, _torch
 from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Places
 from smark_jax.files._sources import Source
@@ -30,24 +30,23 @@ class Format(NamedTuple):
         For any content it returns or raises :class:`Unreadable`, and it never runs code from the file. Quantised leaves
         are read as the float32 numbers that they stand for.
       places: ``places(source)``, where the leaves that ``read`` gives lie in the file, under the same names: the
-        :class:`smark_jax.files._places.Place` of a leaf that can be written in place, or why another cannot. None for
-        a format without places.
+        :class:`smark_jax.files._places.Place` of a leaf that can be written in place, or why another cannot.
     """
 
     name: str
     suffixes: tuple[str, ...]
     matches: Callable[[bytes], bool]
     read: Callable[[Source, int], Leaves]
-    places: Callable[[Source], Places] | None = None
+    places: Callable[[Source], Places]
 
 
 def refused(start: bytes | tuple[bytes, ...], what: str, advice: str) -> Format:
     """A format that is recognised by its first bytes and refused, with advice on what to do instead."""
 
-    def read(source: Source, max_bytes: int) -> Leaves:
+    def refuse(source: Source, max_bytes: int = 0) -> Any:
         raise Unreadable(f"it is {what}", advice)
 
-    return Format(what, (), lambda content: content.startswith(start), read)
+    return Format(what, (), lambda content: content.startswith(start), refuse, refuse)
 
 
 _PICKLE = "Pickle can run code and is never loaded: save the state dict with safetensors.torch.save_file."
@@ -57,6 +56,8 @@ FORMATS = (
     Format("torch", (".pt", ".pth", ".bin", ".ckpt"), _torch.matches, _torch.read),  # before npz: all three are zips
     Format("npz", (".npz",), _npz.matches, _npz.read, _npz.places),
     Format("safetensors", (".safetensors",), _safetensors.matches, _safetensors.read, _safetensors.places),
+    Format("shards", (".index.json",), _sharded.matches, _sharded.read, _sharded.places),
+    refused(b"{", "text in JSON", "Name the file of weights itself, or the folder that it lies in."),
     refused(tuple(bytes((0x80, version)) for version in (2, 3, 4, 5)), "a pickle", _PICKLE),
     refused(b"\x89HDF", "an HDF5 file", "Load it in Keras and save the weights with safetensors.numpy.save_file."),
     refused(b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),

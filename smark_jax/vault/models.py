@@ -16,6 +16,9 @@ from smark_jax.carriers import marks
 from smark_jax.vault import _text, documents, folder, shapes, store, versions
 from smark_jax.vault import public as publicity
 
+SAFETENSORS = ".safetensors"
+"""The form of a base that has none of its own to be written in, and of every base of older versions."""
+
 
 class Model(NamedTuple):
     """The settings of a model, which never change.
@@ -32,6 +35,7 @@ class Model(NamedTuple):
       versions: the algorithms that copies are made and traced with.
       shape: how far each coordinate moves, by the digest of the file that says so; None where all leaves are marked
         alike.
+      form: what the name of the base's file ends with, and so those of copies; empty where they are folders.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Model(NamedTuple):
     public: str | None = None
     versions: documents.Versions = versions.WHITE
     shape: documents.Shape | None = None
+    form: str = SAFETENSORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +70,8 @@ class OpenModel:
 
     @property
     def base_file(self) -> Path:
-        """The safetensors file of the base."""
-        return _base_path(self.vault, self.name, self.settings.base)
+        """The file or folder of the base."""
+        return _base_path(self.vault, self.settings)
 
     @functools.cached_property
     def base(self) -> dict[str, np.ndarray]:
@@ -76,13 +81,18 @@ class OpenModel:
           SmarkError: when the file in the vault is not the one that was added.
         """
         path = self.base_file
-        cause = "Restore it from your backup, or copy the base there as safetensors."
-        if not path.is_file():
+        cause = "Restore it from your backup, or copy the base there."
+        if not path.exists():
             raise _validate.fail("vault", f"the base of {self.name} in {path}", "no such file", cause)
-        leaves = files.read(path, max_bytes=path.stat().st_size + 1).leaves
+        leaves = files.read(path, max_bytes=files.ANY_SIZE).leaves
         if files.content_hash(leaves) != self.settings.base:
             raise _validate.fail("vault", f"the base of {self.name} in {path}", "another content", cause)
         return leaves
+
+    @functools.cached_property
+    def form(self) -> files.Form:
+        """What makes copies in the form of the base."""
+        return files.Form(self.base_file)
 
     @functools.cached_property
     def shape(self) -> carriers.Shape | None:
@@ -98,7 +108,7 @@ class OpenModel:
             self.vault.folder / folder.MODELS,
             "Restore it from your backup: no copy is made or read without.",
         )
-        return shapes.read("vault", place, self.settings.versions.shape, known.digest, cause, max_bytes=_ANY_SIZE)
+        return shapes.read("vault", place, self.settings.versions.shape, known.digest, cause, max_bytes=files.ANY_SIZE)
 
     @functools.cached_property
     def mark(self) -> carriers.Mark:
@@ -121,16 +131,6 @@ class OpenModel:
         return np.asarray(self.code.words(code_key(self.vault, self.name), serials, self.settings.num_chips))
 
 
-_ANY_SIZE = 1 << 62  # of the owner's own files
-
-
-class Source(NamedTuple):
-    """The safetensors file that a base was read from, and its SHA-256 at that time."""
-
-    path: Path
-    sha256: str
-
-
 def add(
     vault: folder.Vault,
     name: str,
@@ -142,7 +142,7 @@ def add(
     strength: float = marks.WHITE,
     match: str | None = None,
     public: Mapping[str, np.ndarray] | None = None,
-    source: Source | None = None,
+    form: files.Form | None = None,
 ) -> OpenModel:
     """Adds a model: writes base and shape into the vault, chooses the carrying leaves, and fixes its settings.
 
@@ -160,8 +160,9 @@ def add(
       match: a regular expression; only leaves whose names match it carry.
       public: the leaves of a public model that the base was trained from. Leaves of the base with at least half of
         their weights still public carry nothing, since anybody could subtract them from a copy.
-      source: the safetensors file that the leaves were read from, if any. The vault keeps it byte for byte, and copies
-        have its metadata and its leaf order. Otherwise the vault chooses the layout.
+      form: of the file that the leaves were read from, if any. The vault keeps it byte for byte, and copies differ from
+        it in the weights that carry alone. Without one, or where carrying leaves are compressed in it, the vault keeps
+        the base as safetensors.
 
     Raises:
       SmarkError: when the name is taken or invalid as a file name, a setting is out of range, or the base cannot carry.
@@ -181,13 +182,15 @@ def add(
         raise _validate.fail(
             "add-model", "fewer chips than carrying weights", got, "Choose fewer chips, or let more leaves carry."
         )
+    form = form if form and can_carry(form, spec) else None
     known = files.content_hash(public) if public is not None else None
     model = Model(name, files.content_hash(leaves), spec, num_chips, alpha, strength, _documents.now(), known)
     if made:
         model = model._replace(versions=versions.NEW, shape=made.document)
+    if form:
+        model = model._replace(form=form.suffix)
     refuse_taken(vault, name)
-    path = _base_path(vault, name, model.base)
-    _keep(path, leaves, source)
+    _keep(_base_path(vault, model), leaves, form)
     if made:
         shapes.write(vault.folder / folder.MODELS, made.shape)
     stored = model._asdict() | {"spec": documents.rows(spec), "shape": model.shape or documents.MISSING}
@@ -229,20 +232,34 @@ def choose(
     return carriers.select(tree, lambda path: path not in known and fits(path))
 
 
-def _keep(path: Path, leaves: Mapping[str, np.ndarray], source: Source | None) -> None:
-    """Writes the base into the vault, byte for byte if it was read from a safetensors file."""
-    if source is None:
+def can_carry(form: files.Form, spec: carriers.Spec) -> bool:
+    """Whether a form has room for other numbers in the leaves that carry; in safetensors there always is.
+
+    Raises:
+      SmarkError: when one of them is quantised: what a copy would have to hold can be written in no form.
+    """
+    without = {leaf.path: form.places[leaf.path] for leaf in spec.leaves if isinstance(form.places[leaf.path], str)}
+    if not without:
+        return True
+    rounded = [name for name, reason in without.items() if reason is files.Unwritable.QUANTISED]
+    if rounded:
+        more = f" and {len(rounded) - 1:,} other leaves" if len(rounded) > 1 else ""
+        got = f"{rounded[0]!r}{more}, which {form.format} holds quantised"
+        cause = "Add the model that was quantised, and quantise its copies; or let match choose leaves of floats."
+        desk = "Add the model that was quantised, and quantise its copies; or choose leaves of floats with --match."
+        raise _validate.fail("add-model", "weights that can be changed a little", got, cause, desk=desk)
+    return False
+
+
+def _keep(path: Path, leaves: Mapping[str, np.ndarray], form: files.Form | None) -> None:
+    """Writes the base into the vault, byte for byte if it has a form of its own."""
+    if form is None:
         files.write(path, dict(leaves))
-    else:
-        with source.path.open("rb") as file, _io.whole_file(path) as kept:
-            digest = hashlib.sha256()
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-                kept.write(piece)
-            if digest.hexdigest() != source.sha256:
-                got = "another content than was read"
-                raise _validate.fail("add-model", f"{source.path} as it was", got, "Add it when nobody writes to it.")
-    path.chmod(0o600)
+    elif form.sha256_of(path) != form.sha256:  # a run that was killed may have left it
+        _io.remove(path)
+        if form.write(path) != form.sha256:
+            cause = "Add it when nobody writes to it."
+            raise _validate.fail("add-model", "the base's file as it was", "another content than was read", cause)
 
 
 def unfit(model: OpenModel) -> dict[str, carriers.Role]:
@@ -306,14 +323,15 @@ def get(vault: folder.Vault, name: str) -> OpenModel:
     if unknown := versions.unknown(used):
         cause = "A newer smark-jax added the model: upgrade smark-jax."
         raise _validate.fail("vault", f"algorithms of {name} that this version knows", unknown, cause)
-    optional = {"public": found.public or None, "versions": used, "shape": found.shape or None}
+    form = SAFETENSORS if isinstance(found.form, documents.Missing) else found.form
+    optional = {"public": found.public or None, "versions": used, "shape": found.shape or None, "form": form}
     changed = {"spec": documents.spec(found.spec), **optional}
     return OpenModel(vault, Model(**{**found._asdict(), **changed}))
 
 
-def _base_path(vault: folder.Vault, name: str, content: str) -> Path:
+def _base_path(vault: folder.Vault, model: Model) -> Path:
     # With the hash in the name, two processes that add different bases under one name cannot overwrite each other's.
-    return vault.folder / folder.MODELS / f"{name}.{content[:16]}.safetensors"
+    return vault.folder / folder.MODELS / f"{model.name}.{model.base[:16]}{model.form}"
 
 
 def carrier_key(vault: folder.Vault, name: str) -> keys.SecretKey:
