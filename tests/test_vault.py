@@ -235,6 +235,53 @@ def test_whatever_is_changed_in_the_database_is_noticed(full, tmp_path, what):
         pass
 
 
+def compared(monkeypatch, place, act=lambda desk: None) -> bool:
+    """Whether an opening of the vault, in which ``act`` happens, compares every row with the log."""
+    calls = []
+    monkeypatch.setattr(store, "verify", lambda *args: calls.append(verify(*args)))
+    verify = store.rows.verify
+    with vault.opened(place, SECRET) as desk:
+        act(desk)
+    return bool(calls)
+
+
+def test_a_database_under_its_seal_is_not_compared_again(full, tmp_path, monkeypatch):
+    place = copy_of(full, tmp_path)
+    (place / "checked").unlink(missing_ok=True)
+    assert compared(monkeypatch, place)
+    assert not compared(monkeypatch, place, lambda desk: customers.add(desk, ["Edsger"]))
+    assert not compared(monkeypatch, place)  # though a customer was added
+    (place / "checked").write_bytes(bytes(32))
+    assert compared(monkeypatch, place)
+    assert not compared(monkeypatch, place)
+
+
+@pytest.mark.parametrize("then", ("nothing", "another transaction"))
+def test_what_is_changed_beside_an_open_vault_is_noticed_afterwards(full, tmp_path, then):
+    place = copy_of(full, tmp_path)
+    with vault.opened(place, SECRET):
+        pass  # now it is sealed
+    with vault.opened(place, SECRET) as desk:
+        customers.add(desk, ["Edsger"])
+        edit(place, TAMPERING["a customer's name"])
+        if then != "nothing":
+            customers.add(desk, ["Barbara"])
+    with pytest.raises(errors.Tampered, match="customers"), vault.opened(place, SECRET):
+        pass
+
+
+def test_the_seal_of_another_vault_says_nothing(full, tmp_path, monkeypatch):
+    place, other = copy_of(full, tmp_path), tmp_path / "other"
+    vault.create(other, SECRET)
+    for folder in (place, other):
+        with vault.opened(folder, SECRET):
+            pass
+    for name in ("vault.sqlite", "checked"):  # a database that is authentic under the other key
+        (place / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(errors.Tampered, match="not authentic"), vault.opened(place, SECRET):
+        pass
+
+
 def test_another_schema_and_other_bytes_are_noticed(full, tmp_path):
     place = copy_of(full, tmp_path)
     edit(place, "", restore=False)
@@ -295,7 +342,7 @@ def test_every_connection_is_closed_also_where_the_database_is_refused(full, tmp
     """Python 3.13 warns of a connection that is left open, and warnings are errors here. The count holds on all."""
     made, closed = [], []
 
-    class Counted(sqlite3.Connection):
+    class Counted(store.Connection):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(self)
@@ -305,7 +352,7 @@ def test_every_connection_is_closed_also_where_the_database_is_refused(full, tmp
             super().close()
 
     connect = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, factory=Counted, **kwargs))
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, **kwargs | {"factory": Counted}))
     place = copy_of(full, tmp_path)
     with vault.opened(place, SECRET):
         pass
@@ -426,10 +473,11 @@ def test_names_of_any_script_and_their_files():
     for bad in ("", "  ", "a\nb", "a\x00b", "a\u202eb", "a\u200bb", "x" * 201):
         with pytest.raises(ValueError, match="customer: expected a name"):
             _text.customer_name(bad)
-    assert _text.file_name(7, "../../etc/passwd") == "000007-etc-passwd.safetensors"
-    assert _text.file_name(7, "王小明 & Söhne") == "000007-王小明-Söhne.safetensors"
-    assert _text.file_name(7, "///") == "000007.safetensors"
-    assert len(_text.file_name(7, "王" * 200).encode()) < 255
+    assert _text.file_name(7, "../../etc/passwd", ".safetensors") == "000007-etc-passwd.safetensors"
+    assert _text.file_name(7, "王小明 & Söhne", ".safetensors") == "000007-王小明-Söhne.safetensors"
+    assert _text.file_name(7, "///", ".safetensors") == "000007.safetensors"
+    assert _text.file_name(7, "Ada", "") == "000007-Ada"  # a folder
+    assert len(_text.file_name(7, "王" * 200, ".safetensors").encode()) < 255
 
 
 def test_customers_are_registered_all_or_none(place):

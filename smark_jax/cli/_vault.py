@@ -45,9 +45,7 @@ def add_model(
     name: Annotated[str, typer.Argument(help="A short name of your choice.", show_default=False)],
     base: Annotated[
         Path,
-        typer.Argument(
-            help="File of weights in any format, or a folder of Hugging Face's or Orbax.", show_default=False
-        ),
+        typer.Argument(help="File of weights, in any format, or folder of a model.", show_default=False),
     ],
     chips: Annotated[int, typer.Option(min=1, help="Length of a fingerprint in bits.")] = 304,
     alpha: Annotated[
@@ -127,7 +125,7 @@ def add_model(
         if asked is not None and classes is not None:
             images_to_ask.keep(model, asked, classes)
         status.update("planning")
-        added = _added.describe(model, made, asked is not None, weights.format)
+        added = _added.describe(model, made, asked is not None)
         expected = _plan.sentence(model)
     if public is None:
         _common.warn(
@@ -139,7 +137,7 @@ def add_model(
             f"nobody measured what copies of {name} cost: add it under another name with --network, and smark measures "
             "it and marks as strongly as the network bears."
         )
-    _common.show(added, as_json, lambda: _added.show(vault, added, made, expected))
+    _common.show(added, as_json, lambda: _added.show(vault, added, made, expected, weights.format))
 
 
 class _Chosen(NamedTuple):

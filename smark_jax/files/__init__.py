@@ -23,7 +23,7 @@ all. A file that cannot be read raises :class:`smark_jax.errors.Unreadable` with
 weights are read unchanged; the functions that compute with weights refuse them.
 """
 
-from smark_jax.files._limits import MAX_BYTES, MAX_LEAVES
+from smark_jax.files._limits import ANY_SIZE, MAX_BYTES, MAX_LEAVES
 from smark_jax.files._places import Unwritable
 from smark_jax.files._sources import main_files
 from smark_jax.files.checkpoints import read_checkpoint
@@ -31,7 +31,7 @@ from smark_jax.files.layout import Layout, Move, match_layout
 from smark_jax.files.networks.loading import Network, network
 from smark_jax.files.reading import Weights, read
 from smark_jax.files.trees import content_hash, flatten, nest
-from smark_jax.files.writing import ANY_SIZE, Form, write
+from smark_jax.files.writing import Form, write
 
 __all__ = [
     "ANY_SIZE",

@@ -16,6 +16,9 @@ MAX_BYTES = 384 * 2**20
 """Default limit on a file's size and on the total size of its leaves: about 100 million float32 weights. A file and its
 leaves are in memory together, so reading takes less than 1 GB."""
 
+ANY_SIZE = 1 << 62
+"""No limit, for a file that only its owner can write to."""
+
 MAX_LEAVES = 100_000
 """The most leaves in a file."""
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _safetensors, _zip
+from smark_jax.files import _limits, _safetensors, _zip
 from smark_jax.files._limits import Foreign
+from smark_jax.files._places import Unwritable
 from smark_jax.files._sources import Source
 
 _SECONDS = 120
@@ -62,3 +63,8 @@ def read(source: Source, max_bytes: int) -> Mapping[str, np.ndarray | Foreign]:
         if code == 2 and target.is_file():
             reason = target.read_text(encoding="ascii", errors="replace")[:200]
     raise Unreadable(f"PyTorch does not read it safely: {reason}", "Ask for its state dict alone, as safetensors.")
+
+
+def places(source: Source) -> dict[str, Unwritable]:
+    """No leaf has a place yet."""
+    return dict.fromkeys(read(source, _limits.ANY_SIZE), Unwritable.PACKED)

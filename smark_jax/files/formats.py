@@ -13,7 +13,7 @@ from smark_jax.files import _msgpack, _npz, _safetensors, _sharded, _torch
 from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Places
 from smark_jax.files._sources import Source
-from smark_jax.files.networks import onnx, pt2
+from smark_jax.files.networks import onnx, pt2, tflite
 
 Leaves = Mapping[str, np.ndarray | Foreign]
 
@@ -52,23 +52,24 @@ def refused(start: bytes | tuple[bytes, ...], what: str, advice: str) -> Format:
 _PICKLE = "Pickle can run code and is never loaded: save the state dict with safetensors.torch.save_file."
 
 FORMATS = (
-    Format("pt2", (".pt2",), pt2.matches, pt2.read),
-    Format("torch", (".pt", ".pth", ".bin", ".ckpt"), _torch.matches, _torch.read),  # before npz: all three are zips
+    Format("pt2", (".pt2",), pt2.matches, pt2.read, pt2.places),
+    # Before npz: all three are zips.
+    Format("torch", (".pt", ".pth", ".bin", ".ckpt"), _torch.matches, _torch.read, _torch.places),
     Format("npz", (".npz",), _npz.matches, _npz.read, _npz.places),
     Format("safetensors", (".safetensors",), _safetensors.matches, _safetensors.read, _safetensors.places),
     Format("shards", (".index.json",), _sharded.matches, _sharded.read, _sharded.places),
-    refused(b"{", "text in JSON", "Name the file of weights itself, or the folder that it lies in."),
+    Format("tflite", (".tflite",), tflite.matches, tflite.read, tflite.places),
     refused(tuple(bytes((0x80, version)) for version in (2, 3, 4, 5)), "a pickle", _PICKLE),
     refused(b"\x89HDF", "an HDF5 file", "Load it in Keras and save the weights with safetensors.numpy.save_file."),
     refused(b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),
     refused(b"\x1f\x8b", "compressed with gzip", "Unpack it first (gunzip)."),
     refused(b"GGUF", "a GGUF file", "Convert it to safetensors."),
     refused(b"version https://git-lfs", "a pointer to a file in Git LFS", "Fetch the file itself (git lfs pull)."),
+    refused(b"{", "text in JSON", "Name the file of weights itself, or the folder that it lies in."),
     refused(b"<", "text", "Was a web page saved in place of the file?"),
-    Format("onnx", (".onnx",), onnx.matches, onnx.read),
-    Format(
-        "msgpack", (".msgpack",), _msgpack.matches, _msgpack.read, _msgpack.places
-    ),  # last: only its first byte identifies it
+    Format("onnx", (".onnx",), onnx.matches, onnx.read, onnx.places),
+    # Last: only its first byte identifies it.
+    Format("msgpack", (".msgpack",), _msgpack.matches, _msgpack.read, _msgpack.places),
 )
 
 

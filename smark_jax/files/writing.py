@@ -14,9 +14,6 @@ from smark_jax import _io, _validate
 from smark_jax.files import _limits, _places, _safetensors, _sources, _zip, formats, reading, trees
 from smark_jax.files._places import Place
 
-ANY_SIZE = 1 << 62
-"""A limit on bytes for files of one's own."""
-
 _NOTES = (".json", ".txt", ".md")
 _MAX_NOTE = 2**20
 
@@ -80,7 +77,7 @@ class Form:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
         with reading.naming(path):
-            source = _sources.opened(path, ANY_SIZE)
+            source = _sources.opened(path, _limits.ANY_SIZE)
             format = formats.of(source.data)
             self.format, self.places, self.sha256 = format.name, format.places(source), source.sha256()
             assert source.path is not None
@@ -99,7 +96,7 @@ class Form:
     @functools.cached_property
     def leaves(self) -> Mapping[str, np.ndarray]:
         """The leaves of the model itself."""
-        return reading.read(self._path, max_bytes=ANY_SIZE).leaves
+        return reading.read(self._path, max_bytes=_limits.ANY_SIZE).leaves
 
     def write(self, path: str | os.PathLike[str], leaves: Mapping[str, np.ndarray] | None = None) -> str:
         """Writes a file or folder atomically, as :func:`write` does, and returns its SHA-256 in hex.

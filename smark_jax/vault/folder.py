@@ -1,6 +1,13 @@
-"""A vault's folder: created atomically, opened with the passphrase, and checked before anything is read from it."""
+"""A vault's folder: created atomically, opened with the passphrase, and checked before anything is read from it.
+
+The first opening compares every row of the database with the log, which takes seconds for a million customers. It then
+seals the database: the file ``checked`` holds HMAC-SHA256(seal key, SHA-256 of the database). An opening that finds the
+same database under the seal compares nothing. Each transaction of smark renews the digest after finding it unchanged,
+so what somebody else changes between two of them breaks the seal, and the next opening compares every row again.
+"""
 
 import contextlib
+import hmac
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +17,8 @@ from typing import Any, NamedTuple
 from smark_jax import _io, _validate, keys
 from smark_jax.vault import crypto, log, sealing, store
 
-KEY_FILE, DATABASE, MODELS, COMMITMENTS, ANSWERS = "master.key", "vault.sqlite", "models", "commitments", "answers"
+KEY_FILE, DATABASE, CHECKED = "master.key", "vault.sqlite", "checked"
+MODELS, COMMITMENTS, ANSWERS = "models", "commitments", "answers"
 
 
 class Vault(NamedTuple):
@@ -78,7 +86,10 @@ def opened(folder: Path, passphrase: str) -> Iterator[Vault]:
         with store.errors_explained(folder / DATABASE):
             _verify(vault)
             sealing.seal_plain_rows(connection, master, _log_key(vault))
-            yield vault
+            try:
+                yield vault
+            finally:
+                _seal(vault)
 
 
 def _verify(vault: Vault) -> None:
@@ -86,7 +97,10 @@ def _verify(vault: Vault) -> None:
         (vault.folder / COMMITMENTS).glob("*.json")
     )  # listed before the database is read, to which others may add
     with store.snapshot(vault.connection):
-        log.verify(vault.connection, _log_key(vault))
+        found = store.digest(vault.connection)
+        if found is None or not hmac.compare_digest(_sealed(vault), _mac(vault, found)):
+            log.verify(vault.connection, _log_key(vault))
+        vault.connection.authentic = found
         roots = {f"{row.model}-{row.number}": row.document for row in store.commitments(vault.connection)}
     for path in published:
         if path.stem in roots and path.read_bytes() != roots[path.stem].encode() + b"\n":
@@ -95,6 +109,25 @@ def _verify(vault: Vault) -> None:
         if path.stem not in roots and path.stem.rpartition("-")[2].isdecimal():
             cause = "The database is older than that file: restore the newest backup of the whole folder."
             raise _validate.fail("vault", f"the commitment {path.stem} in the database", "none", cause)
+
+
+def _sealed(vault: Vault) -> bytes:
+    try:
+        return (vault.folder / CHECKED).read_bytes()
+    except OSError:
+        return b""
+
+
+def _seal(vault: Vault) -> None:
+    """Seals a database that is authentic as it stands, so that the next opening need not compare its rows."""
+    found = vault.connection.authentic
+    if found is not None and not hmac.compare_digest(_sealed(vault), seal := _mac(vault, found)):
+        with contextlib.suppress(OSError):  # on a full disk the next opening compares all rows
+            _io.write(vault.folder / CHECKED, seal, private=True)
+
+
+def _mac(vault: Vault, digest: bytes) -> bytes:
+    return hmac.digest(keys.derive(vault.master, "checked").to_bytes(), digest, "sha256")
 
 
 def record(vault: Vault, event: str, rows: Mapping[str, Sequence[store.Row]], **details: Any) -> int:

@@ -74,9 +74,9 @@ def issue(
 ) -> Issued:
     """Issues a model to customers, one file or folder each; issuing again writes the same files.
 
-    A copy has the form of the base, and differs from it only in the bytes of its carrying leaves. A copy is refused when its marked
-    leaves are not finite, or fall below zero where the base's do not, or when it answers NaN under ``trial``. Its
-    customer keeps serial and codeword, and issuing again completes what is missing.
+    A copy has the form of the base, and differs from it only in the bytes of its carrying leaves. A copy is refused
+    when its marked leaves are not finite, or fall below zero where the base's do not, or when it answers NaN under
+    ``trial``. Its customer keeps serial and codeword, and issuing again completes what is missing.
 
     A taught copy is reproduced exactly only with the same machine and software. Elsewhere, writing it again changes its
     last digits; the vault registers both versions.

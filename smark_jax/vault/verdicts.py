@@ -208,7 +208,7 @@ def judge(
 def _trace(
     model: models.OpenModel,
     chips: np.ndarray,
-    serials: list[int],
+    serials: Sequence[int],
     alpha: float,
     tried: int,
     log_maps: Sequence[float],
@@ -216,7 +216,7 @@ def _trace(
     on_progress: Callable[[int, int], None],
 ) -> tuple[tracing.Verdict, ...]:
     trace = functools.partial(tracing.trace_batch, num_alignments=tried, log_maps=log_maps, on_progress=on_progress)
-    if asked is None and serials == list(range(len(serials))):
+    if asked is None and serials == range(len(serials)):
         key = models.code_key(model.vault, model.name)
         book = model.code.book(key, len(serials), model.settings.num_chips)
         return trace(chips, book, alpha, model.decoder)

@@ -1,7 +1,7 @@
 """A network as its file holds it, and the function that it computes, as a pure function of JAX."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from smark_jax import _roles, _trees, _validate
 from smark_jax.errors import SmarkError, Unreadable
 from smark_jax.files import _limits
 from smark_jax.files._limits import shown
+from smark_jax.files._places import Place, Places, Unwritable
 
 MAX_NODES = 50_000
 # The most values in a result, per image, and in one that depends on no image: a hostile graph may ask for any number.
@@ -42,13 +43,11 @@ class Tensor(NamedTuple):
 
     Attributes:
       array: its numbers, or why they are none.
-      span: where its bytes lie in the file or in its member ``member``, unless they are coded one by one.
-      member: the member of the archive that holds them; empty for a file that is no archive.
+      place: where they lie in the file, or why they cannot be written there.
     """
 
     array: np.ndarray | _limits.Foreign
-    span: tuple[int, int] | None = None
-    member: str = ""
+    place: Place | Unwritable = Unwritable.PACKED
 
 
 class Graph(NamedTuple):
@@ -91,11 +90,21 @@ def leaf_name(name: str, carries: bool) -> str:
 
 def all_leaves(tensors: Mapping[str, Tensor], leaves: Mapping[str, str]) -> dict[str, np.ndarray | _limits.Foreign]:
     """Every tensor of a file by its name as a leaf; those that the network's function does not take do not carry."""
+    return {name: tensor.array for name, tensor in _by_leaf(tensors, leaves).items()}
+
+
+def all_places(tensors: Mapping[str, Tensor], leaves: Mapping[str, str]) -> Places:
+    """The places of those tensors of :func:`all_leaves` that are arrays."""
+    found = _by_leaf(tensors, leaves)
+    return {name: tensor.place for name, tensor in found.items() if not isinstance(tensor.array, _limits.Foreign)}
+
+
+def _by_leaf(tensors: Mapping[str, Tensor], leaves: Mapping[str, str]) -> dict[str, Tensor]:
     names = {name: leaves.get(name) or leaf_name(name, carries=False) for name in tensors}
     _limits.check_names(names.values())
     if len(set(names.values())) < len(names):
         raise Unreadable("two of its tensors have the same name", "Export the network again.")
-    return {names[name]: tensor.array for name, tensor in tensors.items()}
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def references(value: Any) -> list[str]:
@@ -129,6 +138,18 @@ def needed(graph: Graph) -> Graph:
 
 
 _AGAIN = "The file is damaged: export the network again."
+
+
+def without_softmax(graph: Graph, softmax: str, quantisers: Sequence[str] = ()) -> Graph:
+    """The graph without a softmax at its end, so that its result is logits; nodes of ``quantisers`` may follow it."""
+    result = graph.output
+    for node in reversed(graph.nodes):
+        given = node.arguments[0] if node.arguments else None
+        if node.outputs[:1] == (result,) and isinstance(given, Value) and node.op in (softmax, *quantisers):
+            result = given.name
+            if node.op == softmax:
+                return graph._replace(output=result)
+    return graph
 
 
 def function(graph: Graph, operators: Operators) -> Callable[[Mapping[str, Any], Any], Any]:

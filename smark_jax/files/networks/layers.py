@@ -117,12 +117,15 @@ def countable(number: int) -> int:
     return number
 
 
+_NEAR = ("reflect", "symmetric", "edge", "wrap")
+
+
 def padded(images: Any, widths: Padding, mode: str, value: Any) -> Any:
-    """Padding before and after each axis, by a number (``constant``) or by what lies near (``reflect, edge, wrap``)."""
+    """Padding before and after each axis: a number (``constant``), or what lies near, in one of NumPy's modes."""
     if mode == "constant":
         fill = np.asarray(value, images.dtype).reshape(())
         return lax.pad(images, fill, [(before, after, 0) for before, after in widths])
-    if mode not in ("reflect", "edge", "wrap") or any(max(w) > n for w, n in zip(widths, images.shape, strict=True)):
+    if mode not in _NEAR or any(max(w) > n for w, n in zip(widths, images.shape, strict=True)):
         raise ValueError(f"padding of mode {mode} by more than the image, or of a mode that is not supported")
     return jnp.pad(images, widths, mode=mode)
 

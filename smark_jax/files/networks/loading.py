@@ -9,9 +9,14 @@ import numpy as np
 
 from smark_jax.errors import Unreadable
 from smark_jax.files import _limits, _sources, formats, reading
-from smark_jax.files.networks import graph, onnx, pt2
+from smark_jax.files.networks import graph, onnx, pt2, tflite
 
-_KINDS = {"onnx": (onnx.load, "onnx_operators"), "pt2": (pt2.load, "aten")}  # the operators' modules load JAX
+# Of each format, what loads a network, and the module of its operators, which loads JAX.
+_KINDS = {
+    "onnx": (onnx.load, "onnx_operators"),
+    "pt2": (pt2.load, "aten"),
+    "tflite": (tflite.load, "tflite_operators"),
+}
 
 
 class Network(NamedTuple):
@@ -29,15 +34,16 @@ class Network(NamedTuple):
 
 
 def network(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES) -> Network:
-    """Reads a network that was saved as ONNX or by ``torch.export.save`` (``.pt2``); safe on hostile files.
+    """Reads a network that was saved as ONNX, by ``torch.export.save`` (``.pt2``) or as TFLite; safe on hostile files.
 
-    Neither format's package is needed, and nothing in the file runs as code: the graph is a list of operations, and
+    No format's package is needed, and nothing in the file runs as code: the graph is a list of operations, and
     each is looked up in a table of functions of JAX. The format is detected from the content.
 
     The function takes images as the graph does: PyTorch's take [B C H W], TensorFlow's [B H W C], of the size and in
-    the scale for which the network was exported. It returns the graph's first result. A Softmax at
-    the end of an ONNX graph is left out, so that the result is logits; in a ``.pt2`` it stays. A graph exported for a
-    fixed number of images takes multiples of it.
+    the scale for which the network was exported. It returns the graph's first result. A softmax at
+    the end of an ONNX or TFLite graph is left out, so that the result is logits; in a ``.pt2`` it stays. A graph
+    exported for a fixed number of images takes multiples of it. A quantised TFLite graph takes images and computes in
+    real numbers.
 
     Args:
       path: of the file.

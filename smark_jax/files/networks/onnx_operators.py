@@ -15,7 +15,7 @@ from jax import lax
 
 from smark_jax.files.networks import layers
 from smark_jax.files.networks.layers import Window
-from smark_jax.files.networks.onnx import DTYPES
+from smark_jax.files.networks.onnx_model import DTYPES
 from smark_jax.files.networks.static import MAX_STATIC, elementwise, fold, integers, is_static, library
 
 

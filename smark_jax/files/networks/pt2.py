@@ -15,6 +15,7 @@ import numpy as np
 from smark_jax.errors import Unreadable
 from smark_jax.files import _limits, _zip
 from smark_jax.files._limits import Foreign, shown
+from smark_jax.files._places import Place, Places
 from smark_jax.files._sources import Source
 from smark_jax.files.networks import graph as graphs
 from smark_jax.files.networks.graph import Graph, Node, Tensor, Value
@@ -50,6 +51,12 @@ def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     return graphs.all_leaves(tensors, {name: name for name in parameters})
 
 
+def places(source: Source) -> Places:
+    """Where parameters and buffers lie, by name: those in members that are stored as they are."""
+    tensors, parameters = _tensors(_Members(source.data, _limits.ANY_SIZE))
+    return graphs.all_places(tensors, {name: name for name in parameters})
+
+
 def load(source: Source, max_bytes: int) -> Graph:
     """The network in a file.
 
@@ -78,6 +85,12 @@ class _Members:
     def __init__(self, data: bytes, max_bytes: int) -> None:
         self._archive = _zip.bounded(data, max_bytes)
         self.root, self._left = _root(self._archive) or "", max_bytes
+        self._spans = _zip.spans(data)
+
+    def start(self, name: str) -> int | None:
+        """The byte of the file at which a member begins that is stored as it is; None if it is compressed."""
+        span = self._spans.get(self.root + name)
+        return None if span is None else span[0]
 
     def content(self, name: str) -> np.ndarray:
         """A member's bytes, by its name below the root; uint8."""
@@ -144,8 +157,10 @@ def _tensor(members: _Members, folder: str, name: str, entry: Mapping[str, Any])
     if max(last, size - 1) >= len(numbers):
         raise Unreadable(f"tensor {shown(name)} has more numbers than its member", _AGAIN)
     view = np.lib.stride_tricks.as_strided(numbers[offset:], shape, [step * dtype.itemsize for step in strides])
-    span = (offset * dtype.itemsize, (offset + size) * dtype.itemsize) if view.flags.c_contiguous else None
-    return Tensor(view.copy(), span, members.root + member)
+    start = members.start(member)
+    if start is None:
+        return Tensor(view.copy())
+    return Tensor(view.copy(), Place("", start + offset * dtype.itemsize, dtype, view.shape, view.strides))
 
 
 def _graph(program: Any, tensors: Mapping[str, Tensor], parameters: list[str]) -> Graph:

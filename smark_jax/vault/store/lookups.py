@@ -182,10 +182,13 @@ def leaves(connection: Connection, model: str, number: int = 2**63 - 1) -> dict[
     return dict(connection.execute(query, (model, number)))
 
 
-def covered(connection: Connection, model: str, number: int) -> list[int]:
-    """The serials that a model's commitment of this number covers, in order."""
-    query = "SELECT serial FROM licences WHERE model = ? AND number <= ? ORDER BY serial"
-    return [serial for (serial,) in connection.execute(query, (model, number))]
+def covered(connection: Connection, model: str, number: int) -> Sequence[int]:
+    """The serials that a model's commitment of this number covers, in order; a range where they are 0 to N - 1."""
+    where, about = "FROM licences WHERE model = ? AND number <= ?", (model, number)
+    count, last = connection.execute(f"SELECT count(*), max(serial) {where}", about).fetchone()
+    if count and last == count - 1:  # serials are distinct, and none is below zero
+        return range(count)
+    return [serial for (serial,) in connection.execute(f"SELECT serial {where} ORDER BY serial", about)]
 
 
 def covered_names(connection: Connection, model: str, number: int) -> dict[int, str]:

@@ -1,6 +1,7 @@
 """The database file: its tables, its migrations, its transactions, and what sqlite's errors mean."""
 
 import contextlib
+import hashlib
 import itertools
 import sqlite3
 from collections.abc import Iterator
@@ -8,7 +9,17 @@ from pathlib import Path
 
 from smark_jax import _validate, errors
 
-Connection = sqlite3.Connection
+
+class Connection(sqlite3.Connection):
+    """A connection to the database.
+
+    Attributes:
+      authentic: the :func:`digest` of the database when every row in it was last known to be one that the log vouches
+        for; None when that is not known.
+    """
+
+    authentic: bytes | None = None
+
 
 # One script per version; a database of version n has run the first n. Never change a released script: add another.
 MIGRATIONS = (
@@ -100,7 +111,11 @@ def connect(path: Path, *, create: bool = False) -> Connection:
     with errors_explained(path):
         # Autocommit mode: only `transaction` and `snapshot` begin and end transactions.
         connection = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode={mode}", timeout=_SECONDS_TO_WAIT, isolation_level=None, uri=True
+            f"{path.absolute().as_uri()}?mode={mode}",
+            timeout=_SECONDS_TO_WAIT,
+            isolation_level=None,
+            uri=True,
+            factory=Connection,
         )
         with contextlib.ExitStack() as unless_opened:
             unless_opened.callback(connection.close)
@@ -183,16 +198,35 @@ def _schema(connection: Connection) -> set[tuple[str, str, str | None]]:
 
 
 def _expected_schema() -> set[tuple[str, str, str | None]]:
-    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+    memory = sqlite3.connect(":memory:", isolation_level=None, factory=Connection)
+    with contextlib.closing(memory) as connection:
         _migrate(connection)
         return _schema(connection)
 
 
 @contextlib.contextmanager
 def transaction(connection: Connection) -> Iterator[None]:
-    """Commits all changes or none. It takes the write lock at once, so that values read inside stay valid."""
+    """Commits all changes or none. It takes the write lock at once, so that values read inside stay valid.
+
+    A database that was authentic before is so afterwards, unless somebody else has changed it since.
+    """
     with _between(connection, "BEGIN IMMEDIATE"):
+        if connection.authentic is not None and connection.authentic != digest(connection):
+            connection.authentic = None
         yield
+    if connection.authentic is not None:
+        with snapshot(connection):
+            connection.authentic = digest(connection)
+
+
+def digest(connection: Connection) -> bytes | None:
+    """The SHA-256 of all pages of the database as this connection sees them; None where sqlite was built without that.
+
+    Call it inside a transaction or snapshot. It reads through sqlite, as closing the file by other means would drop
+    this process's locks on it, and takes the size of the database in memory.
+    """
+    pages = getattr(connection, "serialize", None)
+    return hashlib.sha256(pages()).digest() if pages else None
 
 
 @contextlib.contextmanager
