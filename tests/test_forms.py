@@ -123,6 +123,7 @@ def test_every_format_knows_the_places_of_the_leaves_that_it_reads():
         places = format.places(source)
         assert places.keys() == LEAVES.keys(), form
         for name, place in places.items():
+            assert isinstance(place, Place)
             found = np.ndarray(place.shape, place.dtype, source.data, place.start, place.strides)
             np.testing.assert_array_equal(found, LEAVES[name])
 

@@ -273,8 +273,8 @@ def test_what_is_changed_beside_an_open_vault_is_noticed_afterwards(full, tmp_pa
 def test_the_seal_of_another_vault_says_nothing(full, tmp_path, monkeypatch):
     place, other = copy_of(full, tmp_path), tmp_path / "other"
     vault.create(other, SECRET)
-    for folder in (place, other):
-        with vault.opened(folder, SECRET):
+    for each in (place, other):
+        with vault.opened(each, SECRET):
             pass
     for name in ("vault.sqlite", "checked"):  # a database that is authentic under the other key
         (place / name).write_bytes((other / name).read_bytes())

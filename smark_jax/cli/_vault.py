@@ -100,7 +100,7 @@ def add_model(
         raise typer.BadParameter("--change goes with --network, and not with --strength", param_hint="--change")
     with _common.desk(vault, passphrase_file) as desk, _common.err.status("reading the base") as status:
         from smark_jax import files
-        from smark_jax.vault import image_files, models
+        from smark_jax.vault import bases, image_files, models
         from smark_jax.vault import probes as images_to_ask
 
         weights = _base(base)
@@ -112,7 +112,7 @@ def add_model(
         known = _base(public).leaves if public else None
         chosen = _Chosen(chips, alpha, change, strength, models.choose(leaves, match, known))
         if form:  # refused now, and not after the network was measured
-            models.can_carry(form, chosen.spec)
+            bases.can_carry(form, chosen.spec)
         made = _made(desk, name, leaves, chosen, runs, status.update)
         asked = None
         if pictures is not None:  # before the model is added, so that a failure does not leave it without its probes

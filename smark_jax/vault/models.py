@@ -11,13 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax import _documents, _io, _validate, carriers, files, keys
+from smark_jax import _documents, _validate, carriers, files, keys
 from smark_jax.carriers import marks
-from smark_jax.vault import _text, documents, folder, shapes, store, versions
+from smark_jax.vault import _text, bases, documents, folder, shapes, store, versions
 from smark_jax.vault import public as publicity
-
-SAFETENSORS = ".safetensors"
-"""The form of a base that has none of its own to be written in, and of every base of older versions."""
 
 
 class Model(NamedTuple):
@@ -48,7 +45,7 @@ class Model(NamedTuple):
     public: str | None = None
     versions: documents.Versions = versions.WHITE
     shape: documents.Shape | None = None
-    form: str = SAFETENSORS
+    form: str = bases.SAFETENSORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +68,7 @@ class OpenModel:
     @property
     def base_file(self) -> Path:
         """The file or folder of the base."""
-        return _base_path(self.vault, self.settings)
+        return bases.path(self.vault, self.name, self.settings.base, self.settings.form)
 
     @functools.cached_property
     def base(self) -> dict[str, np.ndarray]:
@@ -182,7 +179,7 @@ def add(
         raise _validate.fail(
             "add-model", "fewer chips than carrying weights", got, "Choose fewer chips, or let more leaves carry."
         )
-    form = form if form and can_carry(form, spec) else None
+    form = form if form and bases.can_carry(form, spec) else None
     known = files.content_hash(public) if public is not None else None
     model = Model(name, files.content_hash(leaves), spec, num_chips, alpha, strength, _documents.now(), known)
     if made:
@@ -190,7 +187,7 @@ def add(
     if form:
         model = model._replace(form=form.suffix)
     refuse_taken(vault, name)
-    _keep(_base_path(vault, model), leaves, form)
+    bases.keep(bases.path(vault, name, model.base, model.form), leaves, form)
     if made:
         shapes.write(vault.folder / folder.MODELS, made.shape)
     stored = model._asdict() | {"spec": documents.rows(spec), "shape": model.shape or documents.MISSING}
@@ -230,36 +227,6 @@ def choose(
         raise _validate.fail("add-model", "leaves that you trained yourself", "public weights alone", cause)
     fits = re.compile(match or "").search
     return carriers.select(tree, lambda path: path not in known and fits(path))
-
-
-def can_carry(form: files.Form, spec: carriers.Spec) -> bool:
-    """Whether a form has room for other numbers in the leaves that carry; in safetensors there always is.
-
-    Raises:
-      SmarkError: when one of them is quantised: what a copy would have to hold can be written in no form.
-    """
-    without = {leaf.path: form.places[leaf.path] for leaf in spec.leaves if isinstance(form.places[leaf.path], str)}
-    if not without:
-        return True
-    rounded = [name for name, reason in without.items() if reason is files.Unwritable.QUANTISED]
-    if rounded:
-        more = f" and {len(rounded) - 1:,} other leaves" if len(rounded) > 1 else ""
-        got = f"{rounded[0]!r}{more}, which {form.format} holds quantised"
-        cause = "Add the model that was quantised, and quantise its copies; or let match choose leaves of floats."
-        desk = "Add the model that was quantised, and quantise its copies; or choose leaves of floats with --match."
-        raise _validate.fail("add-model", "weights that can be changed a little", got, cause, desk=desk)
-    return False
-
-
-def _keep(path: Path, leaves: Mapping[str, np.ndarray], form: files.Form | None) -> None:
-    """Writes the base into the vault, byte for byte if it has a form of its own."""
-    if form is None:
-        files.write(path, dict(leaves))
-    elif form.sha256_of(path) != form.sha256:  # a run that was killed may have left it
-        _io.remove(path)
-        if form.write(path) != form.sha256:
-            cause = "Add it when nobody writes to it."
-            raise _validate.fail("add-model", "the base's file as it was", "another content than was read", cause)
 
 
 def unfit(model: OpenModel) -> dict[str, carriers.Role]:
@@ -323,15 +290,10 @@ def get(vault: folder.Vault, name: str) -> OpenModel:
     if unknown := versions.unknown(used):
         cause = "A newer smark-jax added the model: upgrade smark-jax."
         raise _validate.fail("vault", f"algorithms of {name} that this version knows", unknown, cause)
-    form = SAFETENSORS if isinstance(found.form, documents.Missing) else found.form
+    form = bases.SAFETENSORS if isinstance(found.form, documents.Missing) else found.form
     optional = {"public": found.public or None, "versions": used, "shape": found.shape or None, "form": form}
     changed = {"spec": documents.spec(found.spec), **optional}
     return OpenModel(vault, Model(**{**found._asdict(), **changed}))
-
-
-def _base_path(vault: folder.Vault, model: Model) -> Path:
-    # With the hash in the name, two processes that add different bases under one name cannot overwrite each other's.
-    return vault.folder / folder.MODELS / f"{model.name}.{model.base[:16]}{model.form}"
 
 
 def carrier_key(vault: folder.Vault, name: str) -> keys.SecretKey:
