@@ -303,7 +303,7 @@ MALFORMED = {
     "pickle": (pickle.dumps({"a": 1}), "no arrays"),
     "torch": (zipped({"archive/data.pkl": pickle.dumps({})}), "no arrays"),
     "empty": (b"", "it is empty"),
-    "HDF5": (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n", "it ends before byte 24"),
     "npy": (npy_of(np.zeros(3)), "a single .npy array"),
     "LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
     "text": (b"hello", "it is in none of the formats "),

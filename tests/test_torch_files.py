@@ -333,14 +333,14 @@ def test_20_000_mutations_are_read_or_refused_below_one_gigabyte():
     code = """
 import numpy as np, pathlib, sys
 from smark_jax.errors import Unreadable
-from smark_jax.files import _sources, formats
+from smark_jax.files import _sources, _torch
 from stress.fuzz import mutations
 rng, read, refused = np.random.default_rng(0), 0, 0
-valid = [path.read_bytes() for path in sorted(pathlib.Path(sys.argv[1]).glob("*")) if path.stat().st_size < 4_000]
+valid = [path.read_bytes() for path in sorted(pathlib.Path(sys.argv[1]).glob("*")) if path.stat().st_size < 3_200]
 for case in range(20_000):
     broken = mutations.BREAKS[case % len(mutations.BREAKS)](valid[int(rng.integers(len(valid)))], rng)
     try:
-        formats.of(broken or b"x").read(_sources.Source(broken), 2**28)
+        _torch.read(_sources.Source(broken), 2**28)
         read += 1
     except Unreadable as error:
         assert str(error).isprintable()

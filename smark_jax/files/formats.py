@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _msgpack, _npz, _pickle, _safetensors, _sharded, _torch
+from smark_jax.files import _keras, _msgpack, _npz, _pickle, _safetensors, _sharded, _torch
 from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Places
 from smark_jax.files._sources import Source
@@ -51,15 +51,16 @@ def refused(start: bytes | tuple[bytes, ...], what: str, advice: str) -> Format:
 
 FORMATS = (
     Format("pt2", (".pt2",), pt2.matches, pt2.read, pt2.places),
-    # Before npz: all three are zips.
+    # Before npz: all of them are zips.
     Format("torch", (".pt", ".pth", ".bin", ".ckpt"), _torch.matches, _torch.read, _torch.places),
     # After torch, whose older files are pickles too.
     Format("pickle", (".pkl", ".pickle", ".pt", ".pth"), _pickle.matches, _torch.read, _torch.places),
+    Format("keras", (".keras",), _keras.matches, _keras.read, _keras.places),
     Format("npz", (".npz",), _npz.matches, _npz.read, _npz.places),
     Format("safetensors", (".safetensors",), _safetensors.matches, _safetensors.read, _safetensors.places),
     Format("shards", (".index.json",), _sharded.matches, _sharded.read, _sharded.places),
     Format("tflite", (".tflite",), tflite.matches, tflite.read, tflite.places),
-    refused(b"\x89HDF", "an HDF5 file", "Load it in Keras and save the weights with safetensors.numpy.save_file."),
+    Format("hdf5", (".h5", ".hdf5"), _keras.matches_hdf5, _keras.read, _keras.places),
     refused(b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),
     refused(b"\x1f\x8b", "compressed with gzip", "Unpack it first (gunzip)."),
     refused(b"GGUF", "a GGUF file", "Convert it to safetensors."),
