@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def msgpack_file(rng: np.random.Generator) -> bytes:
 def zipped(members: Sequence[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:
     """A zip, in which a name may occur twice."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as archive:
+    with zipfile.ZipFile(file, "w", method) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name that occurs twice
         for name, content in members:
             archive.writestr(zipfile.ZipInfo(name), content, method)
     return file.getvalue()
@@ -238,7 +240,7 @@ def hidden_pickle(rng: np.random.Generator) -> bytes:
     return forms[int(rng.integers(len(forms)))]
 
 
-_CALLS = """os mkdir, builtins exec, collections OrderedDict, torch._utils _rebuild_tensor_v2, numpy dtype,
+_CALLS = """builtins len, collections OrderedDict, torch._utils _rebuild_tensor_v2, numpy dtype,
 torch._utils _rebuild_tensor_v3, torch._utils _rebuild_qtensor, torch._utils _rebuild_parameter, torch Size,
 torch._tensor _rebuild_from_type_v2, torch.storage _load_from_bytes, torch FloatStorage, torch QInt8Storage,
 numpy._core.multiarray _reconstruct, numpy._core.numeric _frombuffer, _codecs encode, torch per_tensor_affine,
