@@ -1,10 +1,5 @@
 """The trained networks of experiments.common.real against the runtimes they come from, and the natural images."""
 
-import collections
-import io
-import os
-import pickle
-
 import jax
 import numpy as np
 import pytest
@@ -86,41 +81,3 @@ def test_efficientnet_knows_a_cat_and_its_running_statistics_do_not_carry(crops)
     assert set(np.asarray(logits.argmax(-1)).tolist()) <= set(range(281, 286))  # ImageNet's domestic cats
     carrying = {leaf.path for leaf in carriers.select(network.params).leaves}
     assert "_fc.weight" in carrying and not any("running" in path for path in carrying)
-
-
-def legacy(tensors, storages):
-    """A state dict as PyTorch wrote it before 1.6: by hand, opcode for opcode."""
-
-    def text(value):
-        return b"X" + len(value).to_bytes(4, "little") + value.encode()
-
-    def numbers(values):
-        return b"(" + b"".join(b"J" + value.to_bytes(4, "little") for value in values) + b"t"
-
-    state = b"\x80\x02ccollections\nOrderedDict\n)R("
-    for name, (key, offset, shape, strides) in tensors.items():
-        storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + b"K\x00NtQ"
-        rest = b"K" + bytes([offset]) + numbers(shape) + numbers(strides) + b"\x89ccollections\nOrderedDict\n)R"
-        state += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + rest + b"tR"
-    head = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
-    body = b"".join(
-        len(values).to_bytes(8, "little") + np.asarray(values, "<f4").tobytes() for values in storages.values()
-    )
-    return head + state + b"u." + pickle.dumps(list(storages), 2) + body
-
-
-def test_a_legacy_state_dict_is_read_with_offsets_and_strides():
-    file = legacy({"a": ("1", 1, (2, 3), (1, 2)), "b": ("2", 0, (2,), (1,))}, {"1": range(7), "2": [8, 9]})
-    found = real._legacy_state(io.BytesIO(file))
-    assert {name: leaf.tolist() for name, leaf in found.items()} == {"a": [[1, 3, 5], [2, 4, 6]], "b": [8, 9]}
-
-
-def test_a_legacy_state_dict_runs_no_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    head = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
-    with pytest.raises(pickle.UnpicklingError, match="no part of a dict of tensors"):
-        real._legacy_state(io.BytesIO(head + pickle.dumps(collections.OrderedDict(a=Evil()), 2)))
-    assert not (tmp_path / "ran").exists()

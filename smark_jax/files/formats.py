@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _msgpack, _npz, _safetensors, _torch
+from smark_jax.files import _keras, _msgpack, _npz, _pickle, _safetensors, _torch
 from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Places
 from smark_jax.files._sources import Source
@@ -50,16 +50,17 @@ def refused(start: bytes | tuple[bytes, ...], what: str, advice: str) -> Format:
     return Format(what, (), lambda content: content.startswith(start), read)
 
 
-_PICKLE = "Pickle can run code and is never loaded: save the state dict with safetensors.torch.save_file."
-
 FORMATS = (
     Format("pt2", (".pt2",), pt2.matches, pt2.read, pt2.places),
-    Format("torch", (".pt", ".pth", ".bin", ".ckpt"), _torch.matches, _torch.read),  # before npz: all three are zips
+    # Before npz: all of them are zips.
+    Format("torch", (".pt", ".pth", ".bin", ".ckpt"), _torch.matches, _torch.read, _torch.places),
+    # After torch, whose older files are pickles too.
+    Format("pickle", (".pkl", ".pickle", ".pt", ".pth"), _pickle.matches, _torch.read, _torch.places),
+    Format("keras", (".keras",), _keras.matches, _keras.read, _keras.places),
     Format("npz", (".npz",), _npz.matches, _npz.read, _npz.places),
     Format("safetensors", (".safetensors",), _safetensors.matches, _safetensors.read, _safetensors.places),
     Format("tflite", (".tflite",), tflite.matches, tflite.read, tflite.places),
-    refused(tuple(bytes((0x80, version)) for version in (2, 3, 4, 5)), "a pickle", _PICKLE),
-    refused(b"\x89HDF", "an HDF5 file", "Load it in Keras and save the weights with safetensors.numpy.save_file."),
+    Format("hdf5", (".h5", ".hdf5"), _keras.matches_hdf5, _keras.read, _keras.places),
     refused(b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),
     refused(b"\x1f\x8b", "compressed with gzip", "Unpack it first (gunzip)."),
     refused(b"GGUF", "a GGUF file", "Convert it to safetensors."),

@@ -12,6 +12,7 @@ import msgpack
 import network_files
 import numpy as np
 import safetensors.numpy
+import tflite_files
 
 Make = Callable[[np.random.Generator], bytes]
 
@@ -76,6 +77,21 @@ def npz_file(rng: np.random.Generator) -> bytes:
 
 def onnx_file(rng: np.random.Generator) -> bytes:
     return network_files.classifier(int(rng.integers(100))).onnx()
+
+
+def tflite_file(rng: np.random.Generator) -> bytes:
+    """A convolution and a dense layer, quantised or not."""
+    kernel, matrix = rng.integers(-128, 128, (4, 3, 3, 2)).astype(np.int8), rng.normal(size=(3, 4)).astype(np.float32)
+    options = {0: tflite_files.byte(1), 1: tflite_files.whole(1), 2: tflite_files.whole(2), 3: tflite_files.byte(1)}
+    steps = [
+        tflite_files.Step(3, ["x", "kernel"], ["a"], options, 1),
+        tflite_files.Step(40, ["a", "axes"], ["b"], {}, 27),
+        tflite_files.Step(9, ["b", "matrix", "bias"], ["y"], {}, 8),
+    ]
+    tensors = {"matrix": matrix, "bias": matrix[:, 0].copy(), "axes": np.array([1, 2], np.int32)}
+    many = int(rng.integers(2))
+    scales = {"kernel": tflite_files.quantised(rng.random(4 if many else 1), np.zeros(4 if many else 1))}
+    return tflite_files.tflite(steps, {"kernel": kernel, **tensors}, [-1, 9, 8, 2], ["y"], scales)
 
 
 def exported_program(rng: np.random.Generator) -> bytes:

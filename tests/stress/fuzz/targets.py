@@ -34,6 +34,7 @@ _WEIGHTS = {
     "msgpack": mutations.msgpack_file,
     "npz": mutations.npz_file,
     "onnx": mutations.onnx_file,
+    "tflite": mutations.tflite_file,
     "pt2": mutations.exported_program,
 }
 TARGETS = (

@@ -1,0 +1,99 @@
+"""Quantised leaves as float32: ``(numbers - zero) * scale``, with scales of the file."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from smark_jax.files import _limits
+from smark_jax.files._limits import Foreign, shown
+from smark_jax.files._places import Place, Unwritable
+
+_NARROW = frozenset(_limits.DTYPES[name] for name in ("I8", "U8", "F8_E4M3", "F8_E5M2"))
+
+
+class Rule(NamedTuple):
+    """What a leaf is quantised by: the names of its other leaves, and a factor."""
+
+    scale: str
+    zero: str | None
+    factor: float
+    unused: tuple[str, ...]
+
+
+def rules(dtypes: Mapping[str, Any]) -> dict[str, Rule]:
+    """By the name of a quantised leaf, how its module keeps the scales.
+
+    ``SCB`` are the largest absolute values in the rows of a ``weight`` of bitsandbytes, ``weight_scale`` and
+    ``weight_zero_point`` those of compressed-tensors and of PyTorch's float8 layers.
+
+    Args:
+      dtypes: of all leaves by name; anything else for what is no array.
+    """
+    found = {}
+    for name, dtype in dtypes.items():
+        stem = name.removesuffix("weight")
+        if stem == name or dtype not in _NARROW:
+            continue
+        zero = f"{name}_zero_point" if f"{name}_zero_point" in dtypes else None
+        if f"{stem}SCB" in dtypes:
+            found[name] = Rule(f"{stem}SCB", None, 1 / 127, (f"{stem}SCB", f"{stem}weight_format"))
+        elif f"{name}_scale" in dtypes:
+            found[name] = Rule(f"{name}_scale", zero, 1.0, (f"{name}_scale", f"{name}_zero_point"))
+    return found
+
+
+def dequantised(leaves: Mapping[str, np.ndarray | Foreign], max_bytes: int) -> dict[str, np.ndarray | Foreign]:
+    """The leaves, with quantised ones as float32 and without their scales.
+
+    Raises:
+      Unreadable: when the float32 leaves take more than ``max_bytes``.
+    """
+    result = dict(leaves)
+    for name, rule in rules({name: getattr(leaf, "dtype", None) for name, leaf in leaves.items()}).items():
+        parts = (leaves[name], leaves[rule.scale], leaves[rule.zero] if rule.zero else np.zeros((), np.float32))
+        numbers, scale, zero = (None if isinstance(part, Foreign) else part for part in parts)
+        whole = None
+        if numbers is not None and scale is not None and zero is not None:
+            max_bytes -= 4 * numbers.size
+            if max_bytes < 0:
+                raise _limits.too_large("its leaves in float32 take more bytes than are allowed")
+            whole = apply(numbers, scale.astype(np.float32) * np.float32(rule.factor), zero)
+        said = "Ask for it in float32."
+        result[name] = Foreign(f"leaf {shown(name)} is quantised in a rare way", said) if whole is None else whole
+        for unused in rule.unused:
+            result.pop(unused, None)
+    return result
+
+
+def places(found: Mapping[str, Place | Unwritable], dtypes: Mapping[str, Any]) -> dict[str, Place | Unwritable]:
+    """The places of leaves that :func:`dequantised` gives, by those of the leaves that it takes and their dtypes."""
+    result = dict(found)
+    for name, rule in rules(dtypes).items():
+        result[name] = Unwritable.QUANTISED
+        for unused in rule.unused:
+            result.pop(unused, None)
+    return result
+
+
+def apply(numbers: np.ndarray, scale: Any, zero: Any) -> np.ndarray | None:
+    """``(numbers - zero) * scale`` as float32; None where shapes do not fit.
+
+    Args:
+      numbers: of any shape.
+      scale: of no more axes, each of which divides that of ``numbers``: one scale for each block of numbers.
+      zero: likewise.
+    """
+    result = np.array(numbers, np.float32, order="C")
+    with np.errstate(all="ignore"):
+        for change, factors in ((np.subtract, zero), (np.multiply, scale)):
+            factors = np.asarray(factors, np.float32)
+            if factors.ndim > result.ndim:
+                return None
+            blocks = factors.shape + (1,) * (result.ndim - factors.ndim)
+            if any(n % m if m else True for n, m in zip(result.shape, blocks, strict=True)):
+                return None
+            split = [part for n, m in zip(result.shape, blocks, strict=True) for part in (m, n // m)]
+            view = result.reshape(split)
+            change(view, factors.reshape([part for m in blocks for part in (m, 1)]), out=view)
+    return result
