@@ -1,15 +1,14 @@
 """Data holders as devices: one training step whose gradients leave each device only under a mask.
 
 No other module chooses the devices of parties or makes a mesh (carriers follow the mesh that already holds the weights;
-verdicts use all accelerators of the process). The step's body is written once, with an axis name, and runs under both
-``pmap`` and ``shard_map``. Masks between devices of one program protect the messages between them; they do not protect
-one organisation from another.
+verdicts use all accelerators of the process, or of all processes). The step's body is written once, with an axis name,
+and runs under both ``pmap`` and ``shard_map``. Masks between devices of one program protect the messages between them;
+they do not protect one organisation from another.
 
 After ``jax.distributed.initialize`` the same step runs over the devices of several processes, on hosts that trust each
 other. Each process passes only its own parties' rows (:func:`own_parties`) and computes the owner's update itself.
 """
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -17,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, UInt32
 
-from smark_jax import _validate, aggregation
+from smark_jax import _processes, _validate, aggregation
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 
 AXIS = "parties"
@@ -228,7 +226,8 @@ def train_step(
         return TrainState(optax.apply_updates(params, updates), opt_state, round + 1)
 
     def init(params: PyTree) -> TrainState:
-        _same_in_every_process(params)
+        content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
+        _processes.same("train_step", "params", content, "Draw them from the same seed.")
         params = jax.device_put(params, owner_device)
         wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)
         opt_state = jax.device_put(optimizer.init(wide), owner_device)
@@ -278,15 +277,3 @@ def _map_parties(body: Callable[..., Any], party_devices: list[Device], engine: 
 
 def _place(tree: PyTree, sharding: jax.NamedSharding) -> PyTree:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
-
-
-def _same_in_every_process(params: PyTree) -> None:
-    """Refuses, in all processes together, params that are not the same bit for bit."""
-    if jax.process_count() == 1:
-        return
-    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))).digest()
-    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
-    different = np.flatnonzero((digests != digests[0]).any(axis=1))
-    if different.size:
-        got = f"others in process {different.tolist()} than in process 0"
-        raise _validate.fail("train_step", "the same params in every process", got, "Draw them from the same seed.")

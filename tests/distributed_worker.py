@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 PARTIES, ROUNDS, RATE, CLIP = 4, 6, 0.5, 0.7
+COLLUDERS = (7, 90_000, 199_999)  # of three calls, so of two processes
 ENGINES = ("pmap", "shard_map")
 
 
@@ -55,13 +56,35 @@ def train(engine: str, rounds: int = ROUNDS) -> dict[str, np.ndarray]:
     }
 
 
+def traced(collective: bool, customers: int = 200_000) -> dict[str, np.ndarray]:
+    """What a verdict on three colluders says, with every statistic and without."""
+    from smark_jax import codes, keys, tracing
+
+    book = codes.Codebook(keys.derive(keys.from_bytes(bytes(32)), "code"), customers)
+    words = np.asarray(codes.codebook(book.key, COLLUDERS, book.num_chips), np.float64)
+    y = words.mean(axis=0) + 0.3 * np.random.default_rng(2).normal(size=book.num_chips)
+    scored: list[int] = []
+    options = {"collective": collective, "on_progress": lambda done, total: scored.append(done)}
+    kept = tracing.trace(y, book, **options)
+    progress = np.array(scored)
+    alone = tracing.trace(y, book, decoder="single", keep_statistics=False, collective=collective)
+    fields = ("serial", "statistic", "log10_p", "share")
+    return {
+        "statistics": kept.statistics,
+        "progress": progress,
+        **{name: np.array([getattr(accused, name) for accused in kept.accused]) for name in fields},
+        "single": np.array([accused.log10_p for accused in alone.accused]),
+    }
+
+
 def refusals(index: int) -> dict[str, str]:
     """What is refused; each message must come in every process alike, or the others would wait for it."""
-    from smark_jax import parallel
+    from smark_jax import codes, keys, parallel, tracing
 
     params, images, labels, pair_keys = problem()
     own = parallel.own_parties(PARTIES)
     step = make_step("pmap")
+    book, decoders = codes.Codebook(keys.from_bytes(bytes(32)), 10), ("joint", "single")
     state = step.init(params)
     crooked = pair_keys.copy()
     crooked[own[0], own[-1]] += 1
@@ -71,6 +94,9 @@ def refusals(index: int) -> dict[str, str]:
         "all rows": lambda: step.update(state, images, labels, pair_keys),
         "idle process": lambda: make_step("pmap", num_parties=1),
         "too many parties": lambda: make_step("pmap", num_parties=5),
+        "other chips": lambda: tracing.trace(np.where(np.arange(304) == index, -1.0, 1.0), book, collective=True),
+        "other levels": lambda: tracing.trace(np.ones(304), book, 0.1 + 0.1 * index, collective=True),
+        "other decoders": lambda: tracing.trace(np.ones(304), book, decoder=decoders[index > 0], collective=True),
     }
     if len(own) > 1:
         tries["crooked keys"] = lambda: step.update(state, images[rows], labels[rows], crooked[rows])
@@ -99,6 +125,7 @@ def main() -> None:
     for engine in ENGINES:
         np.savez(folder / f"{engine}{index}.npz", **train(engine))
     np.savez(folder / f"refusals{index}.npz", **refusals(index))
+    np.savez(folder / f"traced{index}.npz", **traced(collective=True))
 
 
 if __name__ == "__main__":

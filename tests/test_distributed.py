@@ -26,7 +26,9 @@ def one_process() -> dict[str, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_agree_with_each_other_and_with_one_process_bit_for_bit(processes, one_process, tmp_path):
+def test_processes_agree_with_each_other_and_with_one_process_bit_for_bit(
+    processes, one_process, whole_verdict, tmp_path
+):
     start(processes, tmp_path)
     for engine in worker.ENGINES:
         for index in range(processes):
@@ -35,12 +37,25 @@ def test_processes_agree_with_each_other_and_with_one_process_bit_for_bit(proces
                 for name, expected in one_process[engine].items():
                     np.testing.assert_array_equal(got[name], expected, err_msg=f"{name} of process {index}, {engine}")
     for index in range(processes):
+        with np.load(tmp_path / f"traced{index}.npz") as got:
+            assert got["progress"][-1] == whole_verdict["progress"][-1] == 200_000
+            for name in whole_verdict.keys() - {"progress"}:
+                np.testing.assert_array_equal(got[name], whole_verdict[name], err_msg=f"{name} of process {index}")
         with np.load(tmp_path / f"refusals{index}.npz") as refused:
             assert "the same params in every process, but got others in process [1]" in str(refused["other params"])
             assert f"a row for each of {4 // processes} parties" in str(refused["all rows"])
             assert f"at least one party in each of {processes} processes" in str(refused["idle process"])
             assert "expected 5 devices" in str(refused["too many parties"])
+            for name in ("other chips", "other levels", "other decoders"):
+                assert "the same chips, codebook and settings in every process" in str(refused[name])
             assert processes == 4 or "expected the same key" in str(refused["crooked keys"])
+
+
+@pytest.fixture(scope="module")
+def whole_verdict() -> dict[str, np.ndarray]:
+    found = worker.traced(collective=False)
+    assert sorted(found["serial"]) == sorted(worker.COLLUDERS)
+    return found
 
 
 def test_one_process_is_float64_gradient_descent(one_process):

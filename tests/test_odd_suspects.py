@@ -321,7 +321,7 @@ def test_an_old_bundle_whose_map_content_tells_still_holds(framing):
     document = verdicts.trace(models.get(opened, "net"), [folder / "renamed"], reading.Reading(given=given))
     assert accused(document.suspects[0]) == ["Grace"]
     content = json.loads(evidence.export(opened, document.number).content)["bundle"]
-    assert content["suspect"]["reading"].pop("readout") == 2 and content["suspect"].keys().isdisjoint({"log_maps"})
+    assert content["suspect"]["reading"].pop("readout") == 3 and content["suspect"].keys().isdisjoint({"log_maps"})
     (folder / "before").write_bytes(bundles.signed(content, opened.master))
     assert verification.verify(folder / "before", folder / "renamed", folder / "base").holds
 

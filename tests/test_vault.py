@@ -256,6 +256,13 @@ def test_a_database_under_its_seal_is_not_compared_again(full, tmp_path, monkeyp
     assert not compared(monkeypatch, place)
 
 
+def test_a_seal_is_not_replaced_by_that_of_an_older_state(full, tmp_path, monkeypatch):
+    place = copy_of(full, tmp_path)
+    with vault.opened(place, SECRET), vault.opened(place, SECRET) as other:
+        customers.add(other, ["Edsger"])
+    assert not compared(monkeypatch, place)
+
+
 @pytest.mark.parametrize("then", ("nothing", "another transaction"))
 def test_what_is_changed_beside_an_open_vault_is_noticed_afterwards(full, tmp_path, then):
     place = copy_of(full, tmp_path)
@@ -273,8 +280,8 @@ def test_what_is_changed_beside_an_open_vault_is_noticed_afterwards(full, tmp_pa
 def test_the_seal_of_another_vault_says_nothing(full, tmp_path, monkeypatch):
     place, other = copy_of(full, tmp_path), tmp_path / "other"
     vault.create(other, SECRET)
-    for folder in (place, other):
-        with vault.opened(folder, SECRET):
+    for one in (place, other):
+        with vault.opened(one, SECRET):
             pass
     for name in ("vault.sqlite", "checked"):  # a database that is authentic under the other key
         (place / name).write_bytes((other / name).read_bytes())
@@ -473,10 +480,11 @@ def test_names_of_any_script_and_their_files():
     for bad in ("", "  ", "a\nb", "a\x00b", "a\u202eb", "a\u200bb", "x" * 201):
         with pytest.raises(ValueError, match="customer: expected a name"):
             _text.customer_name(bad)
-    assert _text.file_name(7, "../../etc/passwd") == "000007-etc-passwd.safetensors"
-    assert _text.file_name(7, "王小明 & Söhne") == "000007-王小明-Söhne.safetensors"
-    assert _text.file_name(7, "///") == "000007.safetensors"
-    assert len(_text.file_name(7, "王" * 200).encode()) < 255
+    assert _text.file_name(7, "../../etc/passwd", ".safetensors") == "000007-etc-passwd.safetensors"
+    assert _text.file_name(7, "王小明 & Söhne", ".safetensors") == "000007-王小明-Söhne.safetensors"
+    assert _text.file_name(7, "///", ".safetensors") == "000007.safetensors"
+    assert _text.file_name(7, "Ada", "") == "000007-Ada"  # a folder
+    assert len(_text.file_name(7, "王" * 200, ".safetensors").encode()) < 255
 
 
 def test_customers_are_registered_all_or_none(place):

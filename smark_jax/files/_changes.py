@@ -1,51 +1,153 @@
-"""The possible layouts of a leaf, the layers of a file, and the agreement of contents."""
+"""The layouts that a leaf may be stored in, and which of them its content confirms.
 
-from collections.abc import Iterable, Mapping, Sequence
+A layout splits axes, reorders them and joins them again. Which of them are tried follows from two shapes alone: axes of
+length 1 are dropped, and of the others every order is tried that keeps the axes of space (height, width) together. So
+one rule covers the kernels of PyTorch (OIHW), JAX and Keras (HWIO) and TensorFlow Lite (OHWI), depthwise ones (``[C 1 H
+W]``, ``[H W C 1]``, ``[1 H W C]``), dense kernels and convolutions of one pixel or of the whole image, and heads of
+attention on an axis of their own (``[d H h]``) or not (``[H*h d]``).
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from smark_jax._roles import Role, of_name
-from smark_jax.files import _limits
+from smark_jax.files import _content, _limits
 
-ALIKE = 0.3  # the correlation is above 0.5 for a copy that is still useful, and about 0 for other models
-MARGIN = 0.2
-_SAMPLE = 1 << 14
+Shape = tuple[int, ...]
+
 _TOLD = (Role.KERNEL, Role.BIAS, Role.SCALE, Role.MEAN, Role.VAR)  # roles that names reveal in every framework
 _PREFIXES = ("params/", "batch_stats/")  # of linen, which other frameworks' names lack
+# Axes of kernels: outputs, inputs, and those of space; PyTorch, JAX and Keras, TensorFlow Lite, and unusual ones. The
+# first conversion that describes an order names it.
+_KERNELS = ("OIS", "SIO", "OSI", "IOS", "SOI", "ISO")
+_MOST_AXES = 8
+_SPACE = {3: "W", 4: "HW", 5: "DHW"}
+
+
+class Change(NamedTuple):
+    """One layout: the shape to split a leaf into, the order of the axes then; ``words`` where shapes do not name it."""
+
+    split: Shape
+    order: Shape
+    words: str = ""
 
 
 class Option(NamedTuple):
-    """A leaf of the suspect in one layout: ``view`` has the values in C order, ``shape`` their shape."""
+    """A leaf of the suspect, or a part of one, in one layout.
+
+    Attributes:
+      source: the leaf's name.
+      values: its values, as stored.
+      shape: its shape in this layout.
+      how: the layout.
+      part: which part of the leaf ``values`` is, in words; empty for all of it.
+    """
 
     source: str
-    change: str
-    view: np.ndarray
-    shape: tuple[int, ...]
+    values: np.ndarray
+    shape: Shape
+    how: Change
+    part: str = ""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The suspect's leaves that are used."""
+        return (self.source,)
+
+    @property
+    def view(self) -> np.ndarray:
+        """The values, in C order those of the layout."""
+        return self.values.reshape(self.how.split).transpose(self.how.order)
+
+    @property
+    def change(self) -> str:
+        """What is done to the leaf, in words; empty if nothing."""
+        words = self.how.words or _named(self.values.shape, self.shape, self.how)
+        return ", ".join(filter(None, (self.part, words)))
 
     @property
     def answer(self) -> str:
         """The option as an answer for ``given``."""
         return f"{self.source}: {self.change}" if self.change else self.source
 
+    @property
+    def moves(self) -> tuple[tuple[str, str], ...]:
+        """The suspect's leaves that are used, each with its change."""
+        return ((self.source, self.change),)
+
     def leaf(self) -> np.ndarray:
         """The values in this layout."""
         return np.ascontiguousarray(self.view).reshape(self.shape)
 
 
+class Joined(NamedTuple):
+    """A leaf that the suspect keeps in parts: one option for each, or None for a part that was not found.
+
+    Attributes:
+      parts: the parts in order.
+      axis: the axis along which they lie.
+      shape: of the whole leaf.
+    """
+
+    parts: tuple[Option | None, ...]
+    axis: int
+    shape: Shape
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The suspect's leaves that are used."""
+        return tuple(part.source for part in self.parts if part)
+
+    @property
+    def answer(self) -> str:
+        """What the leaf is made of, in words."""
+        return ", ".join(part.answer for part in self.parts if part)
+
+    @property
+    def moves(self) -> tuple[tuple[str, str], ...]:
+        """The suspect's leaves that are used, each with its change."""
+        count = len(self.parts)
+        words = ((part, f"part {index} of {count} of the base's leaf") for index, part in enumerate(self.parts, 1))
+        return tuple((part.source, ", ".join(filter(None, (part.change, said)))) for part, said in words if part)
+
+    def leaf(self) -> np.ndarray:
+        """The parts together; NaN, which no reading counts, where one was not found."""
+        found = [part.leaf() if part else None for part in self.parts]
+        there = [leaf for leaf in found if leaf is not None]
+        dtype = np.result_type(*there) if len(there) == len(found) else np.result_type(*there, np.float32)
+        gap = np.full(there[0].shape, np.nan, np.float32)
+        return np.concatenate([(gap if leaf is None else leaf).astype(dtype) for leaf in found], self.axis)
+
+
+Place = Option | Joined
+"""Where a leaf of the base is in the suspect."""
+
+
 class Choice(NamedTuple):
-    """The option that agrees best with a leaf of the base, and whether no other agrees nearly as well."""
+    """The option that agrees best with a leaf of the base.
+
+    Attributes:
+      option: the best one.
+      correlation: of its content with the base's.
+      told: whether content, or the lack of another option, speaks for this one.
+      sure: whether no other agrees nearly as well.
+    """
 
     option: Option
     correlation: float
+    told: bool
     sure: bool
-    options: tuple[Option, ...]
-    leaf: np.ndarray
 
 
-def channels(base: Mapping[str, np.ndarray]) -> set[int]:
+def channels(base: Mapping[str, np.ndarray]) -> tuple[int, ...]:
     """The channel counts that an image may have had when it was flattened: the outputs of any convolution."""
-    return {size for leaf in base.values() if leaf.ndim > 2 for size in (leaf.shape[-1], leaf.shape[0])}
+    sizes = {size for leaf in base.values() if leaf.ndim > 2 for size in (leaf.shape[0], *leaf.shape[-2:])}
+    return tuple(sorted(sizes - {0, 1}))
 
 
 def real(leaf: np.ndarray) -> bool:
@@ -53,76 +155,132 @@ def real(leaf: np.ndarray) -> bool:
     return leaf.dtype.name in _limits.BY_NAME
 
 
-def options(source: str, leaf: np.ndarray, channels: Iterable[int]) -> list[Option]:
-    """The leaf in every layout that it may have come from, with the unchanged one first."""
-    found = [Option(source, "", leaf, leaf.shape)]
-    if leaf.ndim > 2:
-        order = (*range(2, leaf.ndim), 1, 0)
-        words = {3: "OIW to WIO", 4: "OIHW to HWIO", 5: "OIDHW to DHWIO"}.get(leaf.ndim, "O, I first to I, O last")
-        found.append(Option(source, words, leaf.transpose(order), tuple(leaf.shape[axis] for axis in order)))
-    if leaf.ndim == 2:
-        for words, matrix in (("", leaf), ("transposed", leaf.T)):
-            found += [Option(source, words, matrix, matrix.shape)] if words else []
-            rows, columns = matrix.shape
-            for depth in sorted(channels):
-                if 1 < depth < rows and rows % depth == 0:
-                    view = matrix.reshape(depth, rows // depth, columns, copy=False).transpose(1, 0, 2)
-                    change = f"flattened CHW to HWC ({depth} channels)"
-                    found.append(Option(source, f"{words}, {change}" if words else change, view, matrix.shape))
-    return found
+def unchanged(source: str, leaf: np.ndarray) -> Option:
+    """The leaf as it is."""
+    return Option(source, leaf, leaf.shape, Change(leaf.shape, tuple(range(leaf.ndim))))
 
 
-def fitting(options: Iterable[Option], leaf: np.ndarray) -> list[Option]:
-    """The options with the shape of the base's leaf."""
-    return [option for option in options if option.shape == leaf.shape]
+def options(source: str, leaf: np.ndarray, shape: Shape, channels: tuple[int, ...]) -> list[Option]:
+    """The leaf in every layout of this shape that it may have come from, with the least changed one first."""
+    return [Option(source, leaf, shape, how) for how in changes(leaf.shape, shape, channels)]
 
 
-def best(options: list[Option], leaf: np.ndarray) -> Choice:
+def squeezed(shape: Shape) -> Shape:
+    """The shape without axes of length 1."""
+    return tuple(size for size in shape if size != 1)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def changes(source: Shape, target: Shape, channels: tuple[int, ...]) -> tuple[Change, ...]:
+    """The layouts that lead from one shape to another."""
+    unchanged = (Change(source, tuple(range(len(source)))),) if source == target else ()
+    ours, theirs = squeezed(target), squeezed(source)
+    if math.prod(ours) != math.prod(theirs) or 0 in ours or max(len(source), len(target)) > _MOST_AXES:
+        return unchanged
+    longer, shorter = (theirs, ours) if len(theirs) >= len(ours) else (ours, theirs)
+    found: dict[tuple[Shape, Shape], Change] = {}
+    for order in _orders(source, target):
+        ordered = tuple(longer[axis] for axis in order)
+        if _joins(ordered, shorter):
+            back = tuple(sorted(range(len(order)), key=order.__getitem__))
+            how = Change(theirs, order) if longer is theirs else Change(ordered, back)
+            found.setdefault((how.split, how.order), how)
+        if len(source) == len(target) == 2 and ordered == target:
+            turned = "transposed, " if order == (1, 0) else ""
+            for how in _flattened(source, order, channels):
+                found.setdefault((how.split, how.order), how._replace(words=turned + how.words))
+    return tuple(found.values())
+
+
+def _orders(source: Shape, target: Shape) -> Iterator[Shape]:
+    """Orders of the longer shape's axes that are not of length 1, in which the axes of space stay together."""
+    ours, theirs = squeezed(target), squeezed(source)
+    if len(ours) == len(theirs) and len(source) == len(target) > 2:
+        kept = [axis for axis, size in enumerate(source) if size != 1]
+        for order in _together(source, len(source) - 2):
+            yield tuple(kept.index(axis) for axis in order if axis in kept)
+    else:
+        longer = theirs if len(theirs) >= len(ours) else ours
+        axes = len(longer)
+        yield from _together(longer, 2 if len(ours) == len(theirs) == 3 else max(axes - 2, min(axes, 1)))
+
+
+def _together(shape: Shape, space: int) -> Iterator[Shape]:
+    """The orders of axes in which this many neighbours, wherever they are, stay neighbours: height and width.
+
+    Axes of which one has length 1 are not taken for these where neighbours of a shorter equal length can be.
+    """
+    runs = [range(start, start + space) for start in range(len(shape) - space + 1)]
+    sizes = [shape[run.start : run.stop] for run in runs]
+    square = min((max(size) for size in sizes if space > 1 and 1 < min(size) == max(size)), default=math.inf)
+    for run, size in zip(runs, sizes, strict=True):
+        if 1 not in size or max(size) < square:
+            units = [*((axis,) for axis in range(run.start)), tuple(run)]
+            units += ((axis,) for axis in range(run.stop, len(shape)))
+            yield from (tuple(itertools.chain(*order)) for order in itertools.permutations(units))
+
+
+def _joins(sizes: Shape, target: Shape) -> bool:
+    """Whether neighbouring axes can be joined to give this shape."""
+    left = iter(sizes)
+    for size in target:
+        joined = 1
+        while joined < size:
+            joined *= next(left, size + 1)
+        if joined != size:
+            return False
+    return next(left, None) is None
+
+
+def _flattened(source: Shape, order: Shape, channels: tuple[int, ...]) -> Iterator[Change]:
+    """A matrix of which one axis is an image that the other framework flattens in another order."""
+    for axis, depth in itertools.product((0, 1), channels):
+        at = order[axis]
+        size = source[at]
+        if 1 < depth < size and size % depth == 0:
+            for first, second, words in ((depth, size // depth, "CHW to HWC"), (size // depth, depth, "HWC to CHW")):
+                split = (*source[:at], first, second, *source[at + 1 :])
+                other = 2 if at == 0 else 0
+                axes = (at + 1, at, other) if axis == 0 else (other, at + 1, at)
+                whose = "columns " if axis else ""
+                yield Change(split, axes, f"{whose}flattened {words} ({depth} channels)")
+
+
+def _named(source: Shape, target: Shape, how: Change) -> str:
+    """What a layout does to a leaf, in words."""
+    trivial = how.order == tuple(range(len(how.order)))
+    if trivial and source == target:
+        return ""
+    if len(source) == len(target) == 2:
+        return "transposed"
+    if len(source) == len(target) in _SPACE:
+        space = _SPACE[len(source)]
+        usual = itertools.permutations(_KERNELS[:3], 2)
+        for one, other in itertools.chain(usual, itertools.permutations(_KERNELS, 2)):
+            one, other = one.replace("S", space), other.replace("S", space)
+            order = [one.index(axis) for axis in other]
+            if tuple(source[axis] for axis in order) == target:
+                kept = [axis for axis in range(len(source)) if source[axis] != 1]
+                if tuple(kept.index(axis) for axis in order if axis in kept) == how.order:
+                    return f"{one} to {other}"
+    if trivial:
+        return "reshaped"
+    moved = "transposed" if how.order == (1, 0) else f"axes reordered to {', '.join(map(str, how.order))}"
+    return f"{moved}, reshaped"
+
+
+def best(options: Sequence[Option], leaf: np.ndarray) -> Choice:
     """The option whose content agrees best with the base's leaf."""
-    scores = [_correlation(option.view, leaf) for option in options]
+    scores = _content.correlations([option.view for option in options], leaf)
+    if len(options) == 1:
+        return Choice(options[0], scores[0], True, True)
     order = sorted(range(len(options)), key=lambda i: -scores[i])
-    first, second = scores[order[0]], scores[order[1]] if len(order) > 1 else -np.inf
-    sure = len(options) == 1 or (first >= ALIKE and first - second >= MARGIN)
+    first, second = scores[order[0]], scores[order[1]]
+    sure = first >= _content.ALIKE and first - second >= _content.MARGIN
     if not sure:
         values = options[0].leaf()
         sure = all(np.array_equal(values, option.leaf(), equal_nan=True) for option in options[1:])
-    return Choice(options[order[0]], first, sure, tuple(options), leaf)
-
-
-def _correlation(view: np.ndarray, leaf: np.ndarray) -> float:
-    """The correlation of two leaves, computed with :func:`directions`; 0 if either is constant."""
-    number = min(leaf.size, _SAMPLE)
-    return float(directions([view], number)[0] @ directions([leaf], number)[0])
-
-
-def directions(views: Sequence[np.ndarray], number: int) -> np.ndarray:
-    """Samples ``number`` evenly spaced entries of each view, centred and normalised: inner products are correlations.
-
-    Entries are clipped to ten times the median magnitude, so that a few huge weights do not hide the others; NaN and
-    infinite entries do not count. A constant view has the direction 0. Shape [views, number].
-    """
-    size = views[0].size if views else 0
-    rows = np.zeros((len(views), number))
-    index = np.linspace(0, size - 1, number).astype(np.int64) if size else np.zeros(0, np.int64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for row, view in zip(rows, views, strict=True):
-            view = np.atleast_1d(view)
-            row[:] = view[np.unravel_index(index, view.shape)] if number < size else view.reshape(-1)
-    there = np.isfinite(rows)
-    rows[~there] = 0
-    sizes = np.sort(np.abs(rows), axis=1)
-    zeros = (sizes == 0).sum(axis=1)
-    middle = np.minimum(zeros + (number - zeros) // 2, number - 1) if number else zeros
-    limit = 10 * sizes[np.arange(len(rows)), middle][:, None] if number else sizes
-    rows = np.clip(rows, -limit, limit)
-    rows -= np.where(there, rows, 0).sum(axis=1, keepdims=True) / np.maximum(there.sum(axis=1, keepdims=True), 1)
-    rows[~there] = 0
-    largest = np.abs(rows).max(axis=1, keepdims=True, initial=0)
-    constant = largest <= 1e-12 * limit
-    rows /= np.where(constant, 1, largest)
-    rows[constant[:, 0]] = 0
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return (rows / np.where(norms > 0, norms, 1)).astype(np.float32)
+    return Choice(options[order[0]], first, sure or first >= _content.ALIKE, sure)
 
 
 def layers(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, str]]:
@@ -139,6 +297,6 @@ def layers(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, str]]:
     return found
 
 
-def singles(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, str]]:
+def singles(leaves: Iterable[str]) -> dict[str, dict[str, str]]:
     """Each leaf as a layer of its own, for names that say nothing."""
     return {name: {"": name} for name in leaves}

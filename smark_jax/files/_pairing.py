@@ -1,23 +1,27 @@
 """Matches the suspect's layers to the base's: by shapes, then by content, in bounded time.
 
 Layers are grouped by the shapes that their leaves can take, so that only layers that could match are compared. Their
-agreement is one matrix product per group of equal shapes. The number of comparisons is bounded, since a suspect may
-hold a hundred thousand leaves of one shape.
+agreement is one matrix product per group of equal shapes, a block of the suspect's layers at a time, of which only
+agreements that chance does not reach are kept. So memory does not grow with the number of pairs, and time grows with
+the number of the suspect's leaves, which may be a hundred thousand.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax.files import _changes
-from smark_jax.files._changes import Option
+from smark_jax.files import _changes, _content
+from smark_jax.files._changes import Option, Place, Shape
 
-MAX_COMPARISONS = 20_000_000
+MAX_COMPARISONS = 2**28
 """The most pairs of layers of equal shapes that are compared."""
+_BLOCK = 2**22  # pairs whose agreement is in memory at once
 _MAX_PRODUCTS = 2**34
 _SAMPLE, _LEAST_SAMPLE = 4096, 64
-_ROUNDS = 12
+_KEPT = 16  # the most partners of a layer that are remembered
+_ROUNDS = 4
 _LISTED = 16
 
 Layers = Mapping[str, Mapping[str, str]]
@@ -37,71 +41,82 @@ class Paired(NamedTuple):
       open: leaves of the base for which several leaves or layouts fit equally well, each with some possible answers.
     """
 
-    choices: dict[str, Option]
+    choices: dict[str, Place]
     settled: frozenset[str]
     open: dict[str, tuple[str, ...]]
 
 
 class _Group(NamedTuple):
-    """Base layers of equal shapes, the suspect's layers that could match them, and their agreement, shape [n, k].
+    """Base layers of equal shapes, with the suspect's layers that could match them: positions, and shapes by role."""
 
-    ``least``, shape [n], is the agreement that chance does not reach: small layers agree with others by accident.
-    """
+    ours: np.ndarray
+    theirs: np.ndarray
+    shapes: tuple[tuple[str, Shape], ...]
+
+
+class _Candidates(NamedTuple):
+    """Pairs of layers that agree by more than chance, the best first; arrays of one length."""
 
     ours: np.ndarray
     theirs: np.ndarray
     agreement: np.ndarray
-    least: np.ndarray
 
 
-def pair(
-    ours: Layers,
-    theirs: Layers,
-    base: Mapping[str, np.ndarray],
-    suspect: Mapping[str, np.ndarray],
-    channels: set[int],
-    alone: bool,
-) -> Paired:
-    """Pairs layers whose content stands out from all others, and repeats until no such pair is left.
+class Leaves(NamedTuple):
+    """What is paired: layers and leaves of both sides, and channel counts for undoing a flattening."""
+
+    ours: Layers
+    theirs: Layers
+    base: Mapping[str, np.ndarray]
+    suspect: Mapping[str, np.ndarray]
+    channels: tuple[int, ...]
+
+    def options(self, layer: str, role: str, shape: Shape) -> list[Option]:
+        """The layouts of one of the suspect's leaves that have this shape."""
+        name = self.theirs[layer][role]
+        return _changes.options(name, self.suspect[name], shape, self.channels)
+
+
+def pair(leaves: Leaves, *, alone: bool = False, signs: bool = False) -> Paired:
+    """Pairs layers whose contents agree best, beginning with the most alike.
 
     Args:
-      ours: the base's layers.
-      theirs: the suspect's layers.
-      base: the base's leaves by name.
-      suspect: the suspect's leaves by name.
-      channels: the numbers of channels that an image may have had when it was flattened.
+      leaves: the layers of both sides.
       alone: whether also to pair layers that have no alternative, whatever their content.
+      signs: whether to compare the signs of entries, which factors of channels leave alone.
 
     Raises:
       TooMany: when more than :data:`MAX_COMPARISONS` would be needed.
     """
-    listed = {
-        name: _changes.options(name, suspect[name], channels) for roles in theirs.values() for name in roles.values()
-    }
-    names, others = list(ours), list(theirs)
-    groups = _groups(ours, theirs, names, others, base, listed)
-    choices: dict[str, Option] = {}
+    names, others = list(leaves.ours), list(leaves.theirs)
+    choices: dict[str, Place] = {}
     settled: set[str] = set()
     asked: dict[str, tuple[str, ...]] = {}
+    rows, columns = set(range(len(names))), set(range(len(others)))
+    groups = _groups(leaves, rows, columns)
     for _ in range(_ROUNDS):
-        found = _told_apart(groups, len(others), alone)
-        if not found:
-            break
-        for row, column, agreement in found:
-            for role, name in ours[names[row]].items():
-                best = _changes.best(_changes.fitting(listed[theirs[others[column]][role]], base[name]), base[name])
-                if best.sure:
+        found = list(_best_first(leaves, groups, signs)) or (_without_alternative(groups) if alone else [])
+        for row, column, agreement, sure in found:
+            for role, name in leaves.ours[names[row]].items():
+                leaf = leaves.base[name]
+                options = leaves.options(others[column], role, leaf.shape)
+                best = _changes.best(options, leaf)
+                if best.told:
                     choices[name] = best.option
-                    settled |= {name} if max(best.correlation, agreement) >= _changes.ALIKE else set()
+                    alike = max(best.correlation, agreement) >= _content.ALIKE
+                    settled |= {name} if sure and best.sure and alike else set()
                 else:
-                    asked[name] = _answers(best.options)
-        rows, columns = (np.array(side) for side in list(zip(*found, strict=True))[:2])
-        groups = [left for group in groups if (left := _without(group, rows, columns)).agreement.size]
+                    asked[name] = _answers(options)
+        rows -= {row for row, *_ in found}
+        columns -= {column for _, column, *_ in found}
+        groups = _groups(leaves, rows, columns) if found else groups
+        if not found or not groups:
+            break
     for group in groups:
-        for role, first in ours[names[group.ours[0]]].items():
-            free = (listed[theirs[others[column]][role]] for column in group.theirs[:_LISTED].tolist())
-            answers = _answers(option for some in free for option in _changes.fitting(some, base[first]))
-            asked |= {ours[names[row]][role]: answers for row in group.ours.tolist()}
+        for role, shape in group.shapes:
+            free = (leaves.options(others[column], role, shape) for column in group.theirs[:_LISTED].tolist())
+            answers = _answers(option for some in free for option in some)
+            asked |= {leaves.ours[names[row]][role]: answers for row in group.ours.tolist()}
     return Paired(choices, frozenset(settled), {name: some for name, some in asked.items() if some})
 
 
@@ -109,110 +124,123 @@ def _answers(options: Iterable[Option]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(option.answer for option in options))[:_LISTED]
 
 
-def _groups(
-    ours: Layers,
-    theirs: Layers,
-    names: list[str],
-    others: list[str],
-    base: Mapping[str, np.ndarray],
-    listed: Mapping[str, list[Option]],
-) -> list[_Group]:
-    index: dict[tuple[str, tuple[int, ...]], set[int]] = {}
-    for column, other in enumerate(others):
-        for role, leaf in theirs[other].items():
-            for option in listed[leaf]:
-                index.setdefault((role, option.shape), set()).add(column)
-    alike: dict[tuple[tuple[str, tuple[int, ...]], ...], list[int]] = {}
-    for row, name in enumerate(names):
-        alike.setdefault(tuple((role, base[leaf].shape) for role, leaf in sorted(ours[name].items())), []).append(row)
+def _groups(leaves: Leaves, rows: set[int], columns: set[int]) -> list[_Group]:
+    """The layers that are left on both sides, by the shapes that their leaves have in common."""
+    index: dict[tuple[str, int], dict[Shape, list[int]]] = {}
+    others = list(leaves.theirs.values())
+    for column in sorted(columns):
+        for role, name in others[column].items():
+            leaf = leaves.suspect[name]
+            shapes = index.setdefault((role, leaf.size), {})
+            shapes.setdefault(leaf.shape, []).append(column)
+
+    def fitting(role: str, shape: Shape) -> set[int]:
+        some = index.get((role, math.prod(shape)), {}).items()
+        return {c for source, there in some if _changes.changes(source, shape, leaves.channels) for c in there}
+
+    alike: dict[tuple[tuple[str, Shape], ...], list[int]] = {}
+    ours = list(leaves.ours.values())
+    for row in sorted(rows):
+        shapes = tuple((role, leaves.base[name].shape) for role, name in sorted(ours[row].items()))
+        alike.setdefault(shapes, []).append(row)
     found = []
     left = MAX_COMPARISONS
-    for shapes, rows in alike.items():
-        sets = sorted((index.get(shape, set()) for shape in shapes), key=len)
-        columns = sorted(sets[0].intersection(*sets[1:])) if sets else []
-        left -= len(rows) * len(columns)
+    for shapes, some in alike.items():
+        sets = sorted((fitting(*shape) for shape in shapes), key=len)
+        there = sorted(sets[0].intersection(*sets[1:])) if sets else []
+        left -= len(some) * len(there)
         if left < 0:
-            more = f"{len(rows):,} of the base with {len(columns):,} of the suspect, all of the same shapes"
+            more = f"{len(some):,} of the base with {len(there):,} of the suspect, all of the same shapes"
             raise TooMany(f"more than {MAX_COMPARISONS:,} comparisons of layers ({more})")
-        if columns:
-            mine = [[base[ours[names[row]][role]] for row in rows] for role, _ in shapes]
-            fits = [[_at(listed[theirs[others[c]][role]], shape) for c in columns] for role, shape in shapes]
-            found.append(_Group(np.array(rows), np.array(columns), *_agreement(mine, fits)))
+        if there:
+            found.append(_Group(np.array(some), np.array(there), shapes))
     return found
 
 
-def _at(options: list[Option], shape: tuple[int, ...]) -> list[np.ndarray]:
-    return [option.view for option in options if option.shape == shape]
+def _without_alternative(groups: list[_Group]) -> list[tuple[int, int, float, bool]]:
+    """Pairs of which neither layer fits any other."""
+    number: dict[int, int] = {}
+    for group in groups:
+        for column in group.theirs.tolist():
+            number[column] = number.get(column, 0) + len(group.ours)
+    single = [group for group in groups if len(group.ours) == len(group.theirs) == 1]
+    return [(int(g.ours[0]), int(g.theirs[0]), 0.0, True) for g in single if number[int(g.theirs[0])] == 1]
 
 
-def _agreement(ours: list[list[np.ndarray]], theirs: list[list[list[np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:
-    """The agreement of layers, and the smallest agreement that cannot be an accident.
+def _best_first(leaves: Leaves, groups: list[_Group], signs: bool) -> Iterator[tuple[int, int, float, bool]]:
+    """Pairs by falling agreement, each layer once, and whether the pair stands out among all pairs of either layer."""
+    parts = [_candidates(leaves, group, signs) for group in groups]
+    if not parts:
+        return
+    ours, theirs, agreement = (np.concatenate(some) for some in zip(*parts, strict=True))
+    used_rows: set[int] = set()
+    used_columns: set[int] = set()
+    order = np.argsort(-agreement, kind="stable")
+    rows, columns, values = ours[order].tolist(), theirs[order].tolist(), agreement[order].tolist()
+    by_row: dict[int, list[int]] = {}
+    by_column: dict[int, list[int]] = {}
+    for place, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        by_row.setdefault(row, []).append(place)
+        by_column.setdefault(column, []).append(place)
+    for place, (row, column, value) in enumerate(zip(rows, columns, values, strict=True)):
+        if row in used_rows or column in used_columns:
+            continue
+        rivals = [p for p in by_row[row] if p != place and columns[p] not in used_columns]
+        rivals += [p for p in by_column[column] if p != place and rows[p] not in used_rows]
+        yield row, column, value, all(value - values[p] >= _content.MARGIN for p in rivals)
+        used_rows.add(row)
+        used_columns.add(column)
+
+
+def _candidates(leaves: Leaves, group: _Group, signs: bool) -> _Candidates:
+    """The pairs of a group whose agreement chance does not reach.
 
     The agreement is the mean correlation of the layers' leaves in their best layouts, weighted by size; constant leaves
     do not count. The least is five standard deviations of the Fisher transform of a correlation by chance.
-
-    Args:
-      ours: for each role, the leaves of n layers, all of one shape.
-      theirs: for each role, the views of k leaves with this shape, in each layout.
     """
-    rows, columns = len(ours[0]), len(theirs[0])
-    products = (
-        rows
-        * columns
-        * sum(len(views[0]) * min(_SAMPLE, some[0].size) for some, views in zip(ours, theirs, strict=True))
-    )
+    names, others = list(leaves.ours), list(leaves.theirs)
+    sizes = [math.prod(shape) for _, shape in group.shapes]
+    products = len(group.ours) * len(group.theirs) * sum(min(_SAMPLE, size) for size in sizes)
     share = min(1.0, _MAX_PRODUCTS / max(1, products))
-    total = np.zeros((rows, columns), np.float32)
-    weights = np.zeros((rows, 1), np.float32)
-    for some, views in zip(ours, theirs, strict=True):
-        size = some[0].size
-        number = min(size, max(_LEAST_SAMPLE, int(share * _SAMPLE)))
-        mine = _changes.directions(some, number)
-        best = np.full((rows, columns), -1, np.float32)
-        for layout in range(max(map(len, views))):
-            # Leaves of equal shape usually have equally many layouts; take only those that have this one.
-            there = [place for place, some in enumerate(views) if layout < len(some)]
-            matrix = _changes.directions([views[place][layout] for place in there], number)
-            best[:, there] = np.maximum(best[:, there], mine @ matrix.T)
-        varied = mine.any(axis=1, keepdims=True)
-        total += np.where(varied, size * best, 0)
-        weights += np.where(varied, size, 0)
-    least = np.maximum(_changes.ALIKE, np.tanh(5 / np.sqrt(np.maximum(weights[:, 0] - 3, 1))) - 1e-5)
-    return total / np.maximum(weights, 1), least
+    numbers = [min(size, max(_LEAST_SAMPLE, int(share * _SAMPLE))) for size in sizes]
+    mine = [
+        _content.directions([leaves.base[leaves.ours[names[row]][role]] for row in group.ours], number, signs)
+        for (role, _), number in zip(group.shapes, numbers, strict=True)
+    ]
+    varied = [some.any(axis=1, keepdims=True) for some in mine]
+    weights = np.sum([np.where(there, size, 0) for there, size in zip(varied, sizes, strict=True)], axis=0)
+    least = np.maximum(_content.ALIKE, np.tanh(5 / np.sqrt(np.maximum(weights - 3, 1))) - 1e-5)
+    best = _Candidates(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float32)))
+    step = max(1, _BLOCK // (len(group.ours) + max(numbers)))
+    for start in range(0, len(group.theirs), step):
+        block = group.theirs[start : start + step]
+        total = np.zeros((len(group.ours), len(block)), np.float32)
+        for (role, shape), number, some, there, size in zip(group.shapes, numbers, mine, varied, sizes, strict=True):
+            views = [[o.view for o in leaves.options(others[column], role, shape)] for column in block.tolist()]
+            total += np.where(there, np.float32(size), 0) * _correlations(some, views, number, signs)
+        total /= np.maximum(weights, 1)
+        row, column = np.nonzero((total >= least) & (weights > 0))
+        found = _Candidates(group.ours[row], block[column], total[row, column])
+        best = _kept(_Candidates(*(np.concatenate(both) for both in zip(best, found, strict=True))))
+    return best
 
 
-def _told_apart(groups: list[_Group], columns: int, lonely: bool) -> list[tuple[int, int, float]]:
-    """Pairs that stand out among all pairs of either layer; if none do and ``lonely``, pairs without alternatives."""
-    best, second, count = np.full(columns, -2.0), np.full(columns, -2.0), np.zeros(columns, int)
-    tops = []
-    for _, theirs, agreement, _ in groups:
-        by_row = _top_two(agreement)
-        tops.append(by_row)
-        first, next_one = _top_two(agreement.T)
-        second[theirs] = np.maximum(np.minimum(best[theirs], first), np.maximum(second[theirs], next_one))
-        best[theirs] = np.maximum(best[theirs], first)
-        count[theirs] += len(agreement)
-    found: list[tuple[int, int, float]] = []
-    alone: list[tuple[int, int, float]] = []
-    for (ours, theirs, agreement, least), (first, next_one) in zip(groups, tops, strict=True):
-        at = agreement.argmax(axis=1)
-        column = theirs[at]
-        out = (first >= least) & (first - next_one >= _changes.MARGIN)
-        out &= (best[column] == first) & (first - second[column] >= _changes.MARGIN)
-        found += zip(ours[out].tolist(), column[out].tolist(), first[out].tolist(), strict=True)
-        if len(theirs) == 1 and len(ours) == 1 and count[theirs[0]] == 1:
-            alone.append((int(ours[0]), int(theirs[0]), float(first[0])))
-    return found or alone * lonely
+def _correlations(mine: np.ndarray, theirs: list[list[np.ndarray]], number: int, signs: bool) -> np.ndarray:
+    """The correlation of n leaves, given their directions, with k leaves, each in its best layout: shape [n, k]."""
+    best = np.full((len(mine), len(theirs)), -1, np.float32)
+    for layout in range(max(map(len, theirs))):
+        # Leaves of equal shape have equally many layouts; take only those that have this one.
+        there = [place for place, some in enumerate(theirs) if layout < len(some)]
+        matrix = _content.directions([theirs[place][layout] for place in there], number, signs)
+        best[:, there] = np.maximum(best[:, there], mine @ matrix.T)
+    return best
 
 
-def _top_two(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The largest and second largest value of each row; -2, below any correlation, if there is no second."""
-    if values.shape[1] < 2:
-        return values[:, 0].astype(np.float64), np.full(len(values), -2.0)
-    two = np.partition(values, values.shape[1] - 2, axis=1)[:, -2:].astype(np.float64)
-    return two[:, 1], two[:, 0]
-
-
-def _without(group: _Group, rows: np.ndarray, columns: np.ndarray) -> _Group:
-    left, free = ~np.isin(group.ours, rows), ~np.isin(group.theirs, columns)
-    return _Group(group.ours[left], group.theirs[free], group.agreement[left][:, free], group.least[left])
+def _kept(pairs: _Candidates) -> _Candidates:
+    """The best partners of each of the base's layers, at most :data:`_KEPT` of them."""
+    order = np.lexsort((pairs.theirs, -pairs.agreement, pairs.ours))
+    ours = pairs.ours[order]
+    first = np.r_[True, ours[1:] != ours[:-1]] if len(ours) else np.zeros(0, bool)
+    rank = np.arange(len(ours)) - np.maximum.accumulate(np.where(first, np.arange(len(ours)), 0))
+    order = order[rank < _KEPT]
+    return _Candidates(*(values[order] for values in pairs))

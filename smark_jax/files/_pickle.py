@@ -193,7 +193,7 @@ class _Machine:
 
     def blob(self, length: int, text: bool = False) -> None:
         start = self.skip(length)
-        self.push(Blob(start, self.position, text))
+        self.push(Blob(start, self.position, text), _OBJECT)
 
     def collect(self, kind: type[list[Any]] | type[tuple[Any, ...]]) -> None:
         values = self.to_mark()

@@ -7,7 +7,7 @@ References:
   ``torch/_utils.py``, ``torch/_tensor.py`` and ``torch/jit/_pickle.py``; ``numpy.ndarray.__reduce__``.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,7 +78,7 @@ def find(tree: Any, root: str = "") -> dict[str, Found]:
     """
     leaves: dict[str, Found] = {}
     try:
-        for name, found in _walk(tree, root, "/", [], [_MAX_VALUES]):
+        for name, found in _Walk().tensors(tree, root, "/"):
             _limits.check_name(name)
             if name in leaves:
                 raise Unreadable(f"the leaf {shown(name)} occurs twice", _ADVICE)
@@ -89,27 +89,39 @@ def find(tree: Any, root: str = "") -> dict[str, Found]:
     return leaves
 
 
-def _walk(value: Any, path: str, joint: str, above: list[int], left: list[int]) -> Iterator[tuple[str, Found]]:
-    """The tensors of a value; ``above`` are the values around it, and ``left`` is how many more may be looked at."""
-    name = path or "tensor"
-    found = _tensor(value, name)
-    if found is not None:
-        yield name, found
-        return
-    if not isinstance(value, dict | list | tuple | Object) or id(value) in above:
-        return
-    if len(above) > _MAX_DEPTH:
-        raise Unreadable(f"it is nested more than {_MAX_DEPTH} deep", _ADVICE)
-    above.append(id(value))
-    inner, steps = _steps(value)
-    for step, part in steps:
-        left[0] -= 1
-        if left[0] < 0 or len(path) > _MAX_PATH:
-            raise Unreadable("it has far more values, or longer names, than a network", _ADVICE)
-        if isinstance(part, dict | list | tuple | Object):
-            below = f"{path}{inner or joint}{step}" if path and step != "" else path or str(step)
-            yield from _walk(part, below, inner or joint, above, left)
-    above.pop()
+class _Walk:
+    """One pass over a pickle's value; what holds no tensor is looked at once, however often it occurs."""
+
+    def __init__(self) -> None:
+        self._above: list[int] = []  # the values around the one that is looked at, of which it may hold one again
+        self._barren: set[int] = set()
+        self._left = _MAX_VALUES
+
+    def tensors(self, value: Any, path: str, joint: str) -> Generator[tuple[str, Found], None, bool]:
+        """The tensors of a value by name; returns whether there are any."""
+        name = path or "tensor"
+        found = _tensor(value, name)
+        if found is not None:
+            yield name, found
+            return True
+        if id(value) in self._above or id(value) in self._barren:
+            return False
+        if len(self._above) > _MAX_DEPTH:
+            raise Unreadable(f"it is nested more than {_MAX_DEPTH} deep", _ADVICE)
+        self._above.append(id(value))
+        inner, steps = _steps(value)
+        fertile = False
+        for step, part in steps:
+            self._left -= 1
+            if self._left < 0 or len(path) > _MAX_PATH:
+                raise Unreadable("it has far more values, or longer names, than a network", _ADVICE)
+            if isinstance(part, dict | list | tuple | Object):
+                below = f"{path}{inner or joint}{step}" if path and step != "" else path or str(step)
+                fertile |= yield from self.tensors(part, below, inner or joint)
+        self._above.pop()
+        if not fertile:
+            self._barren.add(id(value))
+        return fertile
 
 
 def _steps(value: Any) -> tuple[str, Iterable[tuple[Any, Any]]]:
@@ -129,7 +141,7 @@ def _steps(value: Any) -> tuple[str, Iterable[tuple[Any, Any]]]:
         return "/", [("", state), *(step for part in parts for step in _steps(part)[1])]
     if isinstance(value, dict):
         return "/", () if {"state", "param_groups"} <= value.keys() else value.items()
-    return "/", enumerate(value)
+    return "/", enumerate(value) if isinstance(value, list | tuple) else ()
 
 
 def _of_module(state: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:

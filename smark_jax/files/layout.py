@@ -16,8 +16,6 @@ following number of maps; the sum of its inverse over all maps is at most 1:
 .. math:: \binom{G}{t} 2^t \prod_{\text{sets}} \sum_{k \ge 1} \binom{K}{k} \frac{n!}{(n - k)!} o^k .
 """
 
-import contextlib
-import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -25,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax import _validate, errors
-from smark_jax.files import _changes, _pairing
-from smark_jax.files._changes import Option
+from smark_jax.files import _changes, _folds, _matching, _pairing
+from smark_jax.files._changes import Option, Place
 
 _WHO = "match_layout"
 _AS_IT_IS = "as it is"  # an answer's change for an unchanged leaf, where content does not decide
@@ -129,9 +127,11 @@ def match_layout(
         raise _validate.fail(_WHO, "leaves in the base", "none", "Is it the base's flatten or read?")
     everything, suspect = suspect, {name: leaf for name, leaf in suspect.items() if _changes.real(leaf)}
     channels = _changes.channels(base)
-    names = _same_names(suspect, base)
+    names = _matching.same_names(suspect, base)
     try:
-        found = _by_name(suspect, base, names, channels) if names else _by_layer(suspect, base, channels)
+        found = (
+            _matching.by_name(suspect, base, names, channels) if names else _matching.by_layer(suspect, base, channels)
+        )
     except _pairing.TooMany as error:
         cause = "Give the suspect the base's names, or leave out everything that is not one of its weights."
         raise _validate.fail(_WHO, "layers that can be compared", str(error), cause, kind=errors.Undecided) from None
@@ -145,13 +145,16 @@ def match_layout(
         others = sorted({str(other.shape) for other in suspect.values()})[:6]
         got = f"the shapes {', '.join(others)}" if others else "no leaf of real numbers"
         raise _validate.fail(_WHO, expected, got, _NEXT, kind=errors.Undecided, desk=_NEXT_AT_DESK)
+    chosen = _matching.with_twins(chosen, base)
+    undone = {name: _folds.undone(chosen[name].leaf(), base[name]) for name in base if name in chosen}
     moves = tuple(
-        Move(name, option.source, option.change or "renamed")
-        for name, option in sorted(chosen.items())
-        if option.change or option.source != name
+        Move(name, source, ", ".join(filter(None, (change, undone[name][1]))) or "renamed")
+        for name, place in sorted(chosen.items())
+        for source, change in place.moves
+        if change or undone[name][1] or source != name
     )
-    taken = {option.source for option in chosen.values()}
-    leaves = {name: chosen[name].leaf() for name in base if name in chosen}
+    taken = {source for place in chosen.values() for source in place.sources}
+    leaves = {name: leaf for name, (leaf, _) in undone.items()}
     missing = tuple(sorted(set(base) - set(chosen)))
     return Layout(leaves, moves, tuple(sorted(set(everything) - taken)), missing, log_maps)
 
@@ -161,13 +164,14 @@ def _with_given(
     base: Mapping[str, np.ndarray],
     given: Mapping[str, str],
     found: _pairing.Paired,
-    channels: set[int],
-) -> tuple[dict[str, Option], float]:
+    channels: tuple[int, ...],
+) -> tuple[dict[str, Place], float]:
     """The pairs found, completed by the caller's answers where content is undecided, and the log of how many maps."""
     answers = {name: _answer(suspect, base, name, answer, channels) for name, answer in given.items()}
-    same = lambda a, b: b is not None and (a.source, a.change) == (b.source, b.change)  # noqa: E731
-    free = {name: option for name, option in answers.items() if not same(option, found.choices.get(name))}
-    owners = {found.choices[name].source: name for name in found.settled}
+    free = {
+        n: option for n, option in answers.items() if n not in found.choices or found.choices[n].moves != option.moves
+    }
+    owners = {source: name for name in found.settled for source in found.choices[name].sources}
     for name, option in free.items():
         settled = name if name in found.settled else owners.get(option.source)
         if settled:
@@ -179,12 +183,12 @@ def _with_given(
         twice = next(source for source in sources if sources.count(source) > 1)
         raise _validate.fail(_WHO, "a leaf of its own for each of the base's", f"{twice!r} twice", "Is it misspelt?")
     taken = {option.source for option in free.values()}
-    chosen = {name: option for name, option in found.choices.items() if option.source not in taken} | answers
+    chosen = {name: place for name, place in found.choices.items() if taken.isdisjoint(place.sources)} | answers
     return chosen, _log_maps(suspect, base, set(free), found, channels) if free else 0.0
 
 
 def _answer(
-    suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], name: str, answer: str, channels: set[int]
+    suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], name: str, answer: str, channels: tuple[int, ...]
 ) -> Option:
     """Parses and checks one of the caller's answers."""
     source, colon, change = (answer, "", "") if answer in suspect else answer.partition(": ")
@@ -193,16 +197,16 @@ def _answer(
         some = ", ".join(map(repr, sorted(names)[:8]))
         cause = f"The {whose}'s leaves: {some}{', ...' if len(names) > 8 else ''}."
         raise _validate.fail(_WHO, f"a leaf of the {whose} in the map", repr(wrong), cause)
-    options = _changes.options(source, suspect[source], channels)
-    fitting = _changes.fitting(options, base[name])
-    if colon:
-        fitting = [option for option in fitting if option.change == ("" if change == _AS_IT_IS else change)]
+    options = _changes.options(source, suspect[source], base[name].shape, channels)
+    if not options:
+        got = f"shape {suspect[source].shape} for {base[name].shape}"
+        raise _validate.fail(_WHO, f"a leaf for {name!r} that fits in some layout", got, "Is it another leaf?")
+    fitting = [option for option in options if not colon or option.change == ("" if change == _AS_IT_IS else change)]
     if not fitting:
-        could = sorted({option.change or "no change" for option in options})
-        got = f"{change!r}" if colon else f"shape {suspect[source].shape} for {base[name].shape}"
-        raise _validate.fail(_WHO, f"a change of {source!r} among these: {', '.join(could)}", got, "Name one of these.")
+        could = ", ".join(sorted({option.change or _AS_IT_IS for option in options}))
+        raise _validate.fail(_WHO, f"a change of {source!r} among these: {could}", f"{change!r}", "Name one of these.")
     best = _changes.best(fitting, base[name])
-    if not best.sure:
+    if not best.told:
         raise _ambiguous({name: tuple(f"{source}: {option.change or _AS_IT_IS}" for option in fitting)})
     return best.option
 
@@ -212,124 +216,34 @@ def _log_maps(
     base: Mapping[str, np.ndarray],
     free: set[str],
     found: _pairing.Paired,
-    channels: set[int],
+    channels: tuple[int, ...],
 ) -> float:
     """The natural logarithm of the number of maps that could have been given; see the module's docstring."""
     from scipy import special  # here and not above: bases are read without
 
-    used = {found.choices[name].source for name in found.settled}
-    theirs: dict[tuple[int, ...], dict[str, int]] = {}
+    used = {source for name in found.settled for source in found.choices[name].sources}
+    theirs: dict[tuple[int, ...], int] = {}
     for source in suspect.keys() - used:
-        for option in _changes.options(source, suspect[source], channels):
-            counts = theirs.setdefault(option.shape, {})
-            counts[source] = counts.get(source, 0) + 1
+        shape = suspect[source].shape
+        theirs[shape] = theirs.get(shape, 0) + 1
     ours: dict[tuple[int, ...], list[str]] = {}
     for name in base.keys() - found.settled:
-        if base[name].shape in theirs:
-            ours.setdefault(base[name].shape, []).append(name)
+        ours.setdefault(base[name].shape, []).append(name)
+    fits = {
+        shape: [
+            (count, len(ways)) for other, count in theirs.items() if (ways := _changes.changes(other, shape, channels))
+        ]
+        for shape in ours
+    }
+    ours = {shape: names for shape, names in ours.items() if fits[shape]}
     total, touched = 0.0, 0
     for shape, names in ours.items():
         if free.isdisjoint(names):
             continue
         touched += 1
-        number, layouts = len(theirs[shape]), max(theirs[shape].values())
+        number, layouts = sum(count for count, _ in fits[shape]), max(ways for _, ways in fits[shape])
         k = np.arange(1, min(len(names), number) + 1)
         subsets = special.gammaln(len(names) + 1) - special.gammaln(k + 1) - special.gammaln(len(names) - k + 1)
         orders = special.gammaln(number + 1) - special.gammaln(number - k + 1)
         total += float(np.logaddexp.reduce(subsets + orders + k * math.log(layouts)))
     return total + math.log(math.comb(len(ours), touched)) + touched * math.log(2)
-
-
-def _same_names(suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The suspect's leaves with the same names as the base's leaves, apart from an outer level.
-
-    Uses the outer level under which the most names agree. The result is empty if fewer than half of the names agree.
-    """
-    plain = {name.replace(".", "/"): name for name in suspect}
-    if len(plain) < len(suspect):
-        return {}
-    wanted = {name.replace(".", "/"): name for name in base}
-    around = f"{next(iter(wanted)).split('/')[0]}/"
-    found: dict[str, str] = {}
-    for cut in ("", around) if all(name.startswith(around) for name in wanted) else ("",):
-        ends = {name[len(cut) :]: full for name, full in wanted.items()}
-        levels: dict[str, int] = {}
-        for name in plain:
-            for level in _levels(name):
-                if name[len(level) :] in ends:
-                    levels[level] = levels.get(level, 0) + 1
-        for level in sorted(levels, key=lambda level: (-levels[level], len(level)))[:1]:
-            here = {full: plain[level + end] for end, full in ends.items() if level + end in plain}
-            found = max(found, here, key=len)
-    return found if 2 * len(found) >= len(base) else {}
-
-
-def _levels(name: str) -> list[str]:
-    """The possible outer levels of a leaf: none, or up to four steps of its path."""
-    steps = name.split("/", 4)
-    return ["/".join([*steps[:depth], ""]) for depth in range(len(steps))]
-
-
-def _by_name(
-    suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], names: Mapping[str, str], channels: set[int]
-) -> _pairing.Paired:
-    """Pairs leaves by name, and the remaining ones by content.
-
-    Names can be swapped on purpose. So if content contradicts the names in a layer and gives a better match, content
-    wins.
-    """
-    choices: dict[str, Option] = {}
-    settled: set[str] = set()
-    asked: dict[str, tuple[str, ...]] = {}
-    fits = {
-        name: _changes.fitting(_changes.options(other, suspect[other], channels), base[name])
-        for name, other in names.items()
-    }
-    whole = all(fits.values())
-    for name, other in names.items():
-        as_it_is = suspect[other].shape == base[name].shape
-        options = fits[name][:1] if as_it_is else fits[name]
-        best = _changes.best(options, base[name]) if options else None
-        if best is not None and best.sure and (whole or as_it_is or best.correlation >= _changes.ALIKE):
-            choices[name] = best.option
-            settled |= {name} if best.correlation >= _changes.ALIKE else set()
-        elif best is not None and whole:
-            asked[name] = tuple(option.answer for option in options)
-        else:
-            choices[name] = Option(other, "", suspect[other], suspect[other].shape)
-    denied = {name for name in choices if base[name].ndim > 1 and name not in settled and fits[name]}
-    doubted = {layer: roles for layer, roles in _changes.layers(base).items() if not denied.isdisjoint(roles.values())}
-    doubted_names = {name for roles in doubted.values() for name in roles.values()}
-    lost = set(base) - set(names)
-    kept = {option.source for name, option in choices.items() if name not in doubted_names}
-    kept |= {names[name] for name in asked}
-    free = {name: leaf for name, leaf in suspect.items() if name not in kept}
-    rest = {name: base[name] for name in base if name in doubted_names | lost}
-    better = _NOTHING
-    if rest and free:
-        with contextlib.suppress(_pairing.TooMany):
-            better = _by_layer(free, rest, channels)
-    told = {name: option for name, option in better.choices.items() if name in better.settled}
-    layers = [set(roles.values()) for roles in _changes.layers(rest).values()]
-    moved = {name for layer in layers if not layer.isdisjoint(told) for name in layer & better.choices.keys()}
-    taken = {better.choices[name].source for name in moved}
-    choices = {name: option for name, option in choices.items() if option.source not in taken and name not in moved}
-    choices |= {name: better.choices[name] for name in moved}
-    return _pairing.Paired(choices, frozenset((settled - moved) & choices.keys() | told.keys() & moved), asked)
-
-
-_NOTHING = _pairing.Paired({}, frozenset(), {})
-
-
-def _by_layer(suspect: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], channels: set[int]) -> _pairing.Paired:
-    """Pairs by content, layers first, then single leaves; the remaining ones if only one layer or leaf fits."""
-    choices: dict[str, Option] = {}
-    settled: frozenset[str] = frozenset()
-    asked: dict[str, tuple[str, ...]] = {}
-    for alone, group in itertools.product((False, True), (_changes.layers, _changes.singles)):
-        used = {option.source for option in choices.values()}
-        ours = {name: leaf for name, leaf in base.items() if name not in choices}
-        theirs = {name: leaf for name, leaf in suspect.items() if name not in used}
-        found = _pairing.pair(group(ours), group(theirs), ours, theirs, channels, alone)
-        choices, settled, asked = choices | found.choices, settled | found.settled, asked | found.open
-    return _pairing.Paired(choices, settled, {name: some for name, some in asked.items() if name not in choices})

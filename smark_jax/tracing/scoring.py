@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int8, UInt32
 
-from smark_jax import _validate, chacha, codes
+from smark_jax import _processes, _validate, chacha, codes
 from smark_jax._types import AnyArray
+from smark_jax.tracing import best as best_customers
 
 Book = AnyArray | codes.Codebook
 
@@ -38,6 +39,8 @@ _MOST_CHIPS_BY_PLANES = 1 << 14
 # The precision of scores that are kept; and of those that only choose whom an exact test looks at: of a vector of unit
 # length, whose entries span at most sqrt 2, they are off by at most 0.7 for 2^14 chips, and by 0.013 for 304.
 _PLANES, _PLANES_TO_CHOOSE = 22, 14
+# Scores of all processes that are exchanged at a time.
+_GATHERED = 1 << 22
 
 
 def size(book: Book) -> tuple[int, int]:
@@ -96,6 +99,8 @@ def score(
     floors: Float[np.ndarray, " R"],
     keep: bool,
     on_scored: Callable[[int], None] = lambda count: None,
+    *,
+    collective: bool = False,
 ) -> Scores:
     """One pass over all N customers.
 
@@ -105,66 +110,44 @@ def score(
       floors: for each vector the absolute correlation below which nobody is shortlisted.
       keep: whether to keep all N correlations, which takes ``4 N R`` bytes.
       on_scored: called repeatedly with the number of customers scored since the last call.
+      collective: whether all processes of ``jax.distributed`` make this call. Each scores its share, and all get the
+        whole result; progress supposes that they are equally fast.
 
     Returns:
       The correlations, and for each vector the shortlist of at most 131,072 customers.
     """
     num_customers, num_chips = size(book)
     limit = max(1, min(_MOST_SHORTLISTED, _SHORTLIST_CHIPS // num_chips))
-    everything = np.empty((len(vectors), num_customers), np.float32) if keep else None
-    best = [_Best(limit, floor) for floor in floors.tolist()]
-    planes = _PLANES if keep else _PLANES_TO_CHOOSE
-    for start, found in _calls(jnp.asarray(vectors, jnp.float32), book, planes):
+    everything = np.zeros((len(vectors), num_customers), np.float32) if keep else None
+    best = [best_customers.Best(limit, floor) for floor in floors.tolist()]
+    planes, done = _PLANES if keep else _PLANES_TO_CHOOSE, 0
+    share = slice(jax.process_index(), None, jax.process_count()) if collective else slice(None)
+    for start, found in _calls(jnp.asarray(vectors, jnp.float32), book, planes, share):
         if everything is not None:
             everything[:, start : start + found.shape[1]] = found
         for keeper, row in zip(best, found, strict=True):
             keeper.add(start, row)
-        on_scored(found.shape[1])
+        on_scored(start + found.shape[1] - done)
+        done = start + found.shape[1]
+    if collective:
+        for keeper in best:
+            keeper.gather()
+        for row in [] if everything is None else everything:
+            for start in range(0, num_customers, _GATHERED):
+                row[start : start + _GATHERED] = sum(_processes.gathered(row[start : start + _GATHERED]))
+        on_scored(num_customers - done)
     return Scores(everything, *zip(*(keeper.result() for keeper in best), strict=True))
 
 
-class _Best:
-    """The customers with the largest absolute correlations so far: at least ``floor``, and at most ``limit`` of them.
-
-    Whenever there are more than the limit, the floor rises to the smallest one kept, so that one comparison skips most
-    of a long codebook. In between, up to a quarter more than the limit are held, so that sorting is rare.
-    """
-
-    def __init__(self, limit: int, floor: float) -> None:
-        self._limit, self._floor = limit, floor
-        self._customers = [np.empty(0, np.int64)]
-        self._scores = [np.empty(0, np.float32)]
-
-    def add(self, start: int, scores: Float[np.ndarray, " rows"]) -> None:
-        near = np.flatnonzero(np.abs(scores) >= self._floor)
-        self._customers.append(start + near)
-        self._scores.append(scores[near])
-        if sum(part.size for part in self._scores) > 1.25 * self._limit:
-            self._cut()
-
-    def _cut(self) -> None:
-        customers, scores = np.concatenate(self._customers), np.concatenate(self._scores)
-        if scores.size > self._limit:
-            strength = np.abs(scores)
-            top = np.sort(np.argpartition(strength, scores.size - self._limit)[scores.size - self._limit :])
-            customers, scores = customers[top], scores[top]
-            self._floor = float(strength[top].min())
-        self._customers, self._scores = [customers], [scores]
-
-    def result(self) -> tuple[np.ndarray, Float[np.ndarray, " L"]]:
-        self._cut()
-        return self._customers[0], self._scores[0]
-
-
-def _calls(vectors: jax.Array, book: Book, planes: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The first customer of each call, and the scores [R, customers]; all devices compute while one call is read."""
+def _calls(vectors: jax.Array, book: Book, planes: int, share: slice) -> Iterator[tuple[int, np.ndarray]]:
+    """The first customer of each call of a share, and its scores [R, customers]; all devices compute meanwhile."""
     num_customers, num_chips = size(book)
     most = max(1, _ROWS_PER_CALL * 512 // max(512, num_chips))
     rows = min(most, 1 << (num_customers - 1).bit_length())
     devices = _devices()
     placed = [jax.device_put(vectors, device) for device in devices]
     running: collections.deque[tuple[int, jax.Array]] = collections.deque()
-    for number, start in enumerate(range(0, num_customers, rows)):
+    for number, start in enumerate(range(0, num_customers, rows)[share]):
         one = number % len(devices)
         with jax.default_device(devices[one]):
             running.append((start, _score_call(placed[one], book, start, rows, planes)))

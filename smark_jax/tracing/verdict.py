@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int8
 
-from smark_jax import _validate, codes, keys, statistics
+from smark_jax import _processes, _validate, codes, keys, statistics
 from smark_jax._types import AnyArray
 from smark_jax.tracing import decoders, scoring
 from smark_jax.tracing.decoys import Decoys, score_decoys
@@ -98,6 +98,7 @@ def trace(
     num_alignments: int = 1,
     keep_statistics: bool = True,
     on_progress: OnProgress | None = None,
+    collective: bool = False,
 ) -> Verdict:
     """Accuses the customers whose codewords the chips carry; the probability of a false accusation is at most alpha.
 
@@ -114,6 +115,8 @@ def trace(
       num_alignments: how many alignments of the suspect were tried.
       keep_statistics: whether the verdict holds every customer's statistic.
       on_progress: called several times in a long pass, with the customers scored so far and their total number.
+      collective: whether all processes of ``jax.distributed`` make this very call. Then each scores a share of the
+        customers, and all get the whole verdict.
 
     Returns:
       The verdict. Chips of zero (the base model itself) accuse nobody.
@@ -136,7 +139,7 @@ def trace(
       [7, 42]
     """
     y = _validate.chips("trace", chips)
-    case = _case(codebook, alpha, decoder, serials, num_suspects, num_alignments, y.size)
+    case = _case(codebook, alpha, decoder, serials, num_suspects, num_alignments, y.size, collective)
     return _trace_rows(y[None], case, keep_statistics, np.zeros(1), _counter(case.num_customers, on_progress))[0]
 
 
@@ -151,6 +154,7 @@ def trace_batch(
     log_maps: Sequence[float] | None = None,
     keep_statistics: bool = True,
     on_progress: OnProgress | None = None,
+    collective: bool = False,
 ) -> tuple[Verdict, ...]:
     """:func:`trace` for M suspects together: one pass over the codebook serves many, and all p-values count all M.
 
@@ -165,6 +169,7 @@ def trace_batch(
         one (:attr:`smark_jax.files.Layout.log_maps`); p-values are corrected for it. By default nobody chose.
       keep_statistics: whether each verdict holds every customer's statistic, ``4 N M`` bytes in all.
       on_progress: as for :func:`trace`; every pass over the codebook counts all customers.
+      collective: as for :func:`trace`.
 
     Returns:
       A verdict for each suspect.
@@ -176,7 +181,7 @@ def trace_batch(
         cause = "For a single suspect use trace."
         raise _validate.fail("trace_batch", "chips of shape [M, m] with M >= 1", f"shape {np.shape(chips)}", cause)
     y = np.stack([_validate.chips("trace_batch", row) for row in np.asarray(chips)])
-    case = _case(codebook, alpha, decoder, serials, len(y), num_alignments, y.shape[1])
+    case = _case(codebook, alpha, decoder, serials, len(y), num_alignments, y.shape[1], collective)
     maps = np.zeros(len(y)) if log_maps is None else np.asarray(log_maps, np.float64)
     if maps.shape != (len(y),) or not (np.isfinite(maps) & (maps >= 0)).all():
         got = f"shape {maps.shape}, smallest {maps.min(initial=math.inf):g}"
@@ -213,6 +218,7 @@ class _Case(NamedTuple):
     num_suspects: int
     num_alignments: int
     decoys: Float[np.ndarray, "D m"]
+    collective: bool
 
     @property
     def log_level(self) -> float:
@@ -228,6 +234,7 @@ def _case(
     num_suspects: int,
     num_alignments: int,
     num_chips: int,
+    collective: bool,
 ) -> _Case:
     _validate.probability("trace", "alpha", alpha)
     _validate.positive("trace", "num_suspects", num_suspects)
@@ -252,9 +259,8 @@ def _case(
     else:  # as secret as the words are
         secret = keys.from_bytes(hashlib.sha256(np.asarray(book, np.int8).tobytes()).digest())
     decoys = codes.codebook(keys.derive(secret, "decoys"), range(NUM_DECOYS), length)
-    return _Case(
-        book, alpha, decoder, numbers, num_customers, num_suspects, num_alignments, np.asarray(decoys, np.float64)
-    )
+    decoys = np.asarray(decoys, np.float64)
+    return _Case(book, alpha, decoder, numbers, num_customers, num_suspects, num_alignments, decoys, collective)
 
 
 def _trace_rows(
@@ -271,7 +277,11 @@ def _trace_rows(
     )
     margin = decoders.DECODERS[case.decoder].margin
     floors = np.zeros(len(y)) if margin is None else levels - margin
-    scores = scoring.score(directions, case.book, floors, keep, on_scored)
+    if case.collective:  # decoys follow from the codebook
+        inputs = (directions, levels, case.decoys, np.array([case.num_customers, keep]))
+        content = case.decoder.encode() + b"".join(array.tobytes() for array in inputs)
+        _processes.same("trace", "chips, codebook and settings", content, "Every process must trace the same suspects.")
+    scores = scoring.score(directions, case.book, floors, keep, on_scored, collective=case.collective)
     kept = scores.all if scores.all is not None else np.empty((len(y), 0), np.float32)
     rows = zip(directions, levels.tolist(), scores.best, scores.best_scores, kept, log_maps.tolist(), strict=True)
     return [_verdict(u, level, best, best_scores, row, maps, case) for u, level, best, best_scores, row, maps in rows]

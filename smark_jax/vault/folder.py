@@ -86,10 +86,12 @@ def opened(folder: Path, passphrase: str) -> Iterator[Vault]:
         with store.errors_explained(folder / DATABASE):
             _verify(vault)
             sealing.seal_plain_rows(connection, master, _log_key(vault))
+            known = connection.authentic
             try:
                 yield vault
             finally:
-                _seal(vault)
+                if connection.authentic != known:  # or the seal is ours, or of a newer state that another process made
+                    _seal(vault)
 
 
 def _verify(vault: Vault) -> None:
@@ -98,7 +100,8 @@ def _verify(vault: Vault) -> None:
     )  # listed before the database is read, to which others may add
     with store.snapshot(vault.connection):
         found = store.digest(vault.connection)
-        if found is None or not hmac.compare_digest(_sealed(vault), _mac(vault, found)):
+        sealed = found is not None and hmac.compare_digest(_sealed(vault), _mac(vault, found))
+        if not sealed:
             log.verify(vault.connection, _log_key(vault))
         vault.connection.authentic = found
         roots = {f"{row.model}-{row.number}": row.document for row in store.commitments(vault.connection)}
@@ -109,21 +112,24 @@ def _verify(vault: Vault) -> None:
         if path.stem not in roots and path.stem.rpartition("-")[2].isdecimal():
             cause = "The database is older than that file: restore the newest backup of the whole folder."
             raise _validate.fail("vault", f"the commitment {path.stem} in the database", "none", cause)
+    if not sealed:
+        _seal(vault)
 
 
 def _sealed(vault: Vault) -> bytes:
-    try:
-        return (vault.folder / CHECKED).read_bytes()
-    except OSError:
+    path = vault.folder / CHECKED
+    if not path.is_file():
         return b""
+    with path.open("rb") as file:
+        return file.read(64)
 
 
 def _seal(vault: Vault) -> None:
     """Seals a database that is authentic as it stands, so that the next opening need not compare its rows."""
     found = vault.connection.authentic
-    if found is not None and not hmac.compare_digest(_sealed(vault), seal := _mac(vault, found)):
+    if found is not None:
         with contextlib.suppress(OSError):  # on a full disk the next opening compares all rows
-            _io.write(vault.folder / CHECKED, seal, private=True)
+            _io.write(vault.folder / CHECKED, _mac(vault, found), private=True)
 
 
 def _mac(vault: Vault, digest: bytes) -> bytes:

@@ -10,8 +10,9 @@ from smark_jax import _validate, carriers, errors, extraction, files
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.vault import documents
 
-# Bundles state the number of the read-out. Number 1, which older bundles leave unstated, had no bounds.
-_READOUT = 2
+# Bundles state the number of the read-out. Number 1, which older bundles leave unstated, had no bounds, and number 2
+# matched fewer layouts, and no folded or fused leaves.
+READOUT = 3
 
 
 class Aligner(NamedTuple):
@@ -39,7 +40,7 @@ class Reading(NamedTuple):
     def document(self) -> documents.Reading:
         """The reading as verdicts and evidence state it."""
         name = self.aligner.name if self.aligner else None
-        return documents.Reading(name, dict(self.given), self.rectify, _READOUT)
+        return documents.Reading(name, dict(self.given), self.rectify, READOUT)
 
 
 class Read(NamedTuple):
@@ -80,7 +81,7 @@ def read(
     """
     spec = carriers.with_ties(mark.spec, base)
     mark = mark._replace(spec=spec)
-    layout = files.match_layout(*_once(leaves, base, spec), reading.given)
+    layout = files.match_layout(carriers.with_tied(leaves, spec), base, reading.given)
     params: PyTree = files.nest(carriers.with_tied(layout.leaves, spec))
     report = None
     if reading.aligner:
@@ -97,27 +98,6 @@ def read(
     chips = extraction.extract(params, original, mark, reading.rectify)
     nothing = base_alone(files.flatten(params), mark, original) if control else None
     return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)
-
-
-def _once(
-    leaves: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], spec: carriers.Spec
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Suspect and base for :func:`files.match_layout`, which cannot tell the places of a tied tensor apart.
-
-    When the suspect uses other names, both keep only one place of each tied tensor.
-    """
-    leaves = carriers.with_tied(leaves, spec)
-    tied = {name for leaf in spec.leaves for name in leaf.tied}
-    if tied <= leaves.keys():
-        return leaves, dict(base)
-    sizes = {base[name].size for name in tied}
-    first: dict[tuple[str, bytes], str] = {}
-    for name, leaf in leaves.items():
-        if leaf.size in sizes:
-            first.setdefault((str((leaf.shape, leaf.dtype)), leaf.tobytes()), name)
-    once = set(first.values())
-    kept = {name: leaf for name, leaf in leaves.items() if leaf.size not in sizes or name in once}
-    return kept, {name: leaf for name, leaf in base.items() if name not in tied}
 
 
 def base_alone(like: Mapping[str, np.ndarray], mark: carriers.Mark, original: PyTree | None = None) -> np.ndarray:

@@ -146,8 +146,8 @@ def _judge(
     with checks.check(f"accusation of {name!r}", detail):
         require(found.log10_p <= math.log10(alpha), f"not significant: {detail}")
         close = abs(found.statistic - claim.statistic) <= _ROUNDING * max(1.0, abs(claim.statistic))
-        # Bundles without a read-out number bounded no shifts, so their T may differ; the value found here counts.
-        close |= isinstance(bundle.suspect.reading.readout, Missing)
+        # Of bundles with an earlier read-out, T may differ; the value found here counts.
+        close |= _earlier(bundle)
         require(close, f"T is {found.statistic:.2f} here and {claim.statistic:.2f} in the bundle")
         # Zeros in place of the suspect read like the base alone: what the suspect shares with them does not count.
         lost = f"the base alone reads as this codeword (T is {apart.statistic:.2f} without what it adds)"
@@ -176,10 +176,16 @@ def _read(
         raise Fails(error.desk) from None
 
 
+def _earlier(bundle: Bundle) -> bool:
+    """Whether an earlier version read the suspect, perhaps otherwise."""
+    number = bundle.suspect.reading.readout
+    return isinstance(number, Missing) or number < reading.READOUT
+
+
 def _misstated(bundle: Bundle, read: reading.Read) -> str | None:
     """What the bundle misstates about the reading; None when nothing, or when an older version wrote the bundle."""
     suspect = bundle.suspect
-    if isinstance(suspect.reading.readout, Missing):
+    if _earlier(bundle):
         return None
     if suspect.layout != read.layout:
         return "the bundle states another layout than is found here"

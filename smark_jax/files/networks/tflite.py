@@ -84,13 +84,14 @@ def load(source: Source, max_bytes: int) -> Graph:
     if len(inputs) != 1 or not outputs:
         raise Unreadable(f"it has {len(inputs)} inputs and {len(outputs)} outputs", "It must take images.")
     codes, tables = [tflite_schema.name(code) for code in root.tables(1)], graph.tables(0)
-    nodes = [_node(operator, codes, tables) for operator in graph.tables(3, graphs.MAX_NODES)]
+    values = [Value(str(number)) for number in range(len(tables))]
+    nodes = [_node(operator, codes, tables, values) for operator in graph.tables(3, graphs.MAX_NODES)]
     found = _leaves(root, graph, max_bytes)
     tensors = {str(number): leaf.tensor for leaf in found for number in leaf.numbers}
     weights = {str(number): leaf.name for leaf in found for number in leaf.numbers if leaf.carries}
-    image = _at(tables, inputs[0], "tensor")
+    image, result = _at(tables, inputs[0], "tensor"), _at(values, outputs[0], "tensor")
     shape = tuple(n if n > 0 else None for n in image.integers(7) or image.integers(0))
-    network = Graph(tuple(nodes), tensors, weights, str(inputs[0]), shape, str(outputs[0]))
+    network = Graph(tuple(nodes), tensors, weights, str(inputs[0]), shape, result.name)
     return graphs.needed(graphs.without_softmax(network, "SOFTMAX", ("QUANTIZE", "DEQUANTIZE")))
 
 
@@ -99,12 +100,13 @@ def _graph(root: Table) -> Table:
     return _at(root.tables(2), 0, "graph")
 
 
-def _node(operator: Table, codes: list[str], tensors: list[Table]) -> Node:
+def _node(operator: Table, codes: list[str], tensors: list[Table], values: list[Value]) -> Node:
     op = _at(codes, operator.number(0, "<I"), "operator")
-    inputs, outputs = operator.integers(1), operator.integers(2)
-    name = _at(tensors, outputs[0], "tensor").text(3) if outputs else op
-    arguments = tuple(Value(str(number)) if number >= 0 else None for number in inputs)
-    return Node(op, name, arguments, tflite_schema.settings(op, operator.table(4)), tuple(map(str, outputs)))
+    arguments = tuple(None if number == -1 else _at(values, number, "tensor") for number in operator.integers(1))
+    outputs = operator.integers(2)
+    results = tuple(_at(values, number, "tensor").name for number in outputs)
+    name = tensors[outputs[0]].text(3) if outputs else op
+    return Node(op, name, arguments, tflite_schema.settings(op, operator.table(4)), results)
 
 
 def _at(entries: list[Any], number: int, what: str) -> Any:
