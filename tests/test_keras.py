@@ -175,7 +175,7 @@ def test_every_kind_of_damage_to_hdf5_is_read_or_refused(tmp_path):
     """Cuts, flipped bits and edges of ranges, where they hurt most: in the bytes that are no numbers of weights."""
     content = zipfile.ZipFile(DATA / "keras_int8.keras").read("model.weights.h5")
     rng, refused = np.random.default_rng(0), 0
-    for _ in range(1500):
+    for _ in range(1000):
         broken, place = bytearray(content), int(rng.integers(len(content)))
         piece = (b"\xff" * 8, bytes(8), b"\xff\xff\xff\x7f", rng.bytes(2))[int(rng.integers(4))]
         broken[place : place + len(piece)] = piece
@@ -185,7 +185,7 @@ def test_every_kind_of_damage_to_hdf5_is_read_or_refused(tmp_path):
             _hdf5.File(bytes(broken), 2**20).items()
         except errors.Unreadable:
             refused += 1
-    assert refused > 300
+    assert refused > 200
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_what_is_no_network_or_runs_code_is_refused_by_name(tmp_path):
         with pytest.raises(errors.Unreadable, match=said):
             computed(tmp_path, model, ROW)
     many = model_of([])
-    for _ in range(16):  # each model holds the one before twice
+    for _ in range(14):  # each model holds the one before twice
         many = model_of([many, {**many, "config": {**many["config"], "name": "again"}}])
     with pytest.raises(errors.Unreadable, match="more than 20,000 layers"):
         computed(tmp_path, many, ROW)
