@@ -2,6 +2,7 @@
 
 A copy that is not Keras' own is moved there by hand. Run it with ``KERAS_BACKEND=torch``.
 """
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """ONNX files as onnxruntime rewrites them: with batch norms folded, and in int8 with QDQ pairs."""
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,10 +1,11 @@
 """Keras' file as TensorFlow converts it: TFLite in float32, in float16, and in int8 as a whole."""
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf  # pyright: ignore[reportMissingImports]
+import tensorflow as tf
 
 from experiments.formats.conversion import FORMS, REFERENCE, arguments, convert
 

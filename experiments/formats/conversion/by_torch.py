@@ -1,4 +1,5 @@
 """A copy of a network of PyTorch as PyTorch saves it, and any module: states, programs, ONNX, TFLite."""
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ def makers(module: nn.Module, images: torch.Tensor) -> dict[str, Callable[[Path]
         torch.onnx.export(module, (images,), path, dynamo=True, external_data=False, verbose=False)
 
     def litert(path: Path) -> None:
-        import litert_torch  # pyright: ignore[reportMissingImports]
+        import litert_torch
 
         litert_torch.convert(module, (images,)).export(str(path))
 

@@ -2,6 +2,7 @@
 
 Layers keep the names that Keras gives them, so that nothing but shapes and content tells which is which.
 """
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

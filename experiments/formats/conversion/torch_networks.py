@@ -1,4 +1,5 @@
 """The networks of PyTorch, with the names of the libraries that they come from."""
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 
 import sys
 from pathlib import Path
@@ -129,7 +130,7 @@ class ConvNeXt(nn.Module):
 def network(name: str) -> nn.Module:
     """A network with random weights."""
     if name == "EfficientNet-Lite0":
-        from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
+        from efficientnet_lite_pytorch import EfficientNet
 
         return EfficientNet.from_name("efficientnet-lite0").eval()
     return {"O-Net": ONet, "ViT": ViT, "ConvNeXt": ConvNeXt}[name]().eval()
