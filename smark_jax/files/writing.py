@@ -87,11 +87,13 @@ class Form:
                 name: _zip.checksums(data) if _zip.matches(data) else [] for name, data in contents.items()
             }
             self._notes = _notes(self._path, {main, *beside}) if self._path.is_dir() else []
-            self._names = {"": main, **{name: name for name in [*beside, *self._notes]}}
+        suffix = next((suffix for suffix in format.suffixes if main.endswith(suffix)), "")
         folder = bool(beside) or self._path.is_dir()
-        known = [suffix for suffix in format.suffixes if main.endswith(suffix)] or list(format.suffixes)
-        self.suffix = "" if folder else known[0]
-        self._data = {key: _mapped(source.path.parent / name) for key, name in self._names.items()}
+        self.suffix = "" if folder else suffix or format.suffixes[0]
+        names = {"": main, **{name: name for name in [*beside, *self._notes]}}
+        self._data = {key: _mapped(source.path.parent / name) for key, name in names.items()}
+        # By its ending the main file is found in a folder.
+        self._names = {**names, "": main if suffix else main + format.suffixes[0]}
 
     @functools.cached_property
     def leaves(self) -> Mapping[str, np.ndarray]:
