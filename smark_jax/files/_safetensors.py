@@ -94,14 +94,7 @@ def _check(data: bytes, size: int) -> list[Entry]:
         cut = length > size - 8
         why = f"of a file of {size:,}" if cut else f"where {_MAX_HEADER:,} are allowed"
         raise Unreadable(f"its header claims {length:,} bytes {why}", _ADVICE)
-    try:
-        header = json.loads(_limits.json_text(data[8 : 8 + length]), object_pairs_hook=_distinct)
-    except Unreadable:
-        raise
-    except (ValueError, RecursionError):  # invalid JSON, invalid UTF-8, or a number with too many digits
-        raise Unreadable("its header is not JSON", _ADVICE) from None
-    if not isinstance(header, dict):
-        raise Unreadable("its header is not a JSON object", _ADVICE)
+    header = _limits.json_object(data[8 : 8 + length], "its header", _ADVICE)
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise Unreadable("its metadata is more than text", _ADVICE)
@@ -131,10 +124,3 @@ def _entry(name: str, entry: Any) -> Entry:
         return Entry(name, what, offsets[0], offsets[1], ())
     shape = _limits.check_shape(name, entry["shape"], dtype, offsets[1] - offsets[0])
     return Entry(name, dtype, offsets[0], offsets[1], shape)
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Unreadable("a name in its header occurs twice", _ADVICE)
-    return found
