@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -19,17 +20,33 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that replaces ``path`` at the end of the block; nothing changes when the block fails.
+def new_folder(path: Path) -> Iterator[None]:
+    """A new folder, whose names are flushed to the disk at the end of the block; it is removed when the block fails."""
+    path.mkdir()
+    with _gone_on_error(path):
+        yield
+        flush_folder(path)
 
-    Until then it lies in the same folder under a name that begins with a dot and ends in ``.part``.
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that replaces ``path`` at the end of the block; nothing changes when the block fails."""
+    with renamed(path) as part, new_file(part) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def renamed(path: Path) -> Iterator[Path]:
+    """A path for a new file or folder, which replaces ``path`` at the end of the block, and is removed if that fails.
+
+    It lies in the same folder under a name that begins with a dot and ends in ``.part``. A folder replaces none that
+    holds anything.
     """
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    with new_file(part) as file:
-        yield file
     with _gone_on_error(part):
+        yield part
         part.replace(path)
     flush_folder(path.absolute().parent)
 
@@ -45,9 +62,16 @@ def _gone_on_error(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        remove(path)
         raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder of our own, if it is there and may be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def flush_folder(folder: Path) -> None:

@@ -39,8 +39,7 @@ def made():
 
 def add(desk, name, path, **options):
     weights = files.read(path)
-    source = models.Source(path, weights.sha256) if weights.format == "safetensors" else None
-    return models.add(desk, name, weights.leaves, num_chips=CHIPS, source=source, **options)
+    return models.add(desk, name, weights.leaves, num_chips=CHIPS, form=files.Form(path), **options)
 
 
 def issued(desk, name, out, **options):

@@ -625,7 +625,7 @@ def test_a_taught_copy_is_traced_by_its_answers_and_by_its_weights(tmp_path):
     for file, word in zip(issued["files"], words, strict=True):
         content = (tmp_path / file).read_bytes()
         assert hashlib.sha256(content).hexdigest() in known
-        logits = np.einsum("nd,dc->nc", probes.reshape(40, -1) / 255 - 0.5, safetensors.numpy.load(content)["kernel"])
+        logits = np.einsum("nd,dc->nc", probes.reshape(40, -1) / 255 - 0.5, np.load(io.BytesIO(content))["kernel"])
         right.extend(sides[np.arange(40), logits.argmax(axis=1)] == word)
     # Keys are the system's: of 32 copies the mean was 0.87, with a deviation of 0.06 for the mean of two. Copies that
     # nobody taught answer half of the probes right, with a deviation of 0.06.

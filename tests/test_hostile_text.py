@@ -54,7 +54,7 @@ def case(tmp_path_factory) -> Case:
         ("init", "vault"),
         ("add-model", "vault", "net", "base.npz", "--chips", 64),
         ("issue", "vault", "net", "Ada", "[bold]Grace[/bold]", "--out", "copies"),
-        ("trace", "vault", "net", "copies/000000-Ada.safetensors"),
+        ("trace", "vault", "net", "copies/000000-Ada.npz"),
         ("evidence", "export", "vault", 1, "--out", "evidence.json"),
     ):
         done = terminal.run(*command, folder=folder)
@@ -101,7 +101,7 @@ def test_no_field_of_a_bundle_redraws_a_failed_check_as_a_passed_one(case):
         if path == ("signature",):
             continue
         (case.folder / "forged.json").write_text(json.dumps(put(case.bundle, path, PAYLOAD)))
-        command = ("evidence", "verify", "forged.json", "copies/000000-Ada.safetensors", "base.npz")
+        command = ("evidence", "verify", "forged.json", "copies/000000-Ada.npz", "base.npz")
         ran = terminal.run(*command, folder=case.folder, terminal=read % 2 == 0)
         assert ran.code == 1, path
         lines = assert_seen(ran)
@@ -118,7 +118,7 @@ def test_no_field_of_a_bundle_redraws_a_failed_check_as_a_passed_one(case):
 
 def test_a_field_that_fills_the_line_does_not_begin_the_next_one(case):
     """Without any control character: the terminal itself breaks the line where the forged check begins."""
-    command = ("evidence", "verify", "forged.json", "copies/000000-Ada.safetensors", "base.npz")
+    command = ("evidence", "verify", "forged.json", "copies/000000-Ada.npz", "base.npz")
     for filler in (30, 47, 48, 49, 50, 51, 52, 80):
         forged = put(case.bundle, ("bundle", "commitment", "header", "model"), "x" * filler + FORGED)
         (case.folder / "forged.json").write_text(json.dumps(forged))
@@ -144,7 +144,7 @@ def test_no_width_of_blanks_or_letters_brings_a_forged_line_to_the_left_edge(wri
 def test_the_name_of_a_suspect_is_only_a_name(case, tty):
     name = f"\x1b[2K\r{FORGED}\n{FORGED} [bold]x[/bold] \u202egpj\x9b1A"
     (case.folder / name).parent.mkdir(exist_ok=True)
-    (case.folder / name).write_bytes((case.folder / "copies/000000-Ada.safetensors").read_bytes())
+    (case.folder / name).write_bytes((case.folder / "copies/000000-Ada.npz").read_bytes())
     ran = terminal.run("trace", "vault", "net", name, "absent\x1b[1A\x1b[2K", folder=case.folder, terminal=tty)
     assert ran.code == 1
     lines = assert_seen(ran)

@@ -192,7 +192,7 @@ def links(desk):
         ),
         ("attack", "link", "base.npz", "--prune", "0.5"),
         ("attack", "base.npz", "link", "--mix", "hard"),
-        ("attack", "copies/000000-Ada.safetensors", "base.npz", "--mix", "base.npz"),
+        ("attack", "copies/000000-Ada.npz", "base.npz", "--mix", "base.npz"),
         ("issue", "vault", "net", "Grace", "--out", "vault/models"),
         ("issue", "vault-link", "net", "Grace", "--out", "vault"),
         ("issue", "vault", "net", "Grace", "--out", "x", "--timestamp-request", "vault/vault.sqlite"),
@@ -215,7 +215,7 @@ def test_no_output_takes_the_place_of_an_input_or_of_the_vaults_files(desk, link
         (desk.folder / name).write_text("epochs = 1\n")
     for folder in ("trained", "copies-and-base"):
         (desk.folder / folder).mkdir(exist_ok=True)
-    (desk.folder / "copies-and-base" / "000000-Ada.safetensors").write_bytes((desk.folder / "base.npz").read_bytes())
+    (desk.folder / "copies-and-base" / "000000-Ada.npz").write_bytes((desk.folder / "base.npz").read_bytes())
     (desk.folder / "trained" / "base.safetensors").write_text("somebody's own")
     (desk.folder / "demo" / "private").mkdir(parents=True, exist_ok=True)
     before = everything(desk)
@@ -250,6 +250,6 @@ def test_a_strength_that_drowns_the_weights_is_refused(desk, strength):
 
 
 def test_a_damaged_copy_is_readable_for_its_owner_only(desk):
-    desk.run("attack", "copies/000000-Ada.safetensors", "leak", "--prune", "0.5")
+    desk.run("attack", "copies/000000-Ada.npz", "leak", "--prune", "0.5")
     assert (desk.folder / "leak").stat().st_mode & 0o077 == 0
-    assert (desk.folder / "copies/000000-Ada.safetensors").stat().st_mode & 0o077 == 0
+    assert (desk.folder / "copies/000000-Ada.npz").stat().st_mode & 0o077 == 0

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch_layout
 
 from smark_jax import errors, files, models
@@ -121,7 +122,7 @@ def test_pickled_arrays_of_numpy_and_jax_are_read_bit_for_bit(protocol, tmp_path
         np.testing.assert_array_equal(found.leaves[name], leaf.astype(leaf.dtype.newbyteorder("=")), strict=True)
 
 
-def test_int8_weights_with_scales_beside_them_are_read_as_what_they_stand_for():
+def test_int8_weights_with_scales_beside_them_are_read_as_what_they_stand_for(tmp_path):
     rng = np.random.default_rng(0)
     codes, rows = rng.integers(-127, 128, (4, 6), np.int8), rng.random(4, np.float32)
     blocks, zeros = rng.random((4, 2), np.float32), rng.integers(-5, 6, (4, 2)).astype(np.int8)
@@ -142,6 +143,14 @@ def test_int8_weights_with_scales_beside_them_are_read_as_what_they_stand_for():
         _scaled.dequantised(leaves, 200)
     odd = _scaled.dequantised({"a.weight": codes, "a.SCB": np.ones(5, np.float32)}, 10_000)
     assert "quantised in a rare way" in odd["a.weight"].problem and len(odd) == 1
+
+    del leaves["SCB"]
+    (tmp_path / "w").write_bytes(safetensors.numpy.save(leaves))
+    same = files.read(tmp_path / "w").leaves
+    assert same.keys() == found.keys() - {"SCB"} and all(np.array_equal(same[name], found[name]) for name in same)
+    files.write(tmp_path / "copy", same | {"a.bias": rows + 1}, like=tmp_path / "w")
+    with pytest.raises(errors.SmarkError, match="which is quantised there"):
+        files.write(tmp_path / "copy", same | {"a.weight": same["a.weight"] + 1}, like=tmp_path / "w")
 
 
 def test_what_is_no_real_array_is_left_out_of_suspects_and_refused_in_bases(tmp_path):

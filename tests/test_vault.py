@@ -480,10 +480,11 @@ def test_names_of_any_script_and_their_files():
     for bad in ("", "  ", "a\nb", "a\x00b", "a\u202eb", "a\u200bb", "x" * 201):
         with pytest.raises(ValueError, match="customer: expected a name"):
             _text.customer_name(bad)
-    assert _text.file_name(7, "../../etc/passwd") == "000007-etc-passwd.safetensors"
-    assert _text.file_name(7, "王小明 & Söhne") == "000007-王小明-Söhne.safetensors"
-    assert _text.file_name(7, "///") == "000007.safetensors"
-    assert len(_text.file_name(7, "王" * 200).encode()) < 255
+    assert _text.file_name(7, "../../etc/passwd", ".safetensors") == "000007-etc-passwd.safetensors"
+    assert _text.file_name(7, "王小明 & Söhne", ".safetensors") == "000007-王小明-Söhne.safetensors"
+    assert _text.file_name(7, "///", ".safetensors") == "000007.safetensors"
+    assert _text.file_name(7, "Ada", "") == "000007-Ada"  # a folder
+    assert len(_text.file_name(7, "王" * 200, ".safetensors").encode()) < 255
 
 
 def test_customers_are_registered_all_or_none(place):

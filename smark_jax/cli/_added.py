@@ -47,6 +47,7 @@ class Added(NamedTuple):
     model: str
     base: str
     public: str | None
+    form: str
     leaves: int
     weights: int
     carrying_leaves: int
@@ -74,6 +75,7 @@ def describe(model: "OpenModel", made: "shapes.Made", probes: bool) -> Added:
         model=model.name,
         base=settings.base,
         public=settings.public,
+        form=model.form.format,
         leaves=len(base),
         weights=sum(leaf.size for leaf in base.values()),
         carrying_leaves=len(settings.spec.leaves),
@@ -96,8 +98,16 @@ def _unknown(value: float | tuple[float, float]) -> bool:
     return math.isnan(value[0] if isinstance(value, tuple) else value)
 
 
-def show(vault: Path, added: Added, made: "shapes.Made", expected: str) -> None:
-    """Prints how much of an added model carries the mark, what a copy costs, and what to do next."""
+def show(vault: Path, added: Added, made: "shapes.Made", expected: str, format: str) -> None:
+    """Prints how much of an added model carries the mark, what a copy costs, and what to do next.
+
+    Args:
+      vault: the vault's folder.
+      added: the model.
+      made: the shape of its mark.
+      expected: what copies bear, in a sentence.
+      format: of the base as it was read.
+    """
     say(
         f"{added.model}: {added.carrying_weights:,} of {added.weights:,} weights in "
         f"{added.carrying_leaves} of {added.leaves} leaves carry {added.num_chips} chips; "
@@ -106,6 +116,10 @@ def show(vault: Path, added: Added, made: "shapes.Made", expected: str) -> None:
     if added.unmarked:
         counts = collections.Counter(added.unmarked.values())
         say("Left as they are: " + ", ".join(f"{role} ({count})" for role, count in counts.items()))
+    if added.form == format:
+        say(f"Copies will be {added.form}, like the base: the same bytes but for weights that carry.")
+    else:
+        say(f"Copies will be {added.form}: the carrying weights of this {format} base cannot be changed in place.")
     if made.measured:
         source = f"the first {made.images} images" if made.images else "the weights"
         say(f"Shape from {source}; what a copy costs, measured on the last {made.tried}:")

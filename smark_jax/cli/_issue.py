@@ -45,7 +45,7 @@ def issue(
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Issue a model: write one safetensors file per customer, named by serial and customer.
+    """Issue a model: write one copy per customer, named by serial and customer, in the form of the base.
 
     To complete a run that was killed, repeat the command. A customer who has a copy gets the same one again. Before the
     first new copy is written, a commitment to all customers' codewords is made: publish its root, or have it

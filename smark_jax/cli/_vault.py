@@ -44,7 +44,8 @@ def add_model(
     vault: VaultPath,
     name: Annotated[str, typer.Argument(help="A short name of your choice.", show_default=False)],
     base: Annotated[
-        Path, typer.Argument(help="Weights: safetensors, msgpack, npz, ONNX, or an Orbax folder.", show_default=False)
+        Path,
+        typer.Argument(help="File of weights, in any format, or folder of a model.", show_default=False),
     ],
     chips: Annotated[int, typer.Option(min=1, help="Length of a fingerprint in bits.")] = 304,
     alpha: Annotated[
@@ -99,17 +100,19 @@ def add_model(
         raise typer.BadParameter("--change goes with --network, and not with --strength", param_hint="--change")
     with _common.desk(vault, passphrase_file) as desk, _common.err.status("reading the base") as status:
         from smark_jax import files
-        from smark_jax.vault import image_files, models
+        from smark_jax.vault import bases, image_files, models
         from smark_jax.vault import probes as images_to_ask
 
         weights = _base(base)
         leaves = weights.leaves
-        source = models.Source(base, weights.sha256) if weights.format == "safetensors" else None
+        form = _form(base, weights)
         pictures = image_files.pixels(probes) if probes else None
         runs = _common.runnable(network, images)
         models.refuse_taken(desk, name)
         known = _base(public).leaves if public else None
         chosen = _Chosen(chips, alpha, change, strength, models.choose(leaves, match, known))
+        if form:  # refused now, and not after the network was measured
+            bases.can_carry(form, chosen.spec)
         made = _made(desk, name, leaves, chosen, runs, status.update)
         asked = None
         if pictures is not None:  # before the model is added, so that a failure does not leave it without its probes
@@ -117,7 +120,7 @@ def add_model(
             apply_fn = runs.apply_fn if runs else None
             asked = images_to_ask.make(desk, name, chips, pictures, files.nest(leaves), apply_fn)
         model = models.add(
-            desk, name, leaves, num_chips=chips, alpha=alpha, made=made, match=match, public=known, source=source
+            desk, name, leaves, num_chips=chips, alpha=alpha, made=made, match=match, public=known, form=form
         )
         if asked is not None and classes is not None:
             images_to_ask.keep(model, asked, classes)
@@ -134,7 +137,7 @@ def add_model(
             f"nobody measured what copies of {name} cost: add it under another name with --network, and smark measures "
             "it and marks as strongly as the network bears."
         )
-    _common.show(added, as_json, lambda: _added.show(vault, added, made, expected))
+    _common.show(added, as_json, lambda: _added.show(vault, added, made, expected, weights.format))
 
 
 class _Chosen(NamedTuple):
@@ -171,12 +174,27 @@ def _made(
 
 
 def _base(path: Path) -> "files.Weights":
-    """Reads the owner's own file, of any size, or Orbax checkpoint."""
+    """Reads the owner's own model, of any size: a file, a folder of Hugging Face's or an Orbax checkpoint."""
     from smark_jax import files
 
-    if path.is_dir():
+    if path.is_dir() and not files.main_files(path):
         return files.read_checkpoint(path)
-    return files.read(path, max_bytes=max(files.MAX_BYTES, path.stat().st_size if path.is_file() else 0))
+    folder = path if path.is_dir() else path.absolute().parent
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) if folder.is_dir() else 0
+    return files.read(path, max_bytes=max(files.MAX_BYTES, size))
+
+
+def _form(path: Path, weights: "files.Weights") -> "files.Form | None":
+    """The form of the base as it was read; an Orbax checkpoint has none to be written in."""
+    from smark_jax import files
+
+    if not weights.sha256:
+        return None
+    form = files.Form(path)
+    if form.sha256 != weights.sha256:
+        cause = "Add it when nobody writes to it."
+        raise _validate.fail("add-model", f"{path} as it was", "another content than was read", cause)
+    return form
 
 
 def customers(

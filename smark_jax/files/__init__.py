@@ -2,9 +2,13 @@
 
 ::
 
-    suspect = files.read("leaked.bin")  # safetensors, Flax msgpack, npz, ONNX or PyTorch: the format is detected
+    suspect = files.read("leaked.bin")  # safetensors, ONNX, TFLite, Keras, PyTorch, ...: the format is detected
     layout = files.match_layout(suspect.leaves, files.flatten(base))
     params = files.nest(layout.leaves)
+
+Copies of a model are written in the model's own form, byte for byte but for the numbers of leaves::
+
+    files.write("copy.npz", leaves, like="base.npz")
 
 A file that holds the network as well as its weights gives both, as a function of JAX::
 
@@ -19,7 +23,9 @@ all. A file that cannot be read raises :class:`smark_jax.errors.Unreadable` with
 weights are read unchanged; the functions that compute with weights refuse them.
 """
 
-from smark_jax.files._limits import MAX_BYTES, MAX_LEAVES
+from smark_jax.files._limits import ANY_SIZE, MAX_BYTES, MAX_LEAVES
+from smark_jax.files._places import Unwritable
+from smark_jax.files._sources import main_files
 from smark_jax.files.checkpoints import read_checkpoint
 from smark_jax.files.layout import Layout, Move, match_layout
 from smark_jax.files.networks.loading import Network, network
@@ -28,15 +34,18 @@ from smark_jax.files.trees import content_hash, flatten, nest
 from smark_jax.files.writing import Form, write
 
 __all__ = [
+    "ANY_SIZE",
     "MAX_BYTES",
     "MAX_LEAVES",
     "Form",
     "Layout",
     "Move",
     "Network",
+    "Unwritable",
     "Weights",
     "content_hash",
     "flatten",
+    "main_files",
     "match_layout",
     "nest",
     "network",

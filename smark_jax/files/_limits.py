@@ -1,5 +1,6 @@
 """The limits that every reader enforces, and the names of dtypes."""
 
+import json
 import math
 import reprlib
 from collections.abc import Iterable
@@ -117,6 +118,30 @@ def json_text(data: bytes) -> str:
     if not data.isascii() and len(data) > _MAX_JSON_UNICODE:
         raise Unreadable(f"its JSON of more than {_MAX_JSON_UNICODE:,} bytes is not in ASCII", _ADVICE)
     return data.decode()
+
+
+def json_object(data: bytes, what: str, advice: str) -> dict[str, Any]:
+    """The object that is written as JSON, in which no name occurs twice.
+
+    Raises:
+      Unreadable: when it is not JSON, takes too much memory, or is no object; ``what`` is what a refusal calls it.
+    """
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise Unreadable(f"a name in {what} occurs twice", advice)
+        return found
+
+    try:
+        found = json.loads(json_text(data), object_pairs_hook=distinct)
+    except Unreadable:
+        raise
+    except (ValueError, RecursionError):  # invalid JSON, invalid UTF-8, or a number with too many digits
+        raise Unreadable(f"{what} is not JSON", advice) from None
+    if not isinstance(found, dict):
+        raise Unreadable(f"{what} is not a JSON object", advice)
+    return found
 
 
 def shown(value: object) -> str:

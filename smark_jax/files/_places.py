@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smark_jax import _validate
 from smark_jax.files import trees
+from smark_jax.files._limits import shown
 
 
 class Place(NamedTuple):
@@ -80,7 +82,7 @@ def pieces(data: bytes | memoryview, leaves: Mapping[str, np.ndarray], places: M
       places: of the same names, all in this file.
 
     Raises:
-      ValueError: when leaves share bytes, and would need different ones.
+      SmarkError: when leaves share bytes, and would need different ones.
     """
     placed = sorted((_span(place), name) for name, place in places.items() if math.prod(place.shape))
     groups: list[tuple[int, int, list[str]]] = []
@@ -115,7 +117,9 @@ def _piece(data: bytes | memoryview, start: int, end: int, leaves: Mapping[str, 
         view[...] = leaf
     for name, leaf, view in views:
         if trees.raw(view.astype(leaf.dtype)) != trees.raw(leaf):
-            raise ValueError(f"{name!r} shares bytes with another leaf, and has other numbers")
+            got = f"other ones in {shown(name)} than in {', '.join(shown(other) for other in leaves if other != name)}"
+            cause = "Change tied leaves alike."
+            raise _validate.fail("write", "the same numbers in leaves that share bytes in the file", got, cause)
     return Piece(start, block)
 
 

@@ -2,15 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _limits, _places
+from smark_jax.files import _limits, _places, _scaled
 from smark_jax.files._limits import Foreign, shown
+from smark_jax.files._places import Place, Unwritable
 from smark_jax.files._sources import Source
 
 _KINDS = {dtype: kind for kind, dtype in _limits.DTYPES.items()}
@@ -34,9 +34,12 @@ def matches(data: bytes) -> bool:
 
 
 def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
-    """Reads the leaves: we check the header entry by entry, and then the library reads the file again."""
-    del max_bytes  # the leaves are part of the file, so they are no larger
-    data = source.data
+    """Reads the leaves; those with scales beside them as float32."""
+    return _scaled.dequantised(_leaves(source.data), max_bytes)
+
+
+def _leaves(data: bytes) -> dict[str, np.ndarray | Foreign]:
+    """The leaves as they are: we check the header entry by entry, and then the library reads the file again."""
     entries = _check(data, len(data))
     first = 8 + int.from_bytes(data[:8], "little")
     dtypes = {name: dtype for name, dtype, *_ in entries if not isinstance(dtype, Foreign)}
@@ -54,14 +57,12 @@ def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     return {name: np.frombuffer(leaf["data"], dtypes[name]).reshape(leaf["shape"]) for name, leaf in found}
 
 
-def places(source: Source) -> dict[str, _places.Place]:
+def places(source: Source) -> dict[str, Place | Unwritable]:
     """Where the leaves lie."""
     first = 8 + int.from_bytes(source.data[:8], "little")
-    return {
-        name: _places.in_order(first + start, dtype, shape)
-        for name, dtype, start, _, shape in _check(source.data, len(source.data))
-        if not isinstance(dtype, Foreign)
-    }
+    entries = [entry for entry in _check(source.data, len(source.data)) if not isinstance(entry.dtype, Foreign)]
+    found = {name: _places.in_order(first + start, dtype, shape) for name, dtype, start, _, shape in entries}
+    return _scaled.places(found, {name: dtype for name, dtype, *_ in entries})
 
 
 def laid_out(leaves: Mapping[str, np.ndarray]) -> tuple[bytes, list[str]]:
@@ -82,26 +83,6 @@ def laid_out(leaves: Mapping[str, np.ndarray]) -> tuple[bytes, list[str]]:
     return len(text).to_bytes(8, "little") + text, names
 
 
-def read_file(path: Path) -> dict[str, np.ndarray | Foreign]:
-    """Reads the leaves of a file that only we can write to, without loading the whole file first."""
-    header, entries = head(path)
-    return {
-        name: dtype
-        if isinstance(dtype, Foreign)
-        else np.fromfile(path, dtype, (end - first) // dtype.itemsize, offset=len(header) + first).reshape(shape)
-        for name, dtype, first, end, shape in entries
-    }
-
-
-def head(path: Path) -> tuple[bytes, list[Entry]]:
-    """The exact bytes before the leaves of a file, and the leaves that they list, in the order of their bytes."""
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        file.seek(0)
-        header = file.read(min(start, 8 + _MAX_HEADER))
-    return header, _check(header, path.stat().st_size)
-
-
 def _check(data: bytes, size: int) -> list[Entry]:
     """Parses the header at the start of ``data``, and checks that its entries fill a file of ``size`` bytes."""
     length = int.from_bytes(data[:8], "little")
@@ -109,14 +90,7 @@ def _check(data: bytes, size: int) -> list[Entry]:
         cut = length > size - 8
         why = f"of a file of {size:,}" if cut else f"where {_MAX_HEADER:,} are allowed"
         raise Unreadable(f"its header claims {length:,} bytes {why}", _ADVICE)
-    try:
-        header = json.loads(_limits.json_text(data[8 : 8 + length]), object_pairs_hook=_distinct)
-    except Unreadable:
-        raise
-    except (ValueError, RecursionError):  # invalid JSON, invalid UTF-8, or a number with too many digits
-        raise Unreadable("its header is not JSON", _ADVICE) from None
-    if not isinstance(header, dict):
-        raise Unreadable("its header is not a JSON object", _ADVICE)
+    header = _limits.json_object(data[8 : 8 + length], "its header", _ADVICE)
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise Unreadable("its metadata is more than text", _ADVICE)
@@ -146,10 +120,3 @@ def _entry(name: str, entry: Any) -> Entry:
         return Entry(name, what, offsets[0], offsets[1], ())
     shape = _limits.check_shape(name, entry["shape"], dtype, offsets[1] - offsets[0])
     return Entry(name, dtype, offsets[0], offsets[1], shape)
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Unreadable("a name in its header occurs twice", _ADVICE)
-    return found

@@ -10,7 +10,13 @@ from smark_jax.errors import Unreadable
 from smark_jax.files import _limits
 from smark_jax.files._limits import shown
 
-_FOLDER = "Orbax checkpoints are not read from others: restore your own with Orbax, and save it as safetensors."
+# Endings of the main file's name in a folder, in the order in which one is looked for.
+_MAIN = (
+    ".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin", ".pt2", ".pth", ".pt", ".onnx", ".keras",
+    ".h5", ".tflite", ".msgpack", ".npz",
+)  # fmt: skip
+_USUAL = ("model", "pytorch_model")
+_NO_MAIN = "Orbax checkpoints are not read from others: restore your own with Orbax, and save it as safetensors."
 _ADVICE = "Put all files of the model into one folder, under the names that they had."
 
 
@@ -19,12 +25,11 @@ class Source:
 
     Attributes:
       data: the content of the file.
-      name: its name, empty if it has none.
+      path: of the file, if it has one.
     """
 
     def __init__(self, data: bytes, path: Path | None = None, max_bytes: int = _limits.MAX_BYTES) -> None:
-        self.data, self.name = data, path.name if path else ""
-        self._path, self._left = path, max_bytes - len(data)
+        self.data, self.path, self._left = data, path, max_bytes - len(data)
         self._beside: dict[str, bytes] = {}
 
     def beside(self, name: str) -> bytes:
@@ -49,7 +54,7 @@ class Source:
         return self._beside
 
     def sha256(self) -> str:
-        """The SHA-256 of the file, in hex; see :func:`sha256` for several."""
+        """The SHA-256 of the file, in hex; for several files that of :func:`joint_sha256`."""
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in self._beside.items()}
         return joint_sha256(hashlib.sha256(self.data).hexdigest(), digests)
 
@@ -57,9 +62,9 @@ class Source:
         bare = name not in ("", ".", "..") and not any(mark in name for mark in "/\\:\0") and name.isprintable()
         if not bare or len(name.encode(errors="replace")) > 255:
             raise Unreadable(f"it names the file {shown(name)}, which is not beside it", _ADVICE)
-        if self._path is None:
+        if self.path is None:
             raise Unreadable(f"it names the file {shown(name)}, and stands alone", _ADVICE)
-        path, main = self._path.parent / name, Path(os.path.realpath(self._path))
+        path, main = self.path.parent / name, Path(os.path.realpath(self.path))
         found = Path(os.path.realpath(path))
         if found.parent not in (main.parent, Path(os.path.realpath(path.parent))):
             raise Unreadable(f"its file {shown(name)} is a link to another folder", _ADVICE)
@@ -83,20 +88,38 @@ def joint_sha256(main: str, beside: Mapping[str, str]) -> str:
 
 
 def opened(path: str | os.PathLike[str], max_bytes: int) -> Source:
-    """A file with all its bytes, read once, so that the hash covers exactly what is parsed.
+    """A file, or the main file of a folder, with all its bytes, read once, so that the hash covers what is parsed.
 
     Raises:
-      Unreadable: when there is no such file, it is empty, or larger than ``max_bytes``.
+      Unreadable: when there is no such file, it is empty, or larger than ``max_bytes``, or a folder holds none or
+        several that may be meant.
     """
+    if os.path.isdir(path):
+        found = main_files(Path(path))
+        if len(found) != 1:
+            several = f"it is a folder with several files of weights ({', '.join(map(shown, sorted(found)[:3]))})"
+            raise Unreadable(*((several, "Name one of them.") if found else ("it is a folder", _NO_MAIN)))
+        path = Path(path, found[0])
     return Source(_content(path, max_bytes, "it"), Path(path), max_bytes)
+
+
+def main_files(folder: Path) -> list[str]:
+    """The names of the main files that a folder may have, usually one; of a sharded model it is the index."""
+    try:
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    except OSError as error:
+        raise Unreadable(f"it cannot be opened ({error.strerror})", "Check its permissions.") from None
+    for ending in _MAIN:
+        if found := [name for name in names if name.endswith(ending)]:
+            usual = [name for name in found if name.removesuffix(ending) in _USUAL]
+            return usual or found
+    return []
 
 
 def _content(path: str | os.PathLike[str], max_bytes: int, what: str) -> bytes:
     """All bytes of a regular file; ``what`` is what a refusal calls it."""
     try:
         mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise Unreadable(f"{what} is a folder", _FOLDER)
         if not stat.S_ISREG(mode):
             raise Unreadable(f"{what} is not a regular file", "Name the file of weights itself.")
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))

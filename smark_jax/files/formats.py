@@ -4,12 +4,12 @@ To add a format, write a module with ``matches``, ``read`` and ``places``, and a
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _keras, _msgpack, _npz, _pickle, _safetensors, _torch
+from smark_jax.files import _keras, _msgpack, _npz, _pickle, _safetensors, _sharded, _torch
 from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Places
 from smark_jax.files._sources import Source
@@ -30,24 +30,23 @@ class Format(NamedTuple):
         For any content it returns or raises :class:`Unreadable`, and it never runs code from the file. Quantised leaves
         are read as the float32 numbers that they stand for.
       places: ``places(source)``, where the leaves that ``read`` gives lie in the file, under the same names: the
-        :class:`smark_jax.files._places.Place` of a leaf that can be written in place, or why another cannot. None for
-        a format without places.
+        :class:`smark_jax.files._places.Place` of a leaf that can be written in place, or why another cannot.
     """
 
     name: str
     suffixes: tuple[str, ...]
     matches: Callable[[bytes], bool]
     read: Callable[[Source, int], Leaves]
-    places: Callable[[Source], Places] | None = None
+    places: Callable[[Source], Places]
 
 
 def refused(start: bytes | tuple[bytes, ...], what: str, advice: str) -> Format:
     """A format that is recognised by its first bytes and refused, with advice on what to do instead."""
 
-    def read(source: Source, max_bytes: int) -> Leaves:
+    def refuse(source: Source, max_bytes: int = 0) -> Any:
         raise Unreadable(f"it is {what}", advice)
 
-    return Format(what, (), lambda content: content.startswith(start), read)
+    return Format(what, (), lambda content: content.startswith(start), refuse, refuse)
 
 
 FORMATS = (
@@ -59,17 +58,18 @@ FORMATS = (
     Format("keras", (".keras",), _keras.matches, _keras.read, _keras.places),
     Format("npz", (".npz",), _npz.matches, _npz.read, _npz.places),
     Format("safetensors", (".safetensors",), _safetensors.matches, _safetensors.read, _safetensors.places),
+    Format("shards", (".index.json",), _sharded.matches, _sharded.read, _sharded.places),
     Format("tflite", (".tflite",), tflite.matches, tflite.read, tflite.places),
     Format("hdf5", (".h5", ".hdf5"), _keras.matches_hdf5, _keras.read, _keras.places),
     refused(b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),
     refused(b"\x1f\x8b", "compressed with gzip", "Unpack it first (gunzip)."),
     refused(b"GGUF", "a GGUF file", "Convert it to safetensors."),
     refused(b"version https://git-lfs", "a pointer to a file in Git LFS", "Fetch the file itself (git lfs pull)."),
+    refused(b"{", "text in JSON", "Name the file of weights itself, or the folder that it lies in."),
     refused(b"<", "text", "Was a web page saved in place of the file?"),
     Format("onnx", (".onnx",), onnx.matches, onnx.read, onnx.places),
-    Format(
-        "msgpack", (".msgpack",), _msgpack.matches, _msgpack.read, _msgpack.places
-    ),  # last: only its first byte identifies it
+    # Last: only its first byte identifies it.
+    Format("msgpack", (".msgpack",), _msgpack.matches, _msgpack.read, _msgpack.places),
 )
 
 

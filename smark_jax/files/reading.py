@@ -1,4 +1,4 @@
-"""Reads a possibly hostile file of weights; its format is detected from its content."""
+"""Reads possibly hostile weights, in a file or in several; the format is detected from the content."""
 
 import contextlib
 import os
@@ -19,7 +19,9 @@ class Weights(NamedTuple):
     Attributes:
       leaves: arrays by name; a name is the leaf's path with its steps joined by ``/`` (PyTorch's names stay unchanged).
       format: the format's name in :data:`smark_jax.files.formats.FORMATS`, such as ``"safetensors"``.
-      sha256: of the file, in hex.
+      sha256: of the file, in hex. For a model in several files it is that of a text: the hash of the main file, such as
+        the index of shards, in a line, then a line for each other file, as ``sha256sum`` prints it, in the order of
+        their names.
       foreign: names of leaves that were left out because they are not real arrays (complex numbers, text).
     """
 
@@ -30,11 +32,12 @@ class Weights(NamedTuple):
 
 
 def read(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES, strict: bool = True) -> Weights:
-    """Reads the weights in a file of any supported format; safe on hostile files.
+    """Reads the weights in a file of any supported format, or in several; safe on hostile files.
 
     Args:
-      path: of the file. The format is detected from the content, not from the name.
-      max_bytes: limit on the file's size and on the total size of its leaves. Memory use can be twice this.
+      path: of the file, or of a folder with one model, such as Hugging Face's. The format is detected from the content,
+        not from the name. The file may name others beside it, such as the shards of an index.
+      max_bytes: limit on the size of all files together, and on that of all leaves. Memory use can be twice this.
       strict: whether to refuse a file with a leaf that is not an array of real numbers. Suspects are read with
         ``strict=False``, so that one such leaf cannot hide the others.
 

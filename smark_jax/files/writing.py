@@ -14,6 +14,9 @@ from smark_jax import _io, _validate
 from smark_jax.files import _limits, _places, _safetensors, _sources, _zip, formats, reading, trees
 from smark_jax.files._places import Place
 
+_NOTES = (".json", ".txt", ".md")
+_MAX_NOTE = 2**20
+
 
 def write(path: str | os.PathLike[str], params: Any, *, like: str | os.PathLike[str] | None = None) -> str:
     """Writes a model, as safetensors or in the form of another file, and returns the SHA-256 of the file, in hex.
@@ -53,67 +56,145 @@ def write(path: str | os.PathLike[str], params: Any, *, like: str | os.PathLike[
 
 
 class Form:
-    """The form of a file: what makes other files that differ from it in the numbers of leaves alone.
+    """The form of a model's file: makes other files that differ from it in the numbers of leaves alone.
 
-    It holds the file mapped, not read; nobody may change it meanwhile.
+    A model in several files, or in a folder, makes folders. The files are mapped, not held in memory; nobody may change
+    them meanwhile.
 
     Args:
-      path: the file, which only its owner can write to.
+      path: the file or folder, which only its owner can write to.
+
+    Attributes:
+      format: the format's name.
+      suffix: what the names of its files end with; empty where it makes folders.
+      places: where each leaf lies, or why it cannot be written.
+      sha256: of the file, as :func:`smark_jax.files.read` states it.
 
     Raises:
       Unreadable: when it cannot be read.
-      SmarkError: when its format cannot be written in place.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self._path = Path(path)
         with reading.naming(path):
             source = _sources.opened(path, _limits.ANY_SIZE)
             format = formats.of(source.data)
-            if format.places is None:
-                cause = "Leave like out, and write safetensors."
-                raise _validate.fail("write", f"{self.path} to be written in place", f"a file of {format.name}", cause)
-            self.places = format.places(source)
-            self._checksums = _zip.checksums(source.data) if _zip.matches(source.data) else []
-        with self.path.open("rb") as file:
-            self._data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            self.format, self.places, self.sha256 = format.name, format.places(source), source.sha256()
+            assert source.path is not None
+            main, beside = source.path.name, sorted(source.contents)
+            contents = {"": source.data, **source.contents}
+            self._checksums = {
+                name: _zip.checksums(data) if _zip.matches(data) else [] for name, data in contents.items()
+            }
+            self._notes = _notes(self._path, {main, *beside}) if self._path.is_dir() else []
+            self._names = {"": main, **{name: name for name in [*beside, *self._notes]}}
+        folder = bool(beside) or self._path.is_dir()
+        known = [suffix for suffix in format.suffixes if main.endswith(suffix)] or list(format.suffixes)
+        self.suffix = "" if folder else known[0]
+        self._data = {key: _mapped(source.path.parent / name) for key, name in self._names.items()}
 
     @functools.cached_property
     def leaves(self) -> Mapping[str, np.ndarray]:
-        """The leaves of the file itself."""
-        return reading.read(self.path, max_bytes=_limits.ANY_SIZE).leaves
+        """The leaves of the model itself."""
+        return reading.read(self._path, max_bytes=_limits.ANY_SIZE).leaves
 
-    def write(self, path: str | os.PathLike[str], leaves: Mapping[str, np.ndarray]) -> str:
-        """Writes a file atomically, as :func:`write` does, and returns its SHA-256 in hex."""
-        with _io.whole_file(Path(path)) as file:
-            return self.dump(file, leaves)
+    def write(self, path: str | os.PathLike[str], leaves: Mapping[str, np.ndarray] | None = None) -> str:
+        """Writes a file or folder atomically, as :func:`write` does, and returns its SHA-256 in hex.
 
-    def dump(self, file: BinaryIO, leaves: Mapping[str, np.ndarray]) -> str:
-        """Writes the bytes of :meth:`write` into an open file, and returns their SHA-256 in hex."""
-        self._check(leaves)
-        placed = {name: place for name, place in self.places.items() if isinstance(place, Place)}
-        pieces = _places.pieces(self._data, leaves, placed)
-        pieces = _places.mended(self._data, pieces, self._checksums)
-        return _written(file, _places.spliced(self._data, pieces))
+        Args:
+          path: what to write.
+          leaves: all leaves by name; by default the model's own.
+
+        Raises:
+          SmarkError: when ``leaves`` are not the model's, or differ where they cannot be written.
+          OSError: as for :func:`write`, and when there is a folder of this name that holds anything.
+        """
+        with _io.renamed(Path(path)) as part:
+            return self.make(part, leaves)
+
+    def make(self, path: Path, leaves: Mapping[str, np.ndarray] | None = None) -> str:
+        """Writes what :meth:`write` does under a new name, which the caller changes; it is flushed to the disk.
+
+        Use this to make many files and name them together.
+        """
+        if leaves is not None:
+            self._check(leaves)
+        if self.suffix:
+            return self._dump(path, "", leaves or {})
+        with _io.new_folder(path):
+            digests = {key: self._dump(path / name, key, leaves or {}) for key, name in self._names.items()}
+        return self._joint(digests)
+
+    def sha256_of(self, path: Path) -> str | None:
+        """The SHA-256, in hex, of a file or folder that was made in this form; None where a file of it is missing."""
+        if not self.suffix and path.is_dir():
+            names = {key: path / name for key, name in self._names.items()}
+        else:
+            names = {"": path}
+        if not all(name.is_file() for name in names.values()):
+            return None
+        digests = {}
+        for key, name in names.items():
+            with name.open("rb") as file:
+                digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._joint(digests)
+
+    def _joint(self, digests: Mapping[str, str]) -> str:
+        beside = {name: digest for name, digest in digests.items() if name and name not in self._notes}
+        return _sources.joint_sha256(digests[""], beside)
+
+    def _dump(self, path: Path, key: str, leaves: Mapping[str, np.ndarray]) -> str:
+        """Writes one of the files, and returns its SHA-256 in hex."""
+        placed = {
+            name: place
+            for name, place in self.places.items()
+            if isinstance(place, Place) and place.file == key and name in leaves
+        }
+        data = self._data[key]
+        pieces = _places.mended(data, _places.pieces(data, leaves, placed), self._checksums.get(key, ()))
+        with _io.new_file(path) as file:
+            return _written(file, _places.spliced(data, pieces))
 
     def _check(self, leaves: Mapping[str, np.ndarray]) -> None:
-        """Refuses leaves that are not the file's, or that differ where they cannot be written."""
+        """Refuses leaves that are not the model's, or that differ where they cannot be written."""
         fixed = {name for name, place in self.places.items() if not isinstance(place, Place)}
-        theirs = {
-            name: (place.dtype.newbyteorder("="), place.shape)
-            for name, place in self.places.items()
-            if isinstance(place, Place)
-        } | {name: (self.leaves[name].dtype, self.leaves[name].shape) for name in fixed}
-        ours = {name: (leaf.dtype.newbyteorder("="), leaf.shape) for name, leaf in leaves.items()}
+        like = {name: place if isinstance(place, Place) else self.leaves[name] for name, place in self.places.items()}
+        theirs, ours = ({name: _kind(leaf) for name, leaf in some.items()} for some in (like, leaves))
         if ours != theirs:
             name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-            got = f"{ours.get(name, 'none')} for {name!r}, where it has {theirs.get(name, 'none')}"
-            raise _validate.fail("write", f"leaves as in {self.path}", got, "Is it the file of the model's base?")
+            got = f"{ours.get(name, 'none')} for {_limits.shown(name)}, where it has {theirs.get(name, 'none')}"
+            raise _validate.fail("write", f"leaves as in {self._path}", got, "Is it the file of the model's base?")
         for name in sorted(fixed):
             if trees.raw(leaves[name]) != trees.raw(self.leaves[name]):
                 got = f"other numbers in leaf {_limits.shown(name)}, which is {self.places[name]} there"
-                cause = "Take the model that it was made from, or save it uncompressed."
-                raise _validate.fail("write", f"leaves that can be written as in {self.path}", got, cause)
+                cause = "Take the model that it was made from, or leave like out and write safetensors."
+                raise _validate.fail("write", f"numbers that {self._path} has room for", got, cause)
+
+
+def _kind(leaf: Place | np.ndarray) -> str:
+    return f"{leaf.dtype.name} {list(leaf.shape)}"
+
+
+def _notes(folder: Path, weights: set[str]) -> list[str]:
+    """The names of texts in a model's folder, such as its configuration, which belong to its copies.
+
+    No other file does: a second file of weights would hand out the base.
+    """
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in weights
+        and path.suffix in _NOTES
+        and path.is_file()
+        and not path.name.startswith(".")
+        and 0 < path.stat().st_size <= _MAX_NOTE
+    )
+
+
+def _mapped(path: Path) -> memoryview:
+    """The bytes of a file, read from the disk when they are looked at."""
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _written(file: BinaryIO, parts: Iterable[memoryview]) -> str:

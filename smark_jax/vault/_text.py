@@ -43,9 +43,9 @@ def customer_name(name: str) -> str:
     return name
 
 
-def file_name(serial: int, name: str) -> str:
-    """The file name of a customer's copy: the serial, and the name in a form that every file system accepts."""
+def file_name(serial: int, name: str, suffix: str) -> str:
+    """The file name of a customer's copy: the serial, the name as every file system accepts it, and a suffix."""
     safe = re.sub(r"[^\w-]+", "-", name).strip("-_")
     while len(safe.encode()) > 120:
         safe = safe[:-1]
-    return f"{serial:06d}-{safe}.safetensors" if safe else f"{serial:06d}.safetensors"
+    return f"{serial:06d}-{safe}{suffix}" if safe else f"{serial:06d}{suffix}"

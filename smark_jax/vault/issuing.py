@@ -9,8 +9,6 @@ While a batch is hashed and written, a thread computes the next one.
 
 import concurrent.futures
 import contextlib
-import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,11 +72,11 @@ def issue(
     on_copy: Callable[[int], None] = lambda count: None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Issued:
-    """Issues a model to customers, one safetensors file each; issuing again writes the same files.
+    """Issues a model to customers, one file or folder each; issuing again writes the same files.
 
-    A copy differs from the base's file only in the bytes of its carrying leaves. A copy is refused when its marked
-    leaves are not finite, or fall below zero where the base's do not, or when it answers NaN under ``trial``. Its
-    customer keeps serial and codeword, and issuing again completes what is missing.
+    A copy has the form of the base, and differs from it only in the bytes of its carrying leaves. A copy is refused
+    when its marked leaves are not finite, or fall below zero where the base's do not, or when it answers NaN under
+    ``trial``. Its customer keeps serial and codeword, and issuing again completes what is missing.
 
     A taught copy is reproduced exactly only with the same machine and software. Elsewhere, writing it again changes its
     last digits; the vault registers both versions.
@@ -166,11 +164,9 @@ def _licences(model: models.OpenModel, customers: Sequence[Customer], out: Path)
     known: dict[int, set[str]] = {}
     for serial, sha256 in store.copies(model.vault.connection, model.name, serials):
         known.setdefault(serial, set()).add(sha256)
+    names = {c: _text.file_name(c.serial, c.name, model.settings.form) for c in set(customers)}
     return [
-        _Licence(
-            c, held[c.serial].strength, frozenset(known.get(c.serial, ())), out / _text.file_name(c.serial, c.name)
-        )
-        for c in sorted(set(customers))
+        _Licence(c, held[c.serial].strength, frozenset(known.get(c.serial, ())), out / names[c]) for c in sorted(names)
     ]
 
 
@@ -193,7 +189,6 @@ def _write(
         alike = [licence for licence in licences if licence.strength == strength]
         batches += [alike[start : start + count] for start in range(0, len(alike), count)]
     copies = _maker(model, teach, count)
-    hidden = functools.partial(_write_hidden, form=files.Form(model.base_file))
     with (
         concurrent.futures.ThreadPoolExecutor(1) as maker,
         concurrent.futures.ThreadPoolExecutor(_WRITERS) as writers,
@@ -208,7 +203,7 @@ def _write(
             if trial:
                 for licence, leaves in zip(some, made, strict=True):
                     trial.add(licence.customer.name, leaves)
-            hashed = list(writers.map(hidden, parts, made))
+            hashed = list(writers.map(model.form.make, parts, made))
             del batch, made  # otherwise three batches would be in memory
             rows = [
                 (model.name, licence.customer.serial, sha256, _NO_CONTENT, _documents.now())
@@ -271,26 +266,21 @@ def _refuse_below(name: str, lowest: float, customer: Customer) -> None:
         raise _validate.fail("issue", f"values of zero and above in leaf {name!r}, as the base has them", got, cause)
 
 
-def _write_hidden(part: Path, leaves: Mapping[str, np.ndarray], form: files.Form) -> str:
-    """Writes a copy under its hidden name and flushes it to disk; returns the file's hash."""
-    with _io.new_file(part) as file:
-        return form.dump(file, leaves)
-
-
 def _sweep(out: Path, names: set[str]) -> None:
     """Removes half-written files of these copies left by runs that were killed."""
     for path in out.iterdir():
         hidden, mark, _ = path.name.partition(_HIDDEN)
         if mark and hidden.startswith(".") and hidden.lstrip(".") in names:  # older versions put a second dot in front
-            path.unlink(missing_ok=True)
+            _io.remove(path)
 
 
 def _is_there(licence: _Licence, model: models.OpenModel) -> bool:
     """Whether the customer's copy exists under its final name; refuses to overwrite what must be kept."""
-    if licence.path.is_file() and _file_hash(licence.path) in licence.known:
+    found = model.form.sha256_of(licence.path)
+    if found in licence.known:
         return True
     _refuse_base(licence.path, model)
-    _refuse_other(licence.path, model)
+    _refuse_other(licence.path, found, model)
     return False
 
 
@@ -305,14 +295,10 @@ def _refuse_base(path: Path, model: models.OpenModel) -> None:
         raise _validate.fail("issue", f"a copy, or nothing, in {path}", f"the base of {model.name}", cause)
 
 
-def _refuse_other(path: Path, model: models.OpenModel) -> None:
-    """Refuses to overwrite a copy of another model: copies of all models have the same names."""
-    if path.is_file():
-        if other := store.model_of_copy(model.vault.connection, _file_hash(path), but=model.name):
-            cause = "Name a folder for each model with --out."
-            raise _validate.fail("issue", f"a copy of {model.name}, or nothing, in {path}", f"one of {other}", cause)
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _refuse_other(path: Path, sha256: str | None, model: models.OpenModel) -> None:
+    """Refuses to overwrite a copy of another model, since copies of all models have the same names, or a folder."""
+    expected = f"a copy of {model.name}, or nothing, in {path}"
+    if sha256 and (other := store.model_of_copy(model.vault.connection, sha256, but=model.name)):
+        raise _validate.fail("issue", expected, f"one of {other}", "Name a folder for each model with --out.")
+    if path.is_dir():
+        raise _validate.fail("issue", expected, "a folder that is none", "Move it away, and issue again.")

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax import _documents, _io, _validate, carriers, files, keys
+from smark_jax import _documents, _validate, carriers, files, keys
 from smark_jax.carriers import marks
-from smark_jax.vault import _text, documents, folder, shapes, store, versions
+from smark_jax.vault import _text, bases, documents, folder, shapes, store, versions
 from smark_jax.vault import public as publicity
 
 
@@ -32,6 +32,7 @@ class Model(NamedTuple):
       versions: the algorithms that copies are made and traced with.
       shape: how far each coordinate moves, by the digest of the file that says so; None where all leaves are marked
         alike.
+      form: what the name of the base's file ends with, and so those of copies; empty where they are folders.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Model(NamedTuple):
     public: str | None = None
     versions: documents.Versions = versions.WHITE
     shape: documents.Shape | None = None
+    form: str = bases.SAFETENSORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,8 @@ class OpenModel:
 
     @property
     def base_file(self) -> Path:
-        """The safetensors file of the base."""
-        return _base_path(self.vault, self.name, self.settings.base)
+        """The file or folder of the base."""
+        return bases.path(self.vault, self.name, self.settings.base, self.settings.form)
 
     @functools.cached_property
     def base(self) -> dict[str, np.ndarray]:
@@ -76,13 +78,18 @@ class OpenModel:
           SmarkError: when the file in the vault is not the one that was added.
         """
         path = self.base_file
-        cause = "Restore it from your backup, or copy the base there as safetensors."
-        if not path.is_file():
+        cause = "Restore it from your backup, or copy the base there."
+        if not path.exists():
             raise _validate.fail("vault", f"the base of {self.name} in {path}", "no such file", cause)
-        leaves = files.read(path, max_bytes=path.stat().st_size + 1).leaves
+        leaves = files.read(path, max_bytes=files.ANY_SIZE).leaves
         if files.content_hash(leaves) != self.settings.base:
             raise _validate.fail("vault", f"the base of {self.name} in {path}", "another content", cause)
         return leaves
+
+    @functools.cached_property
+    def form(self) -> files.Form:
+        """What makes copies in the form of the base."""
+        return files.Form(self.base_file)
 
     @functools.cached_property
     def shape(self) -> carriers.Shape | None:
@@ -98,7 +105,7 @@ class OpenModel:
             self.vault.folder / folder.MODELS,
             "Restore it from your backup: no copy is made or read without.",
         )
-        return shapes.read("vault", place, self.settings.versions.shape, known.digest, cause, max_bytes=_ANY_SIZE)
+        return shapes.read("vault", place, self.settings.versions.shape, known.digest, cause, max_bytes=files.ANY_SIZE)
 
     @functools.cached_property
     def mark(self) -> carriers.Mark:
@@ -121,16 +128,6 @@ class OpenModel:
         return np.asarray(self.code.words(code_key(self.vault, self.name), serials, self.settings.num_chips))
 
 
-_ANY_SIZE = 1 << 62  # of the owner's own files
-
-
-class Source(NamedTuple):
-    """The safetensors file that a base was read from, and its SHA-256 at that time."""
-
-    path: Path
-    sha256: str
-
-
 def add(
     vault: folder.Vault,
     name: str,
@@ -142,7 +139,7 @@ def add(
     strength: float = marks.WHITE,
     match: str | None = None,
     public: Mapping[str, np.ndarray] | None = None,
-    source: Source | None = None,
+    form: files.Form | None = None,
 ) -> OpenModel:
     """Adds a model: writes base and shape into the vault, chooses the carrying leaves, and fixes its settings.
 
@@ -160,8 +157,9 @@ def add(
       match: a regular expression; only leaves whose names match it carry.
       public: the leaves of a public model that the base was trained from. Leaves of the base with at least half of
         their weights still public carry nothing, since anybody could subtract them from a copy.
-      source: the safetensors file that the leaves were read from, if any. The vault keeps it byte for byte, and copies
-        have its metadata and its leaf order. Otherwise the vault chooses the layout.
+      form: of the file that the leaves were read from, if any. The vault keeps it byte for byte, and copies differ from
+        it in the weights that carry alone. Without one, or where carrying leaves are compressed in it, the vault keeps
+        the base as safetensors.
 
     Raises:
       SmarkError: when the name is taken or invalid as a file name, a setting is out of range, or the base cannot carry.
@@ -181,13 +179,15 @@ def add(
         raise _validate.fail(
             "add-model", "fewer chips than carrying weights", got, "Choose fewer chips, or let more leaves carry."
         )
+    form = form if form and bases.can_carry(form, spec) else None
     known = files.content_hash(public) if public is not None else None
     model = Model(name, files.content_hash(leaves), spec, num_chips, alpha, strength, _documents.now(), known)
     if made:
         model = model._replace(versions=versions.NEW, shape=made.document)
+    if form:
+        model = model._replace(form=form.suffix)
     refuse_taken(vault, name)
-    path = _base_path(vault, name, model.base)
-    _keep(path, leaves, source)
+    bases.keep(bases.path(vault, name, model.base, model.form), leaves, form)
     if made:
         shapes.write(vault.folder / folder.MODELS, made.shape)
     stored = model._asdict() | {"spec": documents.rows(spec), "shape": model.shape or documents.MISSING}
@@ -227,22 +227,6 @@ def choose(
         raise _validate.fail("add-model", "leaves that you trained yourself", "public weights alone", cause)
     fits = re.compile(match or "").search
     return carriers.select(tree, lambda path: path not in known and fits(path))
-
-
-def _keep(path: Path, leaves: Mapping[str, np.ndarray], source: Source | None) -> None:
-    """Writes the base into the vault, byte for byte if it was read from a safetensors file."""
-    if source is None:
-        files.write(path, dict(leaves))
-    else:
-        with source.path.open("rb") as file, _io.whole_file(path) as kept:
-            digest = hashlib.sha256()
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-                kept.write(piece)
-            if digest.hexdigest() != source.sha256:
-                got = "another content than was read"
-                raise _validate.fail("add-model", f"{source.path} as it was", got, "Add it when nobody writes to it.")
-    path.chmod(0o600)
 
 
 def unfit(model: OpenModel) -> dict[str, carriers.Role]:
@@ -306,14 +290,10 @@ def get(vault: folder.Vault, name: str) -> OpenModel:
     if unknown := versions.unknown(used):
         cause = "A newer smark-jax added the model: upgrade smark-jax."
         raise _validate.fail("vault", f"algorithms of {name} that this version knows", unknown, cause)
-    optional = {"public": found.public or None, "versions": used, "shape": found.shape or None}
+    form = bases.SAFETENSORS if isinstance(found.form, documents.Missing) else found.form
+    optional = {"public": found.public or None, "versions": used, "shape": found.shape or None, "form": form}
     changed = {"spec": documents.spec(found.spec), **optional}
     return OpenModel(vault, Model(**{**found._asdict(), **changed}))
-
-
-def _base_path(vault: folder.Vault, name: str, content: str) -> Path:
-    # With the hash in the name, two processes that add different bases under one name cannot overwrite each other's.
-    return vault.folder / folder.MODELS / f"{name}.{content[:16]}.safetensors"
 
 
 def carrier_key(vault: folder.Vault, name: str) -> keys.SecretKey:

@@ -20,6 +20,7 @@ ADVICE = "The file is damaged or forged: ask for it again."
 _MAX_READS = (
     2**22
 )  # fields, entries and numbers together; tables may share parts, so that the file's size bounds nothing
+_LISTED = 8  # reads for which a number counts that is put into a list, and so takes memory
 _MAX_TEXT = 2**25  # bytes of all text together
 
 
@@ -127,7 +128,7 @@ class Table(NamedTuple):
     def integers(self, field: int) -> list[int]:
         """The int32 numbers in a field's vector."""
         found = self.vector(field, "<i4")
-        self.reader.count(len(found))
+        self.reader.count(_LISTED * len(found))
         return found.tolist()
 
     def text(self, field: int) -> str:

@@ -14,7 +14,7 @@ from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Places
 from smark_jax.files._sources import Source
 from smark_jax.files.networks import graph as graphs
-from smark_jax.files.networks import onnx_model
+from smark_jax.files.networks import onnx_model, onnx_quantised
 from smark_jax.files.networks.graph import Graph, Node, Value
 from smark_jax.files.networks.onnx_model import DTYPES, Model
 from smark_jax.files.networks.protobuf import Reader
@@ -41,13 +41,13 @@ def matches(data: bytes) -> bool:
 
 def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
     """The tensors by name."""
-    model = onnx_model.parsed(source, max_bytes)
+    model = _model(source, max_bytes)
     return graphs.all_leaves(model.tensors, _leaves(model))
 
 
 def places(source: Source) -> Places:
     """Where the tensors lie, by name."""
-    model = onnx_model.parsed(source, _limits.ANY_SIZE)
+    model = _model(source, _limits.ANY_SIZE)
     return graphs.all_places(model.tensors, _leaves(model))
 
 
@@ -57,14 +57,19 @@ def load(source: Source, max_bytes: int) -> Graph:
     Raises:
       Unreadable: when the content is no ONNX model of one input, or is beyond a limit.
     """
-    model = onnx_model.parsed(source, max_bytes)
+    model = _model(source, max_bytes)
     if len(model.inputs) != 1 or not model.outputs:
         raise Unreadable(f"it has {len(model.inputs)} inputs and {len(model.outputs)} outputs", "It must take images.")
     ((image, shape),) = model.inputs.items()
     graph = Graph(tuple(model.nodes), model.tensors, _leaves(model), image, shape, model.outputs[0])
-    graph = graphs.needed(graphs.without_softmax(graph, "Softmax"))
+    graph = graphs.needed(graphs.without_softmax(graph, "Softmax", ("Identity", "QuantizeLinear", "DequantizeLinear")))
     nodes = tuple(_of_version(node, model.version) for node in graph.nodes)
     return graph._replace(nodes=nodes)
+
+
+def _model(source: Source, max_bytes: int) -> Model:
+    """The graph on real numbers."""
+    return onnx_quantised.lowered(onnx_model.parsed(source, max_bytes), max_bytes)
 
 
 def _of_version(node: Node, version: int) -> Node:

@@ -7,7 +7,6 @@ References:
 import math
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from smark_jax.errors import Unreadable
@@ -25,8 +24,8 @@ DTYPES = {
         1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32",
         13: "U64", 16: "BF16", 17: "F8_E4M3", 19: "F8_E5M2",
     }.items()
-} | {21: np.dtype(ml_dtypes.uint4), 22: np.dtype(ml_dtypes.int4)}  # fmt: skip
-_HALF_BYTES = (DTYPES[21], DTYPES[22])
+}  # fmt: skip
+_HALF_BYTES = {21: np.dtype(np.uint8), 22: np.dtype(np.int8)}  # in four bits each; they are read into eight
 _NAME, _RAW, _EXTERNAL = 8, 9, 1
 
 
@@ -214,21 +213,21 @@ def _tensor(reader: _Reader, span: Span) -> tuple[str, Tensor]:
             entries[texts.get(1, "")] = texts.get(2, "")
         elif number == 14:
             outside = value == _EXTERNAL
-    dtype = DTYPES.get(kind)
+    dtype = DTYPES.get(kind) or _HALF_BYTES.get(kind)
     if dtype is None:
         return name, Tensor(Foreign(f"tensor {shown(name)} is of data type {kind}", "Export it with float weights."))
     if outside:
-        return name, reader.counted(_outside(reader.source, name, dtype, shape, entries))
+        return name, reader.counted(_outside(reader.source, name, kind, shape, entries))
     if len(floats) == 1 and raw is None:
         raw = floats[0][1]
     elif floats and raw is None:
         packed = np.concatenate([values for values, _ in floats]).astype(dtype)
         return name, reader.counted(Tensor(packed.reshape(_limits.check_shape(name, shape, dtype, packed.nbytes))))
-    found = Tensor(_coded(name, integers, dtype, shape)) if raw is None else _raw(name, dtype, shape, reader.data, raw)
+    found = Tensor(_coded(name, integers, dtype, shape)) if raw is None else _raw(name, kind, shape, reader.data, raw)
     return name, reader.counted(found)
 
 
-def _outside(source: Source, name: str, dtype: np.dtype, shape: list[int], entries: dict[str, str]) -> Tensor:
+def _outside(source: Source, name: str, kind: int, shape: list[int], entries: dict[str, str]) -> Tensor:
     """A tensor whose numbers lie in a file beside the main one, which entries name."""
     file, start, length = (entries.get(key, "") for key in ("location", "offset", "length"))
     numbers = (start or "0", length or "0")
@@ -238,20 +237,20 @@ def _outside(source: Source, name: str, dtype: np.dtype, shape: list[int], entri
     end = first + size if length else len(content)
     if not first <= end <= len(content):
         raise Unreadable(f"the numbers of {shown(name)} lie behind the end of {shown(file)}", ADVICE)
-    return _raw(name, dtype, shape, memoryview(content), (first, end), file)
+    return _raw(name, kind, shape, memoryview(content), (first, end), file)
 
 
-def _raw(name: str, dtype: np.dtype, shape: list[int], content: memoryview, span: Span, file: str = "") -> Tensor:
+def _raw(name: str, kind: int, shape: list[int], content: memoryview, span: Span, file: str = "") -> Tensor:
     """A tensor whose numbers lie side by side in a file."""
     start, end = span
-    if dtype in _HALF_BYTES:  # two in a byte, the first in its lower half
-        size = math.prod(_limits.check_shape(name, shape, dtype, math.prod(shape)))
+    if kind in _HALF_BYTES:
+        size = math.prod(_limits.check_shape(name, shape, _HALF_BYTES[kind], math.prod(shape)))
         expect(end - start == -(-size // 2), "the length", name)
-        packed = np.frombuffer(content[start:end], np.uint8)
-        return Tensor(np.stack([packed & 15, packed >> 4], -1).reshape(-1)[:size].astype(dtype).reshape(shape))
-    whole = _limits.check_shape(name, shape, dtype, end - start)
-    array = np.frombuffer(content[start:end], dtype).reshape(whole).copy()
-    return Tensor(array, _places.in_order(start, dtype, whole, file))
+        pairs: Any = np.frombuffer(content[start:end], _HALF_BYTES[kind])  # the first of two is in the lower bits
+        return Tensor((np.stack([pairs << 4, pairs], -1).reshape(-1)[:size] >> 4).reshape(shape))
+    whole = _limits.check_shape(name, shape, DTYPES[kind], end - start)
+    array = np.frombuffer(content[start:end], DTYPES[kind]).reshape(whole).copy()
+    return Tensor(array, _places.in_order(start, array.dtype, whole, file))
 
 
 def _coded(name: str, integers: list[int], dtype: np.dtype, shape: list[int]) -> np.ndarray:

@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from smark_jax.files.networks import layers
+from smark_jax.files.networks import layers, onnx_fused
 from smark_jax.files.networks.layers import Window
 from smark_jax.files.networks.onnx_model import DTYPES
 from smark_jax.files.networks.static import MAX_STATIC, elementwise, fold, integers, is_static, library
 
 
 def _divide(a: Any, b: Any) -> Any:
-    whole = np.issubdtype(a.dtype, np.integer)
-    return elementwise("floor_divide" if whole else "divide")(a, b)
+    if not np.issubdtype(a.dtype, np.integer):
+        return elementwise("divide")(a, b)
+    whole = elementwise("floor_divide")(abs(a), abs(b))  # towards zero, as in C
+    return elementwise("where")((a < 0) != (b < 0), -whole, whole)
 
 
 def _clip(x: Any, min: Any = None, max: Any = None) -> Any:
@@ -173,6 +175,27 @@ def _conv(x: Any, w: Any, b: Any = None, *, group: int = 1, kernel_shape: Any = 
     return layers.convolution(x, w, b, _window(x, w.shape[2:], **window), group)
 
 
+def _fused_conv(
+    x: Any,
+    w: Any,
+    b: Any = None,
+    added: Any = None,
+    *,
+    activation: str = "",
+    activation_params: Any = (),
+    **window: Any,
+) -> Any:
+    out = _conv(x, w, b, **window)
+    out = out if added is None else out + added
+    return onnx_fused.activated(out, activation, activation_params) if activation else out
+
+
+def _fused_gemm(a: Any, b: Any, c: Any = None, *, activation: str = "", **settings: Any) -> Any:
+    parameters = [settings.pop(name) for name in ("activation_alpha", "activation_beta") if name in settings]
+    out = _gemm(a, b, c, **settings)
+    return onnx_fused.activated(out, activation, parameters) if activation else out
+
+
 def _max_pool(x: Any, *, kernel_shape: Any, ceil_mode: int = 0, storage_order: int = 0, **window: Any) -> Any:
     found = _window(x, kernel_shape, **window)
     return layers.max_pool(x, layers.rounded_up(found, x.shape[2:]) if ceil_mode else found)
@@ -185,8 +208,21 @@ def _average_pool(x: Any, *, kernel_shape: Any, ceil_mode: int = 0, count_includ
 
 
 def _batch_norm(
-    x: Any, scale: Any, bias: Any, mean: Any, variance: Any, *, epsilon: float = 1e-5, momentum: float = 0.9
+    x: Any,
+    scale: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    *,
+    epsilon: float = 1e-5,
+    momentum: float = 0.9,
+    spatial: int = 1,
+    training_mode: int = 0,
 ) -> Any:
+    """Batch norm; in training mode of its own statistics, by which PyTorch standardises kernels."""
+    if training_mode:
+        others = (0, *range(2, x.ndim))
+        mean, variance = x.mean(others), x.var(others)
     return layers.batch_norm(x, scale, bias, mean, variance, epsilon)
 
 
@@ -197,7 +233,8 @@ def _layer_norm(
 
 
 def _group_norm(x: Any, scale: Any, bias: Any, *, num_groups: int, epsilon: float = 1e-5, stash_type: int = 1) -> Any:
-    return layers.group_norm(x, num_groups, scale, bias, epsilon)
+    each = 1 if scale.size == x.shape[1] else x.shape[1] // num_groups  # before version 21, one scale for each group
+    return layers.group_norm(x, num_groups, jnp.repeat(scale, each), jnp.repeat(bias, each), epsilon)
 
 
 def _instance_norm(x: Any, scale: Any, bias: Any, *, epsilon: float = 1e-5) -> Any:
@@ -280,5 +317,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "GroupNormalization": _group_norm,
     "InstanceNormalization": _instance_norm,
     "LRN": _local_response,
+    "com.microsoft.FusedConv": _fused_conv,
+    "com.microsoft.FusedGemm": _fused_gemm,
+    **onnx_fused.OPERATORS,
 }
 """By ONNX's names; "before version 13" are operators whose meaning has changed."""

@@ -45,7 +45,8 @@ class _Leaf(NamedTuple):
       name: in the tree of weights.
       numbers: its entries in the graph's list of tensors; those of one type and shape over the same bytes are one leaf.
       tensor: what it holds, and where that lies unless it is quantised.
-      carries: whether it is a weight. One that shares its bytes with another leaf is not: a mark would change both.
+      carries: whether it is a weight. One that is written in place and shares its bytes with another leaf is not: a
+        mark would change both.
     """
 
     name: str
@@ -84,13 +85,14 @@ def load(source: Source, max_bytes: int) -> Graph:
     if len(inputs) != 1 or not outputs:
         raise Unreadable(f"it has {len(inputs)} inputs and {len(outputs)} outputs", "It must take images.")
     codes, tables = [tflite_schema.name(code) for code in root.tables(1)], graph.tables(0)
-    nodes = [_node(operator, codes, tables) for operator in graph.tables(3, graphs.MAX_NODES)]
+    values = [Value(str(number)) for number in range(len(tables))]
+    nodes = [_node(operator, codes, tables, values) for operator in graph.tables(3, graphs.MAX_NODES)]
     found = _leaves(root, graph, max_bytes)
     tensors = {str(number): leaf.tensor for leaf in found for number in leaf.numbers}
     weights = {str(number): leaf.name for leaf in found for number in leaf.numbers if leaf.carries}
-    image = _at(tables, inputs[0], "tensor")
+    image, result = _at(tables, inputs[0], "tensor"), _at(values, outputs[0], "tensor")
     shape = tuple(n if n > 0 else None for n in image.integers(7) or image.integers(0))
-    network = Graph(tuple(nodes), tensors, weights, str(inputs[0]), shape, str(outputs[0]))
+    network = Graph(tuple(nodes), tensors, weights, str(inputs[0]), shape, result.name)
     return graphs.needed(graphs.without_softmax(network, "SOFTMAX", ("QUANTIZE", "DEQUANTIZE")))
 
 
@@ -99,12 +101,13 @@ def _graph(root: Table) -> Table:
     return _at(root.tables(2), 0, "graph")
 
 
-def _node(operator: Table, codes: list[str], tensors: list[Table]) -> Node:
+def _node(operator: Table, codes: list[str], tensors: list[Table], values: list[Value]) -> Node:
     op = _at(codes, operator.number(0, "<I"), "operator")
-    inputs, outputs = operator.integers(1), operator.integers(2)
-    name = _at(tensors, outputs[0], "tensor").text(3) if outputs else op
-    arguments = tuple(Value(str(number)) if number >= 0 else None for number in inputs)
-    return Node(op, name, arguments, tflite_schema.settings(op, operator.table(4)), tuple(map(str, outputs)))
+    arguments = tuple(None if number == -1 else _at(values, number, "tensor") for number in operator.integers(1))
+    outputs = operator.integers(2)
+    results = tuple(_at(values, number, "tensor").name for number in outputs)
+    name = tensors[outputs[0]].text(3) if outputs else op
+    return Node(op, name, arguments, tflite_schema.settings(op, operator.table(4)), results)
 
 
 def _at(entries: list[Any], number: int, what: str) -> Any:
@@ -126,13 +129,13 @@ def _leaves(root: Table, graph: Table, max_bytes: int) -> list[_Leaf]:
     owners = Counter(span for span, *_ in groups)
     names = _names({numbers[0]: tables[numbers[0]].text(3) for numbers in groups.values()})
     found = []
-    for (span, _, shape, _), numbers in groups.items():
+    for (span, kind, shape, _), numbers in groups.items():
         name = names[numbers[0]]
         tensor = _tensor(name, tables[numbers[0]], span, shape, max_bytes)
         array = tensor.array
         max_bytes -= 0 if isinstance(array, Foreign) else array.nbytes
         real = not isinstance(array, Foreign) and array.size > 1 and array.dtype in [DTYPES[kind] for kind in _FLOATS]
-        carries = real and owners[span] == 1
+        carries = real and (array.dtype != DTYPES[kind] or owners[span] == 1)
         found.append(_Leaf(graphs.leaf_name(name, carries), numbers, tensor, carries))
     _limits.check_names(leaf.name for leaf in found)
     return found

@@ -120,6 +120,30 @@ def _mirror_pad(x: Any, widths: Any, *, mode: int) -> Any:
     return layers.padded(x, _pairs(widths), "symmetric" if mode else "reflect", 0)
 
 
+def _space_to_batch(x: Any, block: Any, widths: Any) -> Any:
+    """Each image as its pieces of every ``block`` pixels, one after another: how the converter writes dilations."""
+    steps = integers(block)
+    x = layers.padded(x, [(0, 0), *_pairs(widths), *[(0, 0)] * (x.ndim - 1 - len(steps))], "constant", 0)
+    count, *lengths = x.shape
+    split = [n for length, step in zip(lengths, steps, strict=False) for n in (length // step, step)]
+    x = x.reshape(count, *split, *lengths[len(steps) :])
+    within, across = range(2, 2 * len(steps) + 1, 2), range(1, 2 * len(steps), 2)
+    x = x.transpose(*within, 0, *across, *range(2 * len(steps) + 1, x.ndim))
+    return x.reshape(-1, *split[::2], *lengths[len(steps) :])
+
+
+def _batch_to_space(x: Any, block: Any, crops: Any) -> Any:
+    """The images of such pieces; ``crops`` are cut off their sides."""
+    steps = integers(block)
+    lengths, rest = x.shape[1 : 1 + len(steps)], x.shape[1 + len(steps) :]
+    x = x.reshape(*steps, -1, *lengths, *rest)
+    order = [n for i in range(len(steps)) for n in (len(steps) + 1 + i, i)]
+    x = x.transpose(len(steps), *order, *range(2 * len(steps) + 1, x.ndim))
+    x = x.reshape(-1, *(length * step for length, step in zip(lengths, steps, strict=True)), *rest)
+    cuts = [slice(left, size - right) for (left, right), size in zip(_pairs(crops), x.shape[1:], strict=False)]
+    return x[(slice(None), *cuts)]
+
+
 def _concatenate(*values: Any, axis: int, activation: int) -> Any:
     return _activated(library(*values).concatenate(values, axis), activation)
 
@@ -199,14 +223,6 @@ def _real(x: Any) -> Any:
     return x.astype(np.float32)
 
 
-def _local_response(x: Any, *, radius: int, bias: float, alpha: float, beta: float) -> Any:
-    size = 2 * layers.countable(radius) + 1
-    reach = [*[(0, 0)] * (x.ndim - 1), (radius, radius)]
-    ones = (1,) * (x.ndim - 1)
-    near = lax.reduce_window(x * x, np.zeros((), x.dtype), lax.add, (*ones, size), (1,) * x.ndim, reach)
-    return x / (bias + alpha * near) ** beta
-
-
 def _unit(x: Any, *, activation: int = 0) -> Any:
     """Vectors along the last axis, of length one."""
     return _activated(x / jnp.sqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12)), activation)
@@ -253,7 +269,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "FULLY_CONNECTED": _dense,
     "BATCH_MATMUL": _matmul,
     "L2_NORMALIZATION": _unit,
-    "LOCAL_RESPONSE_NORMALIZATION": _local_response,
     "QUANTIZE": _real,
     "DEQUANTIZE": _real,
     "CAST": _cast,
@@ -273,6 +288,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "BROADCAST_TO": _broadcast_to,
     "TILE": lambda x, repeats: jnp.tile(x, integers(repeats)),
     "FILL": _fill,
+    "SPACE_TO_BATCH_ND": _space_to_batch,
+    "BATCH_TO_SPACE_ND": _batch_to_space,
     "PAD": _pad,
     "PADV2": _pad,
     "MIRROR_PAD": _mirror_pad,

@@ -8,7 +8,7 @@ from typing import Any
 
 from smark_jax.files.networks.flatbuffer import Table
 
-_NAMES = """
+NAMES = """
 ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D DEPTH_TO_SPACE DEQUANTIZE EMBEDDING_LOOKUP FLOOR
 FULLY_CONNECTED HASHTABLE_LOOKUP L2_NORMALIZATION L2_POOL_2D LOCAL_RESPONSE_NORMALIZATION LOGISTIC LSH_PROJECTION
 LSTM MAX_POOL_2D MUL RELU RELU_N1_TO_1 RELU6 RESHAPE RESIZE_BILINEAR RNN SOFTMAX SPACE_TO_DEPTH SVDF TANH
@@ -62,7 +62,6 @@ _OPTIONS = {
     "GELU": "approximate:b",
     "LEAKY_RELU": "alpha:f",
     "MIRROR_PAD": "mode:b",
-    "LOCAL_RESPONSE_NORMALIZATION": "radius:i bias:f alpha:f beta:f",
 }
 
 
@@ -71,7 +70,7 @@ def name(code: Table) -> str:
     number = max(code.number(0, "b"), code.number(3, "<i"))
     if number == _CUSTOM:
         return f"custom {code.text(1)}"
-    return _NAMES[number] if 0 <= number < len(_NAMES) else f"operator {number}"
+    return NAMES[number] if 0 <= number < len(NAMES) else f"operator {number}"
 
 
 def settings(op: str, options: Table | None) -> dict[str, Any]:

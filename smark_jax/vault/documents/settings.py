@@ -58,6 +58,7 @@ class Model(NamedTuple):
     public: Hash | Missing | None = MISSING
     versions: Versions | Missing = MISSING
     shape: Shape | Missing | None = MISSING
+    form: str | Missing = MISSING
 
 
 class Header(NamedTuple):

@@ -5,13 +5,16 @@ import json
 import os
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgpack
 import network_files
 import numpy as np
 import safetensors.numpy
+import tflite_files
 
 Make = Callable[[np.random.Generator], bytes]
 
@@ -54,7 +57,8 @@ def msgpack_file(rng: np.random.Generator) -> bytes:
 def zipped(members: Sequence[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:
     """A zip, in which a name may occur twice."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as archive:
+    with zipfile.ZipFile(file, "w", method) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name that occurs twice
         for name, content in members:
             archive.writestr(zipfile.ZipInfo(name), content, method)
     return file.getvalue()
@@ -78,8 +82,39 @@ def onnx_file(rng: np.random.Generator) -> bytes:
     return network_files.classifier(int(rng.integers(100))).onnx()
 
 
+def tflite_file(rng: np.random.Generator) -> bytes:
+    """A convolution and a dense layer, quantised or not."""
+    kernel, matrix = rng.integers(-128, 128, (4, 3, 3, 2)).astype(np.int8), rng.normal(size=(3, 4)).astype(np.float32)
+    options = {0: tflite_files.byte(1), 1: tflite_files.whole(1), 2: tflite_files.whole(2), 3: tflite_files.byte(1)}
+    steps = [
+        tflite_files.Step(3, ["x", "kernel"], ["a"], options, 1),
+        tflite_files.Step(40, ["a", "axes"], ["b"], {}, 27),
+        tflite_files.Step(9, ["b", "matrix", "bias"], ["y"], {}, 8),
+    ]
+    tensors = {"matrix": matrix, "bias": matrix[:, 0].copy(), "axes": np.array([1, 2], np.int32)}
+    many = int(rng.integers(2))
+    scales = {"kernel": tflite_files.quantised(rng.random(4 if many else 1), np.zeros(4 if many else 1))}
+    return tflite_files.tflite(steps, {"kernel": kernel, **tensors}, [-1, 9, 8, 2], ["y"], scales)
+
+
 def exported_program(rng: np.random.Generator) -> bytes:
     return network_files.classifier(int(rng.integers(100))).exported()
+
+
+_TORCH = Path(__file__).parents[2] / "data/torch"
+
+
+def torch_file(rng: np.random.Generator) -> bytes:
+    """One that PyTorch wrote: with zip or without, a whole model, a TorchScript, quantised."""
+    paths = sorted(_TORCH.glob("*.pt"))
+    return paths[int(rng.integers(len(paths)))].read_bytes()
+
+
+def pickle_file(rng: np.random.Generator) -> bytes:
+    protocol = int(rng.integers(2, 6))
+    if rng.integers(2):
+        return (_TORCH / ("plain2.pkl" if protocol < 4 else "plain5.pkl")).read_bytes()
+    return pickle.dumps({"params": tree(rng), "step": 3, "name": "cnn"}, protocol)
 
 
 # Ways to break a valid file.
@@ -221,10 +256,49 @@ def hidden_pickle(rng: np.random.Generator) -> bytes:
     return forms[int(rng.integers(len(forms)))]
 
 
+_CALLS = """builtins len, collections OrderedDict, torch._utils _rebuild_tensor_v2, numpy dtype,
+torch._utils _rebuild_tensor_v3, torch._utils _rebuild_qtensor, torch._utils _rebuild_parameter, torch Size,
+torch._tensor _rebuild_from_type_v2, torch.storage _load_from_bytes, torch FloatStorage, torch QInt8Storage,
+numpy._core.multiarray _reconstruct, numpy._core.numeric _frombuffer, _codecs encode, torch per_tensor_affine,
+torch per_channel_affine, torch float8_e4m3fn, torch._utils _rebuild_wrapper_subclass, __torch__ Net"""
+_NAMES = b"w storage 0 _parameters _modules _buffers state qdata scale zero_point f4 < latin1".split()
+
+
+def described(rng: np.random.Generator, depth: int = 0) -> bytes:
+    """The instructions of a value: at random, with calls of all that rebuilds tensors."""
+    values = lambda most: [described(rng, depth + 1) for _ in range(int(rng.integers(0, most)))]  # noqa: E731
+    name = _NAMES[int(rng.integers(len(_NAMES)))]
+    call = b"c" + b"\n".join(str(rng.choice(_CALLS.replace("\n", " ").split(", "))).encode().split()) + b"\n"
+    text = b"\x8c" + bytes([len(name)]) + name
+    whole = b"J" + int(rng.choice([0, 1, 2, 3, 4, -1, 2**31 - 1])).to_bytes(4, "little", signed=True)
+    storage = b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x04tQ"
+    kind = int(rng.integers(6 if depth > 5 else 14))
+    if kind < 6:
+        return (whole, whole, text, storage, call, b"C\x04\0\0\x80?")[kind]
+    if kind < 8:
+        return b"(" + whole * int(rng.integers(0, 4)) + b"t"
+    if kind < 9:
+        return b"(" + b"".join(values(5)) + (b"t", b"l")[int(rng.integers(2))]
+    if kind < 10:
+        return b"}(" + b"".join(b"\x8c\x01" + bytes([97 + n]) + value for n, value in enumerate(values(4))) + b"u"
+    if kind < 11:
+        return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + whole + b"(" + whole + b"t(" + whole + b"ttR"
+    state = b"}" + text + described(rng, depth + 1) + b"sb" if kind < 12 else b""
+    return call + b"(" + b"".join(values(8)) + b"tR" + state
+
+
+def pickle_program(rng: np.random.Generator) -> bytes:
+    """A pickle that calls what rebuilds tensors with anything; alone, as a legacy file or in a zip."""
+    program = b"\x80\x04" + described(rng) + b"."
+    heads = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+    legacy = heads + program + pickle.dumps(["0"], 2) + (4).to_bytes(8, "little") + bytes(16)
+    return (program, legacy, zipped([("a/data.pkl", program), ("a/data/0", bytes(16))]))[int(rng.integers(3))]
+
+
 def noise(rng: np.random.Generator) -> bytes:
     return rng.bytes(int(rng.integers(0, 300)))
 
 
 FORGERIES: tuple[Make, ...] = (
-    forged_header, absurd_shapes, depth_bomb, zip_bomb, path_trick, hidden_pickle, noise
+    forged_header, absurd_shapes, depth_bomb, zip_bomb, path_trick, hidden_pickle, pickle_program, noise
 )  # fmt: skip

@@ -34,7 +34,10 @@ _WEIGHTS = {
     "msgpack": mutations.msgpack_file,
     "npz": mutations.npz_file,
     "onnx": mutations.onnx_file,
+    "tflite": mutations.tflite_file,
     "pt2": mutations.exported_program,
+    "torch": mutations.torch_file,
+    "pickle": mutations.pickle_file,
 }
 TARGETS = (
     *(Target(name, make, mutations.FORGERIES, files.read, errors.Unreadable) for name, make in _WEIGHTS.items()),
