@@ -105,6 +105,13 @@ def test_a_layout_is_named_as_the_frameworks_name_it(rng):
     assert moves["token"] == "reshaped"
 
 
+def test_a_dense_layer_is_a_convolution_of_the_whole_image(rng):
+    base = drawn(rng, dense=(4 * 4 * 8, 10), head=(30, 10))
+    copy = noisy(base, rng)
+    whole = copy["dense"].reshape(4, 4, 8, 10).transpose(3, 2, 0, 1)
+    same(files.match_layout({"a": whole, "b": copy["head"].T[:, :, None, None]}, base).leaves, copy)
+
+
 def test_height_and_width_are_not_exchanged(rng):
     """The first kernel of a net for grey images: the axes of one channel leave no doubt which axes are of space."""
     kernel = {"kernel": np.ones((5, 5, 1, 32), np.float32)}
