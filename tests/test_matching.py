@@ -195,6 +195,17 @@ def test_folded_batch_norm_is_taken_out_of_a_kernel_and_a_mark_stays(rng):
         assert control < 0.2  # as the kernel is stored, the factors drown the mark
 
 
+def test_a_dead_channel_whose_factor_content_cannot_tell_is_left_out_and_hides_no_other(rng):
+    """Training leaves channels near zero; the mark is the larger part of them, and a factor of it would be huge."""
+    base = drawn(rng, kernel=(3, 3, 16, 32))
+    base["kernel"][..., :3] *= 1e-20
+    copy = noisy(base, rng, spread=0.03)["kernel"]
+    factors = np.exp(rng.normal(size=32)).astype(np.float32)
+    found = files.match_layout({"onnx::Conv_1": copy * factors}, base).leaves["kernel"]
+    assert np.isnan(found[..., :3]).all() and np.isfinite(found[..., 3:]).all()
+    assert np.linalg.norm((found - copy)[..., 3:]) < 0.2 * np.linalg.norm((copy - base["kernel"])[..., 3:])
+
+
 def test_a_base_with_folded_norms_reads_a_suspect_with_norms(rng):
     base, factors = network(rng)
     copy = noisy(base, rng, spread=0.03)
