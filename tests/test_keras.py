@@ -1,6 +1,7 @@
 """Files of Keras against what Keras computed (tests/make_fixtures/keras_models.py), and HDF5 against h5py."""
 
 import io
+import json
 import zipfile
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def test_every_kind_of_damage_to_hdf5_is_read_or_refused(tmp_path):
     """Cuts, flipped bits and edges of ranges, where they hurt most: in the bytes that are no numbers of weights."""
     content = zipfile.ZipFile(DATA / "keras_int8.keras").read("model.weights.h5")
     rng, refused = np.random.default_rng(0), 0
-    for _ in range(1500):
+    for _ in range(1000):
         broken, place = bytearray(content), int(rng.integers(len(content)))
         piece = (b"\xff" * 8, bytes(8), b"\xff\xff\xff\x7f", rng.bytes(2))[int(rng.integers(4))]
         broken[place : place + len(piece)] = piece
@@ -184,4 +185,126 @@ def test_every_kind_of_damage_to_hdf5_is_read_or_refused(tmp_path):
             _hdf5.File(bytes(broken), 2**20).items()
         except errors.Unreadable:
             refused += 1
-    assert refused > 300
+    assert refused > 200
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["keras_convolutional.keras", "keras_attentive.keras", "keras_older.h5"],
+    ids=["newer", "attentive", "older"],
+)
+def test_a_network_gives_the_logits_of_keras(file):
+    """Before the last softmax, whether a layer's activation or a layer of its own."""
+    name = "attentive" if "attentive" in file else "convolutional"
+    params, apply_fn = files.network(DATA / file)
+    same(params, known(name))
+    with np.load(DATA / f"keras_{name}.npz") as archive:
+        images, logits = archive["images"], archive["logits"]
+    np.testing.assert_allclose(apply_fn(params, images), logits, atol=2e-5)
+    zeros = {name: np.zeros_like(leaf) for name, leaf in params.items()}
+    assert np.abs(np.asarray(apply_fn({**params, **zeros}, images)) - logits).max() > 0.1
+    with pytest.raises(errors.SmarkError, match=r"images of shape \[any .*\], but got shape \[3, 1, 1, 1\]"):
+        apply_fn(params, images[:, :1, :1, :1])
+
+
+def model_of(layers, kind="Sequential", **config):
+    return {"class_name": kind, "config": {"layers": layers, "name": "m", **config}}
+
+
+def layer(kind, **config):
+    return {"class_name": kind, "config": {"name": kind.lower(), **config}}
+
+
+def called(kind, taken, *, older=False, **config):
+    """A layer of a functional model that takes these results."""
+    if older:
+        return {**layer(kind, **config), "name": config["name"], "inbound_nodes": [[[*one, {}] for one in taken]]}
+    results = [{"class_name": "__keras_tensor__", "config": {"keras_history": list(one)}} for one in taken]
+    call = {"args": results if len(results) == 1 else [results], "kwargs": {}}
+    return {**layer(kind, **config), "module": "keras.layers", "name": config["name"], "inbound_nodes": [call]}
+
+
+def computed(tmp_path, model, images):
+    """What the network of a configuration without weights makes of images; its file has the weights of a fixture."""
+    with zipfile.ZipFile(DATA / "keras_int8.keras") as archive:
+        weights = archive.read("model.weights.h5")
+    with zipfile.ZipFile(tmp_path / "network", "w") as archive:
+        archive.writestr("config.json", json.dumps(model))
+        archive.writestr("model.weights.h5", weights)
+    params, apply_fn = files.network(tmp_path / "network")
+    return np.asarray(apply_fn(params, np.asarray(images, np.float32)))
+
+
+ROW = [[-4.0, -1.0, 0.0, 1.0, 8.0]]
+EXACT = {
+    "ReLU to six, leaking": (
+        "ReLU",
+        {"max_value": 6.0, "negative_slope": 0.5, "threshold": 1.0},
+        [-2.5, -1, -0.5, 1, 6],
+    ),
+    "ReLU": ("ReLU", {"max_value": None, "negative_slope": 0.0, "threshold": 0.0}, [0, 0, 0, 1, 8]),
+    "ReLU, leaking": ("ReLU", {"negative_slope": 0.5}, [-2, -0.5, 0, 1, 8]),
+    "LeakyReLU of Keras 2": ("LeakyReLU", {"alpha": 0.25}, [-1, -0.25, 0, 1, 8]),
+    "hard_sigmoid of Keras 2": ("Activation", {"activation": "hard_sigmoid"}, [0, 0.3, 0.5, 0.7, 1]),
+    "Dropout": ("Dropout", {"rate": 0.5}, ROW[0]),
+    "Rescaling": ("Rescaling", {"scale": 2.0, "offset": 1.0}, [-7, -1, 1, 3, 17]),
+    "Normalization": ("Normalization", {"axis": -1, "mean": [1] * 5, "variance": [4] * 5}, [-2.5, -1, -0.5, 0, 3.5]),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_layers_without_weights_are_exact(case, tmp_path):
+    kind, config, expected = EXACT[case]
+    np.testing.assert_allclose(computed(tmp_path, model_of([layer(kind, **config)]), ROW)[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_calls_are_put_in_order_whatever_the_order_of_layers(older, tmp_path):
+    layers = [
+        called("Subtract", [("b", 0, 0), ("a", 0, 0)], older=older, name="out"),
+        called("Rescaling", [("a", 0, 0)], older=older, name="b", scale=3.0, offset=0.0),
+        called("Rescaling", [("in", 0, 0)], older=older, name="a", scale=2.0, offset=1.0),
+        called("Lambda", [("a", 0, 0)], older=older, name="not needed"),
+        {**layer("InputLayer", batch_shape=[None, 5]), "name": "in", "inbound_nodes": []},
+    ]
+    layers[-1]["config"]["name"] = "in"
+    model = model_of(layers, "Functional", input_layers=[["in", 0, 0]], output_layers=["out", 0, 0])
+    np.testing.assert_allclose(computed(tmp_path, model, ROW), 4 * np.array(ROW) + 2, rtol=1e-6)
+
+
+def test_what_is_no_network_or_runs_code_is_refused_by_name(tmp_path):
+    with pytest.raises(errors.SmarkError, match="'Lambda' in node 'lambda #0', and 'Mine'"):
+        computed(tmp_path, model_of([layer("Lambda", function="os.abort()"), layer("Mine")]), ROW)
+    circle = [called("Relu", [("b", 0, 0)], name="a"), called("Relu", [("a", 0, 0)], name="b"), layer("InputLayer")]
+    circle = model_of(circle, "Functional", input_layers=["inputlayer", 0, 0], output_layers=["a", 0, 0])
+    two = model_of([], "Functional", input_layers=[["a", 0, 0], ["b", 0, 0]], output_layers=["a", 0, 0])
+    for model, said in (
+        (circle, "takes its own result"),
+        (two, "takes 2 inputs"),
+        ({}, "'config'"),
+        ([], "not as Keras"),
+    ):
+        with pytest.raises(errors.Unreadable, match=said):
+            computed(tmp_path, model, ROW)
+    many = model_of([])
+    for _ in range(14):  # each model holds the one before twice
+        many = model_of([many, {**many, "config": {**many["config"], "name": "again"}}])
+    with pytest.raises(errors.Unreadable, match="more than 20,000 layers"):
+        computed(tmp_path, many, ROW)
+    (tmp_path / "weights").write_bytes(zipfile.ZipFile(DATA / "keras_int8.keras").read("model.weights.h5"))
+    with pytest.raises(errors.Unreadable, match="it holds the weights of Keras, and no network"):
+        files.network(tmp_path / "weights")
+
+
+def test_a_copy_loads_in_keras_and_computes_what_its_network_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras")
+    base = DATA / "keras_convolutional.keras"
+    params, apply_fn = files.network(base)
+    rng = np.random.default_rng(1)
+    changed = {name: np.abs(leaf + rng.normal(0, 0.1, leaf.shape).astype("f4")) for name, leaf in params.items()}
+    files.write(tmp_path / "copy.keras", changed, like=base)
+    images = np.load(DATA / "keras_convolutional.npz")["images"]
+    chances = np.asarray(keras.models.load_model(tmp_path / "copy.keras", compile=False)(images, training=False))
+    logits = np.asarray(apply_fn(changed, images), np.float64)
+    np.testing.assert_allclose(chances, np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), atol=1e-5)

@@ -9,13 +9,15 @@ import numpy as np
 
 from smark_jax.errors import Unreadable
 from smark_jax.files import _limits, _sources, formats, reading
-from smark_jax.files.networks import graph, onnx, pt2, tflite
+from smark_jax.files.networks import graph, keras, onnx, pt2, tflite
 
 # Of each format, what loads a network, and the module of its operators, which loads JAX.
 _KINDS = {
     "onnx": (onnx.load, "onnx_operators"),
     "pt2": (pt2.load, "aten"),
     "tflite": (tflite.load, "tflite_operators"),
+    "keras": (keras.load, "keras_layers"),
+    "hdf5": (keras.load, "keras_layers"),
 }
 
 
