@@ -80,8 +80,8 @@ def lowered(model: Model, max_bytes: int) -> Model:
     nodes = [new for node in _without_late_scales(model.nodes) for new in _real(node)]
     nodes, tensors = _folded(nodes, model.tensors, max_bytes)
     before, after = ({name for node in some for name in references([*node.arguments])} for some in (model.nodes, nodes))
-    kept = after | (model.tensors.keys() - before)
-    return model._replace(nodes=nodes, tensors={name: tensor for name, tensor in tensors.items() if name in kept})
+    kept = {name: tensor for name, tensor in tensors.items() if name in after or name not in before}
+    return model._replace(nodes=nodes, tensors=kept)
 
 
 def _without_late_scales(nodes: Sequence[Node]) -> list[Node]:
