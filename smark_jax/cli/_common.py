@@ -47,7 +47,7 @@ Network = Annotated[
         "--network",
         metavar="MODULE:FUNCTION",
         help="Run the base's network. FUNCTION() returns (apply_fn, images) or (apply_fn, images, labels); MODULE is "
-        "looked for in the current folder too. An ONNX or .pt2 file of the network will do, with --images.",
+        "looked for in the current folder too. An ONNX, TFLite or .pt2 file of the network will do, with --images.",
     ),
 ]
 Images = Annotated[

@@ -2,7 +2,7 @@
 
 ::
 
-    suspect = files.read("leaked.bin")  # safetensors, Flax msgpack, npz, ONNX or PyTorch: the format is detected
+    suspect = files.read("leaked.bin")  # safetensors, ONNX, TFLite, Keras, PyTorch, ...: the format is detected
     layout = files.match_layout(suspect.leaves, files.flatten(base))
     params = files.nest(layout.leaves)
 

@@ -58,7 +58,7 @@ FORMATS = (
     Format("keras", (".keras",), _keras.matches, _keras.read, _keras.places),
     Format("npz", (".npz",), _npz.matches, _npz.read, _npz.places),
     Format("safetensors", (".safetensors",), _safetensors.matches, _safetensors.read, _safetensors.places),
-    Format("shards", (".index.json",), _sharded.matches, _sharded.read, _sharded.places),
+    Format("shards", (".safetensors.index.json", ".bin.index.json"), _sharded.matches, _sharded.read, _sharded.places),
     Format("tflite", (".tflite",), tflite.matches, tflite.read, tflite.places),
     Format("hdf5", (".h5", ".hdf5"), _keras.matches_hdf5, _keras.read, _keras.places),
     refused(b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),

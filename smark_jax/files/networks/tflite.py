@@ -45,7 +45,8 @@ class _Leaf(NamedTuple):
       name: in the tree of weights.
       numbers: its entries in the graph's list of tensors; those of one type and shape over the same bytes are one leaf.
       tensor: what it holds, and where that lies unless it is quantised.
-      carries: whether it is a weight. One that shares its bytes with another leaf is not: a mark would change both.
+      carries: whether it is a weight. One that is written in place and shares its bytes with another leaf is not: a
+        mark would change both.
     """
 
     name: str
@@ -128,13 +129,13 @@ def _leaves(root: Table, graph: Table, max_bytes: int) -> list[_Leaf]:
     owners = Counter(span for span, *_ in groups)
     names = _names({numbers[0]: tables[numbers[0]].text(3) for numbers in groups.values()})
     found = []
-    for (span, _, shape, _), numbers in groups.items():
+    for (span, kind, shape, _), numbers in groups.items():
         name = names[numbers[0]]
         tensor = _tensor(name, tables[numbers[0]], span, shape, max_bytes)
         array = tensor.array
         max_bytes -= 0 if isinstance(array, Foreign) else array.nbytes
         real = not isinstance(array, Foreign) and array.size > 1 and array.dtype in [DTYPES[kind] for kind in _FLOATS]
-        carries = real and owners[span] == 1
+        carries = real and (array.dtype != DTYPES[kind] or owners[span] == 1)
         found.append(_Leaf(graphs.leaf_name(name, carries), numbers, tensor, carries))
     _limits.check_names(leaf.name for leaf in found)
     return found

@@ -1,0 +1,1 @@
+"""Copies that other libraries rewrote: which forms are traced, by one command: ``python -m experiments.formats``."""
