@@ -95,6 +95,7 @@ def test_fer_gives_the_chances_of_its_own_runtime(crops, monkeypatch):
     np.testing.assert_allclose(chances, keras_makes(path, inputs, monkeypatch), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras' variables
 def test_onet_in_a_file_of_keras_gives_the_chances_of_keras_and_knows_a_face(monkeypatch, tmp_path):
     installed("mtcnn")
     pytest.importorskip("lz4")
