@@ -129,6 +129,10 @@ def pickle_file(rng: np.random.Generator) -> bytes:
     return pickle.dumps({"params": tree(rng), "step": 3, "name": "cnn"}, protocol)
 
 
+def gguf_file(rng: np.random.Generator) -> bytes:
+    return (_TORCH.parent / "small.gguf").read_bytes()
+
+
 # Ways to break a valid file.
 
 

@@ -40,6 +40,7 @@ _WEIGHTS = {
     "pt2": mutations.exported_program,
     "torch": mutations.torch_file,
     "pickle": mutations.pickle_file,
+    "gguf": mutations.gguf_file,
 }
 TARGETS = (
     *(Target(name, make, mutations.FORGERIES, files.read, errors.Unreadable) for name, make in _WEIGHTS.items()),
