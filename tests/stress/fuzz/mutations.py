@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 import tflite_files
 
+_KERAS = Path(__file__).parents[2] / "data/keras"
 Make = Callable[[np.random.Generator], bytes]
 
 
@@ -95,6 +96,17 @@ def tflite_file(rng: np.random.Generator) -> bytes:
     many = int(rng.integers(2))
     scales = {"kernel": tflite_files.quantised(rng.random(4 if many else 1), np.zeros(4 if many else 1))}
     return tflite_files.tflite(steps, {"kernel": kernel, **tensors}, [-1, 9, 8, 2], ["y"], scales)
+
+
+def keras_file(rng: np.random.Generator) -> bytes:
+    return (_KERAS / str(rng.choice(["int8.keras", "attentive.keras"]))).read_bytes()
+
+
+def hdf5_file(rng: np.random.Generator) -> bytes:
+    """Both of Keras' layouts, the newer one mostly: it is smaller, and has more groups for its numbers."""
+    if rng.integers(4) == 0:
+        return (_KERAS / "older.h5").read_bytes()
+    return zipfile.ZipFile(_KERAS / "int8.keras").read("model.weights.h5")
 
 
 def exported_program(rng: np.random.Generator) -> bytes:

@@ -35,6 +35,8 @@ _WEIGHTS = {
     "npz": mutations.npz_file,
     "onnx": mutations.onnx_file,
     "tflite": mutations.tflite_file,
+    "keras": mutations.keras_file,
+    "hdf5": mutations.hdf5_file,
     "pt2": mutations.exported_program,
     "torch": mutations.torch_file,
     "pickle": mutations.pickle_file,
