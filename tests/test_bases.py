@@ -103,7 +103,8 @@ BASES = {
     "onnx in two files": (external, ""),
     "pt2": (plain("net.pt2", lambda: network_files.classifier().exported()), ".pt2"),
     "torch": (taken("torch/state.pt"), ".pt"),
-    "keras": (taken("keras_convolutional.keras"), ".keras"),
+    "keras": (taken("keras/convolutional.keras"), ".keras"),
+    "hdf5": (taken("keras/older.h5"), ".h5"),
     "tflite": (taken("tflite/float16.tflite"), ".tflite"),
     "shards": (sharded, ""),
 }

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 import tflite_files
 
+_KERAS = Path(__file__).parents[2] / "data/keras"
 Make = Callable[[np.random.Generator], bytes]
 
 
@@ -97,6 +98,17 @@ def tflite_file(rng: np.random.Generator) -> bytes:
     return tflite_files.tflite(steps, {"kernel": kernel, **tensors}, [-1, 9, 8, 2], ["y"], scales)
 
 
+def keras_file(rng: np.random.Generator) -> bytes:
+    return (_KERAS / str(rng.choice(["int8.keras", "attentive.keras"]))).read_bytes()
+
+
+def hdf5_file(rng: np.random.Generator) -> bytes:
+    """Both of Keras' layouts, the newer one mostly: it is smaller, and has more groups for its numbers."""
+    if rng.integers(4) == 0:
+        return (_KERAS / "older.h5").read_bytes()
+    return zipfile.ZipFile(_KERAS / "int8.keras").read("model.weights.h5")
+
+
 def exported_program(rng: np.random.Generator) -> bytes:
     return network_files.classifier(int(rng.integers(100))).exported()
 
@@ -115,6 +127,10 @@ def pickle_file(rng: np.random.Generator) -> bytes:
     if rng.integers(2):
         return (_TORCH / ("plain2.pkl" if protocol < 4 else "plain5.pkl")).read_bytes()
     return pickle.dumps({"params": tree(rng), "step": 3, "name": "cnn"}, protocol)
+
+
+def gguf_file(rng: np.random.Generator) -> bytes:
+    return (_TORCH.parent / "small.gguf").read_bytes()
 
 
 # Ways to break a valid file.

@@ -35,9 +35,12 @@ _WEIGHTS = {
     "npz": mutations.npz_file,
     "onnx": mutations.onnx_file,
     "tflite": mutations.tflite_file,
+    "keras": mutations.keras_file,
+    "hdf5": mutations.hdf5_file,
     "pt2": mutations.exported_program,
     "torch": mutations.torch_file,
     "pickle": mutations.pickle_file,
+    "gguf": mutations.gguf_file,
 }
 TARGETS = (
     *(Target(name, make, mutations.FORGERIES, files.read, errors.Unreadable) for name, make in _WEIGHTS.items()),
