@@ -8,6 +8,7 @@ import zipfile
 import zlib
 
 import flax.serialization
+import network_files
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -17,7 +18,7 @@ from smark_jax.files import _places, _sources, _zip, formats
 from smark_jax.files._places import Place
 
 
-def some(shape, seed=0, dtype=np.float32):
+def some(shape, seed=0, dtype: type = np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
@@ -126,6 +127,20 @@ def test_every_format_knows_the_places_of_the_leaves_that_it_reads():
             assert isinstance(place, Place)
             found = np.ndarray(place.shape, place.dtype, source.data, place.start, place.strides)
             np.testing.assert_array_equal(found, LEAVES[name])
+
+
+def test_what_a_network_is_given_is_what_its_file_is_written_with(tmp_path):
+    """A network's weights are fewer than its file's leaves, which hold numbers of nodes too."""
+    counted = network_files.exported(
+        [("add.Tensor", ["x", "w"], "y")], {"w": some(3)}, {"steps": np.array([7])}, ["s0", 3], "y"
+    )
+    for content in (network_files.classifier().onnx(), counted):
+        (tmp_path / "base").write_bytes(content)
+        params = files.network(tmp_path / "base").params
+        doubled = {name: 2 * leaf for name, leaf in params.items() if not name.startswith("buffers/")}
+        files.write(tmp_path / "copy", doubled, like=tmp_path / "base")
+        same(files.network(tmp_path / "copy").params, params | doubled)
+        assert len(params) < len(files.read(tmp_path / "base").leaves) or len(doubled) < len(params)
 
 
 # --- places

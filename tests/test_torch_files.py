@@ -6,7 +6,6 @@ PyTorch itself wrote the files of ``tests/data/torch`` and the values in ``expec
 
 import collections
 import hashlib
-import io
 import pickle
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch_layout
+from stress.fuzz import mutations
 
 from smark_jax import errors, files, models
 from smark_jax.files import _scaled
@@ -32,11 +32,7 @@ with np.load(DATA / "expected.npz") as archive:
 
 
 def zipped(members, method=zipfile.ZIP_STORED):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return file.getvalue()
+    return mutations.zipped(tuple(members.items()), method)
 
 
 def members(path):
@@ -153,6 +149,7 @@ def test_int8_weights_with_scales_beside_them_are_read_as_what_they_stand_for(tm
         files.write(tmp_path / "copy", same | {"a.weight": same["a.weight"] + 1}, like=tmp_path / "w")
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of sparse and nested tensors
 def test_what_is_no_real_array_is_left_out_of_suspects_and_refused_in_bases(tmp_path):
     torch = pytest.importorskip("torch")
     more = torch.ones(3)
@@ -220,6 +217,7 @@ def test_leaves_that_cannot_be_written_say_why(name, tmp_path):
         files.write(tmp_path / "copy", scaled(leaves), like=DATA / name)
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch deprecates TorchScript
 def test_copies_run_in_pytorch(tmp_path):
     torch = pytest.importorskip("torch")
     for name in ("state.pt", "state_legacy.pt", "views.pt", "views_legacy.pt", "training.pt", "float8.pt"):

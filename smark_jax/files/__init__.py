@@ -17,7 +17,7 @@ A file that holds the network as well as its weights gives both, as a function o
 A model is a dict of its leaves by name; a name is the leaf's path with its steps joined by ``/``. :func:`flatten` and
 :func:`nest` convert between this dict and a parameter tree.
 
-Untrusted input is checked before it is unpacked. Pickle is never loaded in this process, and names never become paths.
+Untrusted input is checked before it is unpacked. Nothing in a pickle runs, and names never become paths.
 A reader holds the file and its leaves in memory, each at most :data:`MAX_BYTES` unless you raise it: less than 1 GB in
 all. A file that cannot be read raises :class:`smark_jax.errors.Unreadable` with a message of one line. NaN and infinite
 weights are read unchanged; the functions that compute with weights refuse them.

@@ -17,6 +17,7 @@ import numpy as np
 
 from smark_jax._roles import Role, of_name
 from smark_jax.files import _content, _limits
+from smark_jax.files._content import Change
 
 Shape = tuple[int, ...]
 
@@ -27,14 +28,6 @@ _PREFIXES = ("params/", "batch_stats/")  # of linen, which other frameworks' nam
 _KERNELS = ("OIS", "SIO", "OSI", "IOS", "SOI", "ISO")
 _MOST_AXES = 8
 _SPACE = {3: "W", 4: "HW", 5: "DHW"}
-
-
-class Change(NamedTuple):
-    """One layout: the shape to split a leaf into, the order of the axes then; ``words`` where shapes do not name it."""
-
-    split: Shape
-    order: Shape
-    words: str = ""
 
 
 class Option(NamedTuple):
@@ -60,11 +53,6 @@ class Option(NamedTuple):
         return (self.source,)
 
     @property
-    def view(self) -> np.ndarray:
-        """The values, in C order those of the layout."""
-        return self.values.reshape(self.how.split).transpose(self.how.order)
-
-    @property
     def change(self) -> str:
         """What is done to the leaf, in words; empty if nothing."""
         words = self.how.words or _named(self.values.shape, self.shape, self.how)
@@ -82,7 +70,8 @@ class Option(NamedTuple):
 
     def leaf(self) -> np.ndarray:
         """The values in this layout."""
-        return np.ascontiguousarray(self.view).reshape(self.shape)
+        view = self.values.reshape(self.how.split).transpose(self.how.order)
+        return np.ascontiguousarray(view).reshape(self.shape)
 
 
 class Joined(NamedTuple):
@@ -270,8 +259,8 @@ def _named(source: Shape, target: Shape, how: Change) -> str:
 
 
 def best(options: Sequence[Option], leaf: np.ndarray) -> Choice:
-    """The option whose content agrees best with the base's leaf."""
-    scores = _content.correlations([option.view for option in options], leaf)
+    """The option, of one leaf in several layouts, whose content agrees best with the base's leaf."""
+    scores = _content.correlations(options[0].values, [option.how for option in options], leaf)
     if len(options) == 1:
         return Choice(options[0], scores[0], True, True)
     order = sorted(range(len(options)), key=lambda i: -scores[i])

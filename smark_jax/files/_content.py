@@ -1,6 +1,7 @@
 """How well the contents of leaves agree: correlations of samples, which no layout but the right one gives."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,29 +10,53 @@ MARGIN = 0.2
 _SAMPLE = 1 << 12
 
 
-def correlations(views: Sequence[np.ndarray], leaf: np.ndarray) -> list[float]:
-    """The correlation of each view with a leaf of the same size, by :func:`directions`; 0 if either is constant."""
+class Change(NamedTuple):
+    """One layout: the shape to split a leaf into, the order of the axes then; ``words`` where shapes do not name it."""
+
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    words: str = ""
+
+
+AS_IT_IS = Change((-1,), (0,))
+
+
+def correlations(leaf: np.ndarray, changes: Sequence[Change], base: np.ndarray) -> list[float]:
+    """The correlation of a leaf in each layout with one of the base, by :func:`directions`; 0 if either is constant."""
     number = min(leaf.size, _SAMPLE)
-    return (directions(views, number) @ directions([leaf], number)[0]).tolist()
+    return (directions([leaf], changes, number)[0] @ directions([base], [AS_IT_IS], number)[0, 0]).tolist()
 
 
-def directions(views: Sequence[np.ndarray], number: int, signs: bool = False) -> np.ndarray:
-    """Samples ``number`` evenly spaced entries of each view, centred and normalised: inner products are correlations.
+def directions(leaves: Sequence[np.ndarray], changes: Sequence[Change], number: int, signs: bool = False) -> np.ndarray:
+    """Samples of leaves of one shape in each layout, centred and normalised: inner products are correlations.
 
-    Entries are clipped to ten times the median magnitude, so that a few huge weights do not hide the others; NaN and
-    infinite entries do not count. With ``signs``, an entry's sign replaces it, so that positive factors of channels
-    change nothing. A constant view has the direction 0. Shape [views, number].
+    ``number`` evenly spaced entries are taken and clipped to ten times the median magnitude, so that a few huge weights
+    do not hide the others; NaN and infinite entries do not count. With ``signs``, an entry's sign replaces it, so that
+    positive factors of channels change nothing. A constant leaf has the direction 0. Shape [leaves, layouts, number].
     """
-    size = views[0].size if views else 0
-    rows = np.zeros((len(views), number), np.float64)
-    index = np.linspace(0, size - 1, number).astype(np.int64) if size else np.zeros(0, np.int64)
+    index = np.stack([_places(leaves[0].size, change, number) for change in changes])
+    samples = np.empty((len(leaves), *index.shape))
     with np.errstate(over="ignore", invalid="ignore"):
-        for row, view in zip(rows, views, strict=True):
-            view = np.atleast_1d(view)
-            row[:] = view[np.unravel_index(index, view.shape)] if number < size else view.reshape(-1)
+        for place, leaf in enumerate(leaves):
+            samples[place] = leaf.reshape(-1)[index]
+    return _normalised(samples.reshape(-1, number), signs).reshape(samples.shape)
+
+
+def _places(size: int, change: Change, number: int) -> np.ndarray:
+    """Where evenly spaced entries of a layout lie in the leaf as stored."""
+    index = np.linspace(0, size - 1, number).astype(np.int64)
+    if change is AS_IT_IS or not change.split:
+        return index
+    steps = np.cumprod((1, *change.split[:0:-1]))[::-1]
+    coordinates = np.unravel_index(index, [change.split[axis] for axis in change.order])
+    return sum((steps[axis] * at for axis, at in zip(change.order, coordinates, strict=True)), np.zeros_like(index))
+
+
+def _normalised(rows: np.ndarray, signs: bool) -> np.ndarray:
+    """Rows clipped, centred and of length 1; constant ones are 0."""
+    number = rows.shape[1]
     there = np.isfinite(rows)
-    rows[~there] = 0
-    rows = np.sign(rows) if signs else rows
+    rows = np.where(there, np.sign(rows) if signs else rows, 0)
     sizes = np.sort(np.abs(rows), axis=1)
     zeros = (sizes == 0).sum(axis=1)
     middle = np.minimum(zeros + (number - zeros) // 2, number - 1) if number else zeros

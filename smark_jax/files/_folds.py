@@ -6,8 +6,9 @@ factors are estimated from its kernel V and the base's kernel W alone, channel b
 .. math:: s_c = \langle V_c, W_c \rangle / \langle W_c, W_c \rangle ,
 
 and divided out if they explain the suspect far better than the kernel as it is: if they leave less than a quarter of
-the squared difference. No codeword takes part, so the bound on false accusations holds. Of a mark, the estimate takes
-its component along each :math:`W_c`: one part in as many as the channel has weights.
+the squared difference. A channel that its factor does not explain, since it is dead in the base or the suspect has
+rounded it away, becomes NaN, which no reading counts. No codeword takes part, so the bound on false accusations holds.
+Of a mark, the estimate takes its component along each :math:`W_c`: one part in as many as the channel has weights.
 """
 
 from typing import NamedTuple
@@ -20,11 +21,17 @@ _LEAST = 8  # weights in a channel: of fewer, the factor would explain too much 
 _SAMPLE = 1 << 14
 _DIFFERENT = 0.05  # of the squared norm: useful copies that nobody folded are closer to the base
 _LEFT = 0.25
-_FAINT = 1e-4  # of the largest factor: what is left of a channel then is rounding
+_TOLD = 0.5  # of a channel's squared norm, that its factor explains; else it is left out, as a dead one is
 
 
 class _Fit(NamedTuple):
-    """Least squares along one axis: the factors, shaped to multiply a leaf, and the squared difference they leave."""
+    """Least squares along one axis, with one value for each channel, shaped to multiply a leaf.
+
+    Attributes:
+      axis: the axis.
+      factors: the factor, NaN where it explains too little of its channel.
+      left: the squared difference that the factors leave of all the leaf.
+    """
 
     axis: int
     factors: np.ndarray
@@ -50,9 +57,8 @@ def undone(leaf: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, str]:
         whole = float(np.square(theirs - ours, dtype=np.float64).sum())
         if best is None or not best.left < _LEFT * whole:
             return leaf, ""
-        kept = np.abs(best.factors) > _FAINT * np.abs(best.factors).max()
-        values = leaf.astype(np.result_type(leaf.dtype, np.float32)) / np.where(kept, best.factors, np.nan)
-    return values.astype(np.result_type(leaf.dtype, np.float32)), f"factors along axis {best.axis} undone"
+        values = leaf / best.factors.astype(np.result_type(leaf.dtype, np.float32))
+    return values, f"factors along axis {best.axis} undone"
 
 
 def _differs(leaf: np.ndarray, base: np.ndarray) -> bool:
@@ -69,6 +75,7 @@ def _fit(theirs: np.ndarray, ours: np.ndarray, axis: int) -> _Fit:
     others = tuple(other for other in range(ours.ndim) if other != axis)
     product = np.multiply(theirs, ours, dtype=np.float64).sum(others, keepdims=True)
     norm = np.square(ours, dtype=np.float64).sum(others, keepdims=True)
+    power = np.square(theirs, dtype=np.float64).sum(others, keepdims=True)
     factors = product / np.where(norm > 0, norm, 1)
-    left = np.square(theirs, dtype=np.float64).sum() - (factors * product).sum()
-    return _Fit(axis, factors.astype(np.float32), float(left))
+    told = factors * product > _TOLD * power
+    return _Fit(axis, np.where(told, factors, np.nan), float((power - factors * product).sum()))

@@ -22,7 +22,6 @@ from smark_jax.files._sources import Source
 
 _WEIGHTS, _CONFIG = "model.weights.h5", "config.json"
 _ADVICE = "The file is damaged: save it again with Keras."
-_ANY_SIZE = 1 << 62
 _CONTAINERS = ("layers", "_layer_checkpoint_dependencies")
 _NORM: list[str] = ["gamma", "beta", "moving_mean", "moving_variance"]
 # The variables of layers in Keras' order, by a part of the class in snake case; a layer may lack the last ones.
@@ -118,7 +117,7 @@ def leaves(found: Opened) -> dict[str, np.ndarray | Foreign]:
 
 def places(source: Source) -> _places.Places:
     """Where the numbers of the variables lie: those of datasets in one piece, unless a zip compresses them."""
-    found = opened(source.data, _ANY_SIZE)
+    found = opened(source.data, _limits.ANY_SIZE)
     there: dict[str, _places.Place | _places.Unwritable] = {}
     for leaf, variable in found.variables.items():
         head = variable.head

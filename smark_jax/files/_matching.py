@@ -104,13 +104,14 @@ def by_layer(suspect: Leaves, base: Leaves, channels: tuple[int, ...]) -> Paired
     found = _NOTHING
     for group in (_changes.layers, _changes.singles):
         found = _with(found, _pairing.pair(_left(found, suspect, base, channels, group)))
-    ours, theirs = _unpaired(found, suspect, base)
-    kernels = {name: leaf for name, leaf in ours.items() if len(_changes.squeezed(leaf.shape)) > 1}
-    scaled = _left(_NOTHING, theirs, kernels, channels, _changes.singles)
-    found = _with(found, _pairing.pair(scaled, signs=True))
-    for cut in (_parts.fused, _parts.split):
+    with contextlib.suppress(_pairing.TooMany):
         ours, theirs = _unpaired(found, suspect, base)
-        found = _with(found, cut(theirs, ours, channels))
+        kernels = {name: leaf for name, leaf in ours.items() if len(_changes.squeezed(leaf.shape)) > 1}
+        scaled = _left(_NOTHING, theirs, kernels, channels, _changes.singles)
+        found = _with(found, _pairing.pair(scaled, signs=True))
+        for cut in (_parts.fused, _parts.split):
+            ours, theirs = _unpaired(found, suspect, base)
+            found = _with(found, cut(theirs, ours, channels))
     for group in (_changes.layers, _changes.singles):
         found = _with(found, _pairing.pair(_left(found, suspect, base, channels, group), alone=True))
     return found

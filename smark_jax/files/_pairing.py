@@ -14,12 +14,14 @@ import numpy as np
 
 from smark_jax.files import _changes, _content
 from smark_jax.files._changes import Option, Place, Shape
+from smark_jax.files._content import AS_IT_IS
 
-MAX_COMPARISONS = 2**28
+MAX_COMPARISONS = 2**27
 """The most pairs of layers of equal shapes that are compared."""
 _BLOCK = 2**22  # pairs whose agreement is in memory at once
 _MAX_PRODUCTS = 2**34
 _SAMPLE, _LEAST_SAMPLE = 4096, 64
+_LAYOUTS = 4  # whose samples are in memory at once
 _KEPT = 16  # the most partners of a layer that are remembered
 _ROUNDS = 4
 _LISTED = 16
@@ -204,20 +206,23 @@ def _candidates(leaves: Leaves, group: _Group, signs: bool) -> _Candidates:
     share = min(1.0, _MAX_PRODUCTS / max(1, products))
     numbers = [min(size, max(_LEAST_SAMPLE, int(share * _SAMPLE))) for size in sizes]
     mine = [
-        _content.directions([leaves.base[leaves.ours[names[row]][role]] for row in group.ours], number, signs)
+        _content.directions(
+            [leaves.base[leaves.ours[names[row]][role]] for row in group.ours], [AS_IT_IS], number, signs
+        )[:, 0]
         for (role, _), number in zip(group.shapes, numbers, strict=True)
     ]
     varied = [some.any(axis=1, keepdims=True) for some in mine]
     weights = np.sum([np.where(there, size, 0) for there, size in zip(varied, sizes, strict=True)], axis=0)
     least = np.maximum(_content.ALIKE, np.tanh(5 / np.sqrt(np.maximum(weights - 3, 1))) - 1e-5)
     best = _Candidates(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float32)))
-    step = max(1, _BLOCK // (len(group.ours) + max(numbers)))
+    step = max(1, _BLOCK // (len(group.ours) + _LAYOUTS * max(numbers)))
     for start in range(0, len(group.theirs), step):
         block = group.theirs[start : start + step]
         total = np.zeros((len(group.ours), len(block)), np.float32)
         for (role, shape), number, some, there, size in zip(group.shapes, numbers, mine, varied, sizes, strict=True):
-            views = [[o.view for o in leaves.options(others[column], role, shape)] for column in block.tolist()]
-            total += np.where(there, np.float32(size), 0) * _correlations(some, views, number, signs)
+            theirs = [leaves.suspect[leaves.theirs[others[column]][role]] for column in block.tolist()]
+            agreement = _correlations(some, theirs, shape, leaves.channels, number, signs)
+            total += np.where(there, np.float32(size), 0) * agreement
         total /= np.maximum(weights, 1)
         row, column = np.nonzero((total >= least) & (weights > 0))
         found = _Candidates(group.ours[row], block[column], total[row, column])
@@ -225,14 +230,21 @@ def _candidates(leaves: Leaves, group: _Group, signs: bool) -> _Candidates:
     return best
 
 
-def _correlations(mine: np.ndarray, theirs: list[list[np.ndarray]], number: int, signs: bool) -> np.ndarray:
+def _correlations(
+    mine: np.ndarray, theirs: list[np.ndarray], shape: Shape, channels: Shape, number: int, signs: bool
+) -> np.ndarray:
     """The correlation of n leaves, given their directions, with k leaves, each in its best layout: shape [n, k]."""
     best = np.full((len(mine), len(theirs)), -1, np.float32)
-    for layout in range(max(map(len, theirs))):
-        # Leaves of equal shape have equally many layouts; take only those that have this one.
-        there = [place for place, some in enumerate(theirs) if layout < len(some)]
-        matrix = _content.directions([theirs[place][layout] for place in there], number, signs)
-        best[:, there] = np.maximum(best[:, there], mine @ matrix.T)
+    alike: dict[Shape, list[int]] = {}
+    for place, leaf in enumerate(theirs):
+        alike.setdefault(leaf.shape, []).append(place)
+    for source, places in alike.items():
+        changes = _changes.changes(source, shape, channels)
+        for start in range(0, len(changes), _LAYOUTS):
+            some = changes[start : start + _LAYOUTS]
+            found = _content.directions([theirs[place] for place in places], some, number, signs)
+            for layout in range(len(some)):
+                best[:, places] = np.maximum(best[:, places], mine @ found[:, layout].T)
     return best
 
 

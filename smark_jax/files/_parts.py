@@ -66,10 +66,11 @@ def _cut(
     for name, leaf in leaves.items():
         for count in _COUNTS:
             for axis in _axes(leaf, count) if leaf.size % count == 0 and leaf.size // count in sizes else ():
-                for index, values in enumerate(np.split(leaf, count, axis)):
-                    part = _Part(name, index, count, axis)
+                long = leaf.shape[axis] // count
+                for number in range(count):
                     key = str(len(parts))
-                    arrays[key], parts[key] = values, part
+                    arrays[key] = leaf[(slice(None),) * axis + (slice(number * long, (number + 1) * long),)]
+                    parts[key] = _Part(name, number, count, axis)
     return arrays, parts
 
 

@@ -155,8 +155,6 @@ class _Machine:
         self.skip(1)
         return _decoded(text)
 
-    # The instructions.
-
     def protocol(self) -> None:
         number = self.number(1)
         if number not in _PROTOCOLS:
@@ -306,44 +304,39 @@ _STEPS: dict[int, Callable[[_Machine], object]] = {
     ord("0"): _Machine.pop,
     ord("1"): _Machine.to_mark,
     ord("2"): lambda machine: machine.push(machine._stack[-1], 0),
-    ord("N"): lambda machine: machine.push(None, 0),
-    0x88: lambda machine: machine.push(True, 0),
-    0x89: lambda machine: machine.push(False, 0),
+    **{
+        code: lambda machine, value=value: machine.push(value, 0)
+        for code, value in ((ord("N"), None), (0x88, True), (0x89, False), (ord(")"), ()))
+    },
     ord("J"): lambda machine: machine.whole(4),
     ord("K"): lambda machine: machine.push(machine.number(1), 0),
     ord("M"): lambda machine: machine.push(machine.number(2)),
     0x8A: lambda machine: machine.whole(machine.number(1)),
     0x8B: lambda machine: machine.whole(machine.number(4)),
     ord("G"): lambda machine: machine.push(struct.unpack(">d", machine.taken(8))[0]),
-    0x8C: lambda machine: machine.text(machine.number(1)),
-    ord("X"): lambda machine: machine.text(machine.number(4)),
-    0x8D: lambda machine: machine.text(machine.number(8)),
+    **{
+        code: lambda machine, size=size: machine.text(machine.number(size))
+        for code, size in ((0x8C, 1), (ord("X"), 4), (0x8D, 8))
+    },
     ord("U"): lambda machine: machine.text(machine.number(1), "latin-1"),  # strings of Python 2
     ord("T"): lambda machine: machine.text(machine.number(4), "latin-1"),
-    ord("C"): lambda machine: machine.blob(machine.number(1)),
-    ord("B"): lambda machine: machine.blob(machine.number(4)),
-    0x8E: lambda machine: machine.blob(machine.number(8)),
-    0x96: lambda machine: machine.blob(machine.number(8)),
-    ord("]"): lambda machine: machine.push([], _NODE),
-    0x8F: lambda machine: machine.push([], _NODE),
+    **{
+        code: lambda machine, size=size: machine.blob(machine.number(size))
+        for code, size in ((ord("C"), 1), (ord("B"), 4), (0x8E, 8), (0x96, 8))
+    },
+    **dict.fromkeys((ord("]"), 0x8F), lambda machine: machine.push([], _NODE)),
     ord("a"): _Machine.append,
-    ord("e"): lambda machine: machine.extend(machine.to_mark()),
-    0x90: lambda machine: machine.extend(machine.to_mark()),
-    ord("l"): lambda machine: machine.collect(list),
-    0x91: lambda machine: machine.collect(list),
-    ord(")"): lambda machine: machine.push((), 0),
+    **dict.fromkeys((ord("e"), 0x90), lambda machine: machine.extend(machine.to_mark())),
+    **dict.fromkeys((ord("l"), 0x91), lambda machine: machine.collect(list)),
     ord("t"): lambda machine: machine.collect(tuple),
-    0x85: lambda machine: machine.join(1),
-    0x86: lambda machine: machine.join(2),
-    0x87: lambda machine: machine.join(3),
+    **{0x84 + number: lambda machine, number=number: machine.join(number) for number in (1, 2, 3)},
     ord("}"): lambda machine: machine.push({}, _NODE),
     ord("d"): _Machine.dictionary,
     ord("s"): _Machine.assign_one,
     ord("u"): lambda machine: machine.assign(machine.to_mark()),
     ord("c"): lambda machine: machine.name(machine.line(), machine.line()),
     0x93: _Machine.name_on_stack,
-    ord("R"): _Machine.call,
-    0x81: _Machine.call,
+    **dict.fromkeys((ord("R"), 0x81), _Machine.call),
     0x92: lambda machine: machine.call(named=True),
     ord("b"): _Machine.build,
     ord("Q"): _Machine.persistent,

@@ -60,8 +60,12 @@ def _leaves(data: bytes) -> dict[str, np.ndarray | Foreign]:
 def places(source: Source) -> dict[str, Place | Unwritable]:
     """Where the leaves lie."""
     first = 8 + int.from_bytes(source.data[:8], "little")
-    entries = [entry for entry in _check(source.data, len(source.data)) if not isinstance(entry.dtype, Foreign)]
-    found = {name: _places.in_order(first + start, dtype, shape) for name, dtype, start, _, shape in entries}
+    entries = _check(source.data, len(source.data))
+    found = {
+        entry.name: _places.in_order(first + entry.start, entry.dtype, entry.shape)
+        for entry in entries
+        if not isinstance(entry.dtype, Foreign)
+    }
     return _scaled.places(found, {name: dtype for name, dtype, *_ in entries})
 
 

@@ -12,8 +12,8 @@ from smark_jax.files._limits import shown
 
 # Endings of the main file's name in a folder, in the order in which one is looked for.
 _MAIN = (
-    ".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin", ".pt2", ".pth", ".pt", ".onnx", ".keras",
-    ".h5", ".tflite", ".msgpack", ".npz",
+    ".safetensors.index.json", ".safetensors", ".bin.index.json", ".onnx", ".bin", ".pt2", ".pth", ".pt", ".ckpt",
+    ".pkl", ".keras", ".h5", ".hdf5", ".tflite", ".msgpack", ".npz",
 )  # fmt: skip
 _USUAL = ("model", "pytorch_model")
 _NO_MAIN = "Orbax checkpoints are not read from others: restore your own with Orbax, and save it as safetensors."

@@ -153,6 +153,7 @@ def _of_module(state: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
         for name, part in _entries(state.get(kind)).items():
             if kind != "_buffers" or not isinstance(left_out, list) or name not in left_out:
                 yield name, part
+    yield "_packed_params", state.get("_packed_params")  # of a quantised layer
 
 
 def _entries(value: Any) -> dict[Any, Any]:

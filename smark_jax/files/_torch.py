@@ -26,6 +26,7 @@ from smark_jax.files._tensors import Found, Scaled, Tensor
 _TREE, _CONSTANTS = "data.pkl", "constants.pkl"
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first of five pickles that PyTorch wrote before its version 1.6
 _MAGIC_PICKLED = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_CHUNK = 2**20  # bytes
 _HEAD_MEMORY, _SMALL_MEMORY = 2**20, 24 * 2**20
 _ADVICE = "The file is damaged or forged: ask for it again, as safetensors."
 _BIG = Unreadable("it was written on a big-endian machine", "Save it as safetensors there.")
@@ -68,6 +69,11 @@ class _Budget:
         self._left -= size
         if self._left < 0:
             raise _limits.too_large(f"its leaves take more than {self.most:,} bytes")
+
+    def copy(self, content: np.ndarray) -> bytes:
+        """A copy, within the limit."""
+        self.take(len(content))
+        return content.tobytes()
 
 
 def matches(data: bytes) -> bool:
@@ -145,7 +151,8 @@ def _zipped(data: bytes, budget: _Budget) -> Iterator[_Part]:
 def _member(data: bytes, members: "_Members", name: str, folder: str, prefix: str, budget: _Budget) -> _Part:
     """A member that is a pickle, whose storages are members in a folder."""
     pickled = members.raw(name)
-    content, first = (pickled.content.tobytes(), 0) if pickled.start is None else (data, pickled.start)
+    whole = pickled.start is not None
+    content, first = (budget.copy(pickled.content), 0) if pickled.start is None else (data, pickled.start)
     memory = _SMALL_MEMORY if prefix else _pickle.MAX_MEMORY
     tree = _pickle.load(content, first, first + len(pickled.content), memory).value
 
@@ -153,7 +160,7 @@ def _member(data: bytes, members: "_Members", name: str, folder: str, prefix: st
         dtype, _, key = _described(reference)
         return members.raw(folder + key)._replace(dtype=dtype)
 
-    numbers = _Numbers(content, storage, budget, whole=pickled.start is not None)
+    numbers = _Numbers(content, storage, budget, whole=whole)
     return _Part(_tensors.find(tree, prefix), numbers.raw)
 
 
@@ -264,7 +271,7 @@ class _Numbers:
                 return _Raw(_recoded(text.encode()), None)
             case Object(name="_codecs.encode", arguments=(Blob(start, end, True), *_)):
                 self._budget.take(end - start)
-                return _Raw(_recoded(self._content[start:end]), None)
+                return _Raw(_recoded(memoryview(self._content)[start:end]), None)
         raise Unreadable("the numbers of a tensor are not where they should be", _ADVICE)
 
     def _file(self, inner: _Raw) -> _Raw:
@@ -272,7 +279,7 @@ class _Numbers:
         if inner.start is not None:
             tree, storage = _legacy(self._content, inner.start, inner.start + len(inner.content), _HEAD_MEMORY)
             return storage(tree)
-        tree, storage = _legacy(inner.content.tobytes(), 0, len(inner.content), _HEAD_MEMORY)
+        tree, storage = _legacy(self._budget.copy(inner.content), 0, len(inner.content), _HEAD_MEMORY)
         return storage(tree)._replace(start=None)
 
 
@@ -280,17 +287,18 @@ def _bytes(data: bytes, start: int, end: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, end - start, start)
 
 
-def _recoded(text: bytes) -> np.ndarray:
+def _recoded(text: bytes | memoryview) -> np.ndarray:
     """The bytes that protocol 2 wrote as characters in UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
+    content, size = np.empty(len(text), np.uint8), 0
     try:
-        pieces = [decoder.decode(text[i : i + _CHUNK]).encode("latin-1") for i in range(0, len(text), _CHUNK)]
+        for start in range(0, len(text), _CHUNK):
+            piece = decoder.decode(text[start : start + _CHUNK]).encode("latin-1")
+            content[size : size + len(piece)] = np.frombuffer(piece, np.uint8)
+            size += len(piece)
     except UnicodeError:
         raise Unreadable("the bytes of an array in its pickle are no bytes", _ADVICE) from None
-    return np.frombuffer(b"".join(pieces), np.uint8)
-
-
-_CHUNK = 2**20
+    return content[:size]
 
 
 def _leaf(name: str, found: Found, part: _Part, budget: _Budget) -> np.ndarray | Foreign:

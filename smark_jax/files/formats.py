@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _keras, _msgpack, _npz, _pickle, _safetensors, _sharded, _torch
+from smark_jax.files import _gguf, _keras, _msgpack, _npz, _pickle, _safetensors, _sharded, _torch
 from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Places
 from smark_jax.files._sources import Source
@@ -58,12 +58,12 @@ FORMATS = (
     Format("keras", (".keras",), _keras.matches, _keras.read, _keras.places),
     Format("npz", (".npz",), _npz.matches, _npz.read, _npz.places),
     Format("safetensors", (".safetensors",), _safetensors.matches, _safetensors.read, _safetensors.places),
-    Format("shards", (".index.json",), _sharded.matches, _sharded.read, _sharded.places),
+    Format("shards", (".safetensors.index.json", ".bin.index.json"), _sharded.matches, _sharded.read, _sharded.places),
     Format("tflite", (".tflite",), tflite.matches, tflite.read, tflite.places),
     Format("hdf5", (".h5", ".hdf5"), _keras.matches_hdf5, _keras.read, _keras.places),
     refused(b"\x93NUMPY", "a single .npy array", "Save all leaves together, by name, with numpy.savez or safetensors."),
     refused(b"\x1f\x8b", "compressed with gzip", "Unpack it first (gunzip)."),
-    refused(b"GGUF", "a GGUF file", "Convert it to safetensors."),
+    Format("gguf", (".gguf",), _gguf.matches, _gguf.read, _gguf.places),
     refused(b"version https://git-lfs", "a pointer to a file in Git LFS", "Fetch the file itself (git lfs pull)."),
     refused(b"{", "text in JSON", "Name the file of weights itself, or the folder that it lies in."),
     refused(b"<", "text", "Was a web page saved in place of the file?"),

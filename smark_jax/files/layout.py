@@ -1,11 +1,14 @@
 r"""Brings a suspect's leaves under the base's names and into the base's layout.
 
-Leaves are paired by name if the names agree. Otherwise they are paired layer by layer: by the shapes that a layer's
-leaves can take (:mod:`smark_jax.files._changes`), then by content (:mod:`smark_jax.files._pairing`). A true copy of a
-leaf correlates with the base's leaf in the right layout and in no other. Remaining leaves are paired if only one layer
-fits. Leaves that remain ambiguous, or that the suspect lacks, are left out. If content determines nothing at all, the
-caller is asked (:class:`smark_jax.errors.Ambiguous`). Pairing uses only the suspect and the base and no customer's
-codeword, so p-values stay valid.
+Leaves are paired by name if the names agree (:mod:`smark_jax.files._matching`). Otherwise they are paired layer by
+layer, then leaf by leaf: by the shapes that they can take (:mod:`smark_jax.files._changes`), and by content
+(:mod:`smark_jax.files._pairing`). A true copy of a leaf correlates with the base's leaf in the right layout and in no
+other; of several leaves that do, the nearest is taken. Then leaves that one side keeps in one and the other in parts
+are paired (:mod:`smark_jax.files._parts`). Remaining leaves are paired if only one layer fits. Leaves that remain
+ambiguous, or that the suspect lacks, are left out. If content determines nothing at all, the caller is asked
+(:class:`smark_jax.errors.Ambiguous`). At the end, factors of channels are divided out of the leaves that they explain,
+as of folded batch norm (:mod:`smark_jax.files._folds`). All this uses only the suspect and the base and no customer's
+codeword, so p-values stay valid. The time it takes is proportional to the number of the suspect's leaves.
 
 A map given by the caller could have been chosen by looking at codewords. So it is accepted only where content does not
 decide, and p-values pay for every map that could have been given there. Let the leaves that content leaves open form G
@@ -45,7 +48,8 @@ class Move(NamedTuple):
       base: its name in the base.
       suspect: its name in the suspect.
       change: what was done to it, in words: ``"renamed"``, ``"transposed"``, ``"OIHW to HWIO"``,
-        ``"flattened CHW to HWC (64 channels)"``, ``"transposed, flattened CHW to HWC (64 channels)"``.
+        ``"flattened CHW to HWC (64 channels)"``, ``"part 2 of 3 of axis 0, transposed"``,
+        ``"OIHW to HWIO, factors along axis 3 undone"``.
     """
 
     base: str
@@ -57,7 +61,8 @@ class Layout(NamedTuple):
     """A suspect in the base's layout.
 
     Attributes:
-      leaves: the suspect's values under the base's names, with the suspect's dtypes.
+      leaves: the suspect's values under the base's names, with the suspect's dtypes. Leaves of which factors of
+        channels were divided out are float32 at least; a part that the suspect lacks is NaN.
       moves: the leaves that had another name or layout; empty for a file whose leaves were used unchanged.
       unused: the suspect's leaves that have no counterpart in the base, such as ``num_batches_tracked``.
       missing: the base's leaves that the suspect lacks, or whose counterpart remains ambiguous.
@@ -95,9 +100,12 @@ def match_layout(
 ) -> Layout:
     """Brings a suspect from another framework, or with other names, into the base's layout.
 
-    It knows PyTorch's conventions: convolution kernels as OIHW, dense kernels as [out, in], CHW order in the rows of a
-    dense layer after a flattening, the names of layers, of batch norm and of its statistics, and an outer level such as
-    ``params`` or ``state_dict``. Values are moved but never changed.
+    It knows the layouts of PyTorch, JAX, Keras, ONNX and TensorFlow Lite, both ways: of the kernels of convolutions,
+    also depthwise, and of dense layers; CHW or HWC order after a flattening; heads of attention on an axis of their own
+    or not; queries, keys and values in one leaf or in three. It knows the names of layers, of batch norm and of its
+    statistics, an outer level such as ``params`` or ``state_dict``, and the steps ``module`` and ``_orig_mod`` of
+    wrappers. Values are moved; they change only where factors of channels are divided out, as those of batch norm that
+    a runtime folded into a kernel.
 
     Leaves that have the base's names but fit in no layout (another width, another number of classes) are returned
     unchanged, for :func:`smark_jax.alignment.align`. Leaves that are not arrays of real numbers are left out.

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from smark_jax import _io, _validate
+from smark_jax import _io, _roles, _validate
 from smark_jax.files import _limits, _places, _safetensors, _sources, _zip, formats, reading, trees
 from smark_jax.files._places import Place
 
@@ -29,7 +29,8 @@ def write(path: str | os.PathLike[str], params: Any, *, like: str | os.PathLike[
       path: the file to write; its folder must exist.
       params: a parameter tree, or a dict of leaves by name.
       like: a file of a model with the same names, dtypes and shapes, such as the base of a copy, in any format that can
-        be written in place. The new file is that file byte for byte, but for the numbers of the leaves.
+        be written in place. The new file is that file byte for byte, but for the numbers of the leaves. Leaves that do
+        not carry by their names, such as running statistics, may be left out of ``params``, and stay.
 
     Raises:
       SmarkError: when there are no leaves, when they do not match those in ``like``, when one of them differs that
@@ -87,11 +88,13 @@ class Form:
                 name: _zip.checksums(data) if _zip.matches(data) else [] for name, data in contents.items()
             }
             self._notes = _notes(self._path, {main, *beside}) if self._path.is_dir() else []
-            self._names = {"": main, **{name: name for name in [*beside, *self._notes]}}
+        suffix = next((suffix for suffix in format.suffixes if main.endswith(suffix)), "")
         folder = bool(beside) or self._path.is_dir()
-        known = [suffix for suffix in format.suffixes if main.endswith(suffix)] or list(format.suffixes)
-        self.suffix = "" if folder else known[0]
-        self._data = {key: _mapped(source.path.parent / name) for key, name in self._names.items()}
+        self.suffix = "" if folder else suffix or format.suffixes[0]
+        names = {"": main, **{name: name for name in [*beside, *self._notes]}}
+        self._data = {key: _mapped(source.path.parent / name) for key, name in names.items()}
+        # By its ending the main file is found in a folder.
+        self._names = {**names, "": main if suffix else main + format.suffixes[0]}
 
     @functools.cached_property
     def leaves(self) -> Mapping[str, np.ndarray]:
@@ -160,15 +163,22 @@ class Form:
         fixed = {name for name, place in self.places.items() if not isinstance(place, Place)}
         like = {name: place if isinstance(place, Place) else self.leaves[name] for name, place in self.places.items()}
         theirs, ours = ({name: _kind(leaf) for name, leaf in some.items()} for some in (like, leaves))
+        theirs = {name: kind for name, kind in theirs.items() if name in ours or not _may_be_left_out(name)}
         if ours != theirs:
             name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
             got = f"{ours.get(name, 'none')} for {_limits.shown(name)}, where it has {theirs.get(name, 'none')}"
             raise _validate.fail("write", f"leaves as in {self._path}", got, "Is it the file of the model's base?")
-        for name in sorted(fixed):
+        for name in sorted(fixed & leaves.keys()):
             if trees.raw(leaves[name]) != trees.raw(self.leaves[name]):
                 got = f"other numbers in leaf {_limits.shown(name)}, which is {self.places[name]} there"
                 cause = "Take the model that it was made from, or leave like out and write safetensors."
                 raise _validate.fail("write", f"numbers that {self._path} has room for", got, cause)
+
+
+def _may_be_left_out(name: str) -> bool:
+    """Whether a leaf says by its name that it does not carry; :func:`files.network` gives only those that it takes."""
+    role = _roles.of_name(name)
+    return name.startswith("buffers/") or (role is not None and not role.carries)
 
 
 def _kind(leaf: Place | np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Makes tests/data/keras*: small networks as Keras 3 saves them, and what it computes.
+"""Makes tests/data/keras: small networks as Keras 3 saves them, and what it computes.
 
 Run it with Keras 3 and JAX: ``KERAS_BACKEND=jax python tests/make_fixtures/keras_models.py``.
 The archives of numbers hold the images, the logits, and each weight by the name that Keras shows.
@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-FOLDER = Path(__file__).parents[1] / "data"
+FOLDER = Path(__file__).parents[1] / "data/keras"
 
 
 def convolutional() -> keras.Model:
@@ -49,7 +49,7 @@ def quantised() -> keras.Model:
     parts = [layers.Conv2D(2, 3, name="conv"), layers.Flatten(), layers.Dense(3, name="head")]
     model = keras.Sequential([keras.Input((6, 6, 2)), *parts], name="quantised")
     expected = {weight.path.removeprefix("quantised/"): np.asarray(weight) for weight in model.weights}
-    np.savez(FOLDER / "keras_int8.npz", **expected)
+    np.savez(FOLDER / "int8.npz", **expected)
     model.quantize("int8")
     return model
 
@@ -70,10 +70,10 @@ def main() -> None:
     """Writes the files."""
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
-    save(convolutional(), "keras_convolutional", rng)
-    save(attentive(), "keras_attentive", rng)
-    keras.models.load_model(FOLDER / "keras_convolutional.keras").save(FOLDER / "keras_older.h5")
-    quantised().save(FOLDER / "keras_int8.keras")
+    save(convolutional(), "convolutional", rng)
+    save(attentive(), "attentive", rng)
+    keras.models.load_model(FOLDER / "convolutional.keras").save(FOLDER / "older.h5")
+    quantised().save(FOLDER / "int8.keras")
 
 
 if __name__ == "__main__":

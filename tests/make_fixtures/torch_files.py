@@ -106,6 +106,11 @@ def main() -> None:
     }
     torch.save(quantised, FOLDER / "quantised.pt")
     expected["quantised.pt"] = values(quantised)
+    # Of a quantised layer the tensors are in an object of PyTorch's, and in no parameter.
+    dynamic = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 3)), {nn.Linear})
+    torch.save(dynamic, FOLDER / "quantised_whole.pt")
+    packed = {"0": dynamic[0].weight(), "1": dynamic[0].bias()}
+    expected["quantised_whole.pt"] = values({f"0._packed_params._packed_params/0/{n}": x for n, x in packed.items()})
     narrow = {"e4m3": matrix.to(torch.float8_e4m3fn), "e5m2": matrix.to(torch.float8_e5m2)}
     torch.save(narrow, FOLDER / "float8.pt")
     expected["float8.pt"] = values(narrow)

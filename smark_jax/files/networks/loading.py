@@ -36,16 +36,15 @@ class Network(NamedTuple):
 
 
 def network(path: str | os.PathLike[str], *, max_bytes: int = _limits.MAX_BYTES) -> Network:
-    """Reads a network that was saved as ONNX, by ``torch.export.save`` (``.pt2``) or as TFLite; safe on hostile files.
+    """Reads a network from ONNX, TFLite, Keras or ``torch.export.save`` (``.pt2``); safe on hostile files.
 
     No format's package is needed, and nothing in the file runs as code: the graph is a list of operations, and
     each is looked up in a table of functions of JAX. The format is detected from the content.
 
-    The function takes images as the graph does: PyTorch's take [B C H W], TensorFlow's [B H W C], of the size and in
-    the scale for which the network was exported. It returns the graph's first result. A softmax at
-    the end of an ONNX or TFLite graph is left out, so that the result is logits; in a ``.pt2`` it stays. A graph
-    exported for a fixed number of images takes multiples of it. A quantised TFLite graph takes images and computes in
-    real numbers.
+    The function takes images as the graph does: PyTorch's take [B C H W], those of Keras and TFLite [B H W C], of the
+    size and in the scale for which the network was made. It returns the graph's first result. A softmax at the end is
+    left out, so that the result is logits; in a ``.pt2`` it stays. A graph exported for a fixed number of images takes
+    multiples of it. A quantised TFLite graph takes images and computes in real numbers.
 
     Args:
       path: of the file.

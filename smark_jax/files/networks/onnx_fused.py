@@ -22,7 +22,9 @@ from smark_jax.files.networks.static import elementwise
 def _along(x: Any, numbers: Any, axis: int) -> Any:
     """Scales or zero points in a shape that fits: one for all, or one for each entry of an axis."""
     numbers = numbers.astype(np.float32)
-    return numbers.reshape(()) if numbers.size == 1 else numbers.reshape(-1, *[1] * (x.ndim - 1 - axis % x.ndim))
+    if numbers.size == 1:
+        return numbers.reshape(())
+    return numbers.reshape(*[1] * (axis % x.ndim), -1, *[1] * (x.ndim - 1 - axis % x.ndim))
 
 
 def _dequantize(x: Any, scale: Any, zero: Any = None, *, axis: int = 1, **said: Any) -> Any:

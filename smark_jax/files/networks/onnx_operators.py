@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from smark_jax.files.networks import layers, onnx_fused
+from smark_jax.files.networks import layers, onnx_fused, onnx_norms
 from smark_jax.files.networks.layers import Window
 from smark_jax.files.networks.onnx_model import DTYPES
 from smark_jax.files.networks.static import MAX_STATIC, elementwise, fold, integers, is_static, library
@@ -140,8 +140,46 @@ def _reduction(name: str) -> Callable[..., Any]:
     return reduce
 
 
-def _norm2(x: Any, axes: Any = None, **settings: Any) -> Any:
-    return jnp.sqrt(_reduction("sum")(x * x, axes, **settings))
+def _norm(before: Callable[..., Any], after: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``after`` makes of the sum of what ``before`` makes of each value."""
+
+    def reduce(x: Any, axes: Any = None, **settings: Any) -> Any:
+        return after(_reduction("sum")(before(x), axes, **settings))
+
+    return reduce
+
+
+def _log_sum_exp(x: Any, axes: Any = None, **settings: Any) -> Any:
+    return _norm(lambda y: jnp.exp(y - x.max()), jnp.log)(x, axes, **settings) + x.max()
+
+
+def _depth_to_space(x: Any, *, blocksize: int, mode: str = "DCR") -> Any:
+    batch, channels, height, width = x.shape
+    n, rest = blocksize, channels // blocksize**2
+    order, shape = ((0, 3, 4, 1, 5, 2), (n, n, rest)) if mode == "DCR" else ((0, 1, 4, 2, 5, 3), (rest, n, n))
+    return x.reshape(batch, *shape, height, width).transpose(order).reshape(batch, rest, height * n, width * n)
+
+
+def _space_to_depth(x: Any, *, blocksize: int, mode: str = "DCR") -> Any:
+    batch, channels, height, width = x.shape
+    n = blocksize
+    order = (0, 3, 5, 1, 2, 4) if mode == "DCR" else (0, 1, 3, 5, 2, 4)
+    parts = x.reshape(batch, channels, height // n, n, width // n, n).transpose(order)
+    return parts.reshape(batch, channels * n * n, height // n, width // n)
+
+
+def _einsum(*values: Any, equation: str) -> Any:
+    layers.countable(1000 * len(values))  # the search for an order grows fast
+    return jnp.einsum(equation, *values)
+
+
+def _trilu(x: Any, k: Any = None, *, upper: int = 1) -> Any:
+    (diagonal,) = [0] if k is None else integers(k)
+    return (jnp.triu if upper else jnp.tril)(x, diagonal)
+
+
+def _mod(a: Any, b: Any, *, fmod: int = 0) -> Any:
+    return elementwise("fmod" if fmod else "mod")(a, b)
 
 
 def _flat(softmax: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,54 +245,13 @@ def _average_pool(x: Any, *, kernel_shape: Any, ceil_mode: int = 0, count_includ
     return layers.mean_pool(x, layers.rounded_up(found, x.shape[2:]) if ceil_mode else found, counted)
 
 
-def _batch_norm(
-    x: Any,
-    scale: Any,
-    bias: Any,
-    mean: Any,
-    variance: Any,
-    *,
-    epsilon: float = 1e-5,
-    momentum: float = 0.9,
-    spatial: int = 1,
-    training_mode: int = 0,
-) -> Any:
-    """Batch norm; in training mode of its own statistics, by which PyTorch standardises kernels."""
-    if training_mode:
-        others = (0, *range(2, x.ndim))
-        mean, variance = x.mean(others), x.var(others)
-    return layers.batch_norm(x, scale, bias, mean, variance, epsilon)
-
-
-def _layer_norm(
-    x: Any, scale: Any, bias: Any = None, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
-) -> Any:
-    return layers.layer_norm(x, scale, bias, axis % x.ndim, epsilon)
-
-
-def _group_norm(x: Any, scale: Any, bias: Any, *, num_groups: int, epsilon: float = 1e-5, stash_type: int = 1) -> Any:
-    each = 1 if scale.size == x.shape[1] else x.shape[1] // num_groups  # before version 21, one scale for each group
-    return layers.group_norm(x, num_groups, jnp.repeat(scale, each), jnp.repeat(bias, each), epsilon)
-
-
-def _instance_norm(x: Any, scale: Any, bias: Any, *, epsilon: float = 1e-5) -> Any:
-    return layers.group_norm(x, x.shape[1], scale, bias, epsilon)
-
-
-def _local_response(x: Any, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0) -> Any:
-    reach = ((0, 0), ((size - 1) // 2, size // 2), *[(0, 0)] * (x.ndim - 2))
-    near = lax.reduce_window(
-        x * x, np.zeros((), x.dtype), lax.add, (1, size, *[1] * (x.ndim - 2)), (1,) * x.ndim, reach
-    )
-    return x / (bias + alpha / size * near) ** beta
-
-
 _SAME_NAMES = {
     "Add": "add", "Sub": "subtract", "Mul": "multiply", "Pow": "power", "Sqrt": "sqrt", "Neg": "negative", "Abs": "abs",
     "Exp": "exp", "Log": "log", "Floor": "floor", "Ceil": "ceil", "Round": "round", "Equal": "equal",
     "Not": "logical_not",
     "Greater": "greater", "GreaterOrEqual": "greater_equal", "Less": "less", "LessOrEqual": "less_equal",
     "And": "logical_and", "Or": "logical_or", "Tanh": "tanh", "Sin": "sin", "Cos": "cos", "Reciprocal": "reciprocal",
+    "Sign": "sign", "Xor": "logical_xor",
 }  # fmt: skip
 _REDUCTIONS = {"ReduceMean": "mean", "ReduceSum": "sum", "ReduceMax": "max", "ReduceMin": "min", "ReduceProd": "prod"}
 
@@ -266,15 +263,25 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Max": fold("maximum"),
     "Min": fold("minimum"),
     "Sum": fold("add"),
-    "ReduceL2": _norm2,
+    "ReduceL1": _norm(abs, lambda x: x),
+    "ReduceL2": _norm(lambda x: x * x, jnp.sqrt),
+    "ReduceSumSquare": _norm(lambda x: x * x, lambda x: x),
+    "ReduceLogSum": _norm(lambda x: x, jnp.log),
+    "ReduceLogSumExp": _log_sum_exp,
+    "Mod": _mod,
+    "Mean": lambda *values: fold("add")(*values) / len(values),
     "Where": _where,
     "Clip": _clip,
     "Cast": _cast,
+    "CastLike": lambda x, like, *, saturate=1: x.astype(like.dtype),
     "Identity": lambda x: x,
     "Dropout": lambda x, ratio=None, training=None, **settings: x,
     "Relu": lambda x: jnp.maximum(x, 0),
     "LeakyRelu": lambda x, *, alpha=0.01: jnp.where(x >= 0, x, x * alpha),
     "PRelu": lambda x, slope: jnp.where(x >= 0, x, elementwise("multiply")(x, slope)),
+    "ThresholdedRelu": lambda x, *, alpha=1.0: jnp.where(x > alpha, x, 0),
+    "Celu": lambda x, *, alpha=1.0: jax.nn.celu(x, alpha),
+    "Swish": lambda x, *, alpha=1.0: x * jax.nn.sigmoid(alpha * x),
     "Elu": lambda x, *, alpha=1.0: jax.nn.elu(x, alpha),
     "Selu": lambda x, *, alpha=1.67326319217681884765625, gamma=1.05070102214813232421875: gamma * jax.nn.elu(x, alpha),
     "Sigmoid": jax.nn.sigmoid,
@@ -305,20 +312,20 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Expand": _expand,
     "Tile": _tile,
     "Pad": _pad,
+    "DepthToSpace": _depth_to_space,
+    "SpaceToDepth": _space_to_depth,
+    "Trilu": _trilu,
     "MatMul": lambda a, b: jnp.matmul(a, b),
+    "Einsum": _einsum,
     "Gemm": _gemm,
     "Conv": _conv,
     "MaxPool": _max_pool,
     "AveragePool": _average_pool,
     "GlobalAveragePool": lambda x: x.mean(tuple(range(2, x.ndim)), keepdims=True),
     "GlobalMaxPool": lambda x: x.max(tuple(range(2, x.ndim)), keepdims=True),
-    "BatchNormalization": _batch_norm,
-    "LayerNormalization": _layer_norm,
-    "GroupNormalization": _group_norm,
-    "InstanceNormalization": _instance_norm,
-    "LRN": _local_response,
     "com.microsoft.FusedConv": _fused_conv,
     "com.microsoft.FusedGemm": _fused_gemm,
+    **onnx_norms.OPERATORS,
     **onnx_fused.OPERATORS,
 }
 """By ONNX's names; "before version 13" are operators whose meaning has changed."""

@@ -14,12 +14,14 @@ References:
   https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from smark_jax.files import _limits
+from smark_jax.files import _limits, _scaled
 from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Unwritable
 from smark_jax.files.networks.graph import Node, Tensor, Value, references
@@ -78,8 +80,8 @@ def lowered(model: Model, max_bytes: int) -> Model:
     nodes = [new for node in _without_late_scales(model.nodes) for new in _real(node)]
     nodes, tensors = _folded(nodes, model.tensors, max_bytes)
     before, after = ({name for node in some for name in references([*node.arguments])} for some in (model.nodes, nodes))
-    kept = after | (model.tensors.keys() - before)
-    return model._replace(nodes=nodes, tensors={name: tensor for name, tensor in tensors.items() if name in kept})
+    kept = {name: tensor for name, tensor in tensors.items() if name in after or name not in before}
+    return model._replace(nodes=nodes, tensors=kept)
 
 
 def _without_late_scales(nodes: Sequence[Node]) -> list[Node]:
@@ -205,22 +207,18 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
 
 def _leaf(node: Node, tensors: Mapping[str, Tensor]) -> np.ndarray | None:
     """What a node makes that dequantises a constant; None if an argument is no constant, or of a shape that is odd."""
-    scale = _argument(node, 1)
+    scale, zero = _argument(node, 1), _argument(node, 2)
+    whole = _array(_argument(node, 0), tensors)
     factors = [_array(factor, tensors) for factor in (scale if isinstance(scale, list) else [scale])]
-    whole, zero = (_array(_argument(node, place), tensors) for place in (0, 2))
-    if whole is None or any(factor is None for factor in factors) or (_argument(node, 2) is not None and zero is None):
-        return None
+    shift = np.zeros(()) if zero is None else _array(zero, tensors)
     axis, block = node.settings.get("axis", 1), node.settings.get("block_size", 0)
-    if not isinstance(axis, int) or not isinstance(block, int) or not -whole.ndim <= axis < max(whole.ndim, 2):
+    if whole is None or shift is None or not isinstance(axis, int) or not -whole.ndim <= axis < max(whole.ndim, 2):
         return None
-    real = whole.astype(np.float32)
-    with np.errstate(all="ignore"):
-        for change, factor in ((np.subtract, zero), *((np.multiply, factor) for factor in factors)):
-            along = None if factor is None else _along(factor, whole.shape, axis, block)
-            if factor is not None and along is None:
-                return None
-            real = real if along is None else change(real, along, dtype=np.float32)
-    return real
+    shaped = [None if factor is None else _along(factor, whole.ndim, axis, block) for factor in (shift, *factors)]
+    if any(factor is None for factor in shaped):
+        return None
+    first, *others = (factor for factor in shaped if factor is not None)
+    return _scaled.apply(whole, functools.reduce(operator.mul, others), first)
 
 
 def _array(value: Any, tensors: Mapping[str, Tensor]) -> np.ndarray | None:
@@ -228,15 +226,13 @@ def _array(value: Any, tensors: Mapping[str, Tensor]) -> np.ndarray | None:
     return None if tensor is None or isinstance(tensor.array, Foreign) else tensor.array
 
 
-def _along(factor: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray | None:
-    """Scales or zero points in a shape that fits: one, one for each entry of the axis, or for each block of these."""
+def _along(factor: np.ndarray, axes: int, axis: int, block: Any) -> np.ndarray | None:
+    """Scales or zero points with the axes of their numbers: one for all, or one for each entry or block of an axis."""
+    factor = factor.astype(np.float32)
     if factor.size == 1:
-        return factor.reshape(()).astype(np.float32)
-    if not shape:
-        return None
-    axis %= len(shape)
-    if block > 0 and factor.shape == (*shape[:axis], -(-shape[axis] // block), *shape[axis + 1 :]):
-        return np.take(factor, np.arange(shape[axis]) // block, axis).astype(np.float32)
-    if factor.shape == (shape[axis],):
-        return factor.reshape(-1, *[1] * (len(shape) - 1 - axis)).astype(np.float32)
-    return None
+        return factor.reshape(())
+    if block:
+        return factor
+    return (
+        factor.reshape(*[1] * (axis % axes), -1, *[1] * (axes - 1 - axis % axes)) if factor.ndim == 1 and axes else None
+    )

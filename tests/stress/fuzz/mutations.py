@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 import tflite_files
 
+_KERAS = Path(__file__).parents[2] / "data/keras"
 Make = Callable[[np.random.Generator], bytes]
 
 
@@ -40,6 +41,9 @@ def tree(rng: np.random.Generator) -> dict[str, np.ndarray]:
         shape = tuple(int(n) for n in rng.integers(1, 5, int(rng.integers(0, 4))))
         found[name] = np.asarray(rng.standard_normal(shape) * 10).astype(str(rng.choice(kinds)))
     return found
+
+
+SHARD = "model-00001-of-00001.safetensors"
 
 
 def safetensors_file(rng: np.random.Generator) -> bytes:
@@ -78,6 +82,11 @@ def npz_file(rng: np.random.Generator) -> bytes:
     return file.getvalue()
 
 
+def shard_index(rng: np.random.Generator) -> bytes:
+    """An index of the leaves in :data:`SHARD`."""
+    return json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tree(rng), SHARD)}).encode()
+
+
 def onnx_file(rng: np.random.Generator) -> bytes:
     return network_files.classifier(int(rng.integers(100))).onnx()
 
@@ -95,6 +104,17 @@ def tflite_file(rng: np.random.Generator) -> bytes:
     many = int(rng.integers(2))
     scales = {"kernel": tflite_files.quantised(rng.random(4 if many else 1), np.zeros(4 if many else 1))}
     return tflite_files.tflite(steps, {"kernel": kernel, **tensors}, [-1, 9, 8, 2], ["y"], scales)
+
+
+def keras_file(rng: np.random.Generator) -> bytes:
+    return (_KERAS / str(rng.choice(["int8.keras", "attentive.keras"]))).read_bytes()
+
+
+def hdf5_file(rng: np.random.Generator) -> bytes:
+    """Both of Keras' layouts, the newer one mostly: it is smaller, and has more groups for its numbers."""
+    if rng.integers(4) == 0:
+        return (_KERAS / "older.h5").read_bytes()
+    return zipfile.ZipFile(_KERAS / "int8.keras").read("model.weights.h5")
 
 
 def exported_program(rng: np.random.Generator) -> bytes:
@@ -115,6 +135,10 @@ def pickle_file(rng: np.random.Generator) -> bytes:
     if rng.integers(2):
         return (_TORCH / ("plain2.pkl" if protocol < 4 else "plain5.pkl")).read_bytes()
     return pickle.dumps({"params": tree(rng), "step": 3, "name": "cnn"}, protocol)
+
+
+def gguf_file(rng: np.random.Generator) -> bytes:
+    return (_TORCH.parent / "small.gguf").read_bytes()
 
 
 # Ways to break a valid file.
