@@ -15,6 +15,7 @@ import network_files
 import numpy as np
 import pytest
 import safetensors.numpy
+import terminal
 from network_files import field
 
 from smark_jax import carriers, errors, files, vault
@@ -37,7 +38,7 @@ def desk(tmp_path):
         yield desk
 
 
-def some(shape, seed=0, dtype=np.float32):
+def some(shape, seed=0, dtype: type = np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
@@ -103,7 +104,8 @@ BASES = {
     "onnx in two files": (external, ""),
     "pt2": (plain("net.pt2", lambda: network_files.classifier().exported()), ".pt2"),
     "torch": (taken("torch/state.pt"), ".pt"),
-    "keras": (taken("keras_convolutional.keras"), ".keras"),
+    "keras": (taken("keras/convolutional.keras"), ".keras"),
+    "hdf5": (taken("keras/older.h5"), ".h5"),
     "tflite": (taken("tflite/float16.tflite"), ".tflite"),
     "shards": (sharded, ""),
 }
@@ -216,3 +218,25 @@ def test_a_folder_has_its_name_only_when_it_is_complete_and_replaces_nothing(des
     with pytest.raises(errors.SmarkError, match="got a folder that is none"):
         issuing.issue(models.get(desk, "net"), somebody, out)
     assert (copy / names[1]).read_bytes() == b"damaged"
+
+
+def test_the_desk_says_what_copies_will_be(tmp_path):
+    sharded(tmp_path)
+    npz(tmp_path, np.savez_compressed)
+    shutil.copy(DATA / "tflite/int8.tflite", tmp_path)
+
+    def run(*arguments, code=0):
+        done = terminal.run(*arguments, folder=tmp_path)
+        assert done.code == code, done.err
+        return done
+
+    run("init", "vault")
+    said = run("add-model", "vault", "whole", "net", "--chips", CHIPS).out
+    assert "Copies will be shards, like the base: the same bytes but for weights that carry." in said
+    issued = json.loads(run("issue", "vault", "whole", "Ada", "--out", "copies", "--json").out)
+    assert issued["files"] == ["copies/000000-Ada"]
+    assert json.loads((tmp_path / "copies/000000-Ada/config.json").read_text()) == {"model_type": "vit"}
+    said = run("add-model", "vault", "packed", "net.npz", "--chips", CHIPS).out
+    assert "Copies will be safetensors: the carrying weights of this npz base cannot be changed in place." in said
+    said = run("add-model", "vault", "rounded", "int8.tflite", "--chips", CHIPS, code=1).err
+    assert "choose leaves of floats with --match" in " ".join(said.split())

@@ -255,6 +255,10 @@ def test_the_network_may_be_a_file_and_the_images_another(desk):
     assert "--images" in desk.stderr
     added = desk.json(*add, "--network", "net.onnx", "--images", "images.npz")
     assert added["cost"]["mean"]["drop"] is not None
+    alone = desk.json(*add[:2], "alone", *add[3:], "--images", "images.npz")  # the base's file holds the network
+    assert alone["cost"].keys() == added["cost"].keys() and alone["cost"]["images"] == added["cost"]["images"]
+    issued = desk.json("issue", "vault", "alone", "Ada", "--out", "onnx", "--images", "images.npz")
+    assert issued["trial"]["images"] == 60 and issued["files"] == ["onnx/000000-Ada.onnx"]
     function = ("--network", "shapes_network:alone", "--images", "images.npz")
     issued = desk.json("issue", "vault", "net", "Ada", "--out", "alone", *function)
     assert issued["trial"]["images"] == 60

@@ -18,7 +18,7 @@ from smark_jax.files import _places, _sources, _zip, formats
 from smark_jax.files._places import Place
 
 
-def some(shape, seed=0, dtype=np.float32):
+def some(shape, seed=0, dtype: type = np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 

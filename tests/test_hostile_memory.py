@@ -1,14 +1,13 @@
 """Strangers' files that would take far more memory than their size: each reader's peak, relative to the file."""
 
-import gc
 import json
 import struct
-import tracemalloc
 from collections.abc import Callable
 
 import msgpack
 import numpy as np
 import pytest
+from memory import peak
 
 from smark_jax import files
 from smark_jax.files import _limits, _msgpack
@@ -16,17 +15,6 @@ from smark_jax.vault import bundles
 
 MB = 2**20
 RARE = "\U0001f600"  # one such character makes Python keep every character of a text in four bytes
-
-
-def peak(run: Callable[[], object]) -> int:
-    """Most bytes that Python and NumPy took at once while it ran."""
-    gc.collect()
-    tracemalloc.start()
-    try:
-        run()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def reads(path) -> Callable[[], object]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from smark_jax import errors, files
+from smark_jax import carriers, errors, files
 from smark_jax.files import _hdf5
 
 DATA = Path(__file__).parent / "data/keras"
@@ -202,6 +202,8 @@ def test_a_network_gives_the_logits_of_keras(file):
     with np.load(DATA / f"{name}.npz") as archive:
         images, logits = archive["images"], archive["logits"]
     np.testing.assert_allclose(apply_fn(params, images), logits, atol=2e-5)
+    statistics = {name for name in params if "moving" in name}
+    assert params.keys() - {leaf.path for leaf in carriers.select(params).leaves} >= statistics
     zeros = {name: np.zeros_like(leaf) for name, leaf in params.items()}
     assert np.abs(np.asarray(apply_fn({**params, **zeros}, images)) - logits).max() > 0.1
     with pytest.raises(errors.SmarkError, match=r"images of shape \[any .*\], but got shape \[3, 1, 1, 1\]"):
@@ -278,9 +280,13 @@ def test_what_is_no_network_or_runs_code_is_refused_by_name(tmp_path):
         computed(tmp_path, model_of([layer("Lambda", function="os.abort()"), layer("Mine")]), ROW)
     circle = [called("Relu", [("b", 0, 0)], name="a"), called("Relu", [("a", 0, 0)], name="b"), layer("InputLayer")]
     circle = model_of(circle, "Functional", input_layers=["inputlayer", 0, 0], output_layers=["a", 0, 0])
+    masked = called("ReLU", [("in", 0, 0)], name="a")
+    masked["inbound_nodes"][0]["kwargs"] = {"mask": None, "use_causal_mask": True}
+    masked = model_of([masked], "Functional", input_layers=["in", 0, 0], output_layers=["a", 0, 0])
     two = model_of([], "Functional", input_layers=[["a", 0, 0], ["b", 0, 0]], output_layers=["a", 0, 0])
     for model, said in (
         (circle, "takes its own result"),
+        (masked, "is called with 'use_causal_mask'"),
         (two, "takes 2 inputs"),
         ({}, "'config'"),
         ([], "not as Keras"),

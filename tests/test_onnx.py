@@ -163,6 +163,28 @@ def test_a_softmax_before_a_node_that_changes_nothing_is_left_out(tmp_path):
     np.testing.assert_allclose(apply_fn(params, images), images @ matrix, rtol=1e-5)
 
 
+def test_copies_with_numbers_in_another_file_run_in_onnxruntime(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    (tmp_path / "base").mkdir()
+    matrix, bias = RNG.normal(size=(3, 2)).astype(np.float32), np.float32([1, 2])
+    (tmp_path / "base/numbers").write_bytes(b"----" + matrix.tobytes())
+    entries = {"location": "numbers", "offset": "4", "length": "24"}
+    outside = b"".join(network_files.field(1, n) for n in matrix.shape) + network_files.field(2, 1)
+    outside += network_files.field(8, "w") + network_files.field(14, 1)
+    for key, value in entries.items():
+        outside += network_files.field(13, network_files.field(1, key) + network_files.field(2, value))
+    steps = [Step("MatMul", ["x", "w"], ["a"]), Step("Add", ["a", "b"], ["y"])]
+    content = network_files.onnx(steps, {"b": bias}, ("n", 3), "y", more=network_files.field(5, outside))
+    base = written(tmp_path / "base", content).rename(tmp_path / "base/net.onnx")
+    files.write(tmp_path / "copy", {"w": 2 * matrix, "b": -bias}, like=base)
+    images = np.float32([[1, 2, 3], [0, -1, 5]])
+    session = runtime.InferenceSession(tmp_path / "copy/net.onnx")
+    np.testing.assert_allclose(session.run(None, {"x": images})[0], images @ (2 * matrix) - bias, rtol=1e-5)
+    assert (tmp_path / "copy/numbers").read_bytes() == b"----" + (2 * matrix).tobytes()
+    old, new = (np.frombuffer(path.read_bytes(), np.uint8) for path in (base, tmp_path / "copy/net.onnx"))
+    assert len(old) == len(new) and 0 < (old != new).sum() <= bias.nbytes
+
+
 PART = lambda *shape: RNG.normal(size=shape).astype(np.float32)  # noqa: E731
 ROWS = PART(2, 5, 8)
 FUSED = {

@@ -1,15 +1,14 @@
 """The machine that reads pickles without running them: like Python's on plain values, and bounded on hostile ones."""
 
-import gc
 import pickle
 import pickletools
 import struct
-import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import peak
 
 from smark_jax import errors
 from smark_jax.files import _limits, _pickle, _tensors
@@ -126,17 +125,6 @@ def test_malformed_pickles_are_refused(case):
 
 
 # --- memory
-
-
-def peak(run):
-    """Most bytes that Python took at once while it ran."""
-    gc.collect()
-    tracemalloc.start()
-    try:
-        run()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def text(size, mark=b"X"):

@@ -331,11 +331,11 @@ def test_tensors_over_the_same_bytes_are_one_leaf_or_do_not_carry(tmp_path):
 
 
 def test_names_that_are_not_alone_or_begin_another_get_their_number(tmp_path):
-    tensors = {name: PART(2) for name in ("a", "b", "c", "d")}
+    tensors = {name: PART(2) for name in ("a", "b", "c", "d", "conv-1")}  # "-" comes before "/"
     change = {"b": {3: "conv/kernel"}, "c": {3: "conv/kernel"}, "d": {3: "conv"}}
     content = tflite_files.tflite([step("RELU", ["x"], ["y"])], tensors, [1], ["y"], change=change)
     leaves = files.read(written(tmp_path, content)).leaves
-    assert leaves.keys() == {"a", "conv/kernel:2", "conv/kernel:3", "conv:4"}
+    assert leaves.keys() == {"a", "conv/kernel:2", "conv/kernel:3", "conv:4", "conv-1"}
     assert files.flatten(files.nest(leaves)).keys() == leaves.keys()
 
 

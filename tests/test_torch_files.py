@@ -6,7 +6,6 @@ PyTorch itself wrote the files of ``tests/data/torch`` and the values in ``expec
 
 import collections
 import hashlib
-import io
 import pickle
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch_layout
+from stress.fuzz import mutations
 
 from smark_jax import errors, files, models
 from smark_jax.files import _scaled
@@ -32,11 +32,7 @@ with np.load(DATA / "expected.npz") as archive:
 
 
 def zipped(members, method=zipfile.ZIP_STORED):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return file.getvalue()
+    return mutations.zipped(tuple(members.items()), method)
 
 
 def members(path):

@@ -47,7 +47,8 @@ Network = Annotated[
         "--network",
         metavar="MODULE:FUNCTION",
         help="Run the base's network. FUNCTION() returns (apply_fn, images) or (apply_fn, images, labels); MODULE is "
-        "looked for in the current folder too. An ONNX, TFLite or .pt2 file of the network will do, with --images.",
+        "looked for in the current folder too. A file that holds the network, such as ONNX, will do, with --images; "
+        "where the base is one, --images alone will do.",
     ),
 ]
 Images = Annotated[
@@ -176,16 +177,24 @@ def aligner(name: str | None) -> "Aligner | None":
     return Aligner(name, *network("align", name)[:2])
 
 
-def runnable(name: str | None, images: Path | None) -> "trials.Network | None":
-    """The network that ``--network`` names, with the images of ``--images`` or its own; None if it names none."""
-    if name is None:
-        if images is not None:
-            raise typer.BadParameter("--images goes with --network", param_hint="--images")
+def runnable(name: str | None, images: Path | None, base: Path) -> "trials.Network | None":
+    """The network that ``--network`` names, or the base's file holds, with the images of ``--images`` or its own.
+
+    Returns:
+      None without ``--network`` and ``--images``.
+    """
+    if name is None and images is None:
         return None
-    from smark_jax import files
+    from smark_jax import errors, files
     from smark_jax.vault import image_files, trials
 
     given = image_files.read(images) if images else ()
+    if name is None:
+        try:
+            return trials.network(files.network(base, max_bytes=files.ANY_SIZE).apply_fn, *given)
+        except errors.Unreadable as error:
+            wrong = "--images goes with --network where the base's file holds no network, as ONNX does"
+            raise typer.BadParameter(wrong, param_hint="--images") from error
     if not Path(name).is_file():
         apply_fn, *own = network("network", name, alone=bool(given))
         return trials.network(apply_fn, *(given or own))

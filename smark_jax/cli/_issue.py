@@ -70,7 +70,7 @@ def issue(
             raise typer.BadParameter("name customers, or pass --csv or --all", param_hint="CUSTOMER")
         # Load networks first: if one fails, no customer must have been registered.
         teaching = trials.network(*_common.network("teach", teach)) if teach else None
-        runs = _common.runnable(network, images) or teaching
+        runs = _common.runnable(network, images, model.base_file) or teaching
         spared = model.settings.shape.images if model.settings.shape else 0
         trial = trials.Running(runs, model.base, spared) if runs else None
         known = registry.registered(desk) if everybody else []

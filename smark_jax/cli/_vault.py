@@ -96,7 +96,7 @@ def add_model(
         raise typer.BadParameter("--probes and --classes go together", param_hint="--probes")
     if change is not None and not 0 < change <= 1:
         raise typer.BadParameter("expected a share of the logits' RMS, above 0 and at most 1", param_hint="--change")
-    if change is not None and (network is None or strength is not None):
+    if change is not None and ((network is None and images is None) or strength is not None):
         raise typer.BadParameter("--change goes with --network, and not with --strength", param_hint="--change")
     with _common.desk(vault, passphrase_file) as desk, _common.err.status("reading the base") as status:
         from smark_jax import files
@@ -107,7 +107,7 @@ def add_model(
         leaves = weights.leaves
         form = _form(base, weights)
         pictures = image_files.pixels(probes) if probes else None
-        runs = _common.runnable(network, images)
+        runs = _common.runnable(network, images, base)
         models.refuse_taken(desk, name)
         known = _base(public).leaves if public else None
         chosen = _Chosen(chips, alpha, change, strength, models.choose(leaves, match, known))

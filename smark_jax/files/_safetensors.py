@@ -62,9 +62,9 @@ def places(source: Source) -> dict[str, Place | Unwritable]:
     first = 8 + int.from_bytes(source.data[:8], "little")
     entries = _check(source.data, len(source.data))
     found = {
-        name: _places.in_order(first + start, dtype, shape)
-        for name, dtype, start, _, shape in entries
-        if not isinstance(dtype, Foreign)
+        entry.name: _places.in_order(first + entry.start, entry.dtype, entry.shape)
+        for entry in entries
+        if not isinstance(entry.dtype, Foreign)
     }
     return _scaled.places(found, {name: dtype for name, dtype, *_ in entries})
 

@@ -150,7 +150,10 @@ class _Builder:
         if kind in _MODELS:
             (images,) = positional
             return self.model({"class_name": kind, "config": config}, layer.path, images)
-        settings = {"config": config, **{name: value for name, value in named.items() if graphs.references([value])}}
+        odd = [name for name, value in named.items() if value not in (None, False) and not isinstance(value, Value)]
+        if odd:
+            raise Unreadable(f"its layer {shown(layer.path[-1])} is called with {shown(odd[0])}", _AGAIN)
+        settings = {"config": config, **{name: value for name, value in named.items() if isinstance(value, Value)}}
         own = "/".join(layer.path)
         if own not in self._leaves and len(layer.path) > 2:  # the older layout names the outermost model alone
             own = f"{layer.path[0]}/{layer.path[-1]}"
@@ -195,7 +198,7 @@ def _call(call: Any) -> tuple[list[Any], dict[str, Any]]:
     named = {name: value for entry in call if len(entry) > 3 for name, value in entry[3].items()}
     if any(isinstance(value, list) for value in named.values()):  # such as a second operand
         raise Unreadable("a layer of it takes further arguments", _AGAIN)
-    return [results if len(results) > 1 else results[0]], {}
+    return [results if len(results) > 1 else results[0]], named
 
 
 def _argument(value: Any) -> Any:

@@ -115,14 +115,11 @@ def _normalization(x: Any, *, config: Config, mean: Any = None, variance: Any = 
     """By a mean and a variance that are weights, or settings."""
     if config.get("invert"):
         raise NotImplementedError("inverted normalization is not supported")
-    mean, variance = (np.asarray(config[n], np.float32) if v is None else v for n, v in _pairs(mean, variance))
+    if mean is None:
+        mean, variance = (np.asarray(config[name], np.float32) for name in ("mean", "variance"))
     place = _axis(config)
     spread = jnp.maximum(jnp.sqrt(_along(variance, place, x)), 1e-7)
     return (x - _along(mean, place, x)) / spread
-
-
-def _pairs(mean: Any, variance: Any) -> Sequence[tuple[str, Any]]:
-    return [("mean", mean), ("variance", variance)]
 
 
 def _rescaling(x: Any, *, config: Config) -> Any:
@@ -164,8 +161,8 @@ def _attention(
     query: Any, value: Any = None, key: Any = None, *, config: Config, attention_mask: Any = None, **weights: Any
 ) -> Any:
     """Attention of several heads over tokens [B T D], with kernels [D H K] and [H K D]."""
-    if query.ndim != 3 or config.get("attention_axes") not in (None, [1]) or config.get("use_causal_mask"):
-        raise NotImplementedError("attention over other axes than that of tokens, or with a mask, is not supported")
+    if query.ndim != 3 or config.get("attention_axes") not in (None, [1]):
+        raise NotImplementedError("attention over other axes than that of tokens is not supported")
     value = query if value is None else value
 
     def heads(x: Any, name: str) -> Any:

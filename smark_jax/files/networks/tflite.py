@@ -8,6 +8,7 @@ References:
   https://github.com/google-ai-edge/LiteRT/blob/main/tflite/converter/schema/schema.fbs
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -132,10 +133,11 @@ def _leaves(root: Table, graph: Table, max_bytes: int) -> list[_Leaf]:
     for (span, kind, shape, _), numbers in groups.items():
         name = names[numbers[0]]
         tensor = _tensor(name, tables[numbers[0]], span, shape, max_bytes)
-        array = tensor.array
-        max_bytes -= 0 if isinstance(array, Foreign) else array.nbytes
-        real = not isinstance(array, Foreign) and array.size > 1 and array.dtype in [DTYPES[kind] for kind in _FLOATS]
-        carries = real and (array.dtype != DTYPES[kind] or owners[span] == 1)
+        array, carries = tensor.array, False
+        if not isinstance(array, Foreign):
+            max_bytes -= array.nbytes
+            is_real = array.size > 1 and array.dtype in [DTYPES[n] for n in _FLOATS]
+            carries = is_real and (array.dtype != DTYPES[kind] or owners[span] == 1)
         found.append(_Leaf(graphs.leaf_name(name, carries), numbers, tensor, carries))
     _limits.check_names(leaf.name for leaf in found)
     return found
@@ -145,12 +147,11 @@ def _names(texts: dict[int, str]) -> dict[int, str]:
     """A name for each tensor by its number, which is added where a name is not alone or begins another's path."""
     texts = {number: text[:_MAX_NAME] or "tensor" for number, text in texts.items()}
     counts = Counter(texts.values())
-    for text in list(counts):
-        steps = text.split("/")
-        counts.update({"/".join(steps[:end]) for end in range(1, len(steps))})
-    return {
-        number: _limits.check_name(text if counts[text] == 1 else f"{text}:{number}") for number, text in texts.items()
-    }
+    # In this order the paths that a name begins follow it at once.
+    paths = sorted(f"{text}/" for text in counts)
+    begins = {name[:-1] for name, following in itertools.pairwise(paths) if following.startswith(name)}
+    alone = {text for text, count in counts.items() if count == 1 and text not in begins}
+    return {n: _limits.check_name(text if text in alone else f"{text}:{n}") for n, text in texts.items()}
 
 
 def _buffer(table: Table) -> Span:

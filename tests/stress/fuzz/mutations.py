@@ -43,6 +43,9 @@ def tree(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return found
 
 
+SHARD = "model-00001-of-00001.safetensors"
+
+
 def safetensors_file(rng: np.random.Generator) -> bytes:
     return safetensors.numpy.save(tree(rng))
 
@@ -77,6 +80,11 @@ def npz_file(rng: np.random.Generator) -> bytes:
     file = io.BytesIO()
     (np.savez if rng.integers(2) else np.savez_compressed)(file, **tree(rng))  # pyright: ignore[reportArgumentType]
     return file.getvalue()
+
+
+def shard_index(rng: np.random.Generator) -> bytes:
+    """An index of the leaves in :data:`SHARD`."""
+    return json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tree(rng), SHARD)}).encode()
 
 
 def onnx_file(rng: np.random.Generator) -> bytes:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import safetensors.numpy
+
 from smark_jax import errors, files
 from stress.fuzz import evidence, mutations
 
@@ -42,7 +45,16 @@ _WEIGHTS = {
     "pickle": mutations.pickle_file,
     "gguf": mutations.gguf_file,
 }
+
+
+def _read_index(path: Path) -> files.Weights:
+    """Reads an index beside a file of all leaves that a valid one names."""
+    safetensors.numpy.save_file(mutations.tree(np.random.default_rng(0)), path.with_name(mutations.SHARD))
+    return files.read(path)
+
+
 TARGETS = (
+    Target("shards", mutations.shard_index, mutations.FORGERIES, _read_index, errors.Unreadable),
     *(Target(name, make, mutations.FORGERIES, files.read, errors.Unreadable) for name, make in _WEIGHTS.items()),
     Target("evidence", evidence.genuine, evidence.FORGERIES, evidence.read, evidence.REFUSAL),
 )
