@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from smark_jax import errors, files
+from smark_jax import carriers, codes, embedding, errors, extraction, files, keys
 from smark_jax.files import _content
 
 HEADS, WIDTH = 4, 64
@@ -193,6 +193,26 @@ def test_folded_batch_norm_is_taken_out_of_a_kernel_and_a_mark_stays(rng):
         assert np.corrcoef(mark, read)[0, 1] > 0.97 * least
         control = np.corrcoef(mark, (theirs * factor - ours).ravel())[0, 1]
         assert control < 0.2  # as the kernel is stored, the factors drown the mark
+
+
+def test_a_folded_copy_is_traced_and_nobody_else(rng):
+    """The control is the same suspect with its factors left in."""
+    base, factors = network(rng)
+    base = {name: leaf for name, leaf in base.items() if name.endswith("kernel")}
+    key, chips, serial = keys.from_bytes(bytes(32)), 64, 7
+    mark, book = carriers.mark(key, base, chips), np.asarray(codes.codebook(key, range(2000), chips))
+    copy = {name: np.asarray(leaf) for name, leaf in embedding.embed(base, mark, book[serial], 0.02).items()}
+    folded = {name: leaf * factors[name.removesuffix("/kernel")] for name, leaf in copy.items()}
+
+    def statistics(suspect):
+        read = np.asarray(extraction.extract(suspect, base, mark), np.float64)
+        return book @ read / np.linalg.norm(read)
+
+    found = statistics(files.match_layout({f"w{i}": leaf for i, leaf in enumerate(folded.values())}, base).leaves)
+    assert found[serial] > 0.9 * np.sqrt(chips)
+    innocent = np.delete(found, serial)
+    assert np.abs(innocent).max() < 5 and innocent.std() == pytest.approx(1, abs=0.1)
+    assert abs(statistics(folded)[serial]) < 0.5 * np.sqrt(chips)
 
 
 def test_a_dead_channel_whose_factor_content_cannot_tell_is_left_out_and_hides_no_other(rng):

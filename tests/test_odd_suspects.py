@@ -326,6 +326,22 @@ def test_an_old_bundle_whose_map_content_tells_still_holds(framing):
     assert verification.verify(folder / "before", folder / "renamed", folder / "base").holds
 
 
+def test_a_bundle_of_an_earlier_readout_may_state_fewer_matches_and_one_of_today_may_not(framing):
+    opened, folder, _, _, _ = framing
+    copy = files.read(next((folder / "copies").glob("000001*"))).leaves
+    files.write(folder / "moved", {f"x{i}": leaf.T.copy() for i, leaf in enumerate(copy.values())})
+    document = verdicts.trace(models.get(opened, "net"), [folder / "moved"])
+    assert accused(document.suspects[0]) == ["Grace"]
+    content = json.loads(evidence.export(opened, document.number).content)["bundle"]
+    content["suspect"]["layout"] = content["suspect"]["layout"][1:]
+    holds = {}
+    for readout in (2, 3):
+        content["suspect"]["reading"]["readout"] = readout
+        (folder / "stated").write_bytes(bundles.signed(content, opened.master))
+        holds[readout] = verification.verify(folder / "stated", folder / "moved", folder / "base").holds
+    assert holds == {2: True, 3: False}
+
+
 def test_evidence_on_a_partial_read_with_a_map_says_both_and_holds(framing):
     opened, folder, _, _, _ = framing
     leaves = files.read(next((folder / "copies").glob("000001*"))).leaves
