@@ -167,7 +167,7 @@ class Classifier(NamedTuple):
     weights: dict[str, np.ndarray]
     statistics: dict[str, np.ndarray]
 
-    def onnx(self, batch: int | str = "batch", softmax: bool = False) -> bytes:
+    def onnx(self, batch: int | str = "batch", softmax: bool = False, quantised: bool = False) -> bytes:
         steps = [
             Step(
                 "Conv", ["x", "conv.weight"], ["a"], {"strides": [2, 1], "pads": [1, 0, 0, 1], "kernel_shape": [3, 2]}
@@ -182,6 +182,13 @@ class Classifier(NamedTuple):
         ]
         steps += [Step("Softmax", ["logits"], ["chances"], {"axis": 1})] if softmax else []
         tensors = self.weights | {"m": self.statistics["bn.running_mean"], "v": self.statistics["bn.running_var"]}
+        if quantised:  # the dense kernel, by steps of each of its rows
+            rows = tensors.pop("fc.weight")
+            scales = (np.abs(rows).max(1) / 127).astype(np.float32)
+            parts = ["fc.weight_quantized", "fc.weight_scale", "fc.weight_zero_point"]
+            whole = np.rint(rows / scales[:, None]).astype(np.int8)
+            tensors |= dict(zip(parts, [whole, scales, np.zeros(5, np.int8)], strict=True))
+            steps.insert(0, Step("DequantizeLinear", parts, ["fc.weight"], {"axis": 0}))
         return onnx(steps, tensors, [batch, 2, 6, 5], "chances" if softmax else "logits")
 
     def exported(self, batch: int | str = "s0", **change: Any) -> bytes:

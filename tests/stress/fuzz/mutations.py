@@ -88,7 +88,7 @@ def shard_index(rng: np.random.Generator) -> bytes:
 
 
 def onnx_file(rng: np.random.Generator) -> bytes:
-    return network_files.classifier(int(rng.integers(100))).onnx()
+    return network_files.classifier(int(rng.integers(100))).onnx(quantised=bool(rng.integers(2)))
 
 
 def tflite_file(rng: np.random.Generator) -> bytes:
