@@ -172,6 +172,24 @@ def test_masked_runs_begin_where_a_run_from_scratch_would():
     assert differing > 0  # the cases are not all trivial
 
 
+@pytest.mark.parametrize("customers", range(2, 9))
+def test_nobody_is_selected_twice_nor_in_the_run_that_masks_them(customers):
+    """Fewer candidates than a trial adds, and a read-out that one word explains up to the rounding of its scores."""
+    for seed in range(40):
+        rng = np.random.default_rng([seed, customers])
+        book = rng.choice(np.array([-1, 1], np.int8), (customers, 64))
+        noise = 10.0 ** rng.uniform(-9, -1)
+        u = statistics.direction(book[0] + noise * rng.normal(size=64))
+        scores = np.nextafter(np.float32(book @ u), np.float32(0))
+        chosen = tracing.scoring.shortlist(book, np.arange(customers))
+        chase = tracing.pursuit.Pursuit(u, book, chosen, scores, customers)
+        for masked in (None, *chase.run()):
+            selected = chase.run(masked=masked)
+            assert len(set(selected)) == len(selected) and masked not in selected
+        if noise < 1e-4:  # what is left is rounding
+            assert chase.run() == [0]
+
+
 def test_a_shortlist_gives_what_the_whole_codebook_gives(monkeypatch):
     y, guilty = coalition(20_000, 6, 0.1, seed=8)  # one seed in ten differs in a T
     book = codes.Codebook(KEY, 20_000, M)

@@ -23,8 +23,8 @@ MAX_SELECTED = 128
 # stop by the surplus.
 _LOOK_AHEAD = 4
 _SURPLUS = 0.5
-# A residual below this fraction of the read-out is rounding.
-_SMALLEST_RESIDUAL = 1e-4
+# A residual below this fraction of the read-out is rounding: its square is 1 minus a square of float32 scores.
+_SMALLEST_RESIDUAL = 2e-3
 # Columns of G are computed together for the most likely next selections, since one pass serves many.
 _COLUMNS_PER_PASS = 16
 
@@ -86,11 +86,12 @@ class Pursuit:
                     self._move(order[0], len(selected) - 1)
                 continue
             single = False
-            ahead = [*selected, *order[:_LOOK_AHEAD]]
-            if len(ahead) > self._cap:
+            trial = order[:_LOOK_AHEAD]
+            ahead = [*selected, *trial]
+            if len(ahead) > self._cap or strength[trial[-1]] < 0:  # too few are left
                 break
-            for place in order[:_LOOK_AHEAD]:
-                self._prepare(place, order[:_LOOK_AHEAD], _LOOK_AHEAD)
+            for place in trial:
+                self._prepare(place, trial, _LOOK_AHEAD)
             strength, norm = self._strength(ahead, masked)
             if norm < _SMALLEST_RESIDUAL or strength.max() < (self._stop + _SURPLUS) * norm:
                 break
@@ -117,7 +118,7 @@ class Pursuit:
         return self._words[place]
 
     def _strength(self, selected: list[int], masked: int | None) -> tuple[np.ndarray, float]:
-        """The residual's absolute correlations with all customers who can still be selected, and its length."""
+        """The residual's absolute correlations with all customers, -1 for those not to be selected, and its length."""
         if selected:
             rows = [self._rows[place] for place in selected]
             known = self._scores[selected].astype(np.float64)
@@ -129,9 +130,9 @@ class Pursuit:
             strength = np.abs(self._scores - factors @ self._columns[: len(factors)])
         else:
             strength, norm = np.abs(self._scores), 1.0
-        strength[selected] = 0
+        strength[selected] = -1
         if masked is not None:
-            strength[masked] = 0
+            strength[masked] = -1
         return strength, norm
 
     def _prepare(self, place: int, likely: Sequence[int], rows: int) -> None:
