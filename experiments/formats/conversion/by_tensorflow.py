@@ -21,7 +21,8 @@ def main() -> None:
             yield [image[None]]
 
     def save(path: Path, kind: str) -> None:
-        converter = tf.lite.TFLiteConverter.from_keras_model(model())
+        network = model()  # the converter refers to it weakly
+        converter = tf.lite.TFLiteConverter.from_keras_model(network)
         if kind != "float32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if kind == "float16":
