@@ -76,7 +76,7 @@ def test_strength_is_set_against_what_attacks_leave(tmp_path):
 
 
 def test_the_suite_sets_attacks_against_what_training_from_scratch_costs(tmp_path, monkeypatch):
-    monkeypatch.setitem(suite.TARGETS, "CNN", suite.Target(models.CNN(width=8), recipes.CNN, ("shaped",), 1))
+    monkeypatch.setitem(suite.TARGETS, "CNN", suite.Target(models.CNN(width=8), recipes.CNN, 1))
     tiny = suite.Config(
         ("CNN",),
         most_epochs=1,

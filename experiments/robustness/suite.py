@@ -30,20 +30,19 @@ _OVERWRITING = 0.03  # strength of the leaker's own marks, which are white
 
 
 class Target(NamedTuple):
-    """A network, the marks that are compared on it, and the most epochs that an attack trains it for.
+    """A network, and the most epochs that an attack trains it for.
 
     Five epochs of ResNet-18 are more than half of what it takes from scratch: more tell nothing new, and take hours.
     """
 
     network: nn.Module
     parts: recipes.Parts
-    marks: tuple[str, ...]
     most_epochs: int
 
 
 TARGETS = {
-    "CNN": Target(models.CNN(), recipes.CNN, ("shaped", "white"), 10),
-    "ResNet-18": Target(models.ResNet18(width=16), recipes.RESNET, ("shaped",), 5),
+    "CNN": Target(models.CNN(), recipes.CNN, 10),
+    "ResNet-18": Target(models.ResNet18(width=16), recipes.RESNET, 5),
 }
 
 
@@ -51,7 +50,7 @@ TARGETS = {
 class Config:
     """``most_epochs`` caps every attack that trains, ``only`` names the attacks; ``copies`` are measured for harm.
 
-    Of a target's marks, those in ``marks`` are attacked.
+    ``marks`` are ``"shaped"``, ``"white"`` or both beside each other.
     """
 
     networks: tuple[str, ...]
@@ -60,7 +59,7 @@ class Config:
     scratch_epochs: int = 10
     scratch_seeds: int = 3
     copies: int = 20
-    marks: tuple[str, ...] = ("shaped", "white")
+    marks: tuple[str, ...] = ("shaped",)
     num_chips: int = 304
     customers: int = CUSTOMERS
     train_images: int | None = None
@@ -71,7 +70,6 @@ QUICK = Config(
     ("CNN",),
     most_epochs=2,
     scratch_seeds=1,
-    marks=("shaped",),
     only=(
         *("none", "noise", "prune weights", "quantise", "fine-tune all layers", "L2 burst", "project inputs"),
         *("project and fine-tune", "project, new head, noise, prune, 4 bits", "R0", "R1", "R2", "new head"),
@@ -110,8 +108,7 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
 
 
 def _network(name: str, config: Config, seed: int, meter: sections.Meter) -> dict[str, Any]:
-    network, parts, marked, most_epochs = TARGETS[name]
-    kinds = [kind for kind in marked if kind in config.marks]
+    network, parts, most_epochs = TARGETS[name]
     count = config.train_images or 4000
     meter.start(networks.steps(config.epochs + config.scratch_seeds * config.scratch_epochs, count))
     subject = networks.train(network, seed, config.epochs, lambda *_: meter.step(f"train {name}"), config.train_images)
@@ -125,9 +122,9 @@ def _network(name: str, config: Config, seed: int, meter: sections.Meter) -> dic
         *rebuilding.other_forms(leaker),
     ]
     chosen = [recipe for recipe in found if not config.only or recipe.name in config.only]
-    meter.start(len(kinds) * len(chosen))
+    meter.start(len(config.marks) * len(chosen))
     marks, rows = {}, []
-    for kind in kinds:
+    for kind in config.marks:
         case, marks[kind] = _marked(kind, subject, config, seed)
         for number, recipe in enumerate(chosen):
             attack = functools.partial(_attack, case, kind, leaker, recipe)
