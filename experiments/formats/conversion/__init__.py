@@ -5,6 +5,7 @@ what it can of :data:`FORMS` into the folder, and ``by_LIBRARY.json`` with the r
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,8 +52,8 @@ def convert(library: str, makers: Mapping[str, Callable[[Path], None]], folder: 
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split()) or "no message"
+    """An error in one line, without the folders of this machine."""
+    text = re.sub(r"/\S*/", "", " ".join(str(error).split())) or "no message"
     return f"{type(error).__name__}: {text}"[:_REASON]
 
 
