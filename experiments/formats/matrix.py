@@ -123,9 +123,13 @@ def show(console: rich.console.Console, result: sections.Result) -> None:
         table.add_row(cells[0]["form"], *map(_words, cells))
     console.print(table)
     for row in rows:
+        reasons: dict[str, list[str]] = {}
         for cell in row["cells"]:
             if "reason" in cell:
-                console.print(f"{row['network']}, {cell['form']}: {cell['reason']}", markup=False, highlight=False)
+                reasons.setdefault(cell["reason"], []).append(cell["form"])
+        for reason, forms in reasons.items():
+            what = "every form" if len(forms) == len(row["cells"]) else "; ".join(forms)
+            console.print(f"{row['network']}, {what}: {reason}", markup=False, highlight=False)
 
 
 def _words(cell: dict[str, Any]) -> str:
