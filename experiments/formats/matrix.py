@@ -149,7 +149,8 @@ def picture(path: Path, result: sections.Result) -> None:
         drawn = axes.imshow(values, "Blues", vmin=0, aspect="auto")
         for column, row in enumerate(rows):
             for line, cell in enumerate(row["cells"]):
-                axes.text(column, line, _words(cell), ha="center", va="center", fontsize=7)
+                ink = "white" if cell.get("T", 0) > drawn.norm.vmax / 2 else "black"
+                axes.text(column, line, _words(cell), ha="center", va="center", fontsize=7, color=ink)
         axes.set(xticks=range(len(rows)), xticklabels=[row["network"] for row in rows])
         axes.set(yticks=range(len(forms)), yticklabels=forms)
         axes.tick_params(labelsize=7)
