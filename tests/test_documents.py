@@ -203,4 +203,4 @@ def test_a_document_of_a_newer_vault_asks_for_an_upgrade():
         ValueError, match=r"a reading as this version writes it, .*'mood' is unknown.*\n.*upgrade smark-jax"
     ):
         documents.stored(documents.Reading, '{"align":null,"given":{},"rectify":false,"mood":"good"}')
-    assert reading.Reading().document == documents.Reading(None, {}, False, 2)
+    assert reading.Reading().document == documents.Reading(None, {}, False, 3)

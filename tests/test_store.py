@@ -10,7 +10,9 @@ import smark_jax
 
 _PACKAGE = Path(smark_jax.__file__).parent
 _STORE = _PACKAGE / "vault" / "store"
-_STATEMENT = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|CREATE|DROP|ALTER|PRAGMA|VACUUM|BEGIN|COMMIT|ROLLBACK)\b")
+_STATEMENT = re.compile(
+    r"\s*((SELECT|INSERT|UPDATE|DELETE|CREATE|DROP|ALTER|PRAGMA)\s|(VACUUM|BEGIN|COMMIT|ROLLBACK)\b)"
+)
 
 
 def sql(source: str) -> list[str]:

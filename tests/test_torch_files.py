@@ -118,7 +118,7 @@ def test_pickled_arrays_of_numpy_and_jax_are_read_bit_for_bit(protocol, tmp_path
         np.testing.assert_array_equal(found.leaves[name], leaf.astype(leaf.dtype.newbyteorder("=")), strict=True)
 
 
-def test_int8_weights_with_scales_beside_them_are_read_as_what_they_stand_for(tmp_path):
+def test_weights_with_scales_beside_them_are_matched_as_what_they_stand_for(tmp_path):
     rng = np.random.default_rng(0)
     codes, rows = rng.integers(-127, 128, (4, 6), np.int8), rng.random(4, np.float32)
     blocks, zeros = rng.random((4, 2), np.float32), rng.integers(-5, 6, (4, 2)).astype(np.int8)
@@ -128,25 +128,26 @@ def test_int8_weights_with_scales_beside_them_are_read_as_what_they_stand_for(tm
         "b.weight": codes, "b.weight_scale": blocks, "b.weight_zero_point": zeros,
         "c.weight": narrow, "c.weight_scale": np.array(0.5, np.float32), "d.weight": codes, "SCB": rows,
     }  # fmt: skip
-    found = _scaled.dequantised(leaves, 10_000)
+    found = _scaled.dequantised(leaves, {}, 10_000)
     expected = np.array([[np.float32(codes[i, j]) - zeros[i, j // 3] for j in range(6)] for i in range(4)])
     assert found.keys() == {"a.weight", "a.bias", "b.weight", "c.weight", "d.weight", "SCB"}
     np.testing.assert_allclose(found["a.weight"], codes.astype(np.float64) * rows[:, None] / 127, rtol=1e-6)
     np.testing.assert_allclose(found["b.weight"], expected * np.repeat(blocks, 3, 1), rtol=1e-6)
     np.testing.assert_allclose(found["c.weight"], narrow.astype(np.float64) / 2)
     assert found["d.weight"] is codes  # no scales beside it
-    with pytest.raises(errors.Unreadable, match="take more bytes"):
-        _scaled.dequantised(leaves, 200)
-    odd = _scaled.dequantised({"a.weight": codes, "a.SCB": np.ones(5, np.float32)}, 10_000)
-    assert "quantised in a rare way" in odd["a.weight"].problem and len(odd) == 1
+    with pytest.raises(errors.Undecided, match="take more in float32"):
+        _scaled.dequantised(leaves, {}, 200)
+    odd = {"a.weight": codes, "a.SCB": np.ones(5, np.float32)}  # in a way that is not known
+    assert _scaled.dequantised(odd, {}, 10_000) == odd
+    kept = _scaled.dequantised(leaves, {"a.weight": codes, "b.weight": rows}, 10_000)  # the base's own are not floats
+    assert kept["a.weight"] is codes and "a.SCB" in kept and kept["b.weight"].dtype == np.float32
 
-    del leaves["SCB"]
     (tmp_path / "w").write_bytes(safetensors.numpy.save(leaves))
-    same = files.read(tmp_path / "w").leaves
-    assert same.keys() == found.keys() - {"SCB"} and all(np.array_equal(same[name], found[name]) for name in same)
-    files.write(tmp_path / "copy", same | {"a.bias": rows + 1}, like=tmp_path / "w")
-    with pytest.raises(errors.SmarkError, match="which is quantised there"):
-        files.write(tmp_path / "copy", same | {"a.weight": same["a.weight"] + 1}, like=tmp_path / "w")
+    raw = files.read(tmp_path / "w").leaves  # as the file has them, since bases are committed to so
+    assert raw.keys() == leaves.keys() and all(raw[name].tobytes() == leaves[name].tobytes() for name in leaves)
+    base = {f"{name}.weight": found[f"{name}.weight"] for name in "abc"}
+    layout = files.match_layout(raw, base)
+    assert all(np.array_equal(layout.leaves[name], leaf) for name, leaf in base.items()) and not layout.missing
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch warns of sparse and nested tensors

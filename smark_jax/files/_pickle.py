@@ -193,7 +193,7 @@ class _Machine:
         start = self.skip(length)
         self.push(Blob(start, self.position, text), _OBJECT)
 
-    def collect(self, kind: type[list[Any]] | type[tuple[Any, ...]]) -> None:
+    def collect(self, kind: Callable[[list[Any]], Any]) -> None:
         values = self.to_mark()
         self.push(kind(values), _NODE + _SLOT * len(values))
 

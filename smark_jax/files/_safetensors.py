@@ -8,7 +8,7 @@ import numpy as np
 import safetensors
 
 from smark_jax.errors import Unreadable
-from smark_jax.files import _limits, _places, _scaled
+from smark_jax.files import _limits, _places
 from smark_jax.files._limits import Foreign, shown
 from smark_jax.files._places import Place, Unwritable
 from smark_jax.files._sources import Source
@@ -34,12 +34,9 @@ def matches(data: bytes) -> bool:
 
 
 def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
-    """Reads the leaves; those with scales beside them as float32."""
-    return _scaled.dequantised(_leaves(source.data), max_bytes)
-
-
-def _leaves(data: bytes) -> dict[str, np.ndarray | Foreign]:
-    """The leaves as they are: we check the header entry by entry, and then the library reads the file again."""
+    """The leaves: we check the header entry by entry, and then the library reads the file again."""
+    del max_bytes  # the leaves are part of the file, so they are no larger
+    data = source.data
     entries = _check(data, len(data))
     first = 8 + int.from_bytes(data[:8], "little")
     dtypes = {name: dtype for name, dtype, *_ in entries if not isinstance(dtype, Foreign)}
@@ -61,12 +58,11 @@ def places(source: Source) -> dict[str, Place | Unwritable]:
     """Where the leaves lie."""
     first = 8 + int.from_bytes(source.data[:8], "little")
     entries = _check(source.data, len(source.data))
-    found = {
+    return {
         entry.name: _places.in_order(first + entry.start, entry.dtype, entry.shape)
         for entry in entries
         if not isinstance(entry.dtype, Foreign)
     }
-    return _scaled.places(found, {name: dtype for name, dtype, *_ in entries})
 
 
 def laid_out(leaves: Mapping[str, np.ndarray]) -> tuple[bytes, list[str]]:

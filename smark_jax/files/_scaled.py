@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from smark_jax import _validate, errors
 from smark_jax.files import _limits
-from smark_jax.files._limits import Foreign, shown
-from smark_jax.files._places import Place, Unwritable
 
 _NARROW = frozenset(_limits.DTYPES[name] for name in ("I8", "U8", "F8_E4M3", "F8_E5M2"))
 
@@ -43,36 +42,29 @@ def rules(dtypes: Mapping[str, Any]) -> dict[str, Rule]:
     return found
 
 
-def dequantised(leaves: Mapping[str, np.ndarray | Foreign], max_bytes: int) -> dict[str, np.ndarray | Foreign]:
-    """The leaves, with quantised ones as float32 and without their scales.
+def dequantised(
+    leaves: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], max_bytes: int
+) -> dict[str, np.ndarray]:
+    """The leaves, with quantised ones as float32 and without their scales; those that the base quantises too stay.
 
     Raises:
-      Unreadable: when the float32 leaves take more than ``max_bytes``.
+      Undecided: when the float32 leaves take more than ``max_bytes``.
     """
-    result = dict(leaves)
-    for name, rule in rules({name: getattr(leaf, "dtype", None) for name, leaf in leaves.items()}).items():
-        parts = (leaves[name], leaves[rule.scale], leaves[rule.zero] if rule.zero else np.zeros((), np.float32))
-        numbers, scale, zero = (None if isinstance(part, Foreign) else part for part in parts)
-        whole = None
-        if numbers is not None and scale is not None and zero is not None:
-            max_bytes -= 4 * numbers.size
-            if max_bytes < 0:
-                raise _limits.too_large("its leaves in float32 take more bytes than are allowed")
-            whole = apply(numbers, scale.astype(np.float32) * np.float32(rule.factor), zero)
-        said = "Ask for it in float32."
-        result[name] = Foreign(f"leaf {shown(name)} is quantised in a rare way", said) if whole is None else whole
-        for unused in rule.unused:
-            result.pop(unused, None)
-    return result
-
-
-def places(found: Mapping[str, Place | Unwritable], dtypes: Mapping[str, Any]) -> dict[str, Place | Unwritable]:
-    """The places of leaves that :func:`dequantised` gives, by those of the leaves that it takes and their dtypes."""
-    result = dict(found)
-    for name, rule in rules(dtypes).items():
-        result[name] = Unwritable.QUANTISED
-        for unused in rule.unused:
-            result.pop(unused, None)
+    result, left = dict(leaves), max_bytes
+    for name, rule in rules({name: leaf.dtype for name, leaf in leaves.items()}).items():
+        if name in base and base[name].dtype in _NARROW:
+            continue
+        left -= 4 * leaves[name].size
+        if left < 0:
+            got = "quantised leaves that take more in float32"
+            cause = "Ask for it in float32."
+            raise _validate.fail("match_layout", f"up to {max_bytes:,} bytes", got, cause, kind=errors.Undecided)
+        zero = leaves[rule.zero] if rule.zero else np.zeros((), np.float32)
+        whole = apply(leaves[name], leaves[rule.scale].astype(np.float32) * np.float32(rule.factor), zero)
+        if whole is not None:
+            result[name] = whole
+            for unused in rule.unused:
+                result.pop(unused, None)
     return result
 
 

@@ -95,13 +95,12 @@ def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
         for name, found in part.leaves.items():
             leaves[name] = _leaf(name, found, part, budget)
     _limits.check_number(len(leaves))
-    return _scaled.dequantised(leaves, max_bytes)
+    return leaves
 
 
 def places(source: Source) -> dict[str, Place | Unwritable]:
     """Where the numbers of tensors lie."""
     found: dict[str, Place | Unwritable] = {}
-    dtypes: dict[str, np.dtype | None] = {}
     for part in _parts(source.data, _Budget(1 << 62)):
         for name, leaf in part.leaves.items():
             if isinstance(leaf, Tensor):
@@ -110,13 +109,12 @@ def places(source: Source) -> dict[str, Place | Unwritable]:
                 if isinstance(view, Foreign):
                     continue
                 start = None if raw.start is None else raw.start + leaf.offset * view.itemsize
-                dtypes[name] = view.dtype
                 found[name] = (
                     Unwritable.PACKED if start is None else Place("", start, view.dtype, view.shape, view.strides)
                 )
             elif isinstance(leaf, Scaled):
                 found[name] = Unwritable.QUANTISED
-    return _scaled.places(found, dtypes)
+    return found
 
 
 # --- what the file is made of

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax import _validate, errors
-from smark_jax.files import _changes, _folds, _matching, _pairing
+from smark_jax.files import _changes, _folds, _limits, _matching, _pairing, _scaled
 from smark_jax.files._changes import Option, Place
 
 _WHO = "match_layout"
@@ -108,7 +108,8 @@ def match_layout(
     a runtime folded into a kernel.
 
     Leaves that have the base's names but fit in no layout (another width, another number of classes) are returned
-    unchanged, for :func:`smark_jax.alignment.align`. Leaves that are not arrays of real numbers are left out.
+    unchanged, for :func:`smark_jax.alignment.align`. Leaves that are not arrays of real numbers are left out. Weights
+    in int8 or float8 with scales beside them (``SCB``, ``weight_scale``) become float32 where the base's are not so.
 
     Args:
       suspect: leaves by name, as :func:`read` returns them.
@@ -133,7 +134,8 @@ def match_layout(
     """
     if not base:
         raise _validate.fail(_WHO, "leaves in the base", "none", "Is it the base's flatten or read?")
-    everything, suspect = suspect, {name: leaf for name, leaf in suspect.items() if _changes.real(leaf)}
+    everything = _scaled.dequantised(suspect, base, _limits.MAX_BYTES)
+    suspect = {name: leaf for name, leaf in everything.items() if _changes.real(leaf)}
     channels = _changes.channels(base)
     names = _matching.same_names(suspect, base)
     try:
