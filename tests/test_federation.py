@@ -92,9 +92,14 @@ def exact(rounds: dict[int, list[int]]) -> dict[str, np.ndarray]:
     return model
 
 
+# Values are rounded at random, by fresh keys: the errors of six rounds have a standard deviation of some 8e-7. Whoever is
+# left out or counted twice changes values by more than 0.01.
+ROUNDED = 1e-5
+
+
 def assert_close(result, expected) -> None:
     for name, array in expected.items():
-        np.testing.assert_allclose(result.arrays[name].numpy(), array, atol=3e-6)
+        np.testing.assert_allclose(result.arrays[name].numpy(), array, atol=ROUNDED)
 
 
 def test_masked_rounds_are_fedavg_and_two_exchanges_each():
@@ -111,7 +116,7 @@ def test_masked_rounds_are_fedavg_and_two_exchanges_each():
 
     plain = run(LocalGrid(client_app(mods=()), configs(4)), fedavg(), 3)
     for name in SHAPES:
-        np.testing.assert_allclose(result.arrays[name].numpy(), plain.arrays[name].numpy(), atol=3e-6)
+        np.testing.assert_allclose(result.arrays[name].numpy(), plain.arrays[name].numpy(), atol=ROUNDED)
 
 
 def test_no_reply_holds_an_update():
