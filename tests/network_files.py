@@ -1,14 +1,20 @@
-"""Writes networks as ONNX and as PyTorch's exported programs by hand, from the formats' descriptions alone."""
+"""Writes networks as ONNX and as PyTorch's exported programs by hand, from the formats' descriptions alone.
+
+It also breaks networks' files of any format, and says how readers end on them.
+"""
 
 import io
 import json
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from smark_jax import errors, files
 
 # TensorProto.DataType and AttributeProto.AttributeType of ONNX; ScalarType of PyTorch.
 ONNX_DTYPES = {"f4": 1, "u1": 2, "i1": 3, "i4": 6, "i8": 7, "b1": 9, "f2": 10, "f8": 11}
@@ -255,3 +261,28 @@ def loops(image: np.ndarray, kernel: np.ndarray, strides: tuple[int, int], group
                 piece = image[first : first + inputs, top : top + height, left : left + width]
                 found[o, i, j] = sum(a * b for a, b in zip(piece.ravel(), kernel[o].ravel(), strict=True))
     return found
+
+
+def ends_of_broken(
+    content: bytes, written: Callable[[bytes], Path], number: int, first: int = 0
+) -> set[tuple[str, str]]:
+    """How ``files.read`` and ``files.network`` end on a file with other bytes from ``first`` on, or cut off there.
+
+    Any other error than a refusal goes through, and a refusal of ``files.read`` must be printable.
+    """
+    rng, ends = np.random.default_rng(0), set()
+    for one in range(number):
+        broken = bytearray(content)
+        if one % 3 == 0:
+            broken = broken[: rng.integers(max(1, first), len(broken))]
+        for place in rng.integers(first, len(broken), 1 + one % 4) if len(broken) > first else ():
+            broken[place] = rng.integers(256)
+        path = written(bytes(broken))
+        for reader, refusal in ((files.read, errors.Unreadable), (files.network, errors.SmarkError)):
+            try:
+                reader(path)
+                ends.add((reader.__name__, "read"))
+            except refusal as error:
+                assert str(error).isprintable() or reader is files.network
+                ends.add((reader.__name__, "refused"))
+    return ends

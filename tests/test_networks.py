@@ -305,21 +305,7 @@ def test_weights_alone_are_no_network(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_broken_files_are_refused_or_read_and_never_raise_anything_else(kind, tmp_path):
-    content, rng, ends = content_of(kind), np.random.default_rng(0), set()
-    for number in range(300):
-        broken = bytearray(content)
-        if number % 3 == 0:
-            broken = broken[: rng.integers(1, len(broken))]
-        for place in rng.integers(0, len(broken), 1 + number % 4):
-            broken[place] = rng.integers(256)
-        path = written(tmp_path, bytes(broken))
-        for reader, refusal in ((files.read, errors.Unreadable), (files.network, errors.SmarkError)):
-            try:
-                reader(path)
-                ends.add((reader.__name__, "read"))
-            except refusal as error:
-                assert str(error).isprintable() or isinstance(reader, type(files.network))
-                ends.add((reader.__name__, "refused"))
+    ends = network_files.ends_of_broken(content_of(kind), lambda broken: written(tmp_path, broken), number=300)
     assert len(ends) == 4  # the control: some files were read, and some were not, by both
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import network_files
 import numpy as np
 import pytest
 import tflite_files
@@ -466,19 +467,6 @@ def test_what_tables_share_is_counted_as_often_as_it_is_read(tmp_path):
 
 
 def test_broken_files_are_refused_or_read_and_never_raise_anything_else(tmp_path):
-    content, rng, ends = forged(quantisation=quantised([1, 2, 3], [0, 1, 2])), np.random.default_rng(0), set()
-    for number in range(200):
-        broken = bytearray(content)
-        if number % 3 == 0:
-            broken = broken[: rng.integers(8, len(broken))]
-        for place in rng.integers(8, len(broken), 1 + number % 4) if len(broken) > 8 else ():
-            broken[place] = rng.integers(256)
-        path = written(tmp_path, bytes(broken))
-        for reader, refusal in ((files.read, errors.Unreadable), (files.network, errors.SmarkError)):
-            try:
-                reader(path)
-                ends.add((reader.__name__, "read"))
-            except refusal as error:
-                assert str(error).isprintable() or reader is files.network
-                ends.add((reader.__name__, "refused"))
+    content = forged(quantisation=quantised([1, 2, 3], [0, 1, 2]))
+    ends = network_files.ends_of_broken(content, lambda broken: written(tmp_path, broken), number=200, first=8)
     assert len(ends) == 4  # the control: some files were read, and some were not, by both

@@ -148,6 +148,8 @@ def test_weights_with_scales_beside_them_are_matched_as_what_they_stand_for(tmp_
     base = {f"{name}.weight": found[f"{name}.weight"] for name in "abc"}
     layout = files.match_layout(raw, base)
     assert all(np.array_equal(layout.leaves[name], leaf) for name, leaf in base.items()) and not layout.missing
+    text = {**raw, "a.SCB": np.array(["no", "number"])}  # as somebody may pass it in Python
+    assert "a.SCB" in files.match_layout(text, base).unused
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch warns of sparse and nested tensors

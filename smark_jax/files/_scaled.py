@@ -20,24 +20,21 @@ class Rule(NamedTuple):
     unused: tuple[str, ...]
 
 
-def rules(dtypes: Mapping[str, Any]) -> dict[str, Rule]:
+def rules(leaves: Mapping[str, np.ndarray]) -> dict[str, Rule]:
     """By the name of a quantised leaf, how its module keeps the scales.
 
     ``SCB`` are the largest absolute values in the rows of a ``weight`` of bitsandbytes, ``weight_scale`` and
     ``weight_zero_point`` those of compressed-tensors and of PyTorch's float8 layers.
-
-    Args:
-      dtypes: of all leaves by name; anything else for what is no array.
     """
     found = {}
-    for name, dtype in dtypes.items():
+    for name, leaf in leaves.items():
         stem = name.removesuffix("weight")
-        if stem == name or dtype not in _NARROW:
+        if stem == name or leaf.dtype not in _NARROW:
             continue
-        zero = f"{name}_zero_point" if f"{name}_zero_point" in dtypes else None
-        if f"{stem}SCB" in dtypes:
+        zero = f"{name}_zero_point" if f"{name}_zero_point" in leaves else None
+        if f"{stem}SCB" in leaves:
             found[name] = Rule(f"{stem}SCB", None, 1 / 127, (f"{stem}SCB", f"{stem}weight_format"))
-        elif f"{name}_scale" in dtypes:
+        elif f"{name}_scale" in leaves:
             found[name] = Rule(f"{name}_scale", zero, 1.0, (f"{name}_scale", f"{name}_zero_point"))
     return found
 
@@ -45,13 +42,15 @@ def rules(dtypes: Mapping[str, Any]) -> dict[str, Rule]:
 def dequantised(
     leaves: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], max_bytes: int
 ) -> dict[str, np.ndarray]:
-    """The leaves, with quantised ones as float32 and without their scales; those that the base quantises too stay.
+    """The leaves, of real numbers, with quantised ones as float32 and without their scales.
+
+    Those that the base quantises too stay as they are.
 
     Raises:
       Undecided: when the float32 leaves take more than ``max_bytes``.
     """
     result, left = dict(leaves), max_bytes
-    for name, rule in rules({name: leaf.dtype for name, leaf in leaves.items()}).items():
+    for name, rule in rules(leaves).items():
         if name in base and base[name].dtype in _NARROW:
             continue
         left -= 4 * leaves[name].size

@@ -28,7 +28,7 @@ class Format(NamedTuple):
         name. It may raise :class:`Unreadable`.
       read: ``read(source, max_bytes)``, the leaves by name, using at most ``max_bytes`` besides the source's bytes.
         For any content it returns or raises :class:`Unreadable`, and it never runs code from the file. Quantised leaves
-        are read as the float32 numbers that they stand for.
+        are read as the float32 numbers that they stand for, unless their scales are leaves of the file too.
       places: ``places(source)``, where the leaves that ``read`` gives lie in the file, under the same names: the
         :class:`smark_jax.files._places.Place` of a leaf that can be written in place, or why another cannot.
     """

@@ -134,8 +134,9 @@ def match_layout(
     """
     if not base:
         raise _validate.fail(_WHO, "leaves in the base", "none", "Is it the base's flatten or read?")
-    everything = _scaled.dequantised(suspect, base, _limits.MAX_BYTES)
-    suspect = {name: leaf for name, leaf in everything.items() if _changes.real(leaf)}
+    odd = {name for name, leaf in suspect.items() if not _changes.real(leaf)}
+    real = {name: leaf for name, leaf in suspect.items() if name not in odd}
+    suspect = _scaled.dequantised(real, base, _limits.MAX_BYTES)
     channels = _changes.channels(base)
     names = _matching.same_names(suspect, base)
     try:
@@ -166,7 +167,7 @@ def match_layout(
     taken = {source for place in chosen.values() for source in place.sources}
     leaves = {name: leaf for name, (leaf, _) in undone.items()}
     missing = tuple(sorted(set(base) - set(chosen)))
-    return Layout(leaves, moves, tuple(sorted(set(everything) - taken)), missing, log_maps)
+    return Layout(leaves, moves, tuple(sorted((odd | suspect.keys()) - taken)), missing, log_maps)
 
 
 def _with_given(

@@ -30,7 +30,7 @@ def customer_name(name: str) -> str:
     Raises:
       SmarkError: when it is empty, longer than 200 characters, or has invisible characters.
     """
-    name = name.strip() if name.isascii() else unicodedata.normalize("NFC", name).strip()
+    name = unicodedata.normalize("NFC", name).strip()
     if not name:
         raise _validate.fail("customer", "a name", "nothing", "Is a cell or an argument empty?")
     if len(name) > LONGEST_NAME:
