@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from flax import nnx
 
 from smark_jax import carriers, codes, embedding, errors, extraction, keys, losses
+from smark_jax.embedding import _search
 
 RNG = np.random.default_rng(0)
 BASE = {
@@ -170,6 +173,39 @@ def test_bad_input_is_refused(mark, book):
         params = {**BASE, "b": {"kernel": BASE["b"]["kernel"].at[39, 29].set(bad)}}
         with refused(ValueError, match="embed: expected finite weights in the base"):
             embedding.embed(params, mark, book[0])
+
+
+@pytest.mark.parametrize(
+    ("cost", "most"),
+    [
+        (lambda x: x, 3),
+        (lambda x: 30 * x, 4),
+        (lambda x: x / 30, 5),
+        (lambda x: x**2, 5),
+        (lambda x: 9 * x**0.5, 7),
+        (lambda x: x**5, 12),
+        (lambda x: math.floor(20 * x) / 19, 12),  # so many of 19 images change their answer
+        (lambda x: math.inf if x > 0.02 else x, 12),
+    ],
+)
+def test_the_largest_strength_within_bounds_is_found_in_few_tries(cost, most):
+    tries = []
+
+    def tried(strength):
+        tries.append(strength)
+        return cost(strength), strength if cost(strength) <= 1 else None
+
+    best, _ = _search.largest(tried, 1.0)
+    limit = next(x for x in np.geomspace(2000, 1e-4, 200_000) if cost(x) <= 1)
+    assert best <= limit * 1.0001 and (best > limit / 1.04 or cost(best) >= 1 / 1.04)
+    assert len(tries) <= most and len(set(tries)) == len(tries)
+
+
+def test_a_search_ends_where_every_strength_is_within_bounds_or_none_is():
+    best, _ = _search.largest(lambda strength: (0.0, strength), 1.0)
+    assert 1000 / 1.04 < best <= 1000
+    best, high = _search.largest(lambda strength: (math.inf, None), 1.0)
+    assert best is None and 0.001 <= high < 0.001 * 1.04
 
 
 def test_calibrate_stops_where_copies_cost_too_much():

@@ -23,15 +23,13 @@ from smark_jax import _batches, _validate, carriers, errors
 from smark_jax._types import AnyArray, ApplyFn, PyTree
 from smark_jax.carriers import inputs
 from smark_jax.carriers.shaping import centred, check_outputs
-from smark_jax.embedding import copies
+from smark_jax.embedding import _search, copies
 
 MAX_CHANGE = 0.008
 """Relative change of the logits that a copy may cost by default: of 1,000 classes, 99 answers of 100 stay the same."""
 _NORMAL_95 = 1.959964
 _RESAMPLES = 1000
 _BATCH = 32
-# Strengths are doubled or halved at most this often, and then known to within 2^(1/16), 4 %.
-_MOST_STEPS, _BISECTIONS = 10, 4
 # A single copy may cost three times the mean.
 _WORST = 3
 
@@ -202,7 +200,8 @@ def calibrate(
       on_strength: called with each strength before it is tried.
 
     Returns:
-      The strength, known to within 4 %, and what it costs. ``mark._replace(strength=...)`` keeps it.
+      The strength and what it costs, which is within 4 % of a bound; or else the strength is known to within 4 %.
+      ``mark._replace(strength=...)`` keeps it.
 
     Raises:
       TooCostly: when even a thousandth of the mark's own strength costs more.
@@ -224,40 +223,32 @@ def calibrate(
     words = np.random.default_rng(seed).choice([-1, 1], (num_copies, mark.num_chips)).astype(np.int8)
     before = _answers("calibrate", base, apply_fn, images, labels)
 
-    def tried(strength: float) -> Calibration | None:
+    def tried(strength: float) -> tuple[float, Calibration | None]:
+        """The largest cost over its bound; and the costs, where they are within bounds."""
         on_strength(strength)
         made = (copies.embed(base, mark, word, strength) for word in words)
         try:
             rows = [_compare("calibrate", copy, before) for copy in made]
         except errors.NotFinite:
-            return None
+            return math.inf, None
         mean, each = _summary(rows), [_cost(row) for row in rows]
         worst = Cost(*(max(xs) for xs in zip(*each, strict=True)))._replace(
             agreement=min(one.agreement for one in each)
         )
-        within = all(getattr(mean.cost, k) <= most and getattr(worst, k) <= _WORST * most for k, most in bounds.items())
-        return Calibration(strength, *mean, worst) if within else None
+        ratio = max(
+            getattr(cost, name) / (times * most)
+            for name, most in bounds.items()
+            for cost, times in ((mean.cost, 1), (worst, _WORST))
+        )
+        return ratio, Calibration(strength, *mean, worst) if ratio <= 1 else None
 
-    best, low, high = None, None, None
-    strength = float(mark.strength)
-    for _ in range(_MOST_STEPS):
-        found = tried(strength)
-        best = found or best
-        low, high = (strength, high) if found else (low, strength)
-        if low and high:
-            break
-        strength = strength * 2 if found else strength / 2
+    best, high = _search.largest(tried, float(mark.strength))
     if best is None:
         got = f"a larger cost at {high:g}"
         cause = "Accept a larger change, or mark fewer leaves (carriers.mark(..., match='kernel'))."
         desk = "Accept a larger --change, or mark fewer leaves: --match kernel."
         expected = "a strength that costs at most " + ", ".join(f"{most:g} of {name}" for name, most in bounds.items())
         raise _validate.fail("calibrate", expected, got, cause, kind=errors.TooCostly, desk=desk)
-    for _ in range(_BISECTIONS if high else 0):
-        strength = math.sqrt(low * high)  # pyright: ignore[reportOperatorIssue]  # both are known where high is
-        found = tried(strength)
-        best = found or best
-        low, high = (strength, high) if found else (low, strength)
     return best
 
 

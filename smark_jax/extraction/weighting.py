@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from smark_jax import _compiling
 from smark_jax.carriers import Carrier, Mark, Scales, hadamard, shapes, shifts
 from smark_jax.carriers.selection import Leaf
 
@@ -62,7 +63,7 @@ def read(
       vectors: read the leaves that are vectors, and them alone.
     """
     vector, parts = _vector(found, base, mark, vectors)
-    return _chips(vector, mark.carrier, _mean([part.weight for part in parts], mark)), _finite(base)
+    return _chips(vector, mark.carrier, _mean([part.weight for part in parts], mark)), _all_finite(base)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -98,7 +99,7 @@ def parts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[li
         value, total = _part(x, y, one, rms, mark.strength, shapes.unnamed(leaf))
         values.append(value)
         totals.append(total.weight)
-    return values, _mean(totals, mark), _finite(base)
+    return values, _mean(totals, mark), _all_finite(base)
 
 
 def _mean(totals: list[Array], mark: Mark) -> Array:
@@ -108,9 +109,9 @@ def _mean(totals: list[Array], mark: Mark) -> Array:
     return jnp.where(mean > 0, mean, 1)
 
 
-# Compiled for each shape of a leaf, of which a model has few. One program for all leaves would hold the intermediate
-# arrays of several at a time, and would take more memory to compile than a small model has weights.
-@functools.partial(jax.jit, static_argnames="leaf")
+# Compiled for each shape of a leaf. One program for all leaves would hold the intermediate arrays of several at a time,
+# and would take more memory to compile than a small model has weights.
+@functools.partial(_compiling.by_shape, array=0, static_argnums=5)
 def _part(
     found: Array, base: Array, one: Scales, rms: float | Array, strength: float | Array, leaf: Leaf
 ) -> tuple[Array, Sums]:
@@ -121,7 +122,7 @@ def _part(
     return value * weight, Sums(weight.sum(), shifts.number(~shift.there))
 
 
-@functools.partial(jax.jit, static_argnames=("leaf", "count"), donate_argnums=0)
+@functools.partial(_compiling.by_shape, array=2, static_argnums=(7, 8), donate_argnums=0)
 def _write(
     vector: Array,
     start: int,
@@ -143,9 +144,13 @@ def _chips(vector: Array, carrier: Carrier, mean: Array) -> Float[Array, " m"]:
     return hadamard.despread(vector, carrier) / mean
 
 
-@jax.jit
-def _finite(leaves: Sequence[Array]) -> Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+def _all_finite(leaves: Sequence[Array]) -> Array:
+    return jnp.asarray([_finite(leaf) for leaf in leaves]).all()
+
+
+@functools.partial(_compiling.by_shape, array=0)
+def _finite(leaf: Array) -> Array:
+    return jnp.isfinite(leaf).all()
 
 
 def counts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[list[int], float, int]:

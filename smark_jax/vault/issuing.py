@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from smark_jax import _documents, _io, _validate, carriers, embedding, errors, files
@@ -181,7 +182,6 @@ def _write(
         return
     base = model.base
     size = sum(leaf.nbytes for leaf in base.values())
-    # All batches have the same size, so that a copy's bits never depend on which customers share its batch.
     # A taught copy takes a minute to make, so each is saved as soon as it is ready.
     count = 1 if teach else max(1, min(_COPIES_PER_BATCH, _BYTES_PER_BATCH // size))
     batches: list[list[_Licence]] = []
@@ -195,16 +195,16 @@ def _write(
     ):
         ahead = maker.submit(copies, batches[0])
         for number, some in enumerate(batches):
-            batch = ahead.result()
+            changed = ahead.result()
             if number + 1 < len(batches):
                 ahead = maker.submit(copies, batches[number + 1])
             parts = [licence.path.with_name(f".{licence.path.name}{_HIDDEN}") for licence in some]
-            made = [dict(base) | {name: leaf[row] for name, leaf in batch.items()} for row in range(len(some))]
+            made = [dict(base) | leaves for leaves in changed]
             if trial:
                 for licence, leaves in zip(some, made, strict=True):
                     trial.add(licence.customer.name, leaves)
             hashed = list(writers.map(model.form.make, parts, made))
-            del batch, made  # otherwise three batches would be in memory
+            del changed, made  # otherwise three batches would be in memory
             rows = [
                 (model.name, licence.customer.serial, sha256, _NO_CONTENT, _documents.now())
                 for licence, sha256 in zip(some, hashed, strict=True)
@@ -220,41 +220,50 @@ def _write(
 
 def _maker(
     model: models.OpenModel, teach: Teacher | None, count: int
-) -> Callable[[list[_Licence]], dict[str, np.ndarray]]:
-    """Makes a function that computes a batch: the leaves that differ from the base, with an axis of ``count`` first."""
+) -> Callable[[Sequence[_Licence]], list[dict[str, np.ndarray]]]:
+    """Makes a function that computes copies: of each the leaves that differ from the base."""
     base = model.base
     mark = model.mark._replace(spec=carriers.with_ties(model.settings.spec, base))
     marked = {name for leaf in mark.spec.leaves for name in (leaf.path, *leaf.tied)}
-    above = {name for name in marked if base[name].min() >= 0}
+    above = sorted(name for name in marked if base[name].min() >= 0)
+    # float64 stays on the host: JAX would narrow it
+    placed = {name: jnp.asarray(leaf) if name in marked and leaf.itemsize <= 4 else leaf for name, leaf in base.items()}
     roles = carriers.roles(dict(base)) if teach else {}
     trained = {name for name, role in roles.items() if role.trains}
 
-    def copies(some: list[_Licence]) -> dict[str, np.ndarray]:
-        serials = [licence.customer.serial for licence in some]
-        words = np.ones((count, model.settings.num_chips), np.int8)
-        words[: len(some)] = model.words(serials)
-        made: dict[str, Any] = embedding.embed_batch(dict(base), mark, words, some[0].strength)
-        for name in sorted(above):
-            for leaf, licence in zip(np.asarray(made[name]), some, strict=False):
-                _refuse_below(name, float(leaf.min()), licence.customer)
-        if teach:
-            taught = files.flatten(teach(files.nest(made), words))
-            made |= {name: taught[name].astype(base[name].dtype) for name in trained}
-            _refuse_infinite({name: made[name] for name in trained}, some)
-        return jax.device_get({name: made[name] for name in marked | trained})
+    def embedded(some: list[_Licence], words: np.ndarray) -> Iterator[dict[str, Any]]:
+        """A full batch in one program, which takes long to compile; fewer copies one by one. The bits are the same."""
+        if len(some) < count or count == 1:
+            yield from (embedding.embed(placed, mark, word, some[0].strength) for word in words)
+        else:
+            batch: dict[str, Any] = embedding.embed_batch(placed, mark, words, some[0].strength)
+            batch = {name: np.asarray(batch[name]) for name in marked}
+            yield from ({name: leaf[row] for name, leaf in batch.items()} for row in range(count))
+
+    def copies(some: list[_Licence]) -> list[dict[str, np.ndarray]]:
+        words, made = model.words([licence.customer.serial for licence in some]), []
+        for licence, word, leaves in zip(some, words, embedded(some, words), strict=True):
+            for name in above:
+                _refuse_below(name, float(leaves[name].min()), licence.customer)
+            if teach:
+                stacked = {name: np.asarray(leaf)[None] for name, leaf in leaves.items()}
+                taught = files.flatten(teach(files.nest(stacked), word[None]))
+                leaves |= {name: taught[name][0].astype(base[name].dtype) for name in trained}
+                _refuse_infinite({name: leaves[name] for name in trained}, licence.customer)
+            made.append(jax.device_get({name: leaves[name] for name in marked | trained}))
+        return made
 
     return copies
 
 
-def _refuse_infinite(taught: Mapping[str, np.ndarray], some: list[_Licence]) -> None:
-    """Refuses taught copies with a weight that is not finite; what is embedded is checked there."""
+def _refuse_infinite(taught: Mapping[str, np.ndarray], customer: Customer) -> None:
+    """Refuses a taught copy with a weight that is not finite; what is embedded is checked there."""
     for name, leaf in taught.items():
-        for row, licence in zip(leaf, some, strict=False):
-            if not np.isfinite(row.astype(np.float32)).all():
-                got = f"NaN or infinite ones in the copy of {licence.customer.name}, which is not written"
-                cause = "Teaching diverged: are the images of --teach of the kind that the network was trained on?"
-                expected = f"finite weights in leaf {name!r}"
-                raise _validate.fail("issue", expected, got, cause, kind=errors.NotFinite)
+        if not np.isfinite(np.asarray(leaf).astype(np.float32)).all():
+            got = f"NaN or infinite ones in the copy of {customer.name}, which is not written"
+            cause = "Teaching diverged: are the images of --teach of the kind that the network was trained on?"
+            expected = f"finite weights in leaf {name!r}"
+            raise _validate.fail("issue", expected, got, cause, kind=errors.NotFinite)
 
 
 def _refuse_below(name: str, lowest: float, customer: Customer) -> None:
