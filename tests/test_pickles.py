@@ -3,12 +3,13 @@
 import pickle
 import pickletools
 import struct
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import peak
+from memory import counted, peak
 
 from smark_jax import errors
 from smark_jax.files import _limits, _pickle, _tensors
@@ -209,3 +210,99 @@ def test_endless_nesting_is_refused():
     with pytest.raises(errors.Unreadable, match="nested too deep"):
         _tensors.find(_pickle.load(unwrapped).value)
     assert _tensors.find(_pickle.load(b"\x80\x02]q\x00h\x00a.").value) == {}  # one that holds itself
+
+
+# --- time and depth
+
+
+def number(value):
+    content = value.to_bytes(10, "little", signed=True)
+    return b"\x8a" + bytes([len(content)]) + content
+
+
+def text_of(value):
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def test_keys_that_share_a_hash_are_left_out():
+    """Python hashes whole numbers by a prime: a dict of its multiples took an hour for a file of six megabytes."""
+    prime = sys.hash_info.modulus
+    keys = [prime * k for k in range(1, 5)]
+    assert len(set(map(hash, keys))) == 1
+    data = b"\x80\x02}(" + b"".join(number(key) + b"N" for key in [*keys, 7, -7]) + b"u."
+    assert _pickle.load(data).value == {7: None, -7: None}
+
+
+def nested(innermost, around, times):
+    """A value inside of which a value stands ``times`` deep, each more than once: ``around(memo index)``."""
+    steps = (b"r" + struct.pack("<I", n) + b"0" + around(b"j" + struct.pack("<I", n)) for n in range(times))
+    return b"\x80\x02" + innermost + b"".join(steps) + b"."
+
+
+STORAGE = b"(" + text_of("storage") + b"ctorch\nFloatStorage\n" + text_of("0") + text_of("cpu") + b"K\x04tQ"
+VIEW = STORAGE + b"K\x00K\x04\x85K\x01\x85"  # storage, offset, shape, strides
+SHARING = {
+    "scales of scales": lambda get: (
+        b"ctorch._utils\n_rebuild_qtensor\n(" + VIEW + b"(ctorch\nper_channel_affine\n" + get + get + b"K\x00ttR"
+    ),
+    "torchao of torchao": lambda get: (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(cm\nf\nN)}("
+        + b"".join(text_of(key) + get for key in ("qdata", "scale", "zero_point"))
+        + b"utR"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_a_quantised_tensor_whose_scales_are_one_is_looked_at_once(name):
+    value = _pickle.load(nested(b"]", SHARING[name], 40)).value
+    found = counted(20_000, lambda: _tensors.find(value))
+    assert all(isinstance(leaf, _limits.Foreign) for leaf in found.values())
+
+
+def modules(state, number=1):
+    """Objects of one state."""
+    return b"\x80\x02" + state + b"r\x00\x00\x00\x000](" + b"cm\nC\n)Rj\x00\x00\x00\x00b" * number + b"e."
+
+
+MODULE = text_of("_parameters") + b"}" + text_of("_modules") + b"}"
+
+
+def test_the_state_of_a_class_with_slots_is_not_copied():
+    """Each of the objects that shared one state copied it."""
+    size, number = 20_000, 3
+    state = b"}(" + MODULE + b"".join(text_of(f"k{k}") + b"N" for k in range(size)) + b"u}\x86"
+    value = _pickle.load(modules(state, number)).value
+    assert peak(lambda: list(_tensors._Walk().tensors(value, "", "/"))) < 20 * size
+    slots = {"a": np.ones(3, np.float32)}
+    plain = _pickle.load(pickle.dumps(slots, 4)).value
+    assert _tensors.find([_pickle.Object("m.C", (), (None, plain))]).keys() == {"0/a"}
+    assert _tensors.find([_pickle.Object("m.C", (), (plain, {}))]).keys() == {"0/a"}
+
+
+def test_a_module_leaves_few_buffers_out():
+    left_out = b"](" + b"".join(text_of(f"k{k}") for k in range(2_000)) + b"e"
+    state = b"}(" + MODULE + text_of("_non_persistent_buffers_set") + left_out + b"u"
+    with pytest.raises(errors.Unreadable, match="leaves 2,000 buffers out"):
+        _tensors.find(_pickle.load(modules(state)).value)
+
+
+def test_what_holds_no_tensor_is_not_unwrapped_again():
+    wrapped = b"ctorch._utils\n_rebuild_parameter\n" * 50 + b"N" + b"\x85R" * 50
+    value = _pickle.load(b"\x80\x02" + wrapped + b"r\x00\x00\x00\x000](" + b"j\x00\x00\x00\x00" * 500 + b"e.").value
+    assert counted(20_000, lambda: _tensors.find(value)) == {}
+
+
+def test_the_shape_of_an_array_has_few_axes():
+    """The strides of 10,000 long axes were multiplied out."""
+    shape = b"(" + number(2**70) * 10_000 + b"t"
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01" + shape + b"cnumpy\ndtype\n" + text_of("f4") + b"\x85R\x89"
+    )
+    value = _pickle.load(b"\x80\x02" + array + b"B\x00\x00\x00\x00tb.").value
+
+    def refused():
+        with pytest.raises(errors.Unreadable, match="has the shape"):
+            _tensors.find(value)
+
+    counted(2_000, refused)

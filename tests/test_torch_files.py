@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch_layout
+from memory import counted, peak
 from stress.fuzz import mutations
 
 from smark_jax import errors, files, models
@@ -390,3 +391,65 @@ def test_a_pytorch_network_is_read_from_its_file_to_the_same_logits(tmp_path):
         expected = net(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
     got = models.apply_fn(models.CNN())(files.nest(layout.leaves), images)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- files that would take far more time or memory than their size
+
+
+def words(text):
+    return b"X" + len(text).to_bytes(4, "little") + text.encode()
+
+
+def kept(kind, key):
+    return b"(" + words("storage") + f"ctorch\n{kind}\n".encode() + words(key) + words("cpu") + b"K\x04tQ"
+
+
+def rebuilt(storage, length, stride):
+    size = b"\x8a\x06" + length.to_bytes(6, "little")
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00" + size + b"\x85K" + bytes([stride]) + b"\x85tR"
+
+
+def test_a_file_within_a_file_within_a_file_is_refused(tmp_path):
+    """A pickle may hold a storage as a file of its own; a thousand within each other ended in a traceback."""
+    inner = b"ctorch.storage\n_load_from_bytes\n" * 2_000 + b"B\x04\x00\x00\x00abcd" + b"\x85R" * 2_000
+    (tmp_path / "deep.pkl").write_bytes(b"\x80\x02}" + words("w") + rebuilt(inner, 4, 1) + b"s.")
+    with pytest.raises(errors.Unreadable, match="not where they should be"):
+        files.read(tmp_path / "deep.pkl")
+
+
+def test_a_file_within_a_pickle_is_read_once(tmp_path):
+    """However many tensors share it."""
+    head = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+    keys = b"\x80\x02" + b"N0" * 2_000 + b"]" + words("0") + b"a."
+    inner = head + b"\x80\x02" + kept("FloatStorage", "0") + b"." + keys + (1).to_bytes(8, "little") + bytes(4)
+    blob = b"B" + len(inner).to_bytes(4, "little") + inner + b"q\x000"
+    each = rebuilt(b"ctorch.storage\n_load_from_bytes\nh\x00\x85R", 1, 1)
+    (tmp_path / "shared.pkl").write_bytes(b"\x80\x02" + words("." * 40) + b"0" + blob + b"](" + each * 100 + b"e.")
+    found = counted(100_000, lambda: files.read(tmp_path / "shared.pkl"))
+    assert len(found.leaves) == 100
+
+
+def test_scales_that_repeat_one_number_count_as_the_numbers_that_they_are(tmp_path):
+    """A stride of 0 makes any number of scales of one: 2 ** 40 of them took 4 TB."""
+    state = b"}(" + words("qdata") + rebuilt(kept("CharStorage", "0"), 1, 1)
+    state += words("scale") + rebuilt(kept("HalfStorage", "1"), 2**23, 0) + b"u"
+    pickled = b"\x80\x02}" + words("w") + b"ctorch._tensor\n_rebuild_from_type_v2\n("
+    pickled += b"cm\nf\nN(NNK\x01\x85t" + state + b"tRs."
+    data = zipped({"a/data.pkl": pickled, "a/data/0": bytes(4), "a/data/1": bytes(8)})
+    (tmp_path / "scales.pt").write_bytes(data)
+
+    def refused():
+        with pytest.raises(errors.Unreadable, match="its leaves take more than"):
+            files.read(tmp_path / "scales.pt", max_bytes=2**20)
+
+    assert peak(refused) < 2**20
+
+
+@pytest.mark.parametrize("shape", [(0,), (3,)])
+def test_scales_that_do_not_fit_are_not_converted(shape):
+    numbers, scales = np.zeros(shape, np.int8), np.ones(2**22, np.uint8)
+    assert peak(lambda: _scaled.apply(numbers, scales, np.float32(0))) < 2**20
+    leaves = {"a.weight": numbers, "a.weight_scale": scales}
+    assert peak(lambda: _scaled.dequantised(leaves, {}, 2**30)) < 2**20 or shape == (0,)
+    with pytest.raises(errors.Undecided):
+        _scaled.dequantised(leaves, {}, 2**20)

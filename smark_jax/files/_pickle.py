@@ -24,6 +24,7 @@ _SMALL, _NODE, _OBJECT, _SLOT, _ENTRY, _CHAR = 64, 104, 176, 20, 160, 4
 _MAX_TEXT = 4_000  # bytes; longer texts are skipped, and stay where they are in the file
 _MAX_GLOBAL = 1_000
 _MAX_NUMBER = 64
+_LARGEST_KEY = 2**60
 _ADVICE = "The file is damaged or forged: ask for it again, as safetensors."
 _PROTOCOLS = range(2, 6)
 
@@ -226,7 +227,7 @@ class _Machine:
         self.extend([value])
 
     def assign(self, values: list[Any]) -> None:
-        """Assigns to keys. What stands under any other key than a text or a number is no weight."""
+        """Assigns to keys. What stands under any other key than a text or a usual number is no weight."""
         target = self._stack[-1]
         if isinstance(target, Object):
             self.spend(_NODE if target.entries is None else 0)
@@ -236,7 +237,8 @@ class _Machine:
             raise Unreadable("its pickle assigns a key to what is no dict", _ADVICE)
         self.spend(_ENTRY * (len(values) // 2))
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if isinstance(key, str | int | float):
+            # Larger whole numbers can share one hash, and a dict of such keys takes time quadratic in their number.
+            if isinstance(key, str | float) or (isinstance(key, int) and abs(key) < _LARGEST_KEY):
                 target[key] = value
 
     def assign_one(self) -> None:

@@ -53,13 +53,14 @@ def dequantised(
     for name, rule in rules(leaves).items():
         if name in base and base[name].dtype in _NARROW:
             continue
-        left -= 4 * leaves[name].size
+        scale = leaves[rule.scale]
+        left -= 4 * (leaves[name].size + 2 * scale.size)
         if left < 0:
             got = "quantised leaves that take more in float32"
             cause = "Ask for it in float32."
             raise _validate.fail("match_layout", f"up to {max_bytes:,} bytes", got, cause, kind=errors.Undecided)
         zero = leaves[rule.zero] if rule.zero else np.zeros((), np.float32)
-        whole = apply(leaves[name], leaves[rule.scale].astype(np.float32) * np.float32(rule.factor), zero)
+        whole = apply(leaves[name], scale.astype(np.float32) * np.float32(rule.factor), zero)
         if whole is not None:
             result[name] = whole
             for unused in rule.unused:
@@ -78,12 +79,14 @@ def apply(numbers: np.ndarray, scale: Any, zero: Any) -> np.ndarray | None:
     result = np.array(numbers, np.float32, order="C")
     with np.errstate(all="ignore"):
         for change, factors in ((np.subtract, zero), (np.multiply, scale)):
+            blocks = np.shape(factors) + (1,) * (result.ndim - np.ndim(factors))
+            if len(blocks) > result.ndim or any(
+                n % m if m else True for n, m in zip(result.shape, blocks, strict=True)
+            ):
+                return None
+            if result.size == 0:  # which any number of scales divides
+                continue
             factors = np.asarray(factors, np.float32)
-            if factors.ndim > result.ndim:
-                return None
-            blocks = factors.shape + (1,) * (result.ndim - factors.ndim)
-            if any(n % m if m else True for n, m in zip(result.shape, blocks, strict=True)):
-                return None
             split = [part for n, m in zip(result.shape, blocks, strict=True) for part in (m, n // m)]
             view = result.reshape(split)
             change(view, factors.reshape([part for m in blocks for part in (m, 1)]), out=view)

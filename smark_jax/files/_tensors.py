@@ -20,6 +20,8 @@ from smark_jax.files._pickle import Blob, Global, Object
 _MAX_DEPTH = 64
 _MAX_VALUES = 100 * _limits.MAX_LEAVES
 _MAX_PATH = 1_000
+_MAX_LEFT_OUT = 1_000
+_MAX_AXES = 32
 _ADVICE = "Ask for its state dict alone, as safetensors."
 CAST = "Weights are real arrays: leave it out, or save it as float32."
 
@@ -99,13 +101,13 @@ class _Walk:
 
     def tensors(self, value: Any, path: str, joint: str) -> Generator[tuple[str, Found], None, bool]:
         """The tensors of a value by name; returns whether there are any."""
+        if id(value) in self._above or id(value) in self._barren:
+            return False
         name = path or "tensor"
         found = _tensor(value, name)
         if found is not None:
             yield name, found
             return True
-        if id(value) in self._above or id(value) in self._barren:
-            return False
         if len(self._above) > _MAX_DEPTH:
             raise Unreadable(f"it is nested more than {_MAX_DEPTH} deep", _ADVICE)
         self._above.append(id(value))
@@ -128,17 +130,17 @@ def _steps(value: Any) -> tuple[str, Iterable[tuple[Any, Any]]]:
     """What joins the names of a value's parts, empty for what joins those around it, and the parts by name."""
     if isinstance(value, Object):
         state = value.state
-        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # of a class with slots
-            state = {**(state[0] if isinstance(state[0], dict) else {}), **state[1]}
-        if isinstance(state, dict):
-            if "_parameters" in state and "_modules" in state:
-                return ".", _of_module(state)
+        is_slotted = isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict)
+        states = state if is_slotted else (state,)  # a class with slots has two: that of its dict, and its slots
+        if isinstance(states[0], dict):
+            if "_parameters" in states[0] and "_modules" in states[0]:
+                return ".", _of_module(states[0])
             if value.name.startswith("__torch__."):
-                return ".", state.items()
+                return ".", states[0].items()
         parts = (value.entries or {}, value.items or (), value.arguments)
         if value.name == "collections.OrderedDict":  # its state is what PyTorch notes about versions
             return "/", [step for part in parts for step in _steps(part)[1]]
-        return "/", [("", state), *(step for part in parts for step in _steps(part)[1])]
+        return "/", [*(("", some) for some in states), *(step for part in parts for step in _steps(part)[1])]
     if isinstance(value, dict):
         return "/", () if {"state", "param_groups"} <= value.keys() else value.items()
     return "/", enumerate(value) if isinstance(value, list | tuple) else ()
@@ -149,6 +151,8 @@ def _of_module(state: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
     left_out = state.get("_non_persistent_buffers_set")
     if isinstance(left_out, Object):  # before protocol 4 a set is a call
         left_out = next(iter(left_out.arguments), ())
+    if isinstance(left_out, list) and len(left_out) > _MAX_LEFT_OUT:  # each buffer is looked for in it
+        raise Unreadable(f"a module of it leaves {len(left_out):,} buffers out of its state dict", _ADVICE)
     for kind in ("_parameters", "_buffers", "_modules"):
         for name, part in _entries(state.get(kind)).items():
             if kind != "_buffers" or not isinstance(left_out, list) or name not in left_out:
@@ -207,12 +211,12 @@ def _sizes(value: Any) -> Any:
     """The lengths in a tuple, a list, or a ``torch.Size``."""
     match value:
         case Object(name="torch.Size", arguments=(sizes,)) | Object(items=list() as sizes) | sizes:
-            return tuple(sizes) if isinstance(sizes, list | tuple) else sizes
+            return tuple(sizes[: _MAX_AXES + 1]) if isinstance(sizes, list | tuple) else sizes
 
 
 def _checked(path: str, tensor: Tensor) -> Tensor:
     numbers = (tensor.shape, tensor.strides)
-    if all(isinstance(sizes, tuple) for sizes in numbers) and len(tensor.shape) == len(tensor.strides) <= 32:
+    if all(isinstance(sizes, tuple) for sizes in numbers) and len(tensor.shape) == len(tensor.strides) <= _MAX_AXES:
         if all(type(n) is int and 0 <= n < 2**48 for n in (tensor.offset, *tensor.shape, *tensor.strides)):
             return tensor
     raise Unreadable(
@@ -229,6 +233,7 @@ def _array(path: str, state: Any) -> Tensor | Foreign:
             dtype = _ARRAYS.get(name) if isinstance(name, str) else None
             if dtype is None or not isinstance(content, Blob | str | Object):
                 return Foreign(f"leaf {shown(path)} is an array of dtype {shown(name)}", CAST)
+            shape = shape[: _MAX_AXES + 1]
             axes = range(len(shape)) if state[3] else range(len(shape))[::-1]
             strides, step = [0] * len(shape), 1
             for axis in axes:
@@ -247,8 +252,8 @@ def _quantised(path: str, numbers: Tensor | Foreign, quantizer: Any) -> Found:
         case (Global("torch.per_tensor_affine"), int() | float() as scale, int() as zero):
             return Scaled(numbers, scale, zero, None)
         case (Global(), scales, zeros, int() as axis) if 0 <= axis < len(numbers.shape):
-            scale, zero = _tensor(scales, path), _tensor(zeros, path)
-            if isinstance(scale, Tensor) and isinstance(zero, Tensor):
+            # One after another: both may hold such a tensor, which holds one twice.
+            if isinstance(scale := _tensor(scales, path), Tensor) and isinstance(zero := _tensor(zeros, path), Tensor):
                 return Scaled(numbers, scale, zero, axis)
     return Foreign(f"leaf {shown(path)} is quantised in a rare way", CAST)
 
@@ -257,9 +262,14 @@ def _scaled(path: str, arguments: tuple[Any, ...], state: Any) -> Found | None:
     """A quantised tensor of torchao; None for another subclass of tensors, which is searched."""
     if not isinstance(state, dict) or "scale" not in state:
         return None
-    numbers, scale = _tensor(state.get("qdata"), path), _tensor(state["scale"], path)
-    zero = 0 if state.get("zero_point") is None else _tensor(state["zero_point"], path)
-    if isinstance(numbers, Tensor) and isinstance(scale, Tensor) and isinstance(zero, Tensor | int):
+    parts = []
+    for key in ("qdata", "scale", "zero_point"):
+        found = 0 if key == "zero_point" and state.get(key) is None else _tensor(state.get(key), path)
+        if not isinstance(found, Tensor | int):  # at once: each may hold such a tensor, which holds one thrice
+            break
+        parts.append(found)
+    else:
+        numbers, scale, zero = parts
         if len(arguments) > 2 and numbers.shape == _sizes(arguments[2]):
             return Scaled(numbers, scale, zero, None)
     return Foreign(f"leaf {shown(path)} is quantised in a rare way", CAST)

@@ -259,12 +259,17 @@ class _Numbers:
         match where:
             case Persistent():
                 return self._storage(where)
+            case Object(name="torch.storage._load_from_bytes", arguments=(inner,)):
+                if id(inner) not in self._nested:
+                    self._nested[id(inner)] = self._file(self._pickled(inner))
+                return self._nested[id(inner)]
+        return self._pickled(where)
+
+    def _pickled(self, where: Any) -> _Raw:
+        """The bytes that stand in the pickle itself."""
+        match where:
             case Blob(start, end, False):
                 return _Raw(_bytes(self._content, start, end), start if self._whole else None)
-            case Object(name="torch.storage._load_from_bytes", arguments=(inner,)):
-                if id(where) not in self._nested:
-                    self._nested[id(where)] = self._file(self.raw(inner))
-                return self._nested[id(where)]
             case (str() as text) | Object(name="_codecs.encode", arguments=(str() as text, *_)):
                 return _Raw(_recoded(text.encode()), None)
             case Object(name="_codecs.encode", arguments=(Blob(start, end, True), *_)):
@@ -328,7 +333,8 @@ def _view(name: str, tensor: Tensor, raw: _Raw) -> np.ndarray | Foreign:
 
 def _dequantised(name: str, found: Scaled, part: _Part, budget: _Budget) -> np.ndarray | Foreign:
     """A quantised tensor in float32."""
-    budget.take(4 * math.prod(found.numbers.shape))
+    parts = (found.numbers, found.scale, found.zero)
+    budget.take(4 * sum(math.prod(part.shape) for part in parts if isinstance(part, Tensor)))
     numbers = _view(name, found.numbers, part.raw(found.numbers.storage))
     scale, zero = (
         _view(name, value, part.raw(value.storage)) if isinstance(value, Tensor) else np.float32(value)
