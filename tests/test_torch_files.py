@@ -450,6 +450,4 @@ def test_scales_that_do_not_fit_are_not_converted(shape):
     numbers, scales = np.zeros(shape, np.int8), np.ones(2**22, np.uint8)
     assert peak(lambda: _scaled.apply(numbers, scales, np.float32(0))) < 2**20
     leaves = {"a.weight": numbers, "a.weight_scale": scales}
-    assert peak(lambda: _scaled.dequantised(leaves, {}, 2**30)) < 2**20 or shape == (0,)
-    with pytest.raises(errors.Undecided):
-        _scaled.dequantised(leaves, {}, 2**20)
+    assert peak(lambda: _scaled.dequantised(leaves, {}, 2**30)) < 2**20

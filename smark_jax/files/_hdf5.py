@@ -27,7 +27,7 @@ _NOWHERE = 2**64 - 1
 _MAX_STEPS = 2**19  # messages of headers, entries of groups and chunks together
 _MAX_PATHS = 2**24  # characters of all paths together
 _MAX_DEPTH = 32
-_MAX_TEXT = 2**24  # bytes of one attribute
+_MAX_TEXT = 2**24  # bytes of all texts that are read together, of which several may be the same
 _MAX_CHUNK = 2**26  # bytes of a chunk once unpacked
 # Types of messages.
 _SPACE, _TYPE, _OUTSIDE, _LAYOUT, _FILTERS, _ATTRIBUTE, _CONTINUATION, _TABLE = 1, 3, 7, 8, 11, 12, 16, 17
@@ -70,7 +70,7 @@ class File:
 
     def __init__(self, data: bytes | memoryview, max_bytes: int) -> None:
         self._data = memoryview(data)
-        self._steps, self._paths = _MAX_STEPS, _MAX_PATHS
+        self._steps, self._paths, self._texts = _MAX_STEPS, _MAX_PATHS, _MAX_TEXT
         self._left, self._unpacked = max_bytes, 4 * max_bytes
         version = self._at(0, 24)[8]
         expect(version < 2, "it is written in a newer form (libver='latest')")
@@ -132,9 +132,7 @@ class File:
         if isinstance(found, Foreign):
             return found
         size = math.prod(found.shape) * found.dtype.itemsize
-        self._left -= size
-        if self._left < 0:
-            raise _limits.too_large("its arrays are larger than is allowed")
+        self.take(size)
         layout = _one(item, _LAYOUT)
         if found.start is not None:
             content = np.frombuffer(self._at(found.start, size), found.dtype).reshape(found.shape)
@@ -148,7 +146,13 @@ class File:
             if content is None:
                 problem = f"dataset {shown(name)} has chunks that are missing or packed in a rare way"
                 return Foreign(problem, messages.ADVICE)
-        return content.astype(found.dtype.newbyteorder("="))
+        return content.astype(found.dtype.newbyteorder("="), copy=content.base is not None)  # a view is one of the file
+
+    def take(self, size: int) -> None:
+        """Counts the bytes of an array that is about to be made."""
+        self._left -= size
+        if self._left < 0:
+            raise _limits.too_large("its arrays are larger than is allowed")
 
     def _chunked(self, found: Dataset, item: Item, name: str) -> np.ndarray | None:
         """The array whose chunks a tree lists, or None if one is missing or goes through an unknown filter."""
@@ -158,9 +162,10 @@ class File:
         lengths = tuple(int.from_bytes(layout[at : at + 4], "little") for at in range(11, 11 + 4 * rank, 4))
         expect(rank == len(found.shape) and all(lengths), f"dataset {shown(name)} has chunks of shape {lengths}")
         size = math.prod(lengths) * found.dtype.itemsize
-        if not set(filters) <= {messages.DEFLATE, messages.SHUFFLE, messages.FLETCHER} or size > _MAX_CHUNK:
+        known = {messages.DEFLATE, messages.SHUFFLE, messages.FLETCHER}
+        if not set(filters) <= known or len(filters) > len(set(filters)) or size > _MAX_CHUNK:
             return None
-        content, there = np.empty(found.shape, found.dtype), set()
+        content, there = np.empty(found.shape, found.dtype.newbyteorder("=")), set()
         for stored, skipped, corner in self._chunks(int.from_bytes(layout[3:11], "little"), rank):
             self._unpacked -= size
             inside = all(a < n and a % step == 0 for a, n, step in zip(corner, found.shape, lengths, strict=True))
@@ -238,7 +243,8 @@ class File:
             content, size = self._heap_entry(address, index), int.from_bytes(content[:4], "little")
         elif kind[0] & 15 != 3:
             return None
-        expect(size <= min(len(content), _MAX_TEXT), "an attribute of it is cut or too long")
+        self._texts -= size
+        expect(size <= len(content) and self._texts >= 0, "an attribute of it is cut, or its texts are too long")
         try:
             return str(content[:size], "utf-8").rstrip("\0")
         except UnicodeDecodeError:

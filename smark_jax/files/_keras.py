@@ -8,6 +8,7 @@ References:
   ``keras/src/saving/saving_lib.py`` and ``keras/src/legacy/saving/legacy_h5_format.py`` of Keras 3.
 """
 
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -105,13 +106,16 @@ def read(source: Source, max_bytes: int) -> dict[str, np.ndarray | Foreign]:
 
 def leaves(found: Opened) -> dict[str, np.ndarray | Foreign]:
     """The numbers of all variables by name. An int8 kernel is divided by its scale, which is left out."""
+    for leaf in found.scales:
+        head = found.variables[leaf].head
+        found.file.take(0 if isinstance(head, Foreign) else 4 * math.prod(head.shape))
     read = {leaf: found.file.array(variable.item, leaf) for leaf, variable in found.variables.items()}
     _limits.check_number(len(read))
     for leaf, scale in found.scales.items():
         kernel, factor = read[leaf], read.pop(scale)
         if not isinstance(kernel, Foreign) and not isinstance(factor, Foreign):
             with np.errstate(all="ignore"):
-                read[leaf] = (kernel / factor).astype(np.float32)
+                read[leaf] = np.divide(kernel, factor, dtype=np.float32)
     return read
 
 

@@ -54,6 +54,8 @@ def dequantised(
         if name in base and base[name].dtype in _NARROW:
             continue
         scale = leaves[rule.scale]
+        if scale.size > leaves[name].size:
+            continue
         left -= 4 * (leaves[name].size + 2 * scale.size)
         if left < 0:
             got = "quantised leaves that take more in float32"

@@ -158,8 +158,7 @@ def _member(data: bytes, members: "_Members", name: str, folder: str, prefix: st
         dtype, _, key = _described(reference)
         return members.raw(folder + key)._replace(dtype=dtype)
 
-    numbers = _Numbers(content, storage, budget, whole=whole)
-    return _Part(_tensors.find(tree, prefix), numbers.raw)
+    return _Part(_tensors.find(tree, prefix), _Numbers(content, storage, budget, whole=whole).raw)
 
 
 class _Members:
@@ -244,11 +243,7 @@ def _described(reference: Any) -> tuple[np.dtype | None, int, str]:
 
 
 class _Numbers:
-    """Finds the bytes of tensors' storages.
-
-    Attributes:
-      raw: by what the pickle calls a storage.
-    """
+    """Finds the bytes of tensors' storages."""
 
     def __init__(self, content: bytes, storage: Callable[[Any], _Raw], budget: _Budget, *, whole: bool = True) -> None:
         self._content, self._storage, self._budget, self._whole = content, storage, budget, whole

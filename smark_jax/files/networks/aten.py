@@ -19,6 +19,7 @@ from jax import lax
 from smark_jax.files.networks import layers
 from smark_jax.files.networks.layers import Window, aligned
 from smark_jax.files.networks.pt2 import DTYPES
+from smark_jax.files.networks.static import of_sizes, operand, power
 
 
 def _each(value: Any, axes: int) -> list[int]:
@@ -29,7 +30,7 @@ def _each(value: Any, axes: int) -> list[int]:
 
 def _pair(function: Callable[..., Any]) -> Callable[..., Any]:
     def apply(a: Any, b: Any) -> Any:
-        return function(*aligned(a, b))
+        return function(*aligned(operand(a), operand(b)))
 
     return apply
 
@@ -38,7 +39,7 @@ def _scaled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A sum or difference whose second term may have a factor."""
 
     def apply(a: Any, b: Any, alpha: Any = 1) -> Any:
-        return function(*aligned(a, b if alpha == 1 else b * alpha))
+        return function(*aligned(operand(a), operand(b) if alpha == 1 else operand(b) * operand(alpha)))
 
     return apply
 
@@ -297,7 +298,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "rsqrt": lax.rsqrt,
     "abs": jnp.abs,
     "neg": jnp.negative,
-    "pow": _pair(operator.pow),
+    "pow": _pair(power),
     "add": _scaled(operator.add),
     "sub": _scaled(operator.sub),
     "mul": _pair(operator.mul),
@@ -339,9 +340,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "alias": _same,
     "lift_fresh_copy": _same,
     "sym_size": lambda x, axis: x.shape[axis],
-    "_operator.add": operator.add,
-    "_operator.sub": operator.sub,
-    "_operator.mul": operator.mul,
-    "_operator.floordiv": operator.floordiv,
+    "_operator.add": of_sizes(operator.add),
+    "_operator.sub": of_sizes(operator.sub),
+    "_operator.mul": of_sizes(operator.mul),
+    "_operator.floordiv": of_sizes(operator.floordiv),
 }
 """By ATen's names, without overloads; the last ones calculate with sizes."""

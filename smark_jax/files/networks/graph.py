@@ -13,6 +13,7 @@ from smark_jax.files._limits import shown
 from smark_jax.files._places import Place, Places, Unwritable
 
 MAX_NODES = 50_000
+_MAX_ARGUMENTS = 2**12
 # The most values in a result, per image, and in one that depends on no image: a hostile graph may ask for any number.
 _MAX_VALUES, _MAX_STATIC = 2**26, 2**22
 # What functions of NumPy and JAX raise on arguments that they cannot handle.
@@ -123,6 +124,8 @@ def needed(graph: Graph) -> Graph:
     known = {graph.image, *graph.tensors}
     for node in graph.nodes:
         taken = references([*node.arguments, *node.settings.values()])
+        if len(taken) > _MAX_ARGUMENTS:
+            raise Unreadable(f"node {shown(node.name)} takes more than {_MAX_ARGUMENTS:,} values", _AGAIN)
         missing = next((name for name in taken if name not in known), None)
         if missing is not None:
             raise Unreadable(f"node {shown(node.name)} takes {shown(missing)}, which nothing before it makes", _AGAIN)

@@ -27,6 +27,7 @@ _AGAIN = "The file is damaged, or written by another version of Keras: save it a
 _MODELS = ("Functional", "Sequential", "Model")
 _SOFTMAX = "softmax"
 _MAX_LAYERS = 20_000
+_MAX_PARTS = 2**20  # of the arguments of all calls, and weights of all layers called: a model may be called again
 
 
 class _Result(NamedTuple):
@@ -86,7 +87,7 @@ class _Builder:
 
     def __init__(self, leaves: list[str], named: bool) -> None:
         self.nodes: list[Node] = []
-        self._left = _MAX_LAYERS
+        self._left, self._parts = _MAX_LAYERS, _MAX_PARTS
         self._named = named
         self._leaves: dict[str, list[str]] = {}
         for leaf in leaves:
@@ -98,7 +99,7 @@ class _Builder:
         """Adds the nodes of a model that is called with ``images``, and returns its first result."""
         config = spec["config"]
         layers = config["layers"] if isinstance(config, dict) else config  # a list in Sequential of Keras 1
-        self._spend(len(layers))
+        self._spend(len(layers), sum(_parts(layer.get("inbound_nodes", [])) for layer in layers))
         classes: Counter[str] = Counter()
         by_name: dict[str, _Layer] = {}
         for layer in layers:
@@ -143,7 +144,10 @@ class _Builder:
 
     def _called(self, layer: _Layer, positional: list[Any], named: Mapping[str, Any]) -> Value:
         """Adds a layer that is called with these arguments, and its activation."""
-        self._spend(1)
+        own = "/".join(layer.path)
+        if own not in self._leaves and len(layer.path) > 2:  # the older layout names the outermost model alone
+            own = f"{layer.path[0]}/{layer.path[-1]}"
+        self._spend(1, len(self._leaves.get(own, [])))
         kind, config = layer.kind, layer.config
         if kind == "InputLayer":
             return positional[0]
@@ -154,9 +158,6 @@ class _Builder:
         if odd:
             raise Unreadable(f"its layer {shown(layer.path[-1])} is called with {shown(odd[0])}", _AGAIN)
         settings = {"config": config, **{name: value for name, value in named.items() if isinstance(value, Value)}}
-        own = "/".join(layer.path)
-        if own not in self._leaves and len(layer.path) > 2:  # the older layout names the outermost model alone
-            own = f"{layer.path[0]}/{layer.path[-1]}"
         settings |= {leaf[len(own) + 1 :]: Value(leaf) for leaf in self._leaves.get(own, [])}
         activation = config.get("activation")
         if kind != "Activation":
@@ -174,10 +175,16 @@ class _Builder:
         self.nodes.append(Node(_SOFTMAX if op == "Softmax" else op, name, tuple(positional), settings, (name,)))
         return Value(name)
 
-    def _spend(self, layers: int) -> None:
-        self._left -= layers
-        if self._left < 0:
-            raise Unreadable(f"it has more than {_MAX_LAYERS:,} layers and calls of them", _AGAIN)
+    def _spend(self, layers: int, parts: int) -> None:
+        self._left, self._parts = self._left - layers, self._parts - parts
+        if self._left < 0 or self._parts < 0:
+            raise Unreadable(f"it has more than {_MAX_LAYERS:,} layers and calls of them, or far too long ones", _AGAIN)
+
+
+def _parts(value: Any) -> int:
+    """The number of values in one that JSON describes."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_parts, inner))
 
 
 def _name(layer: Mapping[str, Any]) -> str:

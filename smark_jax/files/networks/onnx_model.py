@@ -46,12 +46,11 @@ class _Reader(Reader):
         super().__init__(source.data)
         self.source, self._left = source, max_bytes
 
-    def counted(self, tensor: Tensor) -> Tensor:
-        """A tensor, whose bytes count from now on."""
-        self._left -= 0 if isinstance(tensor.array, Foreign) else tensor.array.nbytes
+    def take(self, size: int) -> None:
+        """Counts the bytes of a tensor that is about to be made."""
+        self._left -= size
         if self._left < 0:
             raise _limits.too_large("its tensors take more bytes than are allowed")
-        return tensor
 
 
 def parsed(source: Source, max_bytes: int) -> Model:
@@ -158,7 +157,7 @@ def _attribute(reader: _Reader, span: Span) -> tuple[str, Any]:
         elif number == 5:
             found[4] = _tensor(reader, place)[1]
         elif number == 7:
-            floats += reader.floats(wire, place).tolist()
+            floats += reader.listed_floats(wire, place)
         elif number == 8:
             integers += reader.integers(wire, value, place)
     lists = {6: floats, 7: integers}
@@ -217,38 +216,46 @@ def _tensor(reader: _Reader, span: Span) -> tuple[str, Tensor]:
     if dtype is None:
         return name, Tensor(Foreign(f"tensor {shown(name)} is of data type {kind}", "Export it with float weights."))
     if outside:
-        return name, reader.counted(_outside(reader.source, name, kind, shape, entries))
+        return name, _outside(reader, name, kind, shape, entries)
     if len(floats) == 1 and raw is None:
         raw = floats[0][1]
     elif floats and raw is None:
-        packed = np.concatenate([values for values, _ in floats]).astype(dtype)
-        return name, reader.counted(Tensor(packed.reshape(_limits.check_shape(name, shape, dtype, packed.nbytes))))
-    found = Tensor(_coded(name, integers, dtype, shape)) if raw is None else _raw(name, kind, shape, reader.data, raw)
-    return name, reader.counted(found)
+        whole = _limits.check_shape(name, shape, dtype, dtype.itemsize * sum(len(values) for values, _ in floats))
+        reader.take(dtype.itemsize * math.prod(whole))
+        return name, Tensor(np.concatenate([values for values, _ in floats], dtype=dtype).reshape(whole))
+    if raw is not None:
+        return name, _raw(reader, name, kind, shape, reader.data, raw)
+    coded = _coded(name, integers, dtype, shape)
+    reader.take(coded.nbytes)
+    return name, Tensor(coded)
 
 
-def _outside(source: Source, name: str, kind: int, shape: list[int], entries: dict[str, str]) -> Tensor:
+def _outside(reader: _Reader, name: str, kind: int, shape: list[int], entries: dict[str, str]) -> Tensor:
     """A tensor whose numbers lie in a file beside the main one, which entries name."""
     file, start, length = (entries.get(key, "") for key in ("location", "offset", "length"))
     numbers = (start or "0", length or "0")
     if not all(number.isascii() and number.isdecimal() and len(number) < 16 for number in numbers):
         raise Unreadable(f"the numbers of {shown(name)} lie at byte {shown(start)} of another file", ADVICE)
-    content, first, size = source.beside(file), *map(int, numbers)
+    content, first, size = reader.source.beside(file), *map(int, numbers)
     end = first + size if length else len(content)
     if not first <= end <= len(content):
         raise Unreadable(f"the numbers of {shown(name)} lie behind the end of {shown(file)}", ADVICE)
-    return _raw(name, kind, shape, memoryview(content), (first, end), file)
+    return _raw(reader, name, kind, shape, memoryview(content), (first, end), file)
 
 
-def _raw(name: str, kind: int, shape: list[int], content: memoryview, span: Span, file: str = "") -> Tensor:
+def _raw(
+    reader: _Reader, name: str, kind: int, shape: list[int], content: memoryview, span: Span, file: str = ""
+) -> Tensor:
     """A tensor whose numbers lie side by side in a file."""
     start, end = span
     if kind in _HALF_BYTES:
         size = math.prod(_limits.check_shape(name, shape, _HALF_BYTES[kind], math.prod(shape)))
         expect(end - start == -(-size // 2), "the length", name)
+        reader.take(3 * size)  # with what it takes to unpack them
         pairs: Any = np.frombuffer(content[start:end], _HALF_BYTES[kind])  # the first of two is in the lower bits
         return Tensor((np.stack([pairs << 4, pairs], -1).reshape(-1)[:size] >> 4).reshape(shape))
     whole = _limits.check_shape(name, shape, DTYPES[kind], end - start)
+    reader.take(end - start)
     array = np.frombuffer(content[start:end], DTYPES[kind]).reshape(whole).copy()
     return Tensor(array, _places.in_order(start, array.dtype, whole, file))
 

@@ -122,7 +122,7 @@ def _without_late_scales(nodes: Sequence[Node]) -> list[Node]:
 
 def _other(node: Node, name: str) -> str:
     """The argument of a product that is not this one; empty if there is none."""
-    names = references([*node.arguments])
+    names = references([*node.arguments]) if len(node.arguments) == 2 else []
     return names[1 - names.index(name)] if len(names) == 2 and name in names else ""
 
 
@@ -183,13 +183,11 @@ def _folded(
     same: dict[str, str] = {}  # the leaf for each result of a node that has gone
     for node in nodes:
         node = node._replace(arguments=tuple(_renamed(argument, same) for argument in node.arguments))
-        leaf = _leaf(node, tensors) if node.op == "DequantizeLinear" else None
+        leaf = _leaf(node, tensors, max_bytes) if node.op == "DequantizeLinear" else None
         if leaf is None:
             kept.append(node)
             continue
         max_bytes -= leaf.nbytes
-        if max_bytes < 0:
-            raise _limits.too_large("its leaves in float32 take more bytes than are allowed")
         ((whole, *_), output) = references([node.arguments[0]]), node.outputs[0]
         name = whole.removesuffix(_SUFFIX)
         known = found.get(name)
@@ -205,14 +203,22 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
     return Value(names.get(value.name, value.name)) if isinstance(value, Value) else value
 
 
-def _leaf(node: Node, tensors: Mapping[str, Tensor]) -> np.ndarray | None:
-    """What a node makes that dequantises a constant; None if an argument is no constant, or of a shape that is odd."""
+def _leaf(node: Node, tensors: Mapping[str, Tensor], max_bytes: int) -> np.ndarray | None:
+    """What a node makes that dequantises a constant; None if an argument is no constant, or of a shape that is odd.
+
+    Raises:
+      Unreadable: when it takes more than ``max_bytes``.
+    """
     scale, zero = _argument(node, 1), _argument(node, 2)
     whole = _array(_argument(node, 0), tensors)
     factors = [_array(factor, tensors) for factor in (scale if isinstance(scale, list) else [scale])]
     shift = np.zeros(()) if zero is None else _array(zero, tensors)
     axis, block = node.settings.get("axis", 1), node.settings.get("block_size", 0)
     if whole is None or shift is None or not isinstance(axis, int) or not -whole.ndim <= axis < max(whole.ndim, 2):
+        return None
+    if 4 * whole.size > max_bytes:
+        raise _limits.too_large("its leaves in float32 take more bytes than are allowed")
+    if any(factor is None or factor.size > max(whole.size, 1) for factor in (shift, *factors)):
         return None
     shaped = [None if factor is None else _along(factor, whole.ndim, axis, block) for factor in (shift, *factors)]
     if any(factor is None for factor in shaped):

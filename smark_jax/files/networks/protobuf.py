@@ -61,15 +61,18 @@ class Reader:
             yield number, wire, value, (start, position)
 
     def _varint(self, position: int, end: int) -> tuple[int, int]:
-        self._fields -= 1
-        if self._fields < 0:
-            raise Unreadable(f"it has more than {_MAX_FIELDS:,} fields and small numbers", ADVICE)
+        self._count(1)
         value = 0
         for count, byte in enumerate(self.data[position : min(end, position + _MAX_VARINT)]):
             value |= (byte & 0x7F) << (7 * count)
             if byte < 0x80:
                 return value & (2**64 - 1), position + count + 1
         raise Unreadable(f"it has no valid number at byte {position:,}", ADVICE)
+
+    def _count(self, fields: int) -> None:
+        self._fields -= fields
+        if self._fields < 0:
+            raise Unreadable(f"it has more than {_MAX_FIELDS:,} fields and small numbers", ADVICE)
 
     def text(self, span: Span) -> str:
         """A field of text."""
@@ -106,6 +109,12 @@ class Reader:
         if wire not in (FOUR, BYTES) or (span[1] - span[0]) % 4:
             raise Unreadable(f"its float numbers at byte {span[0]:,} are of wire type {wire} or cut", ADVICE)
         return np.frombuffer(self.data[span[0] : span[1]], "<f4")
+
+    def listed_floats(self, wire: int, span: Span) -> list[float]:
+        """The same values in a list, which takes the memory of as many fields."""
+        found = self.floats(wire, span)
+        self._count(len(found))
+        return found.tolist()
 
     def one_float(self, wire: int, span: Span) -> float:
         """A field of a single float32."""

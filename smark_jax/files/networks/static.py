@@ -33,10 +33,10 @@ def integers(value: Any) -> list[int]:
     """A setting that is a list of whole numbers, whether it is given as a setting or as an input.
 
     Raises:
-      ValueError: when it depends on an image.
+      ValueError: when it depends on an image, or is far too long.
     """
-    if not isinstance(value, list | np.ndarray | np.generic):
-        raise ValueError("expected whole numbers that depend on no image")
+    if not isinstance(value, list | np.ndarray | np.generic) or np.size(value) > MAX_STATIC:
+        raise ValueError(f"expected at most {MAX_STATIC:,} whole numbers that depend on no image")
     return [int(number) for number in np.asarray(value).reshape(-1)]
 
 
@@ -53,3 +53,26 @@ def fold(name: str) -> Callable[..., Any]:
     """The function of two operands of this name, for any number of operands."""
     pair = elementwise(name)
     return lambda *values: functools.reduce(pair, values)
+
+
+def operand(value: Any) -> Any:
+    """A number or an array, of which Python's operators cannot make something far larger, as of text and lists.
+
+    Raises:
+      ValueError: when it is none.
+    """
+    if isinstance(value, str | list | tuple | dict) or (isinstance(value, int) and abs(value) >= 2**63):
+        raise ValueError("expected an array or a number of 64 bits")
+    return value
+
+
+def of_sizes(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A calculation with sizes."""
+    return lambda a, b: operand(function(operand(a), operand(b)))
+
+
+def power(a: Any, b: Any) -> Any:
+    """A power; Python's own, of two whole numbers, has as many digits as it likes."""
+    if isinstance(a, int) and isinstance(b, int):
+        raise ValueError("expected an array")
+    return a**b
