@@ -97,6 +97,19 @@ def onnx(
     return field(1, 8) + field(2, "tests") + field(7, graph) + field(8, field(1, "") + field(2, version))
 
 
+def onnx_in_two_files(weights: Path, tensors: Mapping[str, np.ndarray]) -> bytes:
+    """A model of one node, which does not use its tensors; their numbers are written into the file ``weights``."""
+    graph = b""
+    with weights.open("wb") as file:
+        for name, leaf in tensors.items():
+            place = {"location": weights.name, "offset": str(file.tell()), "length": str(leaf.nbytes)}
+            entries = b"".join(field(13, field(1, key) + field(2, value)) for key, value in place.items())
+            head = b"".join(field(1, n) for n in leaf.shape) + field(2, ONNX_DTYPES[leaf.dtype.str[1:]])
+            graph += field(5, head + field(8, name) + entries + field(14, 1))
+            file.write(leaf.tobytes())
+    return onnx([Step("Relu", ["x"], ["y"])], {}, [1, 8], "y", more=graph)
+
+
 def exported(
     steps: Sequence[tuple[str, Sequence[Any], str]],
     parameters: Mapping[str, np.ndarray],

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import terminal
-from network_files import field
 
 from smark_jax import carriers, errors, files, vault
 from smark_jax.vault import crypto, customers, issuing, models, verdicts
@@ -74,17 +73,7 @@ def sharded(folder):
 
 def external(folder):
     """An ONNX model whose large tensors lie in a file beside it, which is not called as ONNX files are."""
-    graph = b""
-    with (folder / "weights").open("wb") as file:
-        for name, leaf in LEAVES.items():
-            place = {"location": "weights", "offset": str(file.tell()), "length": str(leaf.nbytes)}
-            entries = b"".join(field(13, field(1, key) + field(2, value)) for key, value in place.items())
-            head = b"".join(field(1, n) for n in leaf.shape) + field(2, {2: 10, 4: 1}[leaf.dtype.itemsize])
-            graph += field(5, head + field(8, name) + entries + field(14, 1))
-            file.write(leaf.tobytes())
-    graph += field(1, network_files.node(network_files.Step("Relu", ["x"], ["y"])))
-    graph += field(11, network_files.value_info("x", [1, 8])) + field(12, field(1, "y"))
-    (folder / "net").write_bytes(field(1, 8) + field(7, graph) + field(8, field(1, "") + field(2, 17)))
+    (folder / "net").write_bytes(network_files.onnx_in_two_files(folder / "weights", LEAVES))
     return folder / "net"
 
 
