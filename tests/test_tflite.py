@@ -215,6 +215,15 @@ def test_files_read_gives_the_leaves_of_the_network_and_the_rest_as_buffers(name
         assert values.dtype == (np.float16 if name == "float16" else np.float32)
 
 
+@pytest.mark.parametrize("name", BOUNDS)
+def test_kernels_and_biases_carry_and_nothing_else_does(name):
+    """The converter numbers its tensors, so that names tell nothing: the graph tells what is a weight."""
+    leaves = files.read(FOLDER / f"{name}.tflite").leaves
+    shapes = [leaf.shape for leaf in carriers.select(leaves).leaves]
+    kernels = [(8, 3, 3, 3), (1, 3, 3, 8), (4, 1, 1, 8), (8, 1, 1, 4), (12, 3, 3, 16), (10, 24)]
+    assert sorted(shapes) == sorted([*kernels, *[(kernel[-1] if kernel[0] == 1 else kernel[0],) for kernel in kernels]])
+
+
 def test_the_four_files_hold_the_same_kernels():
     """Which tensor is which is told by its shape; the steps of eight bits are wider where the bias asks for it."""
     kernels = {
