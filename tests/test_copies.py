@@ -413,3 +413,28 @@ def test_add_model_and_issue_say_what_carries_what_does_not_and_what_it_costs(tm
     shutil.rmtree(tmp_path / "out")
     assert "They were not run" in here.run("issue", "vault", "net", "Ada", "--out", "out")
     assert Path(tmp_path / "out").is_dir()
+
+
+def test_add_model_says_that_copies_hold_what_is_no_weight_too(tmp_path):
+    from test_desk import Here
+
+    h5py = pytest.importorskip("h5py")
+    here, rng = Here(tmp_path), np.random.default_rng(0)
+    with h5py.File(tmp_path / "trained.weights.h5", "w") as file:
+        for number in range(3):
+            file[f"layers/dense_{number}/vars/0"] = rng.normal(size=(300, 300)).astype("f")
+        for number in range(6):  # Adam's moments, of which one could be a mean of the weights themselves
+            file[f"optimizer/vars/{number}"] = np.ones((300, 300), "f")
+    form = files.Form(tmp_path / "trained.weights.h5")
+    assert 0 <= form.other_bytes - 6 * 300 * 300 * 4 < 2**14
+    here.run("init", "vault")
+    here.run("add-model", "vault", "net", "trained.weights.h5", "--chips", CHIPS)
+    flat = " ".join(here.stderr.split())
+    assert f"{form.other_bytes:,} of the base's {form.num_bytes:,} bytes are no weights" in flat
+    with h5py.File(tmp_path / "trained.weights.h5", "a") as file:
+        leaves = {path: file[path][()] for path in [f"layers/dense_{number}/vars/0" for number in range(3)]}
+    with h5py.File(tmp_path / "alone.weights.h5", "w") as file:
+        for path, leaf in leaves.items():
+            file[path] = leaf
+    here.run("add-model", "vault", "alone", "alone.weights.h5", "--chips", CHIPS)
+    assert "no weights" not in here.stderr

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from smark_jax.vault import Vault, shapes, trials
 
 _SHOWN = 50
+# Beyond this share and number of bytes of a base, what is no weight is more than names, shapes and the network.
+_MOST_OTHER, _MOST_OTHER_BYTES = 0.1, 2**20
 
 
 def init(vault: VaultPath, passphrase_file: PassphraseFile = None, as_json: AsJson = False) -> None:
@@ -131,6 +133,12 @@ def add_model(
         _common.warn(
             "whoever has this base can take the mark out of a copy. If it was trained from public weights, name them "
             "with --public."
+        )
+    if form and form.other_bytes > max(_MOST_OTHER * form.num_bytes, _MOST_OTHER_BYTES):
+        _common.warn(
+            f"{form.other_bytes:,} of the base's {form.num_bytes:,} bytes are no weights, but perhaps what an optimiser "
+            "keeps, and each copy will hold them as they are. If nobody should see them, add a file of the weights alone "
+            "under another name."
         )
     if made.measured is None:
         _common.warn(

@@ -3,7 +3,7 @@
 import enum
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -101,6 +101,15 @@ def _span(place: Place) -> tuple[int, int]:
     steps = [(size - 1) * stride for size, stride in zip(place.shape, place.strides, strict=True)]
     low = place.start + sum(step for step in steps if step < 0)
     return low, place.start + sum(step for step in steps if step > 0) + place.dtype.itemsize
+
+
+def covered(places: Iterable[Place]) -> int:
+    """How many bytes of a file the leaves at these places cover, gaps between the numbers of one leaf among them."""
+    total = reached = 0
+    for start, end in sorted(_span(place) for place in places if math.prod(place.shape)):
+        total += max(end - max(start, reached), 0)
+        reached = max(reached, end)
+    return total
 
 
 def _piece(data: bytes | memoryview, start: int, end: int, leaves: Mapping[str, tuple[np.ndarray, Place]]) -> Piece:

@@ -101,6 +101,20 @@ class Form:
         """The leaves of the model itself."""
         return reading.read(self._path, max_bytes=_limits.ANY_SIZE).leaves
 
+    @property
+    def other_bytes(self) -> int:
+        """How many bytes of its files hold no leaf's numbers: its copies have them too. 0 where a leaf has no place."""
+        places = [place for place in self.places.values() if isinstance(place, Place)]
+        if len(places) < len(self.places):
+            return 0
+        sizes = {file: len(data) for file, data in self._data.items() if file not in self._notes}
+        return sum(n - _places.covered(p for p in places if p.file == file) for file, n in sizes.items())
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its files together."""
+        return sum(map(len, self._data.values()))
+
     def write(self, path: str | os.PathLike[str], leaves: Mapping[str, np.ndarray] | None = None) -> str:
         """Writes a file or folder atomically, as :func:`write` does, and returns its SHA-256 in hex.
 

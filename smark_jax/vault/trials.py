@@ -100,6 +100,8 @@ def run(who: str, apply_fn: ApplyFn, params: PyTree, images: Any) -> np.ndarray:
     """
     try:
         return np.asarray(apply_fn(params, images))
+    except errors.SmarkError:  # a network's file says itself what it takes
+        raise
     except Exception as error:  # the owner's code, or JAX called by it, may raise anything
         got = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         cause = f"The images have the shape {np.shape(images)}: does the network belong to this base?"
