@@ -1,8 +1,9 @@
-"""Writes ``notebooks/data``: a small network that PyTorch trained on digits, in the forms that two notebooks start from.
+"""Writes ``notebooks/data``: a small network of PyTorch for digits, in the forms that two notebooks start from.
 
 ``python tests/make_fixtures/notebook_files.py`` with PyTorch 2.13 and onnxscript 0.7.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ class Digits(nn.Module):
         super().__init__()
         sizes = (1, 24, 48, 64)
         self.body = nn.Sequential()
-        for layer, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for layer, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
             self.body.append(nn.Conv2d(inputs, outputs, 3, stride=1 + (layer < 2), padding=1, bias=False))
             self.body.append(nn.BatchNorm2d(outputs))
             self.body.append(nn.ReLU())
