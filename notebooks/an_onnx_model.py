@@ -171,7 +171,7 @@ photos = real.natural_images("judging", 2).images
 inputs = photos[..., ::-1].astype(np.float32) - np.float32([104, 117, 123])
 chances = np.asarray(jax.nn.softmax(large_fn(params, inputs)))
 print(f"{sum(leaf.size for leaf in params.values()):,} weights")
-print(f"largest difference from onnxruntime: {np.abs(chances - run(path, inputs)).max():.0e}")
+print(f"largest relative difference from onnxruntime: {np.abs(chances / run(path, inputs) - 1).max():.0e}")
 
 # %% [markdown]
 # Go on: `docs/desk.md` has every step of the command line, from customers to evidence; the notebook `a_pytorch_model`

@@ -167,5 +167,5 @@ for name, model in {"as it is": permuted, "aligned": aligned.params}.items():
     print(f"{name}: accused {[a.serial for a in verdict.accused]}")
 
 # %% [markdown]
-# Go on: the notebook `a_pytorch_model` has the same for PyTorch, `an_onnx_model` for ONNX, `docs/desk.md` the command line, which
-# needs no architecture at all, and `docs/robustness.md` what 52 attacks leave of a mark.
+# Go on: the notebook `a_pytorch_model` has the same for PyTorch, and `an_onnx_model` for ONNX; `docs/desk.md` has the
+# command line, which needs no architecture at all, and `docs/robustness.md` what 52 attacks leave of a mark.

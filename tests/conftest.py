@@ -43,8 +43,8 @@ from smark_jax import keys  # noqa: E402
 _FIRST = (
     "test_robustness test_cli test_desk test_blackbox test_stress test_distributed test_paper test_alignment "
     "test_train test_parallel test_tracing what_the_aggregator_sees quickstart tracing_a_coalition "
-    "how_a_fingerprint_hides test_sharding test_docs test_experiments test_protocol bring_your_own_model an_onnx_model a_pytorch_model multi_device "
-    "test_package test_benchmarks test_shipped_level"
+    "how_a_fingerprint_hides test_sharding test_docs test_experiments test_protocol bring_your_own_model multi_device "
+    "an_onnx_model a_pytorch_model test_package test_benchmarks test_shipped_level"
 ).split()
 
 
