@@ -142,7 +142,7 @@ def _of_leaf(path: str, fact: Facts) -> Role | None:
     """The role that a leaf's name and its own content imply."""
     said = of_name(path)
     if any(step in _WITHOUT_WEIGHTS for step in steps(path)[:1]):
-        return said if said in (Role.VAR, Role.COUNTER) else Role.MEAN
+        return said if said in (Role.VAR, Role.COUNTER) else Role.MEAN if fact.floating else Role.COUNTER
     if said is not None and not said.carries:
         return said
     if not fact.floating:

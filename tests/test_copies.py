@@ -287,6 +287,7 @@ ROLES = {
     "norm/moving_variance:0": (ten.variance(9), "variance"),
     "batch_stats/norm/mean": (ten.some(9), "running mean"),
     "batch_stats/custom/anything": (ten.some(9), "running mean"),
+    "batch_stats/custom/shape": (np.arange(3), "whole numbers"),
     "bn._mean": (ten.some(9), "running mean"),
     "state/scale": (ten.some(9), "running mean"),
     "module.num_batches_tracked": (np.array(4), "whole numbers"),

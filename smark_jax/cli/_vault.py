@@ -136,9 +136,9 @@ def add_model(
         )
     if form and form.other_bytes > max(_MOST_OTHER * form.num_bytes, _MOST_OTHER_BYTES):
         _common.warn(
-            f"{form.other_bytes:,} of the base's {form.num_bytes:,} bytes are no weights, but perhaps what an optimiser "
-            "keeps, and each copy will hold them as they are. If nobody should see them, add a file of the weights alone "
-            "under another name."
+            f"{form.other_bytes:,} of the base's {form.num_bytes:,} bytes are no weights, but perhaps an optimiser's "
+            "state, and each copy will hold them as they are. If nobody should see them, add a file of the weights "
+            "alone under another name."
         )
     if made.measured is None:
         _common.warn(
