@@ -68,6 +68,34 @@ def convolution_last(images: Any, kernel: Any, bias: Any, window: Window, groups
     return out if bias is None else out + bias.reshape(*[1] * (out.ndim - 1), -1)
 
 
+def transposed_convolution(images: Any, kernel: Any, bias: Any, window: Window, groups: int) -> Any:
+    """What a convolution does to gradients, to images [B C ...] with a kernel [I O ...].
+
+    ``window.padding`` is that of the convolution: so much is cut off the result.
+    """
+    inputs, outputs, *size = kernel.shape
+    parts = kernel.reshape(groups, inputs // groups, outputs, *size).swapaxes(1, 2)
+    flipped = jnp.flip(parts.reshape(groups * outputs, inputs // groups, *size), tuple(range(2, kernel.ndim)))
+    reach = [dilation * (n - 1) for n, dilation in zip(window.size, window.dilations, strict=True)]
+    out = lax.conv_general_dilated(
+        images,
+        flipped,
+        (1,) * len(size),
+        [(n - before, n - after) for n, (before, after) in zip(reach, window.padding, strict=True)],
+        lhs_dilation=window.strides,
+        rhs_dilation=window.dilations,
+        feature_group_count=groups,
+    )
+    return out if bias is None else out + per_channel(bias, out.ndim)
+
+
+def interpolated(images: Any, at: np.ndarray, axis: int) -> Any:
+    """The values at positions of an axis, linear between its entries; a product, which alignment follows."""
+    length = countable(images.shape[axis])
+    matrix = np.maximum(0, 1 - abs(np.arange(length)[:, None] - at)).astype(np.float32)
+    return jnp.moveaxis(jnp.matmul(jnp.moveaxis(images, axis, -1), matrix, precision=lax.Precision.HIGHEST), -1, axis)
+
+
 def same_padding(
     lengths: Sequence[int], size: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
 ) -> Padding:

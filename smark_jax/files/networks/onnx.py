@@ -14,7 +14,7 @@ from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Places
 from smark_jax.files._sources import Source
 from smark_jax.files.networks import graph as graphs
-from smark_jax.files.networks import onnx_model, onnx_quantised
+from smark_jax.files.networks import onnx_blocked, onnx_model, onnx_quantised
 from smark_jax.files.networks.graph import Graph, Node, Value
 from smark_jax.files.networks.onnx_model import DTYPES, Model
 from smark_jax.files.networks.protobuf import Reader
@@ -22,7 +22,8 @@ from smark_jax.files.networks.protobuf import Reader
 _MODEL_FIELDS = {*range(1, 9), 14, 20, 25, 26}
 # Positions of arguments that are not weights: statistics, bounds, sizes.
 _STATISTICS = {"BatchNormalization": (3, 4)}
-_SETTINGS = {"Clip": (1, 2), "Pad": (2,), "Range": (0, 1, 2), "Dropout": (1,), "Pow": (1,)}
+_SETTINGS = {"Clip": (1, 2), "Pad": (2,), "Range": (0, 1, 2), "Dropout": (1,), "Pow": (1,), "Resize": (1, 2, 3),
+             "Upsample": (1,)}  # fmt: skip
 
 
 def matches(data: bytes) -> bool:
@@ -68,14 +69,16 @@ def load(source: Source, max_bytes: int) -> Graph:
 
 
 def _model(source: Source, max_bytes: int) -> Model:
-    """The graph on real numbers."""
-    return onnx_quantised.lowered(onnx_model.parsed(source, max_bytes), max_bytes)
+    """The graph on real numbers in their usual order."""
+    return onnx_quantised.lowered(onnx_blocked.unblocked(onnx_model.parsed(source, max_bytes)), max_bytes)
 
 
 def _of_version(node: Node, version: int) -> Node:
     """A node whose operator or settings depend on the version of operators or on the number of results."""
     if node.op in ("Softmax", "LogSoftmax") and version < 13:
         return node._replace(op=f"{node.op} before version 13")
+    if node.op == "Resize" and version < 11:
+        return node._replace(op="Resize before version 11")
     if node.op == "Split" and len(node.arguments) < 2 and "split" not in node.settings:
         return node._replace(settings={"num_outputs": len(node.outputs), **node.settings})
     return node

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from smark_jax.files.networks import layers, onnx_fused, onnx_norms
+from smark_jax.files.networks import layers, onnx_fused, onnx_norms, onnx_resizing
 from smark_jax.files.networks.layers import Window
 from smark_jax.files.networks.onnx_model import DTYPES
 from smark_jax.files.networks.static import MAX_STATIC, elementwise, fold, integers, is_static, library
@@ -326,6 +326,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "com.microsoft.FusedConv": _fused_conv,
     "com.microsoft.FusedGemm": _fused_gemm,
     **onnx_norms.OPERATORS,
+    **onnx_resizing.OPERATORS,
     **onnx_fused.OPERATORS,
 }
 """By ONNX's names; "before version 13" are operators whose meaning has changed."""
