@@ -14,7 +14,7 @@ from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Places
 from smark_jax.files._sources import Source
 from smark_jax.files.networks import graph as graphs
-from smark_jax.files.networks import onnx_blocked, onnx_model, onnx_quantised
+from smark_jax.files.networks import onnx_blocked, onnx_model, onnx_packed, onnx_quantised
 from smark_jax.files.networks.graph import Graph, Node, Value
 from smark_jax.files.networks.onnx_model import DTYPES, Model
 from smark_jax.files.networks.protobuf import Reader
@@ -70,7 +70,8 @@ def load(source: Source, max_bytes: int) -> Graph:
 
 def _model(source: Source, max_bytes: int) -> Model:
     """The graph on real numbers in their usual order."""
-    return onnx_quantised.lowered(onnx_blocked.unblocked(onnx_model.parsed(source, max_bytes)), max_bytes)
+    plain = onnx_packed.unpacked(onnx_blocked.unblocked(onnx_model.parsed(source, max_bytes)))
+    return onnx_quantised.lowered(plain, max_bytes)
 
 
 def _of_version(node: Node, version: int) -> Node:

@@ -19,9 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax.files._limits import Foreign
-from smark_jax.files.networks.graph import Node, Tensor, references
-from smark_jax.files.networks.onnx_model import Model
+from smark_jax.files.networks.graph import Node, Tensor, Value, references
+from smark_jax.files.networks.onnx_model import Model, array
 
 _DOMAIN = "com.microsoft.nchwc."
 _CONV, _INPUT, _OUTPUT = (f"{_DOMAIN}{op}" for op in ("Conv", "ReorderInput", "ReorderOutput"))
@@ -70,7 +69,8 @@ class _Channels(NamedTuple):
     def of(self, axis: _Axis) -> _Axis:
         """The axis that stands for all with as many channels."""
         while (other := self.same.setdefault(axis, axis)) != axis:
-            axis = self.same[axis] = self.same.setdefault(other, other)
+            self.same[axis] = self.same[other]
+            axis = other
         return axis
 
     def tie(self, axes: Iterable[_Axis]) -> None:
@@ -94,7 +94,7 @@ def unblocked(model: Model) -> Model:
     if len(known) < len(layers):
         return model
     channels = _channels(model, layers, inside)
-    block = _block(known, channels, model, inside)
+    block = _block(known, channels)
     if block is None:
         return model
     tensors, numbers = dict(model.tensors), _numbers(known, channels, block)
@@ -127,22 +127,18 @@ def _in_blocks(model: Model) -> set[str]:
 
 def _layer(node: Node, tensors: Mapping[str, Tensor], inside: set[str]) -> _Layer | None:
     """A convolution; None if it is not as onnxruntime writes it."""
-    names = [*references([*node.arguments[:1]]), *references([*node.arguments[1:3]])]
-    arrays = {name: tensors[name].array for name in names[1:] if name in tensors}
-    kernel, group = arrays.get(names[1]) if len(names) > 1 else None, node.settings.get("group", 1)
-    if (
-        isinstance(kernel, Foreign)
-        or kernel is None
-        or kernel.ndim != 4
-        or not kernel.size
-        or not isinstance(group, int)
-    ):
+    image, kernels, biases = (references([*node.arguments[part]]) for part in (slice(1), slice(1, 2), slice(2, 3)))
+    arrays = {name: array(Value(name), tensors) for name in (*kernels, *biases)}
+    kernel, group = arrays[kernels[0]] if kernels else None, node.settings.get("group", 1)
+    bias = {name: numbers for name in biases if (numbers := arrays[name]) is not None}
+    if kernel is None or kernel.ndim != 4 or not kernel.size or not isinstance(group, int):
         return None
-    bias = {name: array for name, array in arrays.items() if name in names[2:] and not isinstance(array, Foreign)}
-    if len(bias) < len(names) - 2 or any(array.shape != kernel.shape[:1] for array in bias.values()):
+    if not image or image[0] in tensors or len(bias) < len(biases):
+        return None
+    if any(numbers.shape != kernel.shape[:1] for numbers in bias.values()):
         return None
     depthwise = kernel.shape[1] == 1 and group == len(kernel)
-    return _Layer(names[1], kernel, bias, names[0] in inside and not depthwise, depthwise, group)
+    return _Layer(kernels[0], kernel, bias, image[0] in inside and not depthwise, depthwise, group)
 
 
 def _channels(model: Model, layers: Mapping[int, _Layer | None], inside: set[str]) -> _Channels:
@@ -173,12 +169,11 @@ def _widths(layers: Sequence[_Layer], channels: _Channels) -> dict[_Axis, int]:
     return outputs | {channels.of((layer.name, 1)): layer.stored.shape[1] for layer in layers if layer.blocks}
 
 
-def _block(layers: Sequence[_Layer], channels: _Channels, model: Model, inside: set[str]) -> int | None:
-    """The number of channels in a block, None if no number fits."""
+def _block(layers: Sequence[_Layer], channels: _Channels) -> int | None:
+    """The number of channels in a block; None if no number fits."""
     widths = _widths(layers, channels)
-    said = [
-        (number, widths[channels.of(axis)]) for axis, number in channels.said.items() if channels.of(axis) in widths
-    ]
+    classes = [(number, channels.of(axis)) for axis, number in channels.said.items()]
+    said = [(number, widths[axis]) for number, axis in classes if axis in widths]
     direct = [layer.stored.shape[1] for layer in layers if not layer.blocks]
     fits = [
         block
@@ -187,11 +182,11 @@ def _block(layers: Sequence[_Layer], channels: _Channels, model: Model, inside: 
         and all(isinstance(number, int) and width - block < number <= width for number, width in said)
         and all(number < block for number in direct)
     ]
-    return min(fits, key=lambda block: _mixture(layers, block), default=None)
+    return min(fits, key=lambda block: _likeness(layers, block), default=None)
 
 
-def _mixture(layers: Sequence[_Layer], block: int) -> float:
-    """How alike output channels are in size: most alike where the wrong block mixes them up."""
+def _likeness(layers: Sequence[_Layer], block: int) -> float:
+    """How alike output channels are in size: a wrong block mixes them up, which makes them more alike."""
     total = 0.0
     for layer in layers:
         kernel = _decoded(layer, block)
@@ -206,11 +201,8 @@ def _decoded(layer: _Layer, block: int) -> np.ndarray:
     if layer.blocks:
         parts = layer.stored.reshape(outputs // block, inputs // block, *space, block, block)
         return parts.transpose(0, 5, 1, 4, 2, 3).reshape(layer.stored.shape)
-    return (
-        layer.stored.reshape(outputs // block, inputs, *space, block)
-        .transpose(0, 4, 1, 2, 3)
-        .reshape(layer.stored.shape)
-    )
+    parts = layer.stored.reshape(outputs // block, inputs, *space, block)
+    return parts.transpose(0, 4, 1, 2, 3).reshape(layer.stored.shape)
 
 
 def _numbers(layers: Sequence[_Layer], channels: _Channels, block: int) -> dict[_Axis, int]:
@@ -225,11 +217,9 @@ def _numbers(layers: Sequence[_Layer], channels: _Channels, block: int) -> dict[
             last = np.flatnonzero(channel)
             axis = channels.of(axis)
             numbers[axis] = max(numbers[axis], int(last[-1]) + 1 if len(last) else 0)
-    for axis, number in channels.said.items():
-        numbers[channels.of(axis)] = number
-    return numbers | {
-        channels.of(axis): widths[channels.of(axis)] for axis in channels.full if channels.of(axis) in widths
-    }
+    numbers.update((channels.of(axis), number) for axis, number in channels.said.items())
+    full = {channels.of(axis) for axis in channels.full} & widths.keys()
+    return numbers | {axis: widths[axis] for axis in full}
 
 
 def _convolution(node: Node, layer: _Layer | None, tensors: Mapping[str, Tensor]) -> Node:

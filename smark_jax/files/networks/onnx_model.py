@@ -5,6 +5,7 @@ References:
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,12 @@ class Model(NamedTuple):
     inputs: dict[str, tuple[int | None, ...]]
     outputs: list[str]
     version: int
+
+
+def array(value: Any, tensors: Mapping[str, Tensor]) -> np.ndarray | None:
+    """The numbers of an argument that is a constant; None if it is none."""
+    tensor = tensors.get(value.name) if isinstance(value, Value) else None
+    return None if tensor is None or isinstance(tensor.array, Foreign) else tensor.array
 
 
 class _Reader(Reader):

@@ -16,19 +16,19 @@ References:
 
 import functools
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from smark_jax.files import _limits, _scaled
-from smark_jax.files._limits import Foreign
 from smark_jax.files._places import Unwritable
 from smark_jax.files.networks.graph import Node, Tensor, Value, references
-from smark_jax.files.networks.onnx_model import Model
+from smark_jax.files.networks.onnx_model import Model, array
 
 _MICROSOFT = "com.microsoft."
-_SUFFIX = "_quantized"  # which onnxruntime adds to the name of a weight
+_SUFFIX = re.compile("_quantized$|(_DQ)?_Q[248]$")  # which onnxruntime adds to the name of a weight
 _SCALES = "product of scales"  # a node of ours
 
 
@@ -189,7 +189,7 @@ def _folded(
             continue
         max_bytes -= leaf.nbytes
         ((whole, *_), output) = references([node.arguments[0]]), node.outputs[0]
-        name = whole.removesuffix(_SUFFIX)
+        name = _SUFFIX.sub("", whole)
         known = found.get(name)
         if known is not None and (known.place is not Unwritable.QUANTISED or not np.array_equal(known.array, leaf)):
             name = output
@@ -210,9 +210,9 @@ def _leaf(node: Node, tensors: Mapping[str, Tensor], max_bytes: int) -> np.ndarr
       Unreadable: when it takes more than ``max_bytes``.
     """
     scale, zero = _argument(node, 1), _argument(node, 2)
-    whole = _array(_argument(node, 0), tensors)
-    factors = [_array(factor, tensors) for factor in (scale if isinstance(scale, list) else [scale])]
-    shift = np.zeros(()) if zero is None else _array(zero, tensors)
+    whole = array(_argument(node, 0), tensors)
+    factors = [array(factor, tensors) for factor in (scale if isinstance(scale, list) else [scale])]
+    shift = np.zeros(()) if zero is None else array(zero, tensors)
     axis, block = node.settings.get("axis", 1), node.settings.get("block_size", 0)
     if whole is None or shift is None or not isinstance(axis, int) or not -whole.ndim <= axis < max(whole.ndim, 2):
         return None
@@ -220,25 +220,26 @@ def _leaf(node: Node, tensors: Mapping[str, Tensor], max_bytes: int) -> np.ndarr
         raise _limits.too_large("its leaves in float32 take more bytes than are allowed")
     if any(factor is None or factor.size > max(whole.size, 1) for factor in (shift, *factors)):
         return None
-    shaped = [None if factor is None else _along(factor, whole.ndim, axis, block) for factor in (shift, *factors)]
+    shaped = [None if factor is None else _along(factor, whole.shape, axis, block) for factor in (shift, *factors)]
     if any(factor is None for factor in shaped):
         return None
     first, *others = (factor for factor in shaped if factor is not None)
     return _scaled.apply(whole, functools.reduce(operator.mul, others), first)
 
 
-def _array(value: Any, tensors: Mapping[str, Tensor]) -> np.ndarray | None:
-    tensor = tensors.get(value.name) if isinstance(value, Value) else None
-    return None if tensor is None or isinstance(tensor.array, Foreign) else tensor.array
-
-
-def _along(factor: np.ndarray, axes: int, axis: int, block: Any) -> np.ndarray | None:
+def _along(factor: np.ndarray, shape: tuple[int, ...], axis: int, block: Any) -> np.ndarray | None:
     """Scales or zero points with the axes of their numbers: one for all, or one for each entry or block of an axis."""
-    factor = factor.astype(np.float32)
+    factor, axes = factor.astype(np.float32), len(shape)
     if factor.size == 1:
         return factor.reshape(())
     if block:
-        return factor
+        if not isinstance(block, int) or block < 1 or axis >= axes:
+            return None
+        length, blocks = shape[axis], list(shape)
+        blocks[axis] = -(-length // block)
+        if factor.shape != tuple(blocks):
+            return None
+        return np.repeat(factor, min(block, length), axis).take(range(length), axis)  # the last block may be shorter
     return (
         factor.reshape(*[1] * (axis % axes), -1, *[1] * (axes - 1 - axis % axes)) if factor.ndim == 1 and axes else None
     )

@@ -13,7 +13,7 @@ import numpy as np
 from smark_jax.files.networks import layers
 from smark_jax.files.networks.layers import Window
 
-_POSITIONS: dict[str, Callable[[Any, float, int, int], Any]] = {
+_POSITIONS: dict[str, Callable[[Any, Any, int, int], Any]] = {
     "asymmetric": lambda at, scale, before, after: at / scale,
     "half_pixel": lambda at, scale, before, after: (at + 0.5) / scale - 0.5,
     "pytorch_half_pixel": lambda at, scale, before, after: ((at + 0.5) / scale - 0.5) * (after > 1),
@@ -64,10 +64,12 @@ def _resize(
     return x
 
 
-def _upsample(x: Any, scales: Any = None, *, mode: str = "nearest", **settings: Any) -> Any:
+def _upsample(
+    x: Any, scales: Any = None, *, mode: str = "nearest", coordinate_transformation_mode: str = "asymmetric"
+) -> Any:
     """Resizing before its version 11, when positions were asymmetric."""
-    said = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"} | settings
-    return _resize(x, None, scales, mode=mode, **said)
+    positions = coordinate_transformation_mode  # which onnxruntime tells its own operator
+    return _resize(x, None, scales, mode=mode, coordinate_transformation_mode=positions, nearest_mode="floor")
 
 
 def _conv_transpose(
@@ -86,22 +88,16 @@ def _conv_transpose(
 ) -> Any:
     """A convolution's transpose with a kernel [I O ...]; automatic padding makes the result the image times strides."""
     axes = x.ndim - 2
-    strides, dilations, more = strides or [1] * axes, dilations or [1] * axes, output_padding or [0] * axes
-    pads = pads or [0] * 2 * axes
-    cuts = list(zip(pads[:axes], pads[axes:], strict=True))
+    steps, spread, more = strides or [1] * axes, dilations or [1] * axes, output_padding or [0] * axes
+    cuts = list(zip(pads[:axes], pads[axes:], strict=True)) if pads else [(0, 0)] * axes
     if auto_pad in ("SAME_UPPER", "SAME_LOWER") and output_shape is None:
-        output_shape = [n * stride for n, stride in zip(x.shape[2:], strides, strict=True)]
+        output_shape = [n * step for n, step in zip(x.shape[2:], steps, strict=True)]
     if output_shape is not None:
-        reach = [dilation * (n - 1) + 1 for n, dilation in zip(w.shape[2:], dilations, strict=True)]
-        whole = [
-            stride * (n - 1) + extra + size - wanted
-            for n, stride, extra, size, wanted in zip(
-                x.shape[2:], strides, more, reach, output_shape[-axes:], strict=True
-            )
-        ]
+        sizes = zip(x.shape[2:], steps, more, w.shape[2:], spread, output_shape[-axes:], strict=True)
+        whole = [step * (n - 1) + extra + gap * (size - 1) + 1 - out for n, step, extra, size, gap, out in sizes]
         cuts = [(n // 2, n - n // 2) if auto_pad == "SAME_UPPER" else (n - n // 2, n // 2) for n in whole]
     ends = [(before, after - extra) for (before, after), extra in zip(cuts, more, strict=True)]
-    return layers.transposed_convolution(x, w, b, Window(w.shape[2:], strides, ends, dilations), group)
+    return layers.transposed_convolution(x, w, b, Window(w.shape[2:], steps, ends, spread), group)
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
