@@ -20,7 +20,11 @@ MAKERS = {
         "ONNX, dynamo": "dynamo.onnx",
         "TFLite, LiteRT Torch": "litert.tflite",
     },
-    "by_onnxruntime": {"ONNX, norms folded": "folded.onnx", "ONNX, int8 QDQ": "qdq.onnx"},
+    "by_onnxruntime": {
+        "ONNX, norms folded": "folded.onnx",
+        "ONNX, in blocks": "blocks.onnx",
+        "ONNX, int8 QDQ": "qdq.onnx",
+    },
     "by_keras": {"Keras": "model.keras", "Keras h5": "model.h5"},
     "by_tensorflow": {f"TFLite {kind}": f"{kind}.tflite" for kind in ("float32", "float16", "int8")},
 }

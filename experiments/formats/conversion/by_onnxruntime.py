@@ -1,4 +1,4 @@
-"""ONNX files as onnxruntime rewrites them: with batch norms folded, and in int8 with QDQ pairs."""
+"""ONNX files as onnxruntime rewrites them: with batch norms folded, in blocks of channels, in int8 with QDQ pairs."""
 # pyright: reportMissingImports=false, reportMissingModuleSource=false
 
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ class _Calibration(quantization.CalibrationDataReader):
         return next(self._left, None)  # pyright: ignore[reportReturnType]
 
 
-def _optimised(source: Path, path: Path) -> None:
+def _optimised(source: Path, path: Path, level: Any) -> None:
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.graph_optimization_level = level
     options.optimized_model_filepath = str(path)
     onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
 
@@ -44,8 +44,10 @@ def main() -> None:
     exported = [folder / FORMS[form] for form in ("ONNX, older exporter", "ONNX, dynamo")]
     plain = [path for path in (copy, *exported) if path.suffix == ".onnx" and path.exists()]
     unfolded = [path for path in (folder / UNFOLDED, *plain) if path.exists()]
+    levels = onnxruntime.GraphOptimizationLevel
     forms = {
-        "ONNX, norms folded": lambda path: _optimised(unfolded[0], path),
+        "ONNX, norms folded": lambda path: _optimised(unfolded[0], path, levels.ORT_ENABLE_EXTENDED),
+        "ONNX, in blocks": lambda path: _optimised(unfolded[0], path, levels.ORT_ENABLE_ALL),
         "ONNX, int8 QDQ": lambda path: _quantised(plain[0], images, path),
     }
     if not plain:
