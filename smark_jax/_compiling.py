@@ -1,19 +1,19 @@
 """Functions that are compiled for many shapes, each of little work: there compilation is what takes the time."""
 
 import functools
+import importlib.metadata
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.core
-import jaxlib
 import numpy as np
 
 # Up to here a pass at the lowest level takes less time than its compilation at the highest.
 _SMALL = 1 << 19
 # On CPUs. XLA of before jaxlib 0.11 has older emitters of loops, which compile faster than its emitters of fusions.
-_OLD_EMITTERS = tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11)
+_OLD_EMITTERS = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)
 _QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 _QUICK |= {"xla_cpu_use_fusion_emitters": False} if _OLD_EMITTERS else {}
 

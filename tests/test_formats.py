@@ -9,10 +9,10 @@ pytest.importorskip("matplotlib")
 
 import numpy as np
 import safetensors.numpy
-from section_checks import run_and_resume
+from section_checks import CONSOLE, run_and_resume
 
 import experiments.formats.__main__ as command
-from experiments.formats import matrix
+from experiments.formats import commands, matrix
 from experiments.formats.conversion import FORMS, running
 
 
@@ -75,3 +75,20 @@ def test_formats_help_lists_examples(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     assert "--config full" in capsys.readouterr().out
+
+
+def test_seconds_of_commands_are_shown_with_what_is_not_installed(tmp_path, monkeypatch):
+    def prepared(network, number, seed, folder):
+        if network == "absent":
+            raise running.Absent("no such package")
+        return folder / "base.onnx", np.zeros((number, 2, 2, 3), np.float32)
+
+    seconds = {"add-model": 50.4, "issue": 3.0, "trace": 9.6}
+    monkeypatch.setattr(commands, "_prepared", prepared)
+    monkeypatch.setattr(commands, "_lap", lambda *_: (seconds, {"agreement": 1.0, "T": 17.4}))
+    tiny = commands.Config(("there", "absent"), images=2)
+    result = run_and_resume({commands: tiny}, tmp_path / "out")["commands"]["result"]
+    assert [row.get("absent") for row in result["rows"]] == [None, "no such package"]
+    with CONSOLE.capture() as said:
+        commands.show(CONSOLE, result)
+    assert "50, 50" in said.get() and "53, 53" in said.get() and "absent: no such package" in said.get()

@@ -1,6 +1,6 @@
 """Copies in the base's own form, and suspects that PyTorch, ONNX, Keras and TFLite make of them: which ones are traced.
 
-The section writes matrix.json and matrix.png into the output folder, and is skipped where they exist for the same
+Each section writes NAME.json and NAME.png into the output folder, and is skipped where they exist for the same
 configuration and seed, so that an interrupted run resumes where it stopped. What is not installed leaves its cells
 empty, with the reason. TensorFlow may be installed apart: name its interpreter in TENSORFLOW_PYTHON.
 """
@@ -8,11 +8,12 @@ empty, with the reason. TensorFlow may be installed apart: name its interpreter 
 from collections.abc import Sequence
 
 from experiments.common import sections
-from experiments.formats import matrix
+from experiments.formats import commands, matrix
 
-SECTIONS = {"matrix": matrix}
+SECTIONS = {"matrix": matrix, "commands": commands}
 _EXAMPLES = """sections:
   matrix    each network in its own form, each form of a suspect: T of the leaker, and who is accused
+  commands  an ONNX base to the first copy, and a trace of an int8 suspect: seconds of each command
 
 examples:
   python -m experiments.formats

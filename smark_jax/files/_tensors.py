@@ -131,12 +131,12 @@ def _steps(value: Any) -> tuple[str, Iterable[tuple[Any, Any]]]:
     if isinstance(value, Object):
         state = value.state
         is_slotted = isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict)
-        states = state if is_slotted else (state,)  # a class with slots has two: that of its dict, and its slots
-        if isinstance(states[0], dict):
-            if "_parameters" in states[0] and "_modules" in states[0]:
-                return ".", _of_module(states[0])
+        states: tuple[Any, ...] = state if is_slotted else (state,)  # two with slots: that of the dict, and the slots
+        if isinstance(own := states[0], dict):
+            if "_parameters" in own and "_modules" in own:
+                return ".", _of_module(own)
             if value.name.startswith("__torch__."):
-                return ".", states[0].items()
+                return ".", own.items()
         parts = (value.entries or {}, value.items or (), value.arguments)
         if value.name == "collections.OrderedDict":  # its state is what PyTorch notes about versions
             return "/", [step for part in parts for step in _steps(part)[1]]

@@ -220,7 +220,7 @@ def _write(
 
 def _maker(
     model: models.OpenModel, teach: Teacher | None, count: int
-) -> Callable[[Sequence[_Licence]], list[dict[str, np.ndarray]]]:
+) -> Callable[[list[_Licence]], list[dict[str, np.ndarray]]]:
     """Makes a function that computes copies: of each the leaves that differ from the base."""
     base = model.base
     mark = model.mark._replace(spec=carriers.with_ties(model.settings.spec, base))

@@ -37,6 +37,9 @@ REFERENCE = "reference.npz"
 UNFOLDED = "unfolded.onnx"
 """ONNX whose batch norms are not folded yet, where somebody made it."""
 
+EXPORTED = "exported.onnx"
+"""What :mod:`export` makes."""
+
 SAME = 1e-3
 """A conversion whose logits differ by more than this share of their largest size is no copy of the function."""
 

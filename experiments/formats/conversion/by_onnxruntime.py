@@ -30,7 +30,8 @@ def _optimised(source: Path, path: Path, level: Any) -> None:
     onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
 
 
-def _quantised(source: Path, images: np.ndarray, path: Path) -> None:
+def quantised(source: Path, images: np.ndarray, path: Path) -> None:
+    """Writes a network in int8, with scales found on images [B H W C] in the network's form."""
     given = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"]).get_inputs()[0]
     if given.shape[1] == images.shape[3]:  # channels first
         images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
@@ -48,7 +49,7 @@ def main() -> None:
     forms = {
         "ONNX, norms folded": lambda path: _optimised(unfolded[0], path, levels.ORT_ENABLE_EXTENDED),
         "ONNX, in blocks": lambda path: _optimised(unfolded[0], path, levels.ORT_ENABLE_ALL),
-        "ONNX, int8 QDQ": lambda path: _quantised(plain[0], images, path),
+        "ONNX, int8 QDQ": lambda path: quantised(plain[0], images, path),
     }
     if not plain:
         raise SystemExit("no exporter of PyTorch made an ONNX file of it")

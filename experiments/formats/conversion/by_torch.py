@@ -11,7 +11,7 @@ from torch import nn
 from experiments.formats.conversion import REFERENCE, UNFOLDED, arguments, convert
 from experiments.formats.conversion.torch_networks import SIZES, network
 
-_OPSET = 17
+OPSET = 17
 
 
 def makers(module: nn.Module, images: torch.Tensor) -> dict[str, Callable[[Path], None]]:
@@ -27,7 +27,7 @@ def makers(module: nn.Module, images: torch.Tensor) -> dict[str, Callable[[Path]
         torch.export.save(torch.export.export(module, (images,)), path)
 
     def older(path: Path) -> None:
-        torch.onnx.export(module, (images,), path, dynamo=False, opset_version=_OPSET, input_names=["images"])
+        torch.onnx.export(module, (images,), path, dynamo=False, opset_version=OPSET, input_names=["images"])
 
     def dynamo(path: Path) -> None:
         torch.onnx.export(module, (images,), path, dynamo=True, external_data=False, verbose=False)
@@ -52,7 +52,7 @@ def with_norms(module: nn.Module, images: torch.Tensor, path: Path) -> None:
     """Saves ONNX whose batch norms are still there, for others to fold."""
     preserve = torch.onnx.TrainingMode.PRESERVE
     torch.onnx.export(
-        module, (images,), path, dynamo=False, opset_version=_OPSET, training=preserve, input_names=["images"]
+        module, (images,), path, dynamo=False, opset_version=OPSET, training=preserve, input_names=["images"]
     )
 
 

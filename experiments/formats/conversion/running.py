@@ -35,7 +35,7 @@ def base(network: str, seed: int, folder: Path) -> Path:
     """
     if network in RANDOM:
         path = folder / f"{network}.pt"
-        _run(sys.executable, "torch_networks", network, str(seed), str(path))
+        run(sys.executable, "torch_networks", network, str(seed), str(path))
         return path
     package, name = _FILES[network]
     spec = importlib.util.find_spec(package)  # the package itself is not imported
@@ -54,7 +54,7 @@ def convert(network: str, copy: Path, folder: Path) -> dict[str, Path | str]:
             forms |= MAKERS["by_torch"]
         python = os.environ.get("TENSORFLOW_PYTHON", sys.executable) if library == "by_tensorflow" else sys.executable
         try:
-            _run(python, library, network, str(copy), str(folder))
+            run(python, library, network, str(copy), str(folder))
             reasons = json.loads((folder / f"{library}.json").read_text())
         except Absent as error:
             reasons = dict.fromkeys(forms, str(error))
@@ -62,7 +62,12 @@ def convert(network: str, copy: Path, folder: Path) -> dict[str, Path | str]:
     return {form: found[form] for form in FORMS}
 
 
-def _run(python: str, module: str, *arguments: str) -> None:
+def run(python: str, module: str, *arguments: str) -> None:
+    """Runs a module of this package in a process of its own.
+
+    Raises:
+      Absent: when it fails.
+    """
     back_end = "tensorflow" if module == "by_tensorflow" else "torch"
     environment = os.environ | {"KERAS_BACKEND": back_end, "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))

@@ -144,9 +144,10 @@ class _Builder:
 
     def _called(self, layer: _Layer, positional: list[Any], named: Mapping[str, Any]) -> Value:
         """Adds a layer that is called with these arguments, and its activation."""
-        own = "/".join(layer.path)
-        if own not in self._leaves and len(layer.path) > 2:  # the older layout names the outermost model alone
-            own = f"{layer.path[0]}/{layer.path[-1]}"
+        steps = list(layer.path)
+        own = "/".join(steps)
+        if own not in self._leaves and len(steps) > 2:  # the older layout names the outermost model alone
+            own = f"{steps[0]}/{steps[-1]}"
         self._spend(1, len(self._leaves.get(own, [])))
         kind, config = layer.kind, layer.config
         if kind == "InputLayer":
@@ -156,7 +157,7 @@ class _Builder:
             return self.model({"class_name": kind, "config": config}, layer.path, images)
         odd = [name for name, value in named.items() if value not in (None, False) and not isinstance(value, Value)]
         if odd:
-            raise Unreadable(f"its layer {shown(layer.path[-1])} is called with {shown(odd[0])}", _AGAIN)
+            raise Unreadable(f"its layer {shown(steps[-1])} is called with {shown(odd[0])}", _AGAIN)
         settings = {"config": config, **{name: value for name, value in named.items() if isinstance(value, Value)}}
         settings |= {leaf[len(own) + 1 :]: Value(leaf) for leaf in self._leaves.get(own, [])}
         activation = config.get("activation")
