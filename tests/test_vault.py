@@ -277,6 +277,25 @@ def test_what_is_changed_beside_an_open_vault_is_noticed_afterwards(full, tmp_pa
         pass
 
 
+def test_what_is_changed_right_after_a_commit_is_not_sealed(full, tmp_path):
+    place = copy_of(full, tmp_path)
+    seen: list[str] = []
+
+    def wait_for_the_commit(statement: str) -> None:
+        if seen[-1:] == ["COMMIT"] and seen.count("COMMIT") == 1:
+            edit(place, TAMPERING["a customer's name"])
+        seen.append(statement)
+
+    with vault.opened(place, SECRET) as desk:
+        desk.connection.set_trace_callback(wait_for_the_commit)
+        customers.add(desk, ["Edsger"])
+        desk.connection.execute("SELECT 1")
+        desk.connection.set_trace_callback(None)
+    assert "COMMIT" in seen
+    with pytest.raises(errors.Tampered, match="customers"), vault.opened(place, SECRET):
+        pass
+
+
 def test_the_seal_of_another_vault_says_nothing(full, tmp_path, monkeypatch):
     place, other = copy_of(full, tmp_path), tmp_path / "other"
     vault.create(other, SECRET)
