@@ -265,6 +265,14 @@ def test_the_nearest_of_several_alike_is_taken(rng):
     same(layout.leaves, copy)
 
 
+def test_copies_of_a_kernel_hide_none_where_other_names_agree(rng):
+    base = drawn(rng, **{f"l{i}.{role}": shape for i in range(4) for role, shape in (("w", (16, 16)), ("b", (16,)))})
+    copy = noisy(base, rng)
+    other = {f"{i} {name}": leaf for i in range(3) for name, leaf in noisy(copy, rng, 0.05).items() if leaf.ndim > 1}
+    renamed = {name if leaf.ndim == 1 else f"x.{name}": leaf for name, leaf in copy.items()}
+    same(files.match_layout(other | renamed, base).leaves, copy)
+
+
 def test_a_tensor_of_two_names_is_found_by_one(rng):
     base = drawn(rng, embedding=(40, 16), hidden=(16, 16))
     base |= {"head": base["embedding"], "ones": np.ones(40, np.float32), "ones_again": np.ones(40, np.float32)}

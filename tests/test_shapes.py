@@ -201,6 +201,10 @@ def test_vectors_are_written_and_read_apart():
     only = {**BASE, "a": {**BASE["a"], "bias": copy["a"]["bias"]}}
     np.testing.assert_array_equal(extraction.extract(only, BASE, MARK), np.zeros(M))
     assert statistic(extraction.extract_vectors(only, BASE, MARK), WORDS[0]) > 3
+    alone = {"a": {"bias": copy["a"]["bias"]}}  # whoever hides the kernels is not told "nobody"
+    assert extraction.coverage(alone, BASE, MARK).read == 0
+    kernels = sum(leaf.size for leaf in MARK.spec.leaves if len(leaf.shape) > 1)
+    assert extraction.coverage(copy, BASE, MARK).read == kernels
     with pytest.raises(ValueError, match="extract_vectors: expected a mark with a shape"):
         extraction.extract_vectors(only, BASE, carriers.mark(KEY, BASE, M))
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from smark_jax import _trees, _validate, carriers
 from smark_jax._types import PyTree
-from smark_jax.carriers import hadamard, marks, selection, sharded, shifts
+from smark_jax.carriers import hadamard, marks, selection, shapes, sharded, shifts
 from smark_jax.extraction import rectification, weighting
 
 # extract_batch reads this many suspects at a time, so that working memory does not grow with the batch.
@@ -42,7 +42,7 @@ class Coverage(NamedTuple):
 
     Attributes:
       weights: carrying weights of the base; for a white mark without those that the carrier does not cover (a tail of
-        the last leaves).
+        the last leaves), for one with a shape without its vectors, which are no evidence.
       read: how many of these the suspect has; too low where single weights of the tail's first leaf are missing.
       left_out: the others, by leaf.
       bounded: weights whose shift exceeds the bound: it counts as ``bound``, or as none where the mark has a shape.
@@ -209,7 +209,7 @@ def coverage(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Coverage:
         carries = [min(max(0, total - end + leaf.size), leaf.size) for leaf, end in zip(spec.leaves, ends, strict=True)]
         counts, limit, beyond = jax.device_get(_counts(found, original, spec.factors))
     else:
-        carries = [leaf.size for leaf in spec.leaves]
+        carries = [0 if shapes.is_vector(leaf) else leaf.size for leaf in spec.leaves]
         counts, limit, beyond = jax.device_get(weighting.counts(found, original, mark))
     left_out, read = [], 0
     for leaf, broken, carried in zip(spec.leaves, counts, carries, strict=True):

@@ -90,10 +90,17 @@ def by_name(suspect: Leaves, base: Leaves, names: Mapping[str, str], channels: t
     told = {name: place for name, place in better.choices.items() if name in better.settled}
     layers = [set(roles.values()) for roles in _changes.layers(rest).values()]
     moved = {name for layer in layers if not layer.isdisjoint(told) for name in layer & better.choices.keys()}
+    moved |= {name for name in lost & better.choices.keys() if _alike(better.choices[name], base[name])}
     taken = {source for name in moved for source in better.choices[name].sources}
     choices = {n: place for n, place in choices.items() if taken.isdisjoint(place.sources) and n not in moved}
     choices |= {name: better.choices[name] for name in moved}
     return Paired(choices, frozenset((settled - moved) & choices.keys() | told.keys() & moved), asked)
+
+
+def _alike(place: Place, leaf: np.ndarray) -> bool:
+    """Whether content speaks for a place, even if it speaks for others nearly as well."""
+    found = _changes.best([place], leaf).correlation if isinstance(place, _changes.Option) else 1.0
+    return found >= _content.ALIKE
 
 
 def by_layer(suspect: Leaves, base: Leaves, channels: tuple[int, ...]) -> Paired:

@@ -27,14 +27,14 @@ _SETTINGS = {"Clip": (1, 2), "Pad": (2,), "Range": (0, 1, 2), "Dropout": (1,), "
 
 
 def matches(data: bytes) -> bool:
-    """Whether the content is a message with the fields of an ONNX model, a graph among them."""
+    """Whether the content is a message with the fields of an ONNX model, a graph among them; others may follow."""
     if data[0] & 7 not in (0, 2):  # at a glance: no varint and no message begins here
         return False
     with contextlib.suppress(Unreadable):
         found = set()
         for number, _, _, _ in Reader(data).fields():
             found.add(number)
-            if number not in _MODEL_FIELDS:
+            if number not in _MODEL_FIELDS and not found >= {1, 7, 8}:
                 return False
         return 7 in found
     return False

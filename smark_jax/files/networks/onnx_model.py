@@ -92,17 +92,49 @@ def parsed(source: Source, max_bytes: int) -> Model:
         elif number == 12:
             model.outputs.append(_input(reader, span)[0])
         elif number == 15:
-            raise Unreadable("it has sparse tensors", "Export it with dense ones.")
+            _add_tensor(*_sparse(reader, span), model)
     for name in model.tensors.keys() & model.inputs.keys():  # before version 4, tensors were listed as inputs too
         del model.inputs[name]
     return model
 
 
 def _add_tensor(name: str, tensor: Tensor, model: Model) -> None:
+    """Adds a tensor; of several with one name the last counts, as in onnxruntime, and the others are no weights."""
     if name in model.tensors or not name:
-        raise Unreadable(f"the tensor {shown(name)} occurs twice, or has no name", ADVICE)
-    model.tensors[name] = tensor
+        odd = Foreign(f"a tensor {shown(name)} occurs twice, or has no name", ADVICE)
+        model.tensors[f"{name} ({len(model.tensors)})"] = Tensor(odd)
+    if name:
+        model.tensors[name] = tensor
     _limits.check_number(len(model.tensors))
+
+
+def _sparse(reader: _Reader, span: Span) -> tuple[str, Tensor]:
+    """A tensor of zeros but for some values (1, whose name it has) at places (2), and its shape (3)."""
+    parts: dict[int, tuple[str, Tensor]] = {}
+    shape: list[int] = []
+    for number, wire, value, place in reader.fields(span):
+        if number == 3:
+            shape += reader.integers(wire, value, place)
+        elif number in (1, 2):
+            expect(wire == BYTES, f"field {number}", "a sparse tensor")
+            parts[number] = _tensor(reader, place)
+    expect(len(parts) == 2, "the parts", "a sparse tensor")
+    (name, (values, _)), (_, (places, _)) = parts[1], parts[2]
+    if isinstance(values, Foreign) or isinstance(places, Foreign):
+        return name, Tensor(Foreign(f"the sparse tensor {shown(name)} holds no numbers", "Export it with dense ones."))
+    whole = _limits.check_shape(name, shape, values.dtype, values.dtype.itemsize * math.prod(shape))
+    reader.take(values.dtype.itemsize * math.prod(whole) + places.nbytes)
+    fits = values.ndim == 1 and places.dtype == np.int64 and len(whole) > 0
+    fits = fits and places.shape in ((len(values),), (len(values), len(whole)))
+    expect(fits, "the places", name)
+    limits = np.array(math.prod(whole) if places.ndim == 1 else whole, np.int64)
+    expect(bool(((places >= 0) & (places < limits)).all()), "the places", name)
+    dense = np.zeros(whole, values.dtype)
+    if places.ndim == 1:
+        dense.reshape(-1)[places] = values
+    else:
+        dense[tuple(places.T)] = values
+    return name, Tensor(dense)
 
 
 def _add_node(reader: _Reader, span: Span, model: Model) -> None:
@@ -127,7 +159,7 @@ def _add_node(reader: _Reader, span: Span, model: Model) -> None:
         raise Unreadable(f"node {shown(name)} makes nothing, or is one of more than {graphs.MAX_NODES:,}", ADVICE)
     if op == "Constant":
         value = next((value for key, value in settings.items() if key.startswith("value")), None)
-        found = value if isinstance(value, Tensor) else Tensor(_as_array(value, name))
+        found = value if isinstance(value, Tensor) else Tensor(_as_array(value, outputs[0]))
         return _add_tensor(outputs[0], found, model)
     for key, value in settings.items():
         if isinstance(value, Tensor):
@@ -136,10 +168,11 @@ def _add_node(reader: _Reader, span: Span, model: Model) -> None:
     model.nodes.append(Node(op, name or outputs[0], arguments, settings, tuple(outputs)))
 
 
-def _as_array(value: Any, node: str) -> np.ndarray:
+def _as_array(value: Any, name: str) -> np.ndarray | Foreign:
     """The array of a constant that is given as a number or a list of numbers."""
     kinds = value if isinstance(value, list) else [value]
-    expect(value is not None and all(type(kind) in (int, float) for kind in kinds), "the constant", node)
+    if value is None or not all(type(kind) in (int, float) for kind in kinds):
+        return Foreign(f"the constant {shown(name)} is of another kind than numbers", "Export it with float weights.")
     return np.asarray(value, np.float32 if any(isinstance(kind, float) for kind in kinds) else np.int64)
 
 
