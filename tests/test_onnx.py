@@ -305,11 +305,11 @@ def test_operators_pass_the_tests_of_onnx_itself():
         np.testing.assert_allclose(found, expected, 1e-3, near, err_msg=name)
 
 
-def sparse(name, array, by_axis=False):
+def sparse(name, array, by_axis=False, dtype=np.int64):
     """A sparse tensor with all of an array's numbers."""
     places = np.argwhere(np.ones(array.shape)) if by_axis else np.arange(array.size)
     parts = field(1, network_files.tensor(name, array.reshape(-1)))
-    parts += field(2, network_files.tensor("", places.astype(np.int64)))
+    parts += field(2, network_files.tensor("", places.astype(dtype)))
     return field(15, parts + b"".join(field(3, size) for size in array.shape))
 
 
@@ -321,6 +321,7 @@ ODD = {
     "a constant of text": (WEIGHTS, field(1, field(2, "c") + field(4, "Constant")), True),
     "a sparse tensor": ({"v": WEIGHTS["v"]}, sparse("w", WEIGHTS["w"]), False),
     "a sparse tensor by its axes": ({"v": WEIGHTS["v"]}, sparse("w", WEIGHTS["w"], by_axis=True), False),
+    "a sparse tensor as onnxruntime writes it": ({"v": WEIGHTS["v"]}, sparse("w", WEIGHTS["w"], dtype=np.int8), False),
 }
 
 

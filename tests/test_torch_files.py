@@ -451,3 +451,15 @@ def test_scales_that_do_not_fit_are_not_converted(shape):
     assert peak(lambda: _scaled.apply(numbers, scales, np.float32(0))) < 2**20
     leaves = {"a.weight": numbers, "a.weight_scale": scales}
     assert peak(lambda: _scaled.dequantised(leaves, {}, 2**30)) < 2**20
+
+
+def test_scales_that_are_not_finite_hide_no_weight():
+    """A file may have real scales elsewhere, and NaN under a name that other libraries use."""
+    base = {"a.weight": np.random.default_rng(0).normal(size=(16, 9)).astype(np.float32)}
+    numbers = np.round(base["a.weight"] * 40).astype(np.int8)
+    leaves = {"a.weight": numbers, "a.weight_scale": np.full(1, np.nan, np.float32)}
+    np.testing.assert_allclose(
+        files.match_layout(leaves, base).leaves["a.weight"],
+        base["a.weight"],
+        atol=0.05 * np.abs(base["a.weight"]).max(),
+    )

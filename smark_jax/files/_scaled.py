@@ -44,7 +44,7 @@ def dequantised(
 ) -> dict[str, np.ndarray]:
     """The leaves, of real numbers, with quantised ones as float32 and without their scales.
 
-    Those that the base quantises too stay as they are.
+    Those that the base quantises too stay as they are, and those whose scales are not finite.
 
     Raises:
       Undecided: when the float32 leaves take more than ``max_bytes``.
@@ -54,8 +54,8 @@ def dequantised(
         if name in base and base[name].dtype in _NARROW:
             continue
         scale = leaves[rule.scale]
-        if scale.size > leaves[name].size:
-            continue
+        if scale.size > leaves[name].size or not np.isfinite(scale.astype(np.float32)).all():
+            continue  # no scales: the weights themselves can be matched
         left -= 4 * (leaves[name].size + 2 * scale.size)
         if left < 0:
             got = "quantised leaves that take more in float32"
