@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import numpy as np
+import rich.console
 import safetensors.numpy
-from section_checks import CONSOLE, run_and_resume
+from section_checks import run_and_resume
 
 import experiments.formats.__main__ as command
 from experiments.formats import commands, matrix
@@ -87,8 +88,10 @@ def test_seconds_of_commands_are_shown_with_what_is_not_installed(tmp_path, monk
     monkeypatch.setattr(commands, "_prepared", prepared)
     monkeypatch.setattr(commands, "_lap", lambda *_: (seconds, {"agreement": 1.0, "T": 17.4}))
     tiny = commands.Config(("there", "absent"), images=2)
-    result = run_and_resume({commands: tiny}, tmp_path / "out")["commands"]["result"]
+    result = run_and_resume({commands: tiny}, tmp_path)["commands"]["result"]
     assert [row.get("absent") for row in result["rows"]] == [None, "no such package"]
-    with CONSOLE.capture() as said:
-        commands.show(CONSOLE, result)
-    assert "50, 50" in said.get() and "53, 53" in said.get() and "absent: no such package" in said.get()
+    console = rich.console.Console(width=80)
+    with console.capture() as capture:
+        commands.show(console, result)
+    said = capture.get()
+    assert "50, 50" in said and "53, 53" in said and "absent: no such package" in said
