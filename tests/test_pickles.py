@@ -24,7 +24,7 @@ VALUES = st.recursive(
         st.lists(inner, max_size=4)
         | st.tuples(inner, inner, inner, inner)
         | st.lists(inner, max_size=3).map(tuple)
-        | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3) | st.integers(1 - 2**60, 2**60 - 1), inner, max_size=3)
     ),
     max_leaves=12,
 )
@@ -80,6 +80,7 @@ def test_calls_become_objects_with_what_would_have_been_set_on_them():
     assert loop == [loop] and loop[0] is loop
     keys = _pickle.load(pickle.dumps({(1, 2): 3, None: 4, "a": 5, 6: 7})).value
     assert keys == {"a": 5, 6: 7}  # no leaf has a name that is no text and no number
+    assert _pickle.load(pickle.dumps({2**60: 1, -(2**60): 2, 2**60 - 1: 3})).value == {2**60 - 1: 3}  # nor a larger one
     assert _pickle.load(b"\x80\x02cos\nsystem\n.").value == Global("os.system")
 
 
