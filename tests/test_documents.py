@@ -130,6 +130,7 @@ def test_a_second_algorithm_is_one_entry_and_the_first_stays(old, monkeypatch):
 
     monkeypatch.setitem(versions.CARRIERS, "turned/1", turned)
     assert versions.unknown(documents.Versions(carrier="turned/1")) is None
+    assert versions.unknown(documents.Versions(carrier="x" * 5_000)) == f"the carrier '{'x' * 40}'"
     with vault.opened(old / "vault", SECRET) as desk:
         model = models.get(desk, "net")
         model.mark  # noqa: B018

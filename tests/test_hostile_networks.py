@@ -66,6 +66,14 @@ def test_a_setting_is_no_list_of_millions(monkeypatch):
         assert peak(refused(run, said) if said else run) < MB
 
 
+def test_a_setting_without_its_number_is_refused():
+    """A whole number that is packed like a list, of which nothing is left."""
+    setting = field(5, field(1, "axis") + field(20, 2) + field(3, b""))
+    node = field(1, field(1, "x") + field(2, "y") + field(4, "Softmax") + setting)
+    content = network_files.onnx([], {"w": np.ones((2, 2), np.float32)}, ("n", 3), "y", more=node)
+    refused(lambda: onnx.read(Source(content), MB), "the number of 'a setting'")()
+
+
 def test_a_product_of_very_many_factors_is_no_product_of_two():
     steps = [
         Step("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]), Step("Cast", ["p"], ["c"]),

@@ -68,7 +68,7 @@ def unknown(named: Versions) -> str | None:
     """Describes the first algorithm that this version of smark-jax does not know; None when it knows them all."""
     for kind, name in named._asdict().items():
         if name not in _KNOWN[kind]:
-            return f"the {kind} {name!r}"
+            return f"the {kind} {str(name)[:40]!r}"
     return None
 
 

@@ -192,8 +192,9 @@ def _attribute(reader: _Reader, span: Span) -> tuple[str, Any]:
         elif number == 2:
             found[1] = reader.one_float(wire, place)
         elif number == 3:
-            found[2] = next(iter(reader.integers(wire, value, place)), None)
-            expect(found[2] is not None, "the number", "a setting")
+            numbers = reader.integers(wire, value, place)
+            expect(bool(numbers), "the number", "a setting")
+            found[2] = numbers[0]
         elif number == 4:
             found[3] = reader.text(place)
         elif number == 5:
