@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import numpy as np
+
+from smark_jax import _validate
 
 # Up to here a pass at the lowest level takes less time than its compilation at the highest.
 _SMALL = 1 << 19
@@ -34,7 +35,7 @@ def by_shape(function: Callable[..., Any], array: int, **options: Any) -> Callab
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         small = math.prod(np.shape(arguments[array])) <= _SMALL and jax.default_backend() == "cpu"
-        top = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
-        return (quick if small and top else whole)(*arguments)
+        # Options are those of a whole program, so they can't be given inside another one.
+        return (quick if small and not _validate.is_traced(*arguments) else whole)(*arguments)
 
     return call

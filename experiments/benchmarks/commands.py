@@ -24,7 +24,6 @@ from smark_jax import files, vault
 
 _PASSPHRASE = "of the benchmark"
 _MODEL, _COPIES = "network", 3
-_SMARK = (sys.executable, "-c", "from smark_jax import cli; cli.main()")
 # A small process starts the command: Linux counts the memory of whoever starts a process as its own.
 _LAUNCHER = """
 import json, os, resource, subprocess, sys
@@ -77,7 +76,7 @@ def _commands(
         env = {**os.environ, "PYTHONPATH": str(race.ROOT), "SMARK_PASSPHRASE": _PASSPHRASE, "XDG_CACHE_HOME": cache}
         env["JAX_PLATFORMS"] = "cpu"
         env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled once
-        command = (sys.executable, "-c", _LAUNCHER, *_SMARK, *words)
+        command = (sys.executable, "-c", _LAUNCHER, *sections.SMARK, *words)
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
         code, seconds, peak = json.loads(done.stdout)
         if code:

@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from smark_jax import _io, _validate, keys
 Result = dict[str, Any]
 _SECONDS_PER_LOG_LINE = 20
 _ROOT = Path(__file__).parents[2]
+SMARK = (sys.executable, "-c", "from smark_jax import cli; cli.main()")
+"""The command ``smark`` by this interpreter, for a process of its own."""
 
 
 def secret(seed: int, *names: str) -> keys.SecretKey:

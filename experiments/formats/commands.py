@@ -20,7 +20,6 @@ import rich.table
 from experiments.common import real, sections
 from experiments.formats.conversion import EXPORTED, running
 
-_SMARK = (sys.executable, "-c", "from smark_jax import cli; cli.main()")
 _COMMANDS = ("add-model", "issue", "trace")
 
 
@@ -79,7 +78,12 @@ def _lap(base: Path, images: np.ndarray, quantised: Any, folder: Path, here: Pat
         environment = os.environ | {"SMARK_PASSPHRASE": "of an experiment", "XDG_CACHE_HOME": str(folder)}
         began = time.perf_counter()
         done = subprocess.run(
-            [*_SMARK, *arguments, "--json"], env=environment, cwd=here, check=True, capture_output=True, text=True
+            [*sections.SMARK, *arguments, "--json"],
+            env=environment,
+            cwd=here,
+            check=True,
+            capture_output=True,
+            text=True,
         )
         seconds[arguments[0]] = time.perf_counter() - began
         return json.loads(done.stdout)

@@ -3,7 +3,7 @@
 import enum
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -84,16 +84,26 @@ def pieces(data: bytes | memoryview, leaves: Mapping[str, np.ndarray], places: M
     Raises:
       SmarkError: when leaves share bytes, and would need different ones.
     """
-    placed = sorted((_span(place), name) for name, place in places.items() if math.prod(place.shape))
-    groups: list[tuple[int, int, list[str]]] = []
-    for (start, end), name in placed:
-        if groups and start < groups[-1][1]:
-            first, last, names = groups.pop()
-            groups.append((first, max(last, end), [*names, name]))
-        else:
-            groups.append((start, end, [name]))
     return [_piece(data, start, end, {name: (leaves[name], places[name]) for name in names})
-            for start, end, names in groups]  # fmt: skip
+            for start, end, names in _runs(places)]  # fmt: skip
+
+
+def covered(places: Mapping[str, Place]) -> int:
+    """How many bytes of a file the leaves at these places cover, gaps between the numbers of one leaf among them."""
+    return sum(end - start for start, end, _ in _runs(places))
+
+
+def _runs(places: Mapping[str, Place]) -> list[tuple[int, int, list[str]]]:
+    """The runs of bytes of a file that leaves cover, in order, with the names of leaves that overlap in each."""
+    placed = sorted((_span(place), name) for name, place in places.items() if math.prod(place.shape))
+    runs: list[tuple[int, int, list[str]]] = []
+    for (start, end), name in placed:
+        if runs and start < runs[-1][1]:
+            first, last, names = runs.pop()
+            runs.append((first, max(last, end), [*names, name]))
+        else:
+            runs.append((start, end, [name]))
+    return runs
 
 
 def _span(place: Place) -> tuple[int, int]:
@@ -101,15 +111,6 @@ def _span(place: Place) -> tuple[int, int]:
     steps = [(size - 1) * stride for size, stride in zip(place.shape, place.strides, strict=True)]
     low = place.start + sum(step for step in steps if step < 0)
     return low, place.start + sum(step for step in steps if step > 0) + place.dtype.itemsize
-
-
-def covered(places: Iterable[Place]) -> int:
-    """How many bytes of a file the leaves at these places cover, gaps between the numbers of one leaf among them."""
-    total = reached = 0
-    for start, end in sorted(_span(place) for place in places if math.prod(place.shape)):
-        total += max(end - max(start, reached), 0)
-        reached = max(reached, end)
-    return total
 
 
 def _piece(data: bytes | memoryview, start: int, end: int, leaves: Mapping[str, tuple[np.ndarray, Place]]) -> Piece:

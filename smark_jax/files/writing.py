@@ -104,11 +104,12 @@ class Form:
     @property
     def other_bytes(self) -> int:
         """How many bytes of its files hold no leaf's numbers: its copies have them too. 0 where a leaf has no place."""
-        places = [place for place in self.places.values() if isinstance(place, Place)]
+        places = {name: place for name, place in self.places.items() if isinstance(place, Place)}
         if len(places) < len(self.places):
             return 0
         sizes = {file: len(data) for file, data in self._data.items() if file not in self._notes}
-        return sum(n - _places.covered(p for p in places if p.file == file) for file, n in sizes.items())
+        of = {file: {name: place for name, place in places.items() if place.file == file} for file in sizes}
+        return sum(size - _places.covered(of[file]) for file, size in sizes.items())
 
     @property
     def num_bytes(self) -> int:
