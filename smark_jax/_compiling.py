@@ -19,6 +19,11 @@ _QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_c
 _QUICK |= {"xla_cpu_use_fusion_emitters": False} if _OLD_EMITTERS else {}
 
 
+def quickly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.jit`` that on CPUs compiles at the lowest level: for what runs once or twice, and where no bits matter."""
+    return jax.jit(function, compiler_options=_QUICK if jax.default_backend() == "cpu" else None)
+
+
 def by_shape(function: Callable[..., Any], array: int, **options: Any) -> Callable[..., Any]:
     """``jax.jit``, which for small arrays on CPUs compiles in a tenth of the time and computes at a fifth of the speed.
 

@@ -68,6 +68,10 @@ def gated(p: Params, x: jax.Array) -> jax.Array:
     return (first * jax.nn.sigmoid(second)) @ p["b"]
 
 
+def products(p: Params, x: jax.Array) -> jax.Array:
+    return hidden(p, x)[:, :, None] * jax.nn.relu(x @ p["c"])[:, None, :]
+
+
 def grid(p: Params, x: jax.Array) -> jax.Array:
     made = jnp.broadcast_to(hidden(p, x)[:, None, :, None], (x.shape[0], 2, H, 3))
     return flat(made) @ p["b"]
@@ -142,6 +146,12 @@ FOLLOWED = {
         IMAGES,
         lambda p, x: flat(features(p, x)) @ p["b"],
         {"a": (3, True, UNITS), "b": (0, False, UNITS + H * np.arange(36))},
+    ),
+    "reshape, a sequence": Case(
+        {"a": (9, H), "b": (4 * H, OUT)},
+        SEQUENCES,
+        lambda p, x: flat(hidden(p, x)) @ p["b"],
+        DENSE | {"b": (0, False, UNITS + H * np.arange(4))},
     ),
     "transpose, channels first": Case(
         {"a": (3, 3, 4, H), "b": (36 * H, OUT)},
@@ -252,7 +262,7 @@ UNFOLLOWED = {
         lambda p, x: hidden(p, x)[:, ::2] @ p["b"] + hidden(p, x)[:, 1::2] @ p["c"],
     ),
     "reshape that merges two channel axes": Opaque(
-        {"a": (9, H), "b": (4 * H, OUT)}, SEQUENCES, lambda p, x: flat(hidden(p, x)) @ p["b"]
+        {"a": (9, H), "c": (9, 5), "b": (5 * H, OUT)}, VECTORS, lambda p, x: flat(products(p, x)) @ p["b"]
     ),
     "grouped convolution": Opaque(
         {"a": (3, 3, 4, H), "d": (3, 3, 2, H), "b": (H, OUT)},

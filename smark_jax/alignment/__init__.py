@@ -1,4 +1,4 @@
-"""Undoing rewrites that preserve a network's function: permuted, rescaled, flipped, split and dummy neurons.
+"""Undoing rewrites that preserve a network's function: permuted, rescaled, flipped, mixed, split and dummy neurons.
 
 ::
 
@@ -12,8 +12,8 @@ to a customer's own copy would break them).
 
 from smark_jax.alignment.align import align
 from smark_jax.alignment.graph import FIXED, Graph, Segment
-from smark_jax.alignment.graph import trace as trace_graph
 from smark_jax.alignment.report import Alignment, Report, SpaceReport
+from smark_jax.alignment.tracing import trace as trace_graph
 
 __all__ = [
     "FIXED",

@@ -1,328 +1,280 @@
 """The pass over a network's equations: which entries of which axes must keep together, and which stay fixed."""
 
-import itertools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
+from smark_jax.alignment import _elementwise
+from smark_jax.alignment._identities import Compute, Role, Roles, Value, moved, simplified
+from smark_jax.alignment._shapes import Shapes, sourceless
 
-class Role(NamedTuple):
-    """Identities along some axes of a value; the shape of ``ids`` is the sizes of these axes."""
-
-    axes: tuple[int, ...]
-    ids: np.ndarray
-    source: tuple[str, int] | None
-
-
-Roles = tuple[Role, ...]
-
-_ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos
-    cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p
-    logistic lt max min mul ne neg nextafter not optimization_barrier or polygamma pow real reduce_precision rem round
-    rsqrt select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
-)
+_SUMS = frozenset(["reduce_sum"])
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split())
+_ALONG_ONE_AXIS = frozenset("cumsum cumprod cummax cummin cumlogsumexp sort top_k rev fft argmax argmin".split())
 _CALLS = frozenset(
     """pjit jit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr checkpoint remat remat2
     custom_lin""".split()
 )
+_FRESH = frozenset("iota random_bits random_wrap random_seed random_unwrap".split())
 
 
-class Walk:
+class Walk(Shapes):
     """The pass over a jaxpr: it assigns identities, links them and fixes them."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.links: list[np.ndarray] = []
-        self.frozen: list[np.ndarray] = []
-        self.together: list[np.ndarray] = []
-        self.consumed: set[tuple[str, int]] = set()
-        self.unfollowed: dict[str, None] = {}
-        self.beyond: dict[str, None] = {}
+    def constant(self, value: Any) -> Value:
+        opaque = jax.numpy.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended)
+        alike = () if opaque else [a for a in range(np.ndim(value)) if _uniform(np.asarray(value), a)]
+        roles = self.unknown(np.shape(value), [a for a in range(np.ndim(value)) if a not in alike])
+        return Value(roles, Compute(frozenset(), lambda leaves: value))
 
-    def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
-        first, self.count = self.count, self.count + math.prod(shape)
-        return np.arange(first, self.count).reshape(shape)
+    def run(self, jaxpr: Any, consts: Sequence[Value], inputs: Sequence[Value]) -> list[Value]:
+        env: dict[Any, Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
 
-    def fixed(self, shape: tuple[int, ...]) -> np.ndarray:
-        ids = self.fresh(shape)
-        self.frozen.append(ids.reshape(-1))
-        return ids
+        def read(atom: Any) -> Value:
+            return (
+                Value((), Compute(frozenset(), lambda leaves: atom.val))
+                if hasattr(atom, "val")
+                else env.get(atom, Value())
+            )
 
-    def constant(self, value: Any) -> Roles:
-        return tuple(Role((axis,), self.fixed((n,)), None) for axis, n in enumerate(np.shape(value)) if n > 1)
-
-    def freeze(self, roles: Roles) -> None:
-        self.frozen.extend(role.ids.reshape(-1) for role in roles)
-
-    def link(self, a: np.ndarray, b: np.ndarray) -> None:
-        self.links.append(np.stack([a.reshape(-1), b.reshape(-1)]))
-
-    def run(self, jaxpr: Any, consts: Sequence[Roles], inputs: Sequence[Roles]) -> list[Roles]:
-        env: dict[Any, Roles] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
-        read = lambda atom: () if hasattr(atom, "val") else env.get(atom, ())  # noqa: E731
         for eqn in jaxpr.eqns:
-            roles = [read(atom) for atom in eqn.invars]
-            out = self.equation(eqn, roles)
-            for var, result in zip(eqn.outvars, out, strict=True):
-                env[var] = tuple(role for role in map(_simplified, result) if role.axes)
+            for var, result in zip(eqn.outvars, self.equation(eqn, [read(a) for a in eqn.invars]), strict=True):
+                roles = tuple(role for role in map(simplified, result.roles) if role.axes)
+                env[var] = result._replace(roles=roles)
         return [read(atom) for atom in jaxpr.outvars]
 
-    def equation(self, eqn: Any, roles: list[Roles]) -> list[Roles]:
+    def equation(self, eqn: Any, operands: list[Value]) -> list[Value]:
         name, params = eqn.primitive.name, eqn.params
-        shapes = [tuple(atom.aval.shape) for atom in eqn.invars]
-        outs = [tuple(var.aval.shape) for var in eqn.outvars]
         if name in _CALLS:
             inner = next((params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params), None)
             if inner is not None:
                 closed = hasattr(inner, "consts")
                 body, consts = (inner.jaxpr, inner.consts) if closed else (inner, ())
-                if len(body.invars) == len(roles):
-                    return self.run(body, [self.constant(c) for c in consts], roles)
-        if name in _ELEMENTWISE:
-            return [self.elementwise(roles)] * len(outs)
+                if len(body.invars) == len(operands):
+                    return self.run(body, [self.constant(c) for c in consts], operands)
+        found = self.roles(eqn, name, operands)
+        computes = [operand.compute for operand in operands]
+        known = [c for c in computes if c is not None]
+        if len(known) < len(computes) or name in _FRESH:
+            return [Value(roles) for roles in found]
+        paths = frozenset[str]().union(*(compute.paths for compute in known))
+        return [Value(r, Compute(paths, functools.partial(_computed, eqn, known, i))) for i, r in enumerate(found)]
+
+    def roles(self, eqn: Any, name: str, operands: list[Value]) -> list[Roles]:
+        params = eqn.params
+        shapes = [tuple(atom.aval.shape) for atom in eqn.invars]
+        outs = [tuple(var.aval.shape) for var in eqn.outvars]
+        roles = [operand.roles for operand in operands]
+        if name in _elementwise.ALL:
+            return [_elementwise.roles(self, name, operands, shapes, params)] * len(outs)
         if name in _REDUCTIONS:
-            gone = set(params["axes"])
-            for role in roles[0]:
-                kept = [i for i, axis in enumerate(role.axes) if axis not in gone]
-                if not kept and role.source is None and not self.still(role):
-                    self.beyond["a normalisation over all channels"] = None
-                if kept and len(kept) < len(role.axes):
-                    first = role.ids[tuple(0 if i in kept else slice(None) for i in range(role.ids.ndim))]
-                    self.together.append(first.reshape(-1))
-            return [_moved(roles[0], [a for a in range(len(shapes[0])) if a not in gone])]
+            return [self.reduced(name, roles[0], params["axes"], shapes[0])]
+        if name in _ALONG_ONE_AXIS:
+            return self.along(name, roles, outs, params)
         rule: Callable[..., Roles] | None = getattr(self, f"rule_{name}", None)
-        out = rule(roles, shapes, outs[0], params) if rule else None
-        if out is not None and len(outs) == 1:
-            return [out]
+        if rule and len(outs) == 1:
+            return [rule(operands, shapes, outs[0], params)]
         if name == "split":
             return self.split(roles[0], params)
-        if name not in ("iota", "random_bits", "random_wrap", "random_seed", "random_unwrap"):
+        if name not in _FRESH:
             self.give_up(name, [role for operand in roles for role in operand])
-        return [tuple(Role((a,), self.fixed((n,)), None) for a, n in enumerate(o) if n > 1) for o in outs]
+        return [self.unknown(out) for out in outs]
 
-    def give_up(self, why: str, roles: Sequence[Role]) -> None:
-        """Fixes entries that an operation of unknown effect touches, and reports the operation."""
-        moving = tuple(role for role in roles if not self.still(role))
-        if moving:
-            self.unfollowed[why] = None
-            self.freeze(moving)
-
-    def still(self, role: Role) -> bool:
-        """Whether all its entries are fixed already, as those of images are."""
-        return bool(np.isin(role.ids, np.concatenate([np.zeros(0, int), *self.frozen])).all())
-
-    def elementwise(self, operands: Sequence[Roles]) -> Roles:
-        found: dict[tuple[int, ...], Role] = {}
-        for role in itertools.chain(*operands):
-            if role.axes in found:
-                self.link(found[role.axes].ids, role.ids)
+    def reduced(self, name: str, operand: Roles, axes: Sequence[int], shape: tuple[int, ...]) -> Roles:
+        order = [a for a in range(len(shape)) if a not in axes]
+        found: list[Role] = []
+        for role in operand:
+            gone = [i for i, axis in enumerate(role.axes) if axis in axes]
+            if not gone:
+                self.single(*([] if name in _SUMS else [role]))
+                found += moved([role._replace(source=None, maker=None)], order)
+                continue
+            kept = [i for i, axis in enumerate(role.axes) if axis not in axes]
+            ids = role.ids.transpose([*kept, *gone])
+            self.together(ids, len(kept))
+            if name in _SUMS:
+                self.summed(role, ids, len(kept))
             else:
-                found[role.axes] = role
-        # Where a group's axis overlaps its members' (group norm), keep the members': they identify each channel.
-        widest = sorted(found, key=len, reverse=True)
-        kept: list[tuple[int, ...]] = []
-        for axes in widest:
-            if not any(set(axes) & set(other) for other in kept):
-                kept.append(axes)
-        return tuple(found[axes] for axes in sorted(kept))
+                self.single(role)
+            if kept:
+                shared = Role(
+                    tuple(role.axes[i] for i in kept), self.fresh(tuple(role.ids.shape[i] for i in kept)), block=True
+                )
+                self.couple(shared, role)
+                found += moved([shared], order)
+        return tuple(found)
+
+    def along(
+        self, name: str, roles: list[Roles], outs: list[tuple[int, ...]], params: Mapping[str, Any]
+    ) -> list[Roles]:
+        """Operations on whole axes of which the others know nothing."""
+        ndim = len(outs[0])
+        touched = params.get("dimensions", params.get("axes", params.get("axis", params.get("dimension", ndim - 1))))
+        axes = {int(a) for a in np.atleast_1d(touched)}
+        if name == "fft":
+            axes = set(range(ndim - len(params["fft_lengths"]), ndim))
+        every = [role for operand in roles for role in operand]
+        lost = [role for role in every if axes & set(role.axes)]
+        self.give_up(name, lost)
+        gone, axes = axes, axes.union(*(role.axes for role in lost))
+        through = tuple(r for r in every if not axes & set(r.axes))
+        if name not in ("rev", "cumsum", "fft"):
+            self.single(*through)
+        through = sourceless(through)
+        if name in ("argmax", "argmin"):
+            left = [a for a in range(ndim + len(gone)) if a not in gone]
+            unknown = self.unknown(outs[0], [left.index(a) for a in sorted(axes - gone)])
+            return [(*moved(through, left), *unknown)] * len(outs)
+        return [(*through, *self.unknown(out, sorted(axes))) for out in outs]
 
     def contract(
-        self, left: Roles, left_axes: Sequence[int], right: Roles, right_axes: Sequence[int], why: str
-    ) -> None:
-        """Links the entries that are multiplied and summed over."""
+        self, sides: Sequence[Roles], axes: Sequence[Sequence[int]], batch: Sequence[Sequence[int]], why: str
+    ) -> Roles:
+        """Links the entries that are multiplied and summed over; the roles of the blocks that the sums are over."""
         pairs: dict[tuple[int, ...], list[Role]] = {}
-        for roles, axes in ((left, left_axes), (right, right_axes)):
+        for roles, summed, batched in zip(sides, axes, batch, strict=True):
+            place = {axis: i for i, axis in enumerate([*batched, *summed])}
             for role in roles:
-                inside = [axis in axes for axis in role.axes]
-                if not any(inside):
+                if not set(role.axes) & set(summed):
                     continue
-                if not all(inside):
+                if not set(role.axes) <= set(place):
                     self.give_up(why, [role])
                     continue
-                at = [list(axes).index(axis) for axis in role.axes]
-                order = np.argsort(at)
-                ids = role.ids.transpose(order)
-                pairs.setdefault(tuple(sorted(at)), []).append(role._replace(ids=ids))
+                at = [place[axis] for axis in role.axes]
+                key = tuple(sorted(at))
+                pairs.setdefault(key, []).append(role._replace(axes=key, ids=role.ids.transpose(np.argsort(at))))
                 if role.source:
                     self.consumed.add(role.source)
-        for both in pairs.values():
-            if len(both) == 2:
-                self.link(both[0].ids, both[1].ids)
-            else:
+        pairs = self.separated(pairs)
+        made: list[Role] = []
+        for key, both in pairs.items():
+            depth = sum(at < len(batch[0]) for at in key)
+            if len(both) != 2:
                 self.give_up(why, both)
+                made += [Role((a,), self.fixed((n,))) for a, n in zip(key[:depth], both[0].ids.shape, strict=False)]
+                continue
+            self.flip(both[0].ids, both[1].ids)
+            self.whole(both[0].ids, depth)
+            self.together(both[0].ids, depth)
+            self.single(*(role for role in both if role.bent or role.squared))
+            if depth:
+                shared = Role(key[:depth], self.fresh(both[0].ids.shape[:depth]), block=True)
+                self.couple(shared, both[0])
+                made.append(shared)
+        return tuple(made)
 
-    def rule_dot_general(self, roles: list[Roles], shapes: Any, out: Any, params: Any) -> Roles:
+    def separated(self, pairs: dict[tuple[int, ...], list[Role]]) -> dict[tuple[int, ...], list[Role]]:
+        """Asks for the axes of a leaf to be seen as one where a role over all of them meets roles over each."""
+        for key, both in pairs.items():
+            if len(key) > 1 and len(both) == 1:
+                self.request([pairs.get((at,), []) for at in key])
+        return pairs
+
+    def rule_dot_general(self, operands: list[Value], shapes: Any, out: Any, params: Any) -> Roles:
         (contract_l, contract_r), (batch_l, batch_r) = params["dimension_numbers"]
-        summed = [
-            [r for r in side if set(r.axes) <= set(axes)]
-            for side, axes in zip(roles, (contract_l, contract_r), strict=True)
-        ]
-        if all(side and all(role.source is None for role in side) for side in summed):
-            self.beyond["attention"] = None
-        self.contract(roles[0], contract_l, roles[1], contract_r, "dot_general")
+        sides = [operand.roles for operand in operands]
+        for side, batched in ((sides[0], batch_l), (sides[1], batch_r)):
+            moving = {r.axes[0]: r for r in side if len(r.axes) == 1 and not self.still(r)}
+            for axis in batched:
+                if axis in moving:
+                    for other in moving:
+                        self.request([[moving[axis]], [moving[other]]])
+        made = self.contract(sides, (contract_l, contract_r), (batch_l, batch_r), "dot_general")
         free = [
             [a for a in range(len(shape)) if a not in (*contracted, *batch)]
             for shape, contracted, batch in ((shapes[0], contract_l, batch_l), (shapes[1], contract_r, batch_r))
         ]
-        left = _moved(roles[0], [*batch_l, *free[0]])
-        right = _moved(roles[1], [*batch_r, *free[1]])
+        self.single(*(role for side in sides for role in side if role.bent or role.squared))
+        left = moved(self.left_over(sides[0], contract_l, free[0]), [*batch_l, *free[0]])
+        right = moved(self.left_over(sides[1], contract_r, free[1]), [*batch_r, *free[1]])
         shift = {axis: axis for axis in range(len(batch_l))}
         shift |= {len(batch_l) + i: len(batch_l) + len(free[0]) + i for i in range(len(free[1]))}
         right = tuple(role._replace(axes=tuple(shift[a] for a in role.axes)) for role in right)
-        return _sourceless(self.elementwise([left, right]))
+        both = {role.axes for role in left} & {role.axes for role in right}  # multiplied entry by entry
+        self.single(*(role for role in (*left, *right) if role.axes in both))
+        left, right = _made(left, self.maker(operands[0])), _made(right, self.maker(operands[1]))
+        return _elementwise.merged(self, [left, right, made])
 
-    def rule_conv_general_dilated(self, roles: list[Roles], shapes: Any, out: Any, params: Any) -> Roles:
+    def maker(self, operand: Value) -> str | None:
+        """The leaf that a kernel is; where it was one before, what is added afterwards may differ."""
+        sources = {role.source[0] for role in operand.roles if role.source}
+        if not operand.compute or len(sources) != 1:
+            return None
+        source = sources.pop()
+        (self.shifted if source in self.makers else self.makers).add(source)
+        return source
+
+    def left_over(self, roles: Roles, summed: Sequence[int], free: Sequence[int]) -> Roles:
+        """The roles, where those over which only some axes are summed are fixed along the others."""
+        found: list[Role] = []
+        for role in roles:
+            if set(role.axes) & set(summed) and set(role.axes) & set(free):
+                kept = {a: n for a, n in zip(role.axes, role.ids.shape, strict=True) if a not in summed}
+                found += [Role((a,), self.fixed((n,))) for a, n in kept.items()]
+            else:
+                found.append(role)
+        return tuple(found)
+
+    def rule_conv_general_dilated(self, operands: list[Value], shapes: Any, out: Any, params: Any) -> Roles:
         lhs, rhs, result = params["dimension_numbers"]
         groups, batch_groups = params["feature_group_count"], params["batch_group_count"]
-        image = {role.axes: role for role in roles[0]}
-        kernel = {role.axes: role for role in roles[1]}
-        self.freeze(tuple(role for axes, role in kernel.items() if set(axes) & set(rhs[2:])))
+        image = {role.axes: role for role in operands[0].roles}
+        kernel = {role.axes: role for role in operands[1].roles}
+        for axes, role in kernel.items():
+            if set(axes) & set(rhs[2:]):
+                self.freeze(role.ids)
+        self.give_up("convolution over channels", [r for axes, r in image.items() if set(axes) & set(lhs[2:])])
+        self.single(*(role for role in (*image.values(), *kernel.values()) if role.bent or role.squared))
         feature, made = image.get((lhs[1],)), kernel.get((rhs[0],))
         depthwise = groups == shapes[0][lhs[1]] == shapes[1][rhs[0]]
         if groups == 1 and batch_groups == 1:
-            self.contract(roles[0], [lhs[1]], roles[1], [rhs[1]], "conv_general_dilated")
-        elif depthwise and batch_groups == 1 and feature and made:
+            sides = operands[0].roles, operands[1].roles
+            self.contract(sides, ([lhs[1]], [rhs[1]]), ((), ()), "conv_general_dilated")
+        elif depthwise and batch_groups == 1 and feature and (made or not any(rhs[0] in axes for axes in kernel)):
+            made = made or feature  # the same kernel for all
             self.link(feature.ids, made.ids)
+            self.single(feature, made)
         else:
-            self.give_up("grouped convolution", [*roles[0], *roles[1]])
+            self.give_up("grouped convolution", [*operands[0].roles, *operands[1].roles])
         batch = image.get((lhs[0],))
-        kept = [(batch, result[0]), (made, result[1])]
-        return tuple(Role((axis,), role.ids, None) for role, axis in kept if role is not None)
+        kept = [Role((result[0],), batch.ids)] if batch else []
+        kept += _made((made._replace(axes=(result[1],)),), self.maker(operands[1])) if made else ()
+        mixed = [r for r in (*image.values(), *kernel.values()) if len(r.axes) > 1]
+        self.give_up("conv_general_dilated", mixed)
+        lost = [a for a, role in ((result[0], batch), (result[1], made)) if mixed and role is None]
+        return (*kept, *self.unknown(out, [*lost, *result[2:]]))
 
-    def rule_reshape(self, roles: list[Roles], shapes: Any, out: tuple[int, ...], params: Any) -> Roles:
-        if params.get("dimensions") is not None:
-            self.give_up("reshape", roles[0])
-            return ()
-        found: list[Role] = []
-        pending = list(roles[0])
-        for before, after in _reshape_groups(shapes[0], out):
-            inside = [role for role in pending if set(role.axes) <= set(before)]
-            crossing = [role for role in pending if set(role.axes) & set(before) and role not in inside]
-            if len(inside) > 1:
-                self.give_up("reshape that merges two channel axes", inside)
-                found.append(Role(tuple(after), self.fixed(tuple(out[a] for a in after)), None))
-            elif inside:
-                role = inside[0]
-                shape = [shapes[0][a] for a in before]
-                spread = np.broadcast_to(
-                    role.ids.reshape([n if a in role.axes else 1 for a, n in zip(before, shape, strict=True)]), shape
-                )
-                found.append(Role(tuple(after), spread.reshape([out[a] for a in after]), role.source))
-            if crossing:
-                self.give_up("reshape across two channel axes", crossing)
-            pending = [role for role in pending if not set(role.axes) & set(before)]
-        return tuple(found)
-
-    def rule_transpose(self, roles: list[Roles], shapes: Any, out: Any, params: Any) -> Roles:
-        return _moved(roles[0], params["permutation"])
-
-    def rule_squeeze(self, roles: list[Roles], shapes: Any, out: Any, params: Any) -> Roles:
-        return _moved(roles[0], [a for a in range(len(shapes[0])) if a not in params["dimensions"]])
-
-    def rule_broadcast_in_dim(self, roles: list[Roles], shapes: Any, out: Any, params: Any) -> Roles:
-        to = params["broadcast_dimensions"]
-        return tuple(role._replace(axes=tuple(to[a] for a in role.axes)) for role in roles[0])
-
-    def rule_tile(self, roles: list[Roles], shapes: Any, out: Any, params: Any) -> Roles:
-        reps = params["reps"]
-        return tuple(role._replace(ids=np.tile(role.ids, [reps[a] for a in role.axes])) for role in roles[0])
-
-    def rule_concatenate(self, roles: list[Roles], shapes: Any, out: tuple[int, ...], params: Any) -> Roles:
-        d = params["dimension"]
-        joined, others = [], []
-        for operand, shape in zip(roles, shapes, strict=True):
-            along = [role for role in operand if d in role.axes]
-            self.give_up("concatenate", [role for role in along if role.axes != (d,)])
-            plain = [role.ids for role in along if role.axes == (d,)]
-            joined.append(plain[0] if plain else self.fixed((shape[d],)))
-            others.append(tuple(role for role in operand if d not in role.axes))
-        whole = Role((d,), np.concatenate(joined), None)
-        return (*self.elementwise(others), *((whole,) if out[d] > 1 else ()))
-
-    def rule_slice(self, roles: list[Roles], shapes: Any, out: Any, params: Any) -> Roles:
-        strides = params["strides"] or (1,) * len(shapes[0])
-        cuts = [slice(*cut) for cut in zip(params["start_indices"], params["limit_indices"], strides, strict=True)]
-        return tuple(role._replace(ids=role.ids[tuple(cuts[a] for a in role.axes)], source=None) for role in roles[0])
-
-    def split(self, roles: Roles, params: Any) -> list[Roles]:
-        axis, ends = params["axis"], np.cumsum(params["sizes"])
-        starts = [0, *ends[:-1]]
-        whole = slice(None)
-        return [
-            tuple(
-                role._replace(ids=role.ids[tuple(slice(a, b) if x == axis else whole for x in role.axes)], source=None)
-                for role in roles
-            )
-            for a, b in zip(starts, ends, strict=True)
-        ]
-
-    def rule_pad(self, roles: list[Roles], shapes: Any, out: tuple[int, ...], params: Any) -> Roles:
-        found = []
-        for role in roles[0]:
-            changes = [params["padding_config"][a] for a in role.axes]
-            if all(change == (0, 0, 0) for change in changes):
-                found.append(role)
-            elif len(changes) == 1 and changes[0][2] == 0 and min(changes[0][:2]) >= 0:
-                low, high, _ = changes[0]
-                found.append(Role(role.axes, np.concatenate([self.fixed((low,)), role.ids, self.fixed((high,))]), None))
-            else:
-                self.give_up("pad", [role])
-        return tuple(found)
-
-    def rule_reduce_window(self, roles: list[Roles], shapes: Any, out: Any, params: Any) -> Roles:
+    def rule_reduce_window(self, operands: list[Value], shapes: Any, out: Any, params: Any) -> Roles:
         window = params["window_dimensions"]
-        touched = [role for role in roles[0] if any(window[a] != 1 for a in role.axes)]
+        touched = [role for role in operands[0].roles if any(window[a] != 1 for a in role.axes)]
         self.give_up("reduce_window over channels", touched)
-        return tuple(role for role in roles[0] if role not in touched)
+        through = tuple(role for role in operands[0].roles if role not in touched)
+        self.single(*through)
+        return (*sourceless(through), *self.unknown(out, [a for role in touched for a in role.axes]))
 
     rule_reduce_window_max = rule_reduce_window
-    rule_reduce_window_sum = rule_reduce_window
     rule_reduce_window_min = rule_reduce_window
 
-
-def _simplified(role: Role) -> Role:
-    """The role without the axes along which identities do not change."""
-    ids, kept = role.ids, []
-    for axis in reversed(range(ids.ndim)):
-        first = ids.take([0], axis=axis)
-        if ids.shape[axis] == 1 or (ids == first).all():
-            ids = first.squeeze(axis)
-        else:
-            kept.append(role.axes[axis])
-    return role._replace(axes=tuple(reversed(kept)), ids=ids)
+    def rule_reduce_window_sum(self, operands: list[Value], shapes: Any, out: Any, params: Any) -> Roles:
+        marks = len(self.singles)
+        found = self.rule_reduce_window(operands, shapes, out, params)
+        del self.singles[marks:]  # a sum over windows is linear
+        return found
 
 
-def _moved(roles: Roles, order: Sequence[int]) -> Roles:
-    """Roles of a value whose axes were reordered to ``order``; a role that lost an axis is dropped."""
-    place = {axis: i for i, axis in enumerate(order)}
-    found = []
-    for role in roles:
-        if all(axis in place for axis in role.axes):
-            axes = [place[axis] for axis in role.axes]
-            by = np.argsort(axes)
-            found.append(role._replace(axes=tuple(sorted(axes)), ids=role.ids.transpose(by)))
-    return tuple(found)
+def _uniform(array: np.ndarray, axis: int) -> bool:
+    """Whether an array does not change along an axis."""
+    return bool((array == array.take([0], axis=axis)).all())
 
 
-def _sourceless(roles: Roles) -> Roles:
-    return tuple(role._replace(source=None) for role in roles)
+def _computed(eqn: Any, computes: Sequence[Compute], number: int, leaves: Mapping[str, Any]) -> Any:
+    """One output of an equation of weights alone."""
+    found = eqn.primitive.bind(*(compute(leaves) for compute in computes), **eqn.params)
+    return found[number] if eqn.primitive.multiple_results else found
 
 
-def _reshape_groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Smallest groups of neighbouring axes, before and after, with equal numbers of entries."""
-    groups: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        left, right = [], []
-        a = b = 1
-        while a != b or not (left or right):
-            if i < len(before) and (a <= b or j == len(after)):
-                a, left, i = a * before[i], [*left, i], i + 1
-            else:
-                b, right, j = b * after[j], [*right, j], j + 1
-        groups.append((left, right))
-    return groups
+def _made(roles: Roles, maker: str | None) -> Roles:
+    return tuple(r._replace(source=None, vector=None, squared=False, bent=0, maker=maker) for r in roles)

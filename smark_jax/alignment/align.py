@@ -8,7 +8,7 @@ import numpy as np
 
 from smark_jax import _trees, _validate, errors
 from smark_jax._types import ApplyFn, PyTree
-from smark_jax.alignment import duplicates, matching, pairing, scaling
+from smark_jax.alignment import checking, duplicates, fitting, gauge, matching, pairing, scaling, tracing
 from smark_jax.alignment import graph as graphs
 from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves
@@ -19,15 +19,18 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     """Brings a suspect's neurons back to where the base has them.
 
     It undoes permutations of channels, any scaling and sign of a channel's incoming or outgoing weights (and so
-    rescaled neurons and folded normalisations), split and duplicated neurons, dummy neurons, and renamed leaves. A
-    suspect may be wider than the base. Leaves that it lacks or has in another form (a new head) are left out. Weights
-    that are NaN or infinite stay so, at their aligned places.
+    rescaled neurons and folded normalisations), split and duplicated neurons, dummy neurons, and renamed leaves. Where
+    only linear operations touch channels, it undoes any matrix that the network leaves free: rotated streams between
+    norms, other bases of attention heads and of bottlenecks, with gains folded or not. A suspect may be wider than the
+    base, but not where channels may be mixed. Leaves that it lacks or has in another form (a new head) are left out.
+    Weights that are NaN or infinite stay so, at their aligned places, but count as zeros where channels are mixed.
 
     Args:
       suspect: pytree of arrays.
       base: the model that copies were made from, in the form that ``apply_fn`` takes as its first argument (with batch
         norm: the whole variables dict).
-      apply_fn: the base's network, ``apply_fn(base, images) -> logits``, pure. It is never run, only traced.
+      apply_fn: the base's network, ``apply_fn(base, images) -> logits``, pure. It is traced, and run only where the
+        answer would be that the suspect is no copy: on the base, whose logits must not change when it is rewritten.
       example_images: images in the form that it takes; only shape and dtype matter.
 
     Returns:
@@ -56,7 +59,9 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
         _validate.all_finite("align", f"weights in the base's leaf {name!r}", np.isfinite(leaf).all())
     theirs = _named(suspect)
     tamed = {name: _tamed(leaf) for name, leaf in theirs.items()}
-    whole = graphs.trace(apply_fn, base, example_images)
+    whole = tracing.trace(apply_fn, base, example_images)
+    shapes = {name: leaf.shape for name, leaf in everything.items()}
+    everything, theirs, tamed = (whole.viewed(leaves) for leaves in (everything, theirs, tamed))
     names = {
         path: name
         for path, name in pairing.pair(whole, tamed, everything).items()
@@ -66,9 +71,13 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     left_out = everything.keys() - names.keys()
     graph, ours = whole.without(left_out), {path: leaf for path, leaf in everything.items() if path in names}
     raw, leaves = ({path: some[name] for path, name in names.items()} for some in (theirs, tamed))
+    plain, leaves = gauge.canonical(graph, ours), gauge.canonical(graph, leaves)
     merged = duplicates.merge_duplicates(graph, leaves, sizes)
-    match = matching.match(graph, merged.leaves, ours, sizes, merged.alive)
-    aligned, found = scaling.read(graph, leaves, merged, ours, sizes, match)
+    fits, match, doubtful = fitting.solve(graph, merged.leaves, plain, sizes, merged.alive)
+    leaves = {path: gauge.carried(graph, path, leaf, fits) for path, leaf in leaves.items()}
+    merged = merged._replace(leaves={p: gauge.carried(graph, p, leaf, fits) for p, leaf in merged.leaves.items()})
+    aligned, found, telling = scaling.read(graph, leaves, merged, plain, sizes, match)
+    aligned = gauge.restored(graph, aligned, plain, ours)
     aligned = {path: everything[path] for path in left_out} | _broken_again(graph, raw, aligned, sizes, match)
     spaces = tuple(
         SpaceReport(
@@ -84,20 +93,31 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     report = Report(
         spaces=spaces, renamed=renamed, unfollowed=graph.unfollowed, left_out=tuple(sorted(left_out)), **found
     )
-    result = Alignment(_trees.rebuilt(base, aligned), report)
+    result = Alignment(_trees.rebuilt(base, {p: leaf.reshape(shapes[p]) for p, leaf in aligned.items()}), report)
     if not report.alike:
+        doubts = (*graph.unfollowed, *graph.beyond, *(_shown(graph, number) for number in doubtful)) or checking.doubts(
+            whole, apply_fn, base, example_images
+        )
         expected = f"a kernel whose similarity with the base's is {scaling.ALIKE} or more, and above chance"
         got = f"none; their mean is {report.similarity:.3f}"
-        if graph.unfollowed or graph.beyond:
-            why = ", ".join((*graph.unfollowed, *graph.beyond))
+        if doubts:
+            why = ", ".join(doubts)
             raise undecided(
                 expected, got, f"It may be a copy all the same: alignment does not see through {why}.", result
             )
+        if not telling:
+            raise undecided(expected, got, "Its kernels are too small to tell a copy from another network.", result)
         if 2 * sum(everything[path].size for path in left_out) > sum(leaf.size for leaf in everything.values()):
             raise undecided(expected, got, "It lacks most of the base's weights, or has them in other shapes.", result)
         cause = "No order, scale and sign of channels makes its weights resemble the base's, as those of copies do."
         raise refused(errors.NothingMatched, expected, got, cause, result)
     return result
+
+
+def _shown(graph: Graph, number: int) -> str:
+    """A linear space by one of its leaves, in words."""
+    place = next(place for place in graph.linear[number].places if place.path in graph.shapes)
+    return f"channels that may be mixed, of which its leaves show too little (axis {place.axis} of {place.path!r})"
 
 
 def _fitting(graph: Graph, names: dict[str, str], theirs: Leaves) -> tuple[dict[str, str], tuple[int, ...]]:

@@ -10,15 +10,12 @@ everything that an unknown operation touches stay fixed.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from scipy import sparse
 
-from smark_jax import _trees, _validate, errors
-from smark_jax._types import ApplyFn, PyTree
-from smark_jax.alignment._walk import Role, Walk
+from smark_jax import _validate, errors
+from smark_jax.alignment.spaces import Factor, Linear, Place
 
 FIXED = -1
 """The space of entries that stay where they are."""
@@ -59,7 +56,14 @@ class Graph(NamedTuple):
       consumed: paths and axes over which the network sums: a kernel's inputs.
       groups: for each space, how many units in a row are normalised together (group norm); 1 for the others.
       unfollowed: operations that the pass could not follow; the entries that they touch are fixed.
-      beyond: operations that allow more freedom than channels' order, scale and sign (rotations), which is not undone.
+      beyond: operations that allow more freedom than the spaces below, which is not undone.
+      merged: the own shapes of leaves of which the graph sees neighbouring axes as one.
+      linear: the spaces whose units may be mixed.
+      heads: for each set of blocks of these that change places together, the places of leaves that follow them.
+      factors: by path, gains that are folded into a leaf before linear spaces are compared.
+      biases: by kernel, or name of a gain, the leaf that is added to what it makes.
+      shifted: kernels and gains to whose products something else than such a leaf is added.
+      held: leaves on which gains depend that fold into no kernel.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -69,12 +73,42 @@ class Graph(NamedTuple):
     groups: tuple[int, ...]
     unfollowed: tuple[str, ...]
     beyond: tuple[str, ...] = ()
+    merged: Mapping[str, tuple[int, ...]] = {}
+    linear: tuple[Linear, ...] = ()
+    heads: tuple[tuple[Place, ...], ...] = ()
+    factors: Mapping[str, tuple[Factor, ...]] = {}
+    biases: Mapping[str, str] = {}
+    shifted: frozenset[str] = frozenset()
+    held: frozenset[str] = frozenset()
+
+    def viewed(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The leaves with the axes that the graph sees as one merged; others' shapes stay."""
+        found = dict(leaves)
+        for path in self.merged.keys() & found.keys():
+            if found[path].shape == self.merged[path]:
+                found[path] = found[path].reshape(self.shapes[path])
+        return found
+
+    def unviewed(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The leaves in their own shapes again."""
+        found = dict(leaves)
+        for path in self.merged.keys() & found.keys():
+            found[path] = found[path].reshape(self.merged[path])
+        return found
 
     def without(self, paths: set[str]) -> "Graph":
         """The graph restricted to the other leaves."""
         shapes = {path: shape for path, shape in self.shapes.items() if path not in paths}
         layout = {place: runs for place, runs in self.layout.items() if place[0] not in paths}
-        return self._replace(shapes=shapes, layout=layout, consumed=frozenset(p for p in self.consumed if p in layout))
+        here = lambda places: tuple(place for place in places if place.path not in paths)  # noqa: E731
+        linear = (space._replace(places=here(space.places), vectors=here(space.vectors)) for space in self.linear)
+        return self._replace(
+            shapes=shapes,
+            layout=layout,
+            consumed=frozenset(place for place in self.consumed if place in layout),
+            linear=tuple(linear),  # in their order, as fits number them; some may have no place left
+            heads=tuple(map(here, self.heads)),
+        )
 
     def places(self, space: int) -> list[tuple[str, int]]:
         """Paths and axes at which a space's units have entries."""
@@ -151,120 +185,3 @@ class Graph(NamedTuple):
         places = self.places(space)
         made = [p for p in places if p not in self.consumed and len(self.shapes[p[0]]) > 1]
         return sum(len(self.shapes[path]) == 1 for path, _ in places) > len(made)
-
-
-def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any) -> Graph:
-    """The channel spaces of ``apply_fn(params, example_images)``.
-
-    Args:
-      apply_fn: the network, pure.
-      params: its first argument; only shapes and dtypes are used.
-      example_images: images in the form that it takes; only shape and dtype are used.
-
-    Raises:
-      SmarkError: when the network refuses these parameters or images.
-    """
-    shaped = lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.numpy.result_type(x))  # noqa: E731
-    try:
-        closed = jax.make_jaxpr(apply_fn)(jax.tree.map(shaped, params), shaped(example_images))
-    except Exception as error:
-        cause = "apply_fn(base, example_images) must give logits; with batch norm, base is the whole variables dict."
-        raise _validate.fail(
-            "alignment",
-            "a network that takes base and images",
-            f"an error: {error}",
-            cause,
-            desk="The function that --align names returns a network and images: it takes the base and gives logits.",
-        ) from error
-    named = [(path, np.shape(leaf)) for path, leaf in _trees.named("alignment", params).items()]
-    walk = Walk()
-    start = [
-        tuple(Role((axis,), walk.fresh((size,)), (path, axis)) for axis, size in enumerate(shape) if size > 1)
-        for path, shape in named
-    ]
-    axes = {role.source: role.ids for roles in start for role in roles if role.source}
-    start.append(tuple(Role((i,), walk.fixed((n,)), None) for i, n in enumerate(np.shape(example_images)) if n > 1))
-    for roles in walk.run(closed.jaxpr, [walk.constant(c) for c in closed.consts], start):
-        walk.freeze(roles)
-    return _graph(dict(named), axes, walk)
-
-
-def _graph(shapes: dict[str, tuple[int, ...]], axes: dict[tuple[str, int], np.ndarray], walk: Walk) -> Graph:
-    """Connected components of the links, grouped into spaces by the axes that they touch."""
-    n = walk.count
-    pairs = np.concatenate([np.zeros((2, 0), int), *walk.links], axis=1)
-    matrix = sparse.coo_matrix((np.ones(pairs.shape[1], bool), (pairs[0], pairs[1])), shape=(n, n))
-    _, label = sparse.csgraph.connected_components(matrix, directed=False)
-    places = list(axes)
-    entries = [label[axes[place]] for place in places]
-    counts = sparse.coo_matrix(
-        (
-            np.ones(sum(map(len, entries)), np.int64),
-            (np.concatenate([[], *entries]).astype(int), np.repeat(np.arange(len(places)), [len(e) for e in entries])),
-        ),
-        shape=(int(label.max(initial=-1)) + 1, len(places)),
-    ).tocsr()
-    still = set(label[np.concatenate([np.zeros(0, int), *walk.frozen])].tolist())
-    alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for component in dict.fromkeys(np.concatenate([np.zeros(0, int), *entries]).tolist()):
-        row = counts[component]
-        if component not in still and row.nnz > 1:
-            alike.setdefault(tuple(zip(row.indices.tolist(), row.data.tolist(), strict=True)), []).append(component)
-    rank = {c: (s, u) for s, units in enumerate(g for g in alike.values() if len(g) > 1) for u, c in enumerate(units)}
-    sizes = [len(units) for units in alike.values() if len(units) > 1]
-    layout = {
-        place: _segments([rank.get(c, (FIXED, 0)) for c in e.tolist()], sizes)
-        for place, e in zip(places, entries, strict=True)
-    }
-    # An axis whose units have no regular order is left alone, and so are the spaces that it touches.
-    irregular = {
-        rank[c][0]
-        for place, e in zip(places, entries, strict=True)
-        if layout[place] is None
-        for c in e.tolist()
-        if c in rank
-    }
-    if irregular:
-        walk.unfollowed["channels in a changing order"] = None
-        renumber = {s: i for i, s in enumerate(s for s in range(len(sizes)) if s not in irregular)}
-        rank = {c: (renumber[s], u) for c, (s, u) in rank.items() if s in renumber}
-        sizes = [size for s, size in enumerate(sizes) if s in renumber]
-        layout = {
-            place: _segments([rank.get(c, (FIXED, 0)) for c in e.tolist()], sizes)
-            for place, e in zip(places, entries, strict=True)
-        }
-    whole = {
-        (path, axis): layout.get((path, axis)) or (Segment(FIXED, 1, 1, size),)
-        for path, shape in shapes.items()
-        for axis, size in enumerate(shape)
-    }
-    groups = [1] * len(sizes)
-    for ids in walk.together:
-        for component in label[ids[:1]].tolist():
-            if component in rank:
-                groups[rank[component][0]] = max(groups[rank[component][0]], len(ids))
-    return Graph(
-        shapes, whole, tuple(sizes), frozenset(walk.consumed), tuple(groups), tuple(walk.unfollowed), tuple(walk.beyond)
-    )
-
-
-def _segments(entries: list[tuple[int, int]], sizes: Sequence[int]) -> tuple[Segment, ...] | None:
-    """An axis' entries (space, unit) as runs; None when a space's units are not in order."""
-    found, at = [], 0
-    while at < len(entries):
-        space = entries[at][0]
-        if space == FIXED:
-            end = next((i for i in range(at, len(entries)) if entries[i][0] != FIXED), len(entries))
-            found.append(Segment(FIXED, 1, 1, end - at))
-            at = end
-            continue
-        inner = next((i for i in range(at, len(entries)) if entries[i] != entries[at]), len(entries)) - at
-        block = [(space, unit) for unit in range(sizes[space]) for _ in range(inner)]
-        outer = 0
-        while entries[at + outer * len(block) : at + (outer + 1) * len(block)] == block:
-            outer += 1
-        if outer == 0:
-            return None
-        found.append(Segment(space, outer, inner, outer * len(block)))
-        at += outer * len(block)
-    return tuple(found)

@@ -201,7 +201,10 @@ class _Search:
             _, here, elsewhere = self.stay(space, done[space][0])
             total[np.diag_indices(min(total.shape))] += here - elsewhere
         total[:, ~self.alive[space]] = -np.abs(total).max() - 1
-        rows, columns = optimize.linear_sum_assignment(total, maximize=True)
+        columns = total.argmax(axis=1)
+        rows = np.arange(size)
+        if len(np.unique(columns)) < size:  # else the best of each row is the best of all
+            rows, columns = optimize.linear_sum_assignment(total, maximize=True)
         units = np.full(size, -1)
         units[rows] = np.where(self.alive[space][columns], columns, -1)
         signs = np.ones(size, np.float32)

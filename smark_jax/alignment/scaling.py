@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from smark_jax.alignment import duplicates, matching
+from smark_jax.alignment import duplicates, gauge, matching
 from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves
 
 ALIKE = 0.2
 """Kernels of independent networks, matched as well as possible, have a lower cosine, chance in small ones aside."""
+_TELLING = 0.95
+"""A kernel that reaches a higher cosine by chance says nothing of a suspect that does not."""
 _REFITS = 5
 _CLOSE = 0.5
 """A bias or statistic further than this from the base's, relative to its norm, carries no information."""
@@ -24,8 +26,11 @@ def read(
     ours: Leaves,
     sizes: Sequence[int],
     match: matching.Match,
-) -> tuple[Leaves, dict[str, Any]]:
-    """The suspect's leaves in the base's order and scale, and their entries in the report."""
+) -> tuple[Leaves, dict[str, Any], bool]:
+    """The suspect's leaves in the base's order and scale, their entries in the report, and whether they can tell.
+
+    Leaves that agree by chance as much as a copy's cannot tell a copy from another network.
+    """
     done = {space: both for space, both in enumerate(zip(match.units, match.signs, strict=True))}
     kernels = set(matching.kernels(graph))
     aligned: Leaves = {}
@@ -33,7 +38,7 @@ def read(
     alike: list[str] = []
     scales: dict[int, list[np.ndarray]] = {space: [] for space in done}
     from_base: list[str] = []
-    lowest, highest = 1.0, 1.0
+    lowest, highest, telling = 1.0, 1.0, False
     for path, mine in ours.items():
         leaf, present = merged.leaves[path], np.ones(mine.shape, bool)
         for axis in range(mine.ndim):
@@ -55,22 +60,31 @@ def read(
             similarities[path] = min(1.0, float(np.vdot(leaf, mine)) / norms) if norms > 0 else 0.0
             chance = _chance(graph, path, mine, sizes, match)
             alike += [path] * (similarities[path] > max(ALIKE, chance))
+            telling = telling or chance < _TELLING
             from_base += [path] * (similarities[path] < min(ALIKE, chance) and norms > 0)
+    movable = gauge.vectors(graph, ours)
     for path, mine in ours.items():
         if mine.ndim == 1 and graph.spaces(path, 0):
             aligned[path], far = _vector(graph, path, aligned[path], mine, scales)
             from_base += [path] if far else []
+        elif path in movable:
+            aligned[path] = _fitted(aligned[path].astype(np.float64), mine).astype(mine.dtype)
+            from_base += [path] if _far(aligned[path], mine) else []
     weights = [ours[path].size for path in similarities]
     similarity = float(np.average(list(similarities.values()), weights=weights)) if weights else 1.0
     if alike:
         aligned |= {path: ours[path] for path in from_base}
-    return aligned, {
-        "similarity": similarity,
-        "similarities": similarities,
-        "alike": tuple(alike),
-        "scale_range": (float(lowest), float(highest)),
-        "from_base": tuple(from_base),
-    }
+    return (
+        aligned,
+        {
+            "similarity": similarity,
+            "similarities": similarities,
+            "alike": tuple(alike),
+            "scale_range": (float(lowest), float(highest)),
+            "from_base": tuple(from_base),
+        },
+        telling,
+    )
 
 
 def _chance(graph: Graph, path: str, mine: np.ndarray, sizes: Sequence[int], match: matching.Match) -> float:
@@ -88,6 +102,8 @@ def _chance(graph: Graph, path: str, mine: np.ndarray, sizes: Sequence[int], mat
             choices = 2 * sizes[space] ** moved
             free = mine.size / len(units) - 1
             rest *= 1 - math.sqrt(1 - choices ** (-2 / free)) if free > 0 else 0
+    for chance in gauge.chances(graph, path):
+        rest *= 1 - chance
     return 1 - rest
 
 
@@ -211,9 +227,18 @@ def _vector(
                 factor = np.ones(mine.shape)
                 factor[where] = (scale**power)[:, None]
                 fit = leaf / factor
-                size = float(np.vdot(fit, fit))
-                # A kernel's incoming and outgoing scales are known only up to a common factor, so it is fitted.
-                fits.append(fit * (float(np.vdot(fit, mine)) / size) if size > 0 else fit)
+                fits.append(_fitted(fit, mine))
     best = min(fits, key=lambda fit: float(np.linalg.norm(fit - mine)))
+    return best.astype(mine.dtype), _far(best, mine)
+
+
+def _fitted(leaf: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    """The leaf times the factor that fits best: a kernel's incoming and outgoing scales have a common factor free."""
+    size = float(np.vdot(leaf, leaf))
+    return leaf * (float(np.vdot(leaf, mine)) / size) if size > 0 else leaf
+
+
+def _far(leaf: np.ndarray, mine: np.ndarray) -> bool:
+    """Whether a bias, gain or statistic says nothing of the base's."""
     norm = float(np.linalg.norm(mine))
-    return best.astype(mine.dtype), norm > 0 and float(np.linalg.norm(best - mine)) > _CLOSE * norm
+    return norm > 0 and float(np.linalg.norm(leaf - mine)) > _CLOSE * norm

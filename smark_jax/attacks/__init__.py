@@ -32,7 +32,17 @@ from smark_jax.attacks.removal import (
 from smark_jax.attacks.reparametrising import Factors, factorise, multiply_out, quantised
 from smark_jax.attacks.restarting import merge, reinitialise, reinitialise_in_turn, shrink_and_perturb
 from smark_jax.attacks.retraining import carrier_energy, distil, fine_tune, predicted_labels
-from smark_jax.attacks.rewriting import add_neurons, flip, fold_batch_norm, permute, rescale
+from smark_jax.attacks.rewriting import (
+    add_means,
+    add_neurons,
+    flip,
+    fold_batch_norm,
+    fold_gains,
+    mix,
+    permute,
+    rescale,
+    rewrite,
+)
 from smark_jax.attacks.swamping import fill_unused, shift_logits, swamp_units
 
 __all__ = [
@@ -41,6 +51,7 @@ __all__ = [
     "Factors",
     "InversionMethod",
     "Reconstruction",
+    "add_means",
     "add_neurons",
     "add_noise",
     "average",
@@ -53,6 +64,7 @@ __all__ = [
     "fine_tune",
     "flip",
     "fold_batch_norm",
+    "fold_gains",
     "infer_label",
     "interleave",
     "invert_gradient",
@@ -63,6 +75,7 @@ __all__ = [
     "merge",
     "min_max",
     "minimum",
+    "mix",
     "modified_negative",
     "multiply_out",
     "overwrite",
@@ -77,6 +90,7 @@ __all__ = [
     "reinitialise",
     "reinitialise_in_turn",
     "rescale",
+    "rewrite",
     "shift_logits",
     "shift_weights",
     "shrink_and_perturb",

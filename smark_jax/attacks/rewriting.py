@@ -4,6 +4,9 @@ Permuted and rescaled neurons: Lukas et al. 2022, "SoK: How robust is image clas
 watermarking?", and arXiv 2205.00199; dummy neurons (NSO: zero, clique, split): arXiv 2303.09732. All take a network's
 graph from :func:`smark_jax.alignment.trace_graph` and can be composed in any order, also on models already widened.
 
+Invertible matrices between queries and keys, and between values and outputs: MergeLock, arXiv 2509.01548. Rotated
+streams between normalisations whose gains are folded: Ashkboos et al. 2024, "SliceGPT", arXiv 2401.15024.
+
 Rescaling needs activations with a(c x) = c a(x) for c > 0 (ReLU, leaky ReLU, max and average pooling), and flips need
 odd ones (tanh). Normalisations are recognised by Flax's names: ``scale``, ``bias``, ``mean``, ``var``.
 """
@@ -17,7 +20,7 @@ from jax import Array
 
 from smark_jax import _trees, _validate
 from smark_jax._types import PyTree
-from smark_jax.alignment import Graph
+from smark_jax.alignment import Graph, rewriting
 from smark_jax.alignment.matching import along
 
 Dummy = Literal["zero", "clique", "split"]
@@ -32,18 +35,70 @@ def permute(params: PyTree, graph: Graph, key: Array) -> PyTree:
       graph: of its network.
       key: a ``jax.random`` key.
     """
-    leaves = _leaves(params)
-    sizes = graph.widths(leaves)
+    return _tree(params, rewriting.permuted(graph, _leaves(params, graph), _rng(key)), graph)
+
+
+def rewrite(params: PyTree, graph: Graph, key: Array) -> PyTree:
+    """Draws one network from all that compute the same function, as far as the graph knows them.
+
+    Gains are folded into kernels, linear spaces mixed, heads and channels permuted, and components added that
+    normalisations remove: :func:`fold_gains`, :func:`mix`, :func:`add_means`, :func:`permute`.
+
+    Args:
+      params: the copy, of the base's widths.
+      graph: of its network.
+      key: a ``jax.random`` key.
+
+    Returns:
+      The copy with other weights, and the same logits but for rounding.
+    """
     rng = _rng(key)
-    for space, size in enumerate(sizes):
-        blocks = np.arange(size).reshape(-1, graph.groups[space])
-        order = rng.permuted(rng.permutation(blocks), axis=1).reshape(-1)
-        for path, axis in graph.places(space):
-            entries = graph.entries(path, axis, sizes)[space]
-            moved = np.moveaxis(leaves[path].copy(), axis, 0)
-            moved[entries] = moved[entries[order]]
-            leaves[path] = np.moveaxis(moved, 0, axis)
-    return _tree(params, leaves)
+    leaves = rewriting.mixed(graph, rewriting.folded(graph, _leaves(params, graph)), rng)
+    leaves = rewriting.permuted(graph, rewriting.with_means(graph, leaves, rng, 1.0), rng)
+    return _tree(params, leaves, graph)
+
+
+def fold_gains(params: PyTree, graph: Graph) -> PyTree:
+    """Folds the gains of layer norms and layer scales into kernels, where the graph says that this is possible.
+
+    A gain between a normalisation and the kernels that read it becomes a vector of ones, the bias after it zeros: the
+    kernels' biases take up what it contributes. It stays where one of these kernels has no bias.
+
+    Args:
+      params: the copy.
+      graph: of its network.
+    """
+    return _tree(params, rewriting.folded(graph, _leaves(params, graph)), graph)
+
+
+def mix(params: PyTree, graph: Graph, key: Array) -> PyTree:
+    """Multiplies every linear space by a random matrix of its group, and puts blocks (heads) in another order.
+
+    Orthogonal matrices are drawn uniformly; other invertible ones have condition numbers up to 10. A space whose gains
+    are not all ones is not mixed: call :func:`fold_gains` first.
+
+    Args:
+      params: the copy.
+      graph: of its network.
+      key: a ``jax.random`` key.
+    """
+    return _tree(params, rewriting.mixed(graph, _leaves(params, graph), _rng(key)), graph)
+
+
+def add_means(params: PyTree, graph: Graph, key: Array, size: float = 1.0) -> PyTree:
+    """Adds random components along the vector of ones to kernels that write into streams whose mean is removed.
+
+    Args:
+      params: the copy.
+      graph: of its network.
+      key: a ``jax.random`` key.
+      size: standard deviation of the components, relative to the RMS of a kernel's weights.
+
+    Raises:
+      SmarkError: when ``size`` is not positive and finite.
+    """
+    _validate.finite_number("add_means", "size", size)
+    return _tree(params, rewriting.with_means(graph, _leaves(params, graph), _rng(key), size), graph)
 
 
 def rescale(params: PyTree, graph: Graph, key: Array, spread: float = 1.0) -> PyTree:
@@ -63,7 +118,7 @@ def rescale(params: PyTree, graph: Graph, key: Array, spread: float = 1.0) -> Py
     """
     _validate.finite_number("rescale", "spread", spread)
     rng = _rng(key)
-    sizes = graph.widths(_leaves(params))
+    sizes = graph.widths(_leaves(params, graph))
     out = [np.exp(rng.normal(0, spread, size)).astype(np.float32) for size in sizes]
     inner = [np.exp(rng.normal(0, spread, size)).astype(np.float32) for size in sizes]
     return _multiply(params, graph, out, inner)
@@ -78,7 +133,7 @@ def flip(params: PyTree, graph: Graph, key: Array) -> PyTree:
       key: a ``jax.random`` key.
     """
     rng = _rng(key)
-    sizes = graph.widths(_leaves(params))
+    sizes = graph.widths(_leaves(params, graph))
     signs = [rng.choice(np.array([-1, 1], np.float32), size) for size in sizes]
     return _multiply(params, graph, signs, [np.ones(size, np.float32) for size in sizes])
 
@@ -93,7 +148,7 @@ def fold_batch_norm(params: PyTree, graph: Graph) -> PyTree:
     Raises:
       SmarkError: when there is no batch norm.
     """
-    leaves = _leaves(params)
+    leaves = _leaves(params, graph)
     norms = _norms(leaves)
     if not norms:
         raise _validate.fail("fold_batch_norm", "a network with batch norm", "none", "Pass the whole variables dict.")
@@ -110,7 +165,7 @@ def fold_batch_norm(params: PyTree, graph: Graph) -> PyTree:
         leaves[names["var"]] = np.full_like(gain, 1 - _EPSILON)
         leaves[names["scale"]] = np.ones_like(gain)
         leaves[names["bias"]] = np.zeros_like(gain)
-    return _tree(params, leaves)
+    return _tree(params, leaves, graph)
 
 
 def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, kind: Dummy = "zero") -> PyTree:
@@ -138,7 +193,7 @@ def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, ki
     if max(graph.groups, default=1) > 1:
         raise _validate.fail("add_neurons", "a network without group norm", "one with it", "Its function would change.")
     rng = _rng(key)
-    leaves = _leaves(params)
+    leaves = _leaves(params, graph)
     old = graph.widths(leaves)
     extra = [max(1, round(share * size)) for size in old]
     if kind == "clique":
@@ -162,7 +217,7 @@ def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, ki
                 if kind == "split" and (path, axis) in graph.consumed:
                     np.subtract.at(wide, after[origin], wide[after[size:]])
                 leaves[path] = np.moveaxis(wide, 0, axis)
-    return _tree(params, leaves)
+    return _tree(params, leaves, graph)
 
 
 def _new(slices: np.ndarray, origin: np.ndarray, outgoing: bool, kind: Dummy, rng: np.random.Generator) -> np.ndarray:
@@ -188,7 +243,7 @@ def _new(slices: np.ndarray, origin: np.ndarray, outgoing: bool, kind: Dummy, rn
 
 def _multiply(params: PyTree, graph: Graph, out: list[np.ndarray], inner: list[np.ndarray]) -> PyTree:
     """Scales channels' outputs by ``out``, and by ``inner`` between a kernel and its normalisation."""
-    leaves = _leaves(params)
+    leaves = _leaves(params, graph)
     sizes = graph.widths(leaves)
     statistics = any(path.rpartition("/")[2] == "var" for path in leaves)
     for space in range(len(sizes)):
@@ -208,7 +263,7 @@ def _multiply(params: PyTree, graph: Graph, out: list[np.ndarray], inner: list[n
             whole = np.ones(leaves[path].shape[axis], np.float32)
             whole[graph.entries(path, axis, sizes)[space]] = factor[:, None]
             leaves[path] = leaves[path] * along(whole, axis, leaves[path].ndim)
-    return _tree(params, leaves)
+    return _tree(params, leaves, graph)
 
 
 def _norms(leaves: dict[str, np.ndarray]) -> dict[str, dict[str, str]]:
@@ -243,12 +298,14 @@ def _others(graph: Graph, place: tuple[str, int], space: int, sizes: list[int]) 
     return np.flatnonzero(keep)
 
 
-def _leaves(params: PyTree) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in _trees.named("attacks", params).items()}
+def _leaves(params: PyTree, graph: Graph) -> dict[str, np.ndarray]:
+    """Leaves by path, as the graph sees them."""
+    return graph.viewed({name: np.asarray(leaf) for name, leaf in _trees.named("attacks", params).items()})
 
 
-def _tree(params: PyTree, leaves: dict[str, np.ndarray]) -> PyTree:
-    return jax.tree.map(jnp.asarray, _trees.rebuilt(params, leaves))
+def _tree(params: PyTree, leaves: dict[str, np.ndarray], graph: Graph) -> PyTree:
+    """Leaves in the form of ``params`` again."""
+    return jax.tree.map(jnp.asarray, _trees.rebuilt(params, graph.unviewed(leaves)))
 
 
 def _rng(key: Array) -> np.random.Generator:

@@ -1,0 +1,52 @@
+"""Whether a graph is right: its rewrites must leave the logits of the base alone."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from smark_jax import _compiling, _trees
+from smark_jax._types import ApplyFn, PyTree
+from smark_jax.alignment import rewriting
+from smark_jax.alignment.graph import Graph
+
+_CHANGE = 1e-2
+_SEED = 0
+
+
+def change(graph: Graph, apply_fn: ApplyFn, params: PyTree, example_images: Any) -> float:
+    """How far the graph's rewrites move the logits, relative to their range over random images.
+
+    Order, basis and gains are drawn at random, from a fixed seed. A right graph leaves rounding: 1e-6 to 1e-4.
+
+    Args:
+      graph: of the network.
+      apply_fn: ``apply_fn(params, images) -> logits``.
+      params: the network's weights, of the widths that the graph knows.
+      example_images: images in the form that it takes; only shape and dtype matter.
+    """
+    rng = np.random.default_rng(_SEED)
+    images = _images(rng, np.shape(example_images), jax.numpy.result_type(example_images))
+    leaves = graph.viewed({name: np.asarray(leaf) for name, leaf in _trees.named("alignment", params).items()})
+    moved = rewriting.permuted(graph, rewriting.mixed(graph, rewriting.folded(graph, leaves), rng), rng)
+    run = _compiling.quickly(apply_fn)
+    logits, other = (np.asarray(run(p, images)) for p in (params, _trees.rebuilt(params, graph.unviewed(moved))))
+    if not np.isfinite(logits).all():
+        return 0.0
+    return float(np.abs(other - logits).max() / max(float(np.ptp(logits)), 1e-30))
+
+
+def doubts(graph: Graph, apply_fn: ApplyFn, params: PyTree, example_images: Any) -> tuple[str, ...]:
+    """What keeps the graph from being trusted, in words; nothing where its rewrites leave the logits alone."""
+    found = change(graph, apply_fn, params, example_images)
+    if found < _CHANGE:
+        return ()
+    return (
+        f"something in it (rewrites that its graph allows change the logits by {100 * found:.2g} % of their range)",
+    )
+
+
+def _images(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    if np.issubdtype(dtype, np.integer):
+        return rng.integers(0, 256, shape).astype(dtype)
+    return rng.normal(size=shape).astype(dtype)

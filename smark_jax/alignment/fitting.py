@@ -1,0 +1,253 @@
+r"""Finding the base's basis for a suspect's linear spaces: Procrustes, and least squares on both factors.
+
+Where units may be mixed (:mod:`smark_jax.alignment.spaces`), an order of units is not enough. A stream of residual
+additions between layer norms may have been rotated by any orthogonal matrix, the queries and keys of a head multiplied
+by any invertible one and its inverse transpose. Such a matrix is fitted wherever the other axes of kernels that touch
+the space are known, first of all those that nobody can move (windows, positions, logits):
+
+* orthogonal matrices by Procrustes (Schönemann 1966): the Q that minimises :math:`\sum_k \|Q^T S_k - B_k\|^2` is
+  :math:`U V^T` for the singular value decomposition of :math:`\sum_k S_k B_k^T`;
+* others by least squares on what makes the units, :math:`A^T F_s \approx F_b`, and on what reads them,
+  :math:`A^{-1} G_s \approx G_b`. Blocks (heads) are told apart by the products :math:`F^T G`, which no A changes.
+
+A fit sees suspect and base only, so that no innocent's codeword enters. What it costs a mark is the dimensions of the
+group: half the square of a stream's width, the square of a head's.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from smark_jax.alignment import matching
+from smark_jax.alignment.gauge import Fit, carried
+from smark_jax.alignment.graph import Graph
+from smark_jax.alignment.matching import Leaves
+
+_ROUNDS = 4
+"""Passes over all spaces after the first in which each has a fit."""
+_STEPS = 8
+_TOLERANCE = 1e-6
+_RIDGE = 1e-9
+
+Evidence = Sequence[tuple[bool, np.ndarray, np.ndarray]]
+"""For each place of a space: whether it reads, and the suspect's and the base's units, [blocks, units, weights]."""
+
+
+def solve(
+    graph: Graph, theirs: Leaves, ours: Leaves, sizes: Sequence[int], alive: Sequence[np.ndarray]
+) -> tuple[dict[int, Fit], matching.Match, list[int]]:
+    """Finds a fit for every linear space, the suspect's unit for each unit of the others, and spaces that are in doubt.
+
+    In doubt is a space that no leaf shows, or of which the first leaves show fewer dimensions than it has: what is
+    found from there may be far from the truth.
+
+    Args:
+      graph: of the base.
+      theirs: the suspect's leaves by path, canonical, of the suspect's widths.
+      ours: the base's, canonical.
+      sizes: the suspect's widths.
+      alive: the units that may be matched.
+    """
+    if not graph.linear:
+        return {}, matching.match(graph, theirs, ours, sizes, alive), []
+    search = _Search(graph, theirs, ours, sizes, alive)
+    before = -1
+    while search.progress > before:  # each pass makes more axes known
+        before = search.progress
+        search.fit_new(enough=True)
+        search.match()
+        if search.progress == before:
+            search.fit_new(enough=False)
+    for _ in range(_ROUNDS):
+        search.fit_again()
+    search.match()
+    for _ in range(2):
+        search.fit_again()
+    present = {n for n, space in enumerate(graph.linear) if any(place.path in theirs for place in space.places)}
+    return search.fits, search.found, sorted((present - search.fits.keys()) | search.weak)
+
+
+class _Search:
+    """Fits and orders found so far."""
+
+    def __init__(
+        self, graph: Graph, theirs: Leaves, ours: Leaves, sizes: Sequence[int], alive: Sequence[np.ndarray]
+    ) -> None:
+        self.graph, self.theirs, self.sizes, self.alive = graph, theirs, sizes, alive
+        self.ours = ours
+        self.fits: dict[int, Fit] = {}
+        self.known: set[int] = set()
+        self.weak: set[int] = set()
+        size = lambda n: np.arange(n)  # noqa: E731
+        self.found = matching.Match(
+            tuple(map(size, graph.sizes)), tuple(np.ones(n, np.float32) for n in graph.sizes), 0.0
+        )
+        self.spaces: dict[str, set[int]] = {}
+        for number, space in enumerate(graph.linear):
+            for place in space.places:
+                self.spaces.setdefault(place.path, set()).add(number)
+
+    def match(self) -> None:
+        """Matches the units of the other spaces by the leaves whose linear axes are known."""
+        away = {path for path in self.theirs if not self.spaces.get(path, set()) <= self.fits.keys()}
+        graph = self.graph.without(away)
+        self.known = {s for s in range(len(graph.sizes)) if any(len(graph.shapes[p]) > 1 for p, _ in graph.places(s))}
+        theirs = {p: carried(graph, p, leaf, self.fits) for p, leaf in self.theirs.items() if p not in away}
+        self.found = matching.match(graph, theirs, self.ours, self.sizes, self.alive)
+
+    def usable(self, path: str, number: int) -> bool:
+        """Whether all of a leaf is known but for the space."""
+        if path not in self.theirs:
+            return False
+        others = {s for axis in range(len(self.graph.shapes[path])) for s in self.graph.spaces(path, axis)}
+        return self.spaces[path] <= {number, *self.fits} and others <= self.known
+
+    @property
+    def progress(self) -> int:
+        """How many spaces are known."""
+        return len(self.fits) + len(self.known)
+
+    def fit_new(self, enough: bool) -> None:
+        """Fits spaces without a fit; ``enough``: only those of which as many dimensions are seen as they have."""
+        for together in self.sets():
+            found = {number: self.evidence(number) for number in together if number not in self.fits}
+            seen = {n: sum(a.shape[2] for _, a, _ in some) for n, some in found.items() if some}
+            if seen and all(not enough or seen.get(n, 0) >= self.graph.linear[n].width for n in found):
+                self.weak |= {number for number, count in seen.items() if count < self.graph.linear[number].width}
+                self.fit({number: found[number] for number in seen})
+
+    def fit_again(self) -> None:
+        """Fits all spaces once more, each with what is known of the others by now."""
+        for together in self.sets():
+            self.fit({number: self.evidence(number) for number in together if number in self.fits})
+
+    def sets(self) -> list[list[int]]:
+        """The spaces, those together whose blocks have one order."""
+        found: dict[int, list[int]] = {}
+        for number, space in enumerate(self.graph.linear):
+            found.setdefault(space.heads if space.heads >= 0 else -1 - number, []).append(number)
+        return list(found.values())
+
+    def fit(self, evidence: Mapping[int, Evidence]) -> None:
+        """Fits spaces whose blocks have one order."""
+        from scipy import optimize
+
+        blocks = max((self.graph.linear[number].blocks for number in evidence), default=1)
+        order = np.arange(blocks)
+        if blocks > 1 and all(self.graph.linear[number].heads >= 0 for number in evidence):
+            total = np.sum([_alike(some) for some in evidence.values()], axis=0)
+            order = optimize.linear_sum_assignment(total, maximize=True)[1]
+        for number, some in evidence.items():
+            space = self.graph.linear[number]
+            pairs = [(reads, a[order], b) for reads, a, b in some]
+            if space.group == "orthogonal":
+                self.fits[number] = Fit(order, _rotation(pairs, space.ones))
+            else:
+                bases = [_basis([(reads, a[i], b[i]) for reads, a, b in pairs]) for i in range(space.blocks)]
+                self.fits[number] = Fit(order, np.stack(bases))
+
+    def evidence(self, number: int) -> Evidence:
+        """For each place whose other axes are known: whether it reads, and the suspect's and the base's units."""
+        space = self.graph.linear[number]
+        found = []
+        for place in space.places:
+            if not self.usable(place.path, number):
+                continue
+            theirs = self.ordered(place.path, number)
+            for axis, factor in self.levels(place.path, number).items():
+                theirs = theirs * matching.along(factor, axis, theirs.ndim)
+            ours = matching.balanced(self.graph, place.path, self.ours[place.path], self.graph.sizes)
+            a, b = (
+                np.moveaxis(leaf, place.axis, 0)[place.entries]
+                .reshape(space.blocks, space.width, -1)
+                .astype(np.float64)
+                for leaf in (theirs, ours)
+            )
+            if space.group == "orthogonal":  # which does not change the norm
+                a = a * (float(np.linalg.norm(b)) / (float(np.linalg.norm(a)) or 1.0))
+            found.append((place.reads, a, b))
+        return found
+
+    def ordered(self, path: str, skip: int | None) -> np.ndarray:
+        """A leaf of the suspect in the base's order, signs and bases, but for the space ``skip``."""
+        leaf = carried(self.graph, path, self.theirs[path], self.fits, skip)
+        done = dict(enumerate(zip(self.found.units, self.found.signs, strict=True)))
+        for axis in range(leaf.ndim):
+            if self.graph.spaces(path, axis):
+                leaf = matching.reorder(self.graph, leaf, (path, axis), self.sizes, done, True)
+        return leaf
+
+    def levels(self, path: str, number: int) -> dict[int, np.ndarray]:
+        """By axis, the factors that bring units of the other spaces to an RMS of one, measured in the base's basis.
+
+        A basis that is not orthogonal yet to be found would distort them, so that there are none before the first fit.
+        """
+        if self.graph.linear[number].group == "linear" and number not in self.fits:
+            return {}
+        return matching.balance(self.graph, path, self.ordered(path, None), self.graph.sizes)
+
+
+def _alike(evidence: Evidence) -> np.ndarray:
+    """For each block of the base and each of the suspect, the cosine of their products F^T G; shape [base, suspect]."""
+    makes = [(a, b) for reads, a, b in evidence if not reads]
+    reads = [(a, b) for reads, a, b in evidence if reads]
+    if not makes or not reads:
+        makes = reads = makes or reads
+
+    def gram(sides: Sequence[tuple[np.ndarray, np.ndarray]], one: int, other: int) -> np.ndarray:
+        return sum((np.einsum("hin,gjn->hgij", pair[one], pair[other]) for pair in sides), np.zeros(()))
+
+    inner = (gram(makes, 1, 0) * gram(reads, 1, 0)).sum((2, 3))
+    ours, theirs = (np.sqrt(np.einsum("hhij->hij", gram(makes, k, k) * gram(reads, k, k)).sum((1, 2))) for k in (1, 0))
+    return inner / np.maximum(ours[:, None] * theirs[None], 1e-30)
+
+
+def _rotation(pairs: Evidence, ones: bool) -> np.ndarray:
+    """The orthogonal matrix of each block; leaves count by their numbers of entries."""
+    total = 0
+    for _, a, b in pairs:
+        norms = np.linalg.norm(a, axis=(1, 2)) * np.linalg.norm(b, axis=(1, 2))
+        total = total + np.matmul(a, b.swapaxes(1, 2)) * (a[0].size / np.maximum(norms, 1e-30))[:, None, None]
+    matrix = np.asarray(total)
+    if ones:  # no kernel says anything of it, and it stays
+        matrix = matrix + np.linalg.norm(matrix, axis=(1, 2))[:, None, None] / matrix.shape[1]
+    left, _, right = np.linalg.svd(matrix)
+    return np.matmul(left, right)
+
+
+def _basis(pairs: Evidence) -> np.ndarray:
+    r"""The matrix A of one block, by least squares on what makes its units and on what reads them.
+
+    Either side alone would shrink it, as noise in a regressor does; both together do not. From their mean on, by
+    Gauss-Newton: with F' = A^T F_s, G' = A^{-1} G_s, the step A (1 + E) solves the Sylvester equation
+    :math:`F' F'^T E + E G' G'^T = F' (F_b - F')^T - (G_b - G') G'^T`.
+    """
+    from scipy import linalg
+
+    grams = []
+    for side in (False, True):
+        some = [(a, b) for reads, a, b in pairs if reads == side]
+        if some:
+            own = np.sum([a @ a.T for a, _ in some], axis=0)
+            both = np.sum([a @ b.T for a, b in some], axis=0)
+            ridge = _RIDGE * (float(np.trace(own)) or 1.0) / len(own)
+            grams.append((side, own, both, np.linalg.solve(own + ridge * np.eye(len(own)), both)))
+    starts = [np.linalg.pinv(start).T if side else start for side, _, _, start in grams]
+    matrix = np.mean(starts, axis=0)
+    if len(starts) < 2:
+        return matrix
+    (_, f, f_base, _), (_, g, g_base, _) = grams
+    best, least = matrix, np.inf
+    for _ in range(_STEPS):
+        try:
+            inverse = np.linalg.inv(matrix)
+            makes, reads = matrix.T @ f @ matrix, inverse @ g @ inverse.T
+            to_base, from_base = matrix.T @ f_base, inverse @ g_base
+            cost = float(np.trace(makes) - 2 * np.trace(to_base) + np.trace(reads) - 2 * np.trace(from_base))
+            if not cost < least - _TOLERANCE * abs(least if np.isfinite(least) else 1):
+                break
+            best, least = matrix, cost
+            matrix = matrix + matrix @ linalg.solve_sylvester(makes, reads, to_base - makes - from_base.T + reads)
+        except np.linalg.LinAlgError:
+            break
+    return best

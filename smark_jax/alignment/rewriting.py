@@ -1,0 +1,153 @@
+"""Random members of the group of rewrites that a graph allows: to check a graph by, and to attack with."""
+
+import numpy as np
+
+from smark_jax.alignment._elementwise import gain_name
+from smark_jax.alignment._identities import Compute
+from smark_jax.alignment.graph import Graph
+from smark_jax.alignment.matching import Leaves, along
+from smark_jax.alignment.spaces import Factor, Linear, Place
+
+_CONDITION = 10.0
+
+
+def permuted(graph: Graph, leaves: Leaves, rng: np.random.Generator) -> Leaves:
+    """The leaves with the units of every space in another order; under group norm, groups and the units within them."""
+    leaves = dict(leaves)
+    sizes = graph.widths(leaves)
+    for space, size in enumerate(sizes):
+        blocks = np.arange(size).reshape(-1, graph.groups[space])
+        order = rng.permuted(rng.permutation(blocks), axis=1).reshape(-1)
+        for path, axis in graph.places(space):
+            entries = graph.entries(path, axis, sizes)[space]
+            leaf = np.moveaxis(leaves[path].copy(), axis, 0)
+            leaf[entries] = leaf[entries[order]]
+            leaves[path] = np.moveaxis(leaf, 0, axis)
+    return leaves
+
+
+def folded(graph: Graph, leaves: Leaves) -> Leaves:
+    """The leaves with gains folded into kernels, where a leaf makes them ones and whatever they touch can follow."""
+    leaves, ones = dict(leaves), {}
+    gains = {(f.reads, -f.gain if f.reads else f.gain) for some in graph.factors.values() for f in some}
+    for number in (abs(number) for _, number in sorted(gains)):
+        users = [(path, f) for path, some in graph.factors.items() for f in some if f.gain == number]
+        compute = users[0][1].vector
+        vector = np.asarray(compute({**leaves, **ones}), np.float64).reshape(-1)
+        gain = _gain_leaf(graph, compute, {**leaves, **ones}, vector)
+        found = _folded(graph, leaves, vector, number, users) if gain else None
+        if gain and found:
+            leaves = found
+            if gain not in ones:  # several products may share it, as those of a batch norm do with its running mean
+                ones[gain] = leaves[gain]
+                leaves[gain] = (leaves[gain] / vector.reshape(leaves[gain].shape)).astype(np.float32)
+    return leaves
+
+
+def _gain_leaf(graph: Graph, compute: Compute, leaves: Leaves, vector: np.ndarray) -> str | None:
+    """The leaf that gains are proportional to, entry by entry, and that no gain needs that does not fold."""
+    if not vector.all():
+        return None
+    for path in sorted(compute.paths - graph.held):
+        if leaves[path].size == vector.size:
+            twice = np.asarray(compute({**leaves, path: 2 * leaves[path]}), np.float64).reshape(-1)
+            if np.allclose(twice, 2 * vector, rtol=1e-5):
+                return path
+    return None
+
+
+def _folded(
+    graph: Graph, leaves: Leaves, vector: np.ndarray, number: int, users: list[tuple[str, Factor]]
+) -> Leaves | None:
+    """The leaves with one gain folded into what makes or reads its product; None where something could not follow."""
+    found, name, reads = dict(leaves), gain_name(number), users[0][1].reads
+    shift = graph.biases.get(name) if reads else None
+    biases = [graph.biases[path] for path, _ in users if path in graph.biases]
+    shared = any(list(graph.biases.values()).count(bias) > 1 for bias in biases)
+    moved = leaves[shift].reshape(-1).astype(np.float64) if shift else np.zeros(vector.size)
+    if reads and name in graph.shifted:
+        return None
+    if moved.any() and (shared or len(biases) < len(users) or any(path in graph.shifted for path, _ in users)):
+        return None
+    for path, factor in users:
+        whole, added = np.ones(found[path].shape[factor.axis]), np.zeros(found[path].shape[factor.axis])
+        whole[factor.entries] = vector[factor.positions]
+        if moved.any():
+            bias = graph.biases[path]
+            added[factor.entries] = moved[factor.positions]
+            sums = np.tensordot(added, np.moveaxis(found[path].astype(np.float64), factor.axis, 0), 1)
+            if sums.size != found[bias].size:  # a window: at the border of images, the sums are others
+                return None
+            found[bias] = (found[bias] + sums.reshape(found[bias].shape)).astype(np.float32)
+        found[path] = (found[path] * along(whole, factor.axis, found[path].ndim)).astype(np.float32)
+    if shift:
+        found[shift] = np.zeros_like(found[shift])
+    return found
+
+
+def mixed(graph: Graph, leaves: Leaves, rng: np.random.Generator) -> Leaves:
+    """The leaves with every linear space times a random matrix of its group, and its blocks in another order.
+
+    Spaces whose gains are not folded stay as they are, but for their blocks.
+    """
+    leaves = dict(leaves)
+    blocks = {space.heads: space.blocks for space in graph.linear}
+    orders = [rng.permutation(blocks[number]) for number in range(len(graph.heads))]
+    for number, places in enumerate(graph.heads):
+        for place in places:
+            leaf = np.moveaxis(leaves[place.path].copy(), place.axis, 0)
+            leaf[place.entries] = leaf[place.entries[orders[number]]]
+            leaves[place.path] = np.moveaxis(leaf, 0, place.axis)
+    for space in graph.linear:
+        order = orders[space.heads] if space.heads >= 0 else np.arange(space.blocks)
+        free = all(_free(graph, place, leaves) for place in space.places)
+        matrices = np.stack([_drawn(space, rng) if free else np.eye(space.width) for _ in range(space.blocks)])
+        for place in (*space.places, *space.vectors):
+            by = np.linalg.inv(matrices) if place.reads else matrices.swapaxes(1, 2)
+            leaf = np.moveaxis(leaves[place.path].astype(np.float64), place.axis, 0).copy()
+            taken = leaf[place.entries[order]]
+            leaf[place.entries] = np.matmul(by, taken.reshape(*taken.shape[:2], -1)).reshape(taken.shape)
+            leaves[place.path] = np.moveaxis(leaf, 0, place.axis).astype(np.float32)
+    return leaves
+
+
+def with_means(graph: Graph, leaves: Leaves, rng: np.random.Generator, size: float) -> Leaves:
+    """The leaves with components along the vector of ones in kernels that write into spaces whose mean is removed.
+
+    ``size`` is their standard deviation, relative to the RMS of a kernel's weights.
+    """
+    leaves = dict(leaves)
+    for space in graph.linear:
+        for place in space.places if space.ones else ():
+            if (place.path, place.axis) not in graph.consumed:
+                leaf = np.moveaxis(leaves[place.path].copy(), place.axis, 0)
+                rms = float(np.sqrt(np.square(leaf).mean()))
+                shape = (place.entries.shape[0], 1, place.entries.shape[2], *leaf.shape[1:])
+                leaf[place.entries] += (size * rms * rng.normal(size=shape)).astype(np.float32)
+                leaves[place.path] = np.moveaxis(leaf, 0, place.axis)
+    return leaves
+
+
+def _free(graph: Graph, place: Place, leaves: Leaves) -> bool:
+    """Whether no gain of a place's axis is left to fold."""
+    here = [factor for factor in graph.factors.get(place.path, ()) if factor.axis == place.axis]
+    return all(bool(np.allclose(np.asarray(factor.vector(leaves)), 1, atol=1e-5)) for factor in here)
+
+
+def _drawn(space: Linear, rng: np.random.Generator) -> np.ndarray:
+    """A random matrix of a space's group."""
+    left, right = (_orthogonal(rng, space.width, space.ones) for _ in range(2))
+    if space.group == "orthogonal":
+        return left
+    return left * np.exp(rng.uniform(0, np.log(_CONDITION), space.width)) @ right / np.sqrt(_CONDITION)
+
+
+def _orthogonal(rng: np.random.Generator, size: int, ones: bool) -> np.ndarray:
+    """A uniformly drawn orthogonal matrix, which keeps the vector of ones if asked to."""
+    kept = np.ones((size, 1)) if ones else np.zeros((size, 0))
+    basis = np.linalg.qr(np.concatenate([kept, rng.normal(size=(size, size - kept.shape[1]))], axis=1))[0]
+    if not ones:
+        return basis * np.where(rng.random(size) < 0.5, -1, 1)
+    other = np.linalg.qr(rng.normal(size=(size - 1, size - 1)))[0]
+    inner = basis[:, 1:]
+    return np.full((size, size), 1 / size) + inner @ other @ inner.T
