@@ -7,7 +7,16 @@ configuration and seed, so that an interrupted run resumes where it stopped.
 from collections.abc import Sequence
 
 from experiments.common import sections
-from experiments.robustness import coalitions, innocents, real_networks, removal, rewrites, strength, suite
+from experiments.robustness import (
+    architectures,
+    coalitions,
+    innocents,
+    real_networks,
+    removal,
+    rewrites,
+    strength,
+    suite,
+)
 
 SECTIONS = {
     "rewrites": rewrites,
@@ -17,6 +26,7 @@ SECTIONS = {
     "coalitions": coalitions,
     "innocents": innocents,
     "real_networks": real_networks,
+    "architectures": architectures,
 }
 _EXAMPLES = """sections:
   rewrites  random compositions of rewrites that leave the function alone, on three networks, with and without alignment
@@ -29,6 +39,8 @@ _EXAMPLES = """sections:
   real_networks
             EfficientNet-Lite0 and OpenNSFW: what copies cost on natural images, and what is left after attacks
             without labels (needs the extra real)
+  architectures
+            ViT, Swin, ConvNeXt and other networks of the zoo: random rewrites of every kind, damage, innocents
 
 examples:
   python -m experiments.robustness
