@@ -254,7 +254,7 @@ def test_answers_that_somebody_altered_moved_or_made_are_refused(made, desk):
             *hostile,
             other.read_bytes(),
             content[:20],
-            content[:-1] + b"\0",
+            content[:-1] + bytes([content[-1] ^ 1]),
             b"",
             b"[" * 100_000,
             content[:-9],
