@@ -23,10 +23,8 @@ _SCALED, _BENT = 1, 2
 ALL = _SAME | _SUMS | _PRODUCTS | _OTHERS
 
 
-def roles(
-    walk: Identities, name: str, operands: Sequence[Value], shapes: Sequence[tuple[int, ...]], params: Mapping[str, Any]
-) -> Roles:
-    """The roles of a result; ``shapes`` are those of the operands, ``params`` the operation's."""
+def roles(walk: Identities, name: str, operands: Sequence[Value], params: Mapping[str, Any]) -> Roles:
+    """The roles of a result; ``params`` are the operation's."""
     if name == "neg":
         return tuple(role._replace(changed=True) for role in operands[0].roles)
     if name in _SAME:

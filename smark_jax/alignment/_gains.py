@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from smark_jax.alignment._identities import Gain, Identities, gain_name
+from smark_jax.alignment._identities import Gain, Identities, Roots, gain_name
 from smark_jax.alignment.spaces import Factor
 
 
@@ -45,7 +45,8 @@ class _Folding:
     """Components of keys that are joined by the gains that fold, and what stands in the way of folding."""
 
     def __init__(self, walk: Identities, axes: Mapping[tuple[str, int], np.ndarray], matrices: set[str], keys: Keys):
-        self.parent: dict[int, int] = {}
+        self.roots = Roots()
+        self.root = self.roots.of
         self.standing: dict[int, list[tuple[str, int, int]]] = {}
         self.vectors: tuple[dict[int, list[tuple[str, int, int]]], ...] = {}, {}
         self.makes, self.reads, self.bad, self.pending = (set[int]() for _ in range(4))
@@ -67,15 +68,10 @@ class _Folding:
                     if path in matrices or other:
                         (self.reads if other else self.makes).add(key)
 
-    def root(self, key: int) -> int:
-        while self.parent.get(key, key) != key:
-            key = self.parent[key] = self.parent.get(self.parent[key], self.parent[key])
-        return key
-
     def join(self, one: int, other: int) -> None:
         one, other = self.root(one), self.root(other)
         if one != other:
-            self.parent[other] = one
+            self.roots[other] = one
             for standing in (self.standing, *self.vectors):
                 standing[one] = [*standing.get(one, []), *standing.get(other, [])]
             for ends in self.ends:

@@ -79,6 +79,16 @@ def gain_name(number: int) -> str:
     return f"*{number}"
 
 
+class Roots(dict[int, int]):
+    """Disjoint sets of numbers, as a forest (union-find)."""
+
+    def of(self, number: int) -> int:
+        """The number that stands for a number's set."""
+        while (above := self.setdefault(number, number)) != number:
+            number = self[number] = self.setdefault(above, above)
+        return number
+
+
 class Identities:
     """What ties identities to each other, and which changes of them the network's function allows.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax.alignment._gains import Keys, keys_of, resolve
-from smark_jax.alignment._identities import Identities
+from smark_jax.alignment._identities import Identities, Roots
 from smark_jax.alignment.spaces import Factor, Group, Linear, Place
 
 
@@ -145,7 +145,6 @@ def _spaces(
         index = np.full(walk.count, -1)
         flat = [key for block in blocks for key in block]
         index[flat] = np.arange(len(flat))
-
         shape = len(blocks), len(blocks[0])
 
         def standing(
@@ -162,7 +161,7 @@ def _spaces(
         sides = [tuple(p._replace(reads=p.reads != swap) for p in some if p) for some in (places, others)]
         group: Group = "orthogonal" if keys.selfdual[flat[0]] else "linear"
         spaces.append(Linear(sides[0], group, bool(even[flat[0]]), sets.index(names) if names else -1, sides[1]))
-    moving = frozenset(one for one in heads.parent if any(heads.root(one) in names for names in sets))
+    moving = frozenset(one for one in list(heads.parent) if any(heads.root(one) in names for names in sets))
     return tuple(spaces), tuple(heads.places(axes, names) for names in sets), moving
 
 
@@ -179,35 +178,28 @@ class _Heads:
 
     def __init__(self, walk: Identities, keys: Keys, label: np.ndarray) -> None:
         self.label = label
-        self.still = set(label[np.concatenate([np.zeros(0, int), *walk.frozen])].tolist())
-        parent: dict[int, int] = {}
-
-        def root(name: int) -> int:
-            while parent.setdefault(name, name) != name:
-                name = parent[name]
-            return name
-
+        self.parent = Roots()
+        self.root = self.parent.of
         self.name: dict[int, int] = {}
         for small, big in walk.blocks:
             for one, row in zip(label[small].tolist(), keys.key[big], strict=True):
                 for key in set(row.tolist()):
                     if key in self.name:
-                        parent[root(self.name[key])] = root(one)
-                    self.name[key] = root(one)
-        self.root = root
-        self.parent = parent
+                        self.parent[self.root(self.name[key])] = self.root(one)
+                    self.name[key] = self.root(one)
+        still = set(label[np.concatenate([np.zeros(0, int), *walk.frozen])].tolist())
+        self.still = {self.root(one) for one in still & self.parent.keys()}
 
     def of(self, block: list[int]) -> int | None:
         """The head of a block; None when it has none, or one that stays where it is."""
         names = {self.root(self.name[key]) if key in self.name else None for key in block}
         name = names.pop() if len(names) == 1 else None
-        alike = {label for label in self.parent if name is not None and self.root(label) == name}
-        return None if alike & self.still else name
+        return None if name in self.still else name
 
     def places(self, axes: Mapping[tuple[str, int], np.ndarray], names: tuple[int, ...]) -> tuple[Place, ...]:
         """Other leaves whose entries follow the heads."""
         found = []
-        rank = {label: names.index(self.root(label)) for label in self.parent if self.root(label) in names}
+        rank = {label: names.index(self.root(label)) for label in list(self.parent) if self.root(label) in names}
         for (path, axis), ids in axes.items():
             at = [i for i, label in enumerate(self.label[ids].tolist()) if label in rank]
             if at and len(at) % len(names) == 0:

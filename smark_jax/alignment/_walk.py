@@ -11,7 +11,6 @@ from smark_jax.alignment import _elementwise
 from smark_jax.alignment._identities import Compute, Role, Roles, Value, moved, simplified
 from smark_jax.alignment._shapes import Shapes, sourceless
 
-_SUMS = frozenset(["reduce_sum"])
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split())
 _ALONG_ONE_AXIS = frozenset("cumsum cumprod cummax cummin cumlogsumexp sort top_k rev fft argmax argmin".split())
 _CALLS = frozenset(
@@ -69,7 +68,7 @@ class Walk(Shapes):
         outs = [tuple(var.aval.shape) for var in eqn.outvars]
         roles = [operand.roles for operand in operands]
         if name in _elementwise.ALL:
-            return [_elementwise.roles(self, name, operands, shapes, params)] * len(outs)
+            return [_elementwise.roles(self, name, operands, params)] * len(outs)
         if name in _REDUCTIONS:
             return [self.reduced(name, roles[0], params["axes"], shapes[0])]
         if name in _ALONG_ONE_AXIS:
@@ -89,13 +88,13 @@ class Walk(Shapes):
         for role in operand:
             gone = [i for i, axis in enumerate(role.axes) if axis in axes]
             if not gone:
-                self.single(*([] if name in _SUMS else [role]))
+                self.single(*([] if name == "reduce_sum" else [role]))
                 found += moved([role._replace(source=None, maker=None)], order)
                 continue
             kept = [i for i, axis in enumerate(role.axes) if axis not in axes]
             ids = role.ids.transpose([*kept, *gone])
             self.together(ids, len(kept))
-            if name in _SUMS:
+            if name == "reduce_sum":
                 self.summed(role, ids, len(kept))
             else:
                 self.single(role)
@@ -148,7 +147,9 @@ class Walk(Shapes):
                 pairs.setdefault(key, []).append(role._replace(axes=key, ids=role.ids.transpose(np.argsort(at))))
                 if role.source:
                     self.consumed.add(role.source)
-        pairs = self.separated(pairs)
+        for key, both in pairs.items():
+            if len(key) > 1 and len(both) == 1:  # over all axes of a leaf on one side, over each on the other
+                self.request([pairs.get((at,), []) for at in key])
         made: list[Role] = []
         for key, both in pairs.items():
             depth = sum(at < len(batch[0]) for at in key)
@@ -165,13 +166,6 @@ class Walk(Shapes):
                 self.couple(shared, both[0])
                 made.append(shared)
         return tuple(made)
-
-    def separated(self, pairs: dict[tuple[int, ...], list[Role]]) -> dict[tuple[int, ...], list[Role]]:
-        """Asks for the axes of a leaf to be seen as one where a role over all of them meets roles over each."""
-        for key, both in pairs.items():
-            if len(key) > 1 and len(both) == 1:
-                self.request([pairs.get((at,), []) for at in key])
-        return pairs
 
     def rule_dot_general(self, operands: list[Value], shapes: Any, out: Any, params: Any) -> Roles:
         (contract_l, contract_r), (batch_l, batch_r) = params["dimension_numbers"]
@@ -248,21 +242,19 @@ class Walk(Shapes):
         return (*kept, *self.unknown(out, [*lost, *result[2:]]))
 
     def rule_reduce_window(self, operands: list[Value], shapes: Any, out: Any, params: Any) -> Roles:
-        window = params["window_dimensions"]
-        touched = [role for role in operands[0].roles if any(window[a] != 1 for a in role.axes)]
-        self.give_up("reduce_window over channels", touched)
-        through = tuple(role for role in operands[0].roles if role not in touched)
-        self.single(*through)
-        return (*sourceless(through), *self.unknown(out, [a for role in touched for a in role.axes]))
+        found = self.rule_reduce_window_sum(operands, shapes, out, params)
+        self.single(*found)
+        return found
 
     rule_reduce_window_max = rule_reduce_window
     rule_reduce_window_min = rule_reduce_window
 
     def rule_reduce_window_sum(self, operands: list[Value], shapes: Any, out: Any, params: Any) -> Roles:
-        marks = len(self.singles)
-        found = self.rule_reduce_window(operands, shapes, out, params)
-        del self.singles[marks:]  # a sum over windows is linear
-        return found
+        window = params["window_dimensions"]
+        touched = [role for role in operands[0].roles if any(window[a] != 1 for a in role.axes)]
+        self.give_up("reduce_window over channels", touched)
+        through = tuple(role for role in operands[0].roles if role not in touched)
+        return (*sourceless(through), *self.unknown(out, [a for role in touched for a in role.axes]))
 
 
 def _uniform(array: np.ndarray, axis: int) -> bool:

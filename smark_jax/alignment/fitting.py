@@ -78,10 +78,8 @@ class _Search:
         self.fits: dict[int, Fit] = {}
         self.known: set[int] = set()
         self.weak: set[int] = set()
-        size = lambda n: np.arange(n)  # noqa: E731
-        self.found = matching.Match(
-            tuple(map(size, graph.sizes)), tuple(np.ones(n, np.float32) for n in graph.sizes), 0.0
-        )
+        units, signs = (tuple(make(n) for n in graph.sizes) for make in (np.arange, np.ones))
+        self.found = matching.Match(units, signs, 0.0)
         self.spaces: dict[str, set[int]] = {}
         for number, space in enumerate(graph.linear):
             for place in space.places:
@@ -180,7 +178,7 @@ class _Search:
     def levels(self, path: str, number: int) -> dict[int, np.ndarray]:
         """By axis, the factors that bring units of the other spaces to an RMS of one, measured in the base's basis.
 
-        A basis that is not orthogonal yet to be found would distort them, so that there are none before the first fit.
+        A basis that is not orthogonal distorts them, so that there are none before its first fit.
         """
         if self.graph.linear[number].group == "linear" and number not in self.fits:
             return {}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax.alignment import matching
-from smark_jax.alignment._elementwise import gain_name
+from smark_jax.alignment._identities import gain_name
 from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves
 from smark_jax.alignment.spaces import Place

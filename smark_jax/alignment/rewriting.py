@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from smark_jax.alignment._elementwise import gain_name
-from smark_jax.alignment._identities import Compute
+from smark_jax.alignment import gauge
+from smark_jax.alignment._identities import Compute, gain_name
 from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves, along
 from smark_jax.alignment.spaces import Factor, Linear, Place
@@ -90,25 +90,15 @@ def mixed(graph: Graph, leaves: Leaves, rng: np.random.Generator) -> Leaves:
 
     Spaces whose gains are not folded stay as they are, but for their blocks.
     """
-    leaves = dict(leaves)
     blocks = {space.heads: space.blocks for space in graph.linear}
     orders = [rng.permutation(blocks[number]) for number in range(len(graph.heads))]
-    for number, places in enumerate(graph.heads):
-        for place in places:
-            leaf = np.moveaxis(leaves[place.path].copy(), place.axis, 0)
-            leaf[place.entries] = leaf[place.entries[orders[number]]]
-            leaves[place.path] = np.moveaxis(leaf, 0, place.axis)
-    for space in graph.linear:
+    fits = {}
+    for number, space in enumerate(graph.linear):
         order = orders[space.heads] if space.heads >= 0 else np.arange(space.blocks)
         free = all(_free(graph, place, leaves) for place in space.places)
-        matrices = np.stack([_drawn(space, rng) if free else np.eye(space.width) for _ in range(space.blocks)])
-        for place in (*space.places, *space.vectors):
-            by = np.linalg.inv(matrices) if place.reads else matrices.swapaxes(1, 2)
-            leaf = np.moveaxis(leaves[place.path].astype(np.float64), place.axis, 0).copy()
-            taken = leaf[place.entries[order]]
-            leaf[place.entries] = np.matmul(by, taken.reshape(*taken.shape[:2], -1)).reshape(taken.shape)
-            leaves[place.path] = np.moveaxis(leaf, 0, place.axis).astype(np.float32)
-    return leaves
+        matrices = [_drawn(space, rng) if free else np.eye(space.width) for _ in range(space.blocks)]
+        fits[number] = gauge.Fit(order, np.stack(matrices))
+    return {path: gauge.carried(graph, path, leaf, fits).astype(leaf.dtype) for path, leaf in leaves.items()}
 
 
 def with_means(graph: Graph, leaves: Leaves, rng: np.random.Generator, size: float) -> Leaves:
