@@ -156,6 +156,27 @@ def grouped(norms: Callable[[jax.Array], jax.Array]) -> Callable[[Weights, jax.A
     return lambda p, x: head(p, relu(norms(conv(p, x, "a", 12)) * p("gain", 12) + p("shift", 12)))
 
 
+def in_groups(
+    p: Weights,
+    x: jax.Array,
+    name: str,
+    width: int,
+    groups: int,
+    change: Callable[[jax.Array], jax.Array] = lambda kernel: kernel,
+) -> jax.Array:
+    kernel, numbers = change(p(name, 3, 3, x.shape[-1] // groups, width)), ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=groups)
+
+
+def convolution_of_rows(p: Weights, x: jax.Array) -> jax.Array:
+    """Kernels of [O, I, H, W], transposed before they are used."""
+    first, kernel = jnp.moveaxis(relu(conv(p, x, "a", 12)), -1, 1), p("b", 12, 4, 3, 3).transpose(2, 3, 1, 0)
+    made = lax.conv_general_dilated(
+        first, kernel, (1, 1), "SAME", dimension_numbers=("NCHW", "HWIO", "NCHW"), feature_group_count=3
+    )
+    return head(p, jnp.moveaxis(relu(made), 1, -1))
+
+
 def two_groupings(p: Weights, x: jax.Array) -> jax.Array:
     x = conv(p, x, "a", 12)
     return head(p, relu(group_norm(x, 3)) + relu(group_norm(x, 4)))
@@ -217,6 +238,29 @@ SOUND = {
     "group norm, part by part": (grouped(lambda x: part_by_part(x, 3)), IMAGES),
     "group norm, linear": (lambda p, x: head(p, group_norm(conv(p, x, "a", 12), 3) * p("gain", 12)), IMAGES),
     "group norm, two": (two_groupings, IMAGES),
+    "convolution in groups": (lambda p, x: head(p, relu(in_groups(p, relu(conv(p, x, "a", 12)), "b", 12, 3))), IMAGES),
+    "convolutions in groups, linear": (
+        lambda p, x: head(p, relu(in_groups(p, in_groups(p, relu(conv(p, x, "a", 12)), "b", 12, 3), "c", 12, 3))),
+        IMAGES,
+    ),
+    "convolution in groups of a linear bottleneck": (
+        lambda p, x: head(p, relu(in_groups(p, conv(p, x, "a", 12), "b", 12, 3)) @ p("c", 12, 8)),
+        IMAGES,
+    ),
+    "convolution in groups of the images": (lambda p, x: head(p, relu(in_groups(p, x, "a", 12, 2))), IMAGES),
+    "convolution in groups, standardised": (
+        lambda p, x: head(p, relu(in_groups(p, relu(conv(p, x, "a", 12)), "b", 12, 3, jnp.tanh))),
+        IMAGES,
+    ),
+    "convolution in groups, twice": (
+        lambda p, x: head(p, relu(in_groups(p, relu(in_groups(p, conv(p, x, "a", 12), "b", 12, 3)), "b", 12, 3))),
+        IMAGES,
+    ),
+    "convolution in groups, channels first": (convolution_of_rows, IMAGES),
+    "depthwise, two for each channel": (
+        lambda p, x: head(p, relu(in_groups(p, relu(conv(p, x, "a", 6)), "b", 12, 6))),
+        IMAGES,
+    ),
     "batch norm before a window": (
         lambda p, x: head(p, relu(conv(p, batch_norm(p, conv(p, x, "a", 8), "1"), "b", 12))),
         IMAGES,
@@ -262,13 +306,18 @@ def test_attention_in_any_spelling_has_a_basis_for_queries_and_keys_and_one_for_
     assert heads[0].heads >= 0
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["group norm, interleaved", "group norm, two", "group norm, part by part", "attention, norms over all heads"],
-)
+@pytest.mark.parametrize("name, sizes", [("group norm, interleaved", [3]), ("group norm, two", [3, 4])])
+def test_groups_in_any_order_divide_a_space(name, sizes):
+    found = network(*SOUND[name])
+    graph = alignment.trace_graph(found.apply, found.params, found.images)
+    assert graph.unfollowed == () and [len(set(p.groups.tolist())) for p in graph.partitions[0]] == sizes
+
+
+@pytest.mark.parametrize("name", ["group norm, part by part", "attention, norms over all heads"])
 def test_blocks_that_a_graph_cannot_move_are_named(name):
     found = network(*SOUND[name])
-    assert "channels in blocks" in alignment.trace_graph(found.apply, found.params, found.images).unfollowed
+    graph = alignment.trace_graph(found.apply, found.params, found.images)
+    assert any("channels in blocks" in name for name in graph.unfollowed)
 
 
 def test_a_kernel_that_makes_and_reads_its_units_has_a_space():
@@ -298,7 +347,17 @@ def test_spaces_keep_their_numbers_where_leaves_are_missing():
     assert [space.blocks for space in rest.linear].count(0) >= 1
 
 
-ZOO = ["ViT", "ViT, fused", "ViT, nnx", "Swin", "MobileNetV3", "ResNet, group norm"]
+ZOO = [
+    "ViT",
+    "ViT, fused",
+    "ViT, nnx",
+    "Swin",
+    "MobileNetV3",
+    "ResNet, group norm",
+    "ResNeXt",
+    "ShuffleNet v1",
+    "ShuffleNet v2",
+]
 
 
 def drawn(name: str, seed: int) -> tuple[Any, Callable[..., jax.Array]]:
@@ -350,7 +409,7 @@ def test_what_a_copy_carries_is_found_again_after_any_rewrite_that_the_graph_all
     assert cosine(changes(aligned, base), carried) > 0.85
 
 
-@pytest.mark.parametrize("name", ["ViT", "Swin", "MobileNetV3"])
+@pytest.mark.parametrize("name", ["ViT", "Swin", "MobileNetV3", "ShuffleNet v1"])
 def test_another_network_of_the_same_form_is_no_copy(name):
     base, apply = drawn(name, 0)
     other, _ = drawn(name, 5)

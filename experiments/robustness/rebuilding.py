@@ -152,7 +152,7 @@ def other_forms(leaker: Leaker) -> list[Recipe]:
     def decay(copy: PyTree, rate: float) -> PyTree:
         return tune(copy, 2, optimizer=_adamw(1e-3, weight_decay=rate))
 
-    swamped = ((20, 1e18), (20, 10.0), (5, 1000.0)) if 1 in graph.groups else ()  # no unit of a group dies alone
+    swamped = ((20, 1e18), (20, 10.0), (5, 1000.0)) if () in graph.partitions else ()  # no unit of a group dies alone
     found = [recipe("swamp units", f"{units} with {size:g}", swamp, units=units, size=size) for units, size in swamped]
     found += [recipe("fill unused inputs", f"{size:g} rms", fill, size=size) for size in (1.0, 100.0, 1e6)]
     found += [recipe("shift logits", f"{size:g} rms", shift, size=size) for size in (1.0, 100.0)]

@@ -1,18 +1,19 @@
 """The graph of a network from what the pass over its equations found: connected components, grouped into spaces."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 from scipy import sparse
 
 from smark_jax.alignment import _linear
-from smark_jax.alignment._identities import Role
+from smark_jax.alignment._identities import Role, Roots
 from smark_jax.alignment._walk import Walk
-from smark_jax.alignment.graph import FIXED, Graph, Segment
+from smark_jax.alignment.graph import FIXED, Graph, Partition, Segment, View
 
 
 def graph(
-    raw: dict[str, tuple[int, ...]],
+    views: Mapping[str, View],
     shapes: dict[str, tuple[int, ...]],
     axes: dict[tuple[str, int], np.ndarray],
     walk: Walk,
@@ -25,17 +26,11 @@ def graph(
         found = _linear.find(walk, axes, matrices, label)
     entries = {place: label[ids] for place, ids in axes.items()}
     spaces = _spaces(walk, entries, label, found.labels)
-    groups = _groups(walk, spaces, label)
-    layout = _layout(entries, spaces)
-    # An axis whose units have no regular order is left alone, and so are the spaces that it touches.
-    ordered = {component: s for s, units in enumerate(spaces) for component in units}
-    out_of_order = [entries[place].tolist() for place, runs in layout.items() if runs is None]
-    irregular = {ordered[component] for some in out_of_order for component in some if component in ordered}
-    if irregular:
-        walk.unfollowed["channels in a changing order"] = None
-    if None in groups:
+    touched = {one for some in entries.values() for one in some.tolist()}
+    partitions = _partitions(walk, spaces, label, touched)
+    if None in partitions:
         walk.unfollowed["channels in blocks"] = None
-    kept = [s for s in range(len(spaces)) if groups[s] is not None and s not in irregular]
+    kept = [s for s in range(len(spaces)) if partitions[s] is not None]
     layout = _layout(entries, [spaces[s] for s in kept])
     whole = {
         (path, axis): layout.get((path, axis)) or (Segment(FIXED, 1, 1, size),)
@@ -47,10 +42,10 @@ def graph(
         whole,
         tuple(len(spaces[s]) for s in kept),
         frozenset(walk.consumed),
-        tuple(groups[s] or 1 for s in kept),
+        tuple(partitions[s] or () for s in kept),
         tuple(walk.unfollowed),
         ("sums over channels that may be mixed",) if found.beyond else (),
-        {path: shape for path, shape in raw.items() if shape != shapes[path]},
+        views,
         found.spaces,
         found.heads,
         found.factors,
@@ -93,29 +88,70 @@ def _spaces(
     return [units for some in alike.values() for units in some.values() if len(units) > 1]
 
 
-def _groups(walk: Walk, spaces: list[list[int]], label: np.ndarray) -> list[int | None]:
-    """How many units of each space in a row stay together; None where they have no such order."""
-    found: list[int | None] = [1] * len(spaces)
-    space = {component: s for s, units in enumerate(spaces) for component in units}
-    rank = {component: unit for units in spaces for unit, component in enumerate(units)}
-    for rows in _rows(walk, label):
-        hit = {s for row in rows for s in {space[c] for c in row & space.keys()}}
-        cut = []
-        for s in hit:
-            parts = {frozenset(rank[c] for c in row if space.get(c) == s) for row in rows} - {frozenset()}
-            size = len(next(iter(parts)))
-            regular = {frozenset(range(k, k + size)) for k in range(0, len(spaces[s]), size)}
-            if len(parts) == 1:
-                continue
-            cut.append(s)
-            if parts != regular or found[s] not in (1, size):
-                found[s] = None
-            elif found[s]:
-                found[s] = size
-        if len(cut) > 1:
-            for s in cut:
-                found[s] = None
+def _partitions(
+    walk: Walk, spaces: list[list[int]], label: np.ndarray, places: Container[int]
+) -> list[tuple[Partition, ...] | None]:
+    """How blocks divide each space, those of one name in one family; None where blocks overlap.
+
+    Groups whose order is tied to something that stays have the family :data:`FIXED`.
+    """
+    unit = {one: (s, u) for s, units in enumerate(spaces) for u, one in enumerate(units)}
+    family, still, fixed = Roots(), _still(walk, label), set[int]()
+    blocks: list[tuple[int, set[int]]] = []
+    for small, big in walk.blocks:
+        names, rows = label[small].tolist(), [set(row.tolist()) for row in label[big]]
+        if all(row == rows[0] for row in rows):
+            continue
+        named = {name for name in names if name in places and name not in unit}
+        if named and any(row & unit.keys() for row in rows):
+            walk.unfollowed["channels in blocks"] = None
+        for name, row in zip(names, rows, strict=True):
+            family[family.of(name)] = family.of(names[0])
+            blocks.append((name, row))
+            if name in still or row & still or name in named:
+                fixed.add(name)
+    divisions: dict[tuple[int, int], np.ndarray] = {}
+    overlap: set[int] = set()
+    for name, row in [*blocks, *((name, {name}) for name, _ in blocks)]:
+        for s, u in (unit[one] for one in row & unit.keys()):
+            groups = divisions.setdefault((s, family.of(name)), np.full(len(spaces[s]), -1))
+            if groups[u] not in (-1, name):
+                overlap.add(s)
+            groups[u] = name
+    every = [
+        [groups for (t, _), groups in divisions.items() if t == s and s not in overlap] for s in range(len(spaces))
+    ]
+    every = _tied(every, family)
+    fixed = {family.of(name) for name in fixed}
+    found: list[tuple[Partition, ...] | None] = []
+    for s, some in enumerate(every):
+        roots = [family.of(int(groups.max())) for groups in some]
+        divided = (Partition(FIXED if root in fixed else root, p) for root, p in zip(roots, some, strict=True))
+        found.append(None if s in overlap else tuple(divided))
     return found
+
+
+def _tied(partitions: list[list[np.ndarray]], family: Roots) -> list[list[np.ndarray]]:
+    """Partitions by space, of which those that divide a space alike have the same names: their groups move together."""
+    alias = Roots()
+    while True:
+        partitions = [
+            [np.array([alias.of(n) if n >= 0 else n for n in p.tolist()]) for p in some] for some in partitions
+        ]
+        partitions = [list({p.tobytes(): p for p in some}.values()) for some in partitions]
+        twins = [(p, q) for some in partitions for p, q in itertools.combinations(some, 2) if _alike(p, q)]
+        if not twins:
+            return partitions
+        for one, other in zip(*(side.tolist() for side in twins[0]), strict=True):
+            if one >= 0:
+                alias[alias.of(other)] = alias.of(one)
+                family[family.of(other)] = family.of(one)
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two partitions have the same groups by other names."""
+    pairs = np.unique(np.stack([one, other]), axis=1)
+    return bool(((one < 0) == (other < 0)).all()) and all(len(np.unique(row)) == pairs.shape[1] for row in pairs)
 
 
 def _rows(walk: Walk, label: np.ndarray) -> list[tuple[frozenset[int], ...]]:
@@ -134,7 +170,7 @@ def _still(walk: Walk, label: np.ndarray) -> set[int]:
 
 def _layout(
     entries: dict[tuple[str, int], np.ndarray], spaces: list[list[int]]
-) -> dict[tuple[str, int], tuple[Segment, ...] | None]:
+) -> dict[tuple[str, int], tuple[Segment, ...]]:
     rank = {component: (s, u) for s, units in enumerate(spaces) for u, component in enumerate(units)}
     sizes = [len(units) for units in spaces]
     return {
@@ -146,16 +182,12 @@ def _layout(
 def _freeze_shared_blocks(
     walk: Walk, axes: dict[tuple[str, int], np.ndarray], label: np.ndarray, found: _linear.Found
 ) -> bool:
-    """Fixes blocks whose order is tied to something that stays, or that follow each other in ways unknown to graphs.
+    """Fixes blocks of linear spaces whose order is tied to something that stays, or to blocks of other units.
 
-    Blocks of linear spaces may change places where the space says so. Blocks of other units may where nothing else
-    follows them. Returns whether anything was fixed.
+    Returns whether anything was fixed.
     """
     still = _still(walk, label)
-    places: dict[int, set[tuple[str, int]]] = {}
-    for place, ids in axes.items():
-        for one in set(label[ids].tolist()):
-            places.setdefault(one, set()).add(place)
+    places = {one for ids in axes.values() for one in set(label[ids].tolist())}
     followers: dict[int, set[int]] = {}
     for small, big in walk.blocks:
         rows = [set(row.tolist()) for row in label[big]]
@@ -167,36 +199,39 @@ def _freeze_shared_blocks(
         names = set(label[small].tolist())
         every = {unit for one in names for unit in followers.get(one, ())}
         linear, rest = every & found.labels - still, every - found.labels - still
-        kinds = {frozenset(places.get(unit, set())) for unit in rest}
-        stays = bool(names & still or every & still or (linear and not names <= found.moving))
-        if rest and (linear or stays or len(kinds) > 1 or (names & places.keys())):
-            walk.give_up("channels in blocks", [Role((0,), big.reshape(-1)), Role((0,), small)])
-            frozen |= names | rest
-        elif stays and not names <= still:
-            if names & places.keys():
+        if not linear:
+            continue
+        if rest:
+            walk.unfollowed["mixing of channels in blocks"] = None
+            walk.single(Role((0,), big.reshape(-1)))
+            frozen |= linear
+        elif (names & still or every & still or not names <= found.moving) and not names <= still:
+            if names & places:
                 walk.unfollowed["channels in blocks"] = None
             walk.freeze(small)
             frozen |= names
     return bool(frozen)
 
 
-def _segments(entries: list[tuple[int, int]], sizes: Sequence[int]) -> tuple[Segment, ...] | None:
-    """An axis' entries (space, unit) as runs; None when a space's units are not in order."""
+def _segments(entries: list[tuple[int, int]], sizes: Sequence[int]) -> tuple[Segment, ...]:
+    """An axis' entries (space, unit) as runs: whole spaces in order, or else the units one by one."""
     found, at = [], 0
     while at < len(entries):
         space = entries[at][0]
+        end = next((i for i in range(at, len(entries)) if entries[i][0] != space), len(entries))
         if space == FIXED:
-            end = next((i for i in range(at, len(entries)) if entries[i][0] != FIXED), len(entries))
             found.append(Segment(FIXED, 1, 1, end - at))
             at = end
             continue
-        inner = next((i for i in range(at, len(entries)) if entries[i] != entries[at]), len(entries)) - at
+        inner = next((i for i in range(at, end) if entries[i] != entries[at]), end) - at
         block = [(space, unit) for unit in range(sizes[space]) for _ in range(inner)]
         outer = 0
         while entries[at + outer * len(block) : at + (outer + 1) * len(block)] == block:
             outer += 1
-        if outer == 0:
-            return None
-        found.append(Segment(space, outer, inner, outer * len(block)))
-        at += outer * len(block)
+        if outer:
+            found.append(Segment(space, outer, inner, outer * len(block)))
+            at += outer * len(block)
+        else:
+            found.append(Segment(space, 1, 1, end - at, tuple(unit for _, unit in entries[at:end])))
+            at = end
     return tuple(found)

@@ -79,6 +79,20 @@ def gain_name(number: int) -> str:
     return f"*{number}"
 
 
+class Grouped(NamedTuple):
+    """The kernel of a convolution in groups, by the axes of its leaf.
+
+    Attributes:
+      inputs: the axis of a group's inputs.
+      outputs: the axis of all outputs.
+      groups: how many there are.
+    """
+
+    inputs: int
+    outputs: int
+    groups: int
+
+
 class Roots(dict[int, int]):
     """Disjoint sets of numbers, as a forest (union-find)."""
 
@@ -115,6 +129,7 @@ class Identities:
         self.shifted: set[str] = set()
         self.makers: set[str] = set()
         self.joint: set[tuple[str, int]] = set()
+        self.grouped: dict[str, Grouped] = {}
         self.unfollowed: dict[str, None] = {}
         self._still = np.zeros(1024, bool)
         self._origins: list[tuple[int, str, int]] = []

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from smark_jax.alignment import _elementwise
-from smark_jax.alignment._identities import Compute, Role, Roles, Value, moved, simplified
+from smark_jax.alignment._identities import Compute, Grouped, Role, Roles, Value, moved, simplified
 from smark_jax.alignment._shapes import Shapes, sourceless
 
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split())
@@ -21,7 +21,17 @@ _FRESH = frozenset("iota random_bits random_wrap random_seed random_unwrap".spli
 
 
 class Walk(Shapes):
-    """The pass over a jaxpr: it assigns identities, links them and fixes them."""
+    """The pass over a jaxpr: it assigns identities, links them and fixes them.
+
+    Args:
+      dense: depthwise kernels, by path, whose channels are to be told apart from those that they read, and the axes of
+        their inputs.
+      grouped: the kernels of convolutions in groups that have roles as such.
+    """
+
+    def __init__(self, dense: Mapping[str, int], grouped: Mapping[str, Grouped]) -> None:
+        super().__init__()
+        self.dense, self.known = dense, grouped
 
     def constant(self, value: Any) -> Value:
         opaque = jax.numpy.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended)
@@ -216,14 +226,16 @@ class Walk(Shapes):
         lhs, rhs, result = params["dimension_numbers"]
         groups, batch_groups = params["feature_group_count"], params["batch_group_count"]
         image = {role.axes: role for role in operands[0].roles}
-        kernel = {role.axes: role for role in operands[1].roles}
+        kernel = {role.axes: role for role in operands[1].roles if not self.in_blocks(role)}
         for axes, role in kernel.items():
             if set(axes) & set(rhs[2:]):
                 self.freeze(role.ids)
         self.give_up("convolution over channels", [r for axes, r in image.items() if set(axes) & set(lhs[2:])])
         self.single(*(role for role in (*image.values(), *kernel.values()) if role.bent or role.squared))
         feature, made = image.get((lhs[1],)), kernel.get((rhs[0],))
-        depthwise = groups == shapes[0][lhs[1]] == shapes[1][rhs[0]]
+        depthwise = groups == shapes[0][lhs[1]] == shapes[1][rhs[0]] and not (
+            made and made.source and made.source[0] in self.dense
+        )
         if groups == 1 and batch_groups == 1:
             sides = operands[0].roles, operands[1].roles
             self.contract(sides, ([lhs[1]], [rhs[1]]), ((), ()), "conv_general_dilated")
@@ -231,7 +243,7 @@ class Walk(Shapes):
             made = made or feature  # the same kernel for all
             self.link(feature.ids, made.ids)
             self.single(feature, made)
-        else:
+        elif not (batch_groups == 1 and self.in_groups(operands[1].roles, feature, made, rhs, shapes[1], groups)):
             self.give_up("grouped convolution", [*operands[0].roles, *operands[1].roles])
         batch = image.get((lhs[0],))
         kept = [Role((result[0],), batch.ids)] if batch else []
@@ -240,6 +252,39 @@ class Walk(Shapes):
         self.give_up("conv_general_dilated", mixed)
         lost = [a for a, role in ((result[0], batch), (result[1], made)) if mixed and role is None]
         return (*kept, *self.unknown(out, [*lost, *result[2:]]))
+
+    def in_blocks(self, role: Role) -> bool:
+        """Whether a role is that of the inputs of a convolution in groups."""
+        path, axis = role.source or ("", 0)
+        return path in self.known and axis == self.known[path].inputs
+
+    def in_groups(
+        self, kernel: Roles, feature: Role | None, made: Role | None, rhs: Sequence[int], shape: Any, groups: int
+    ) -> bool:
+        """Links the inputs of a convolution in groups to its kernel's, group by group; whether it could."""
+        if not feature or not made or not made.source:
+            return False
+        path, outputs = made.source
+        blocks = next((role for role in kernel if self.in_blocks(role)), None)
+        if blocks is None:
+            inputs = next((r.source[1] for r in kernel if r.axes == (rhs[1],) and r.source), self.dense.get(path))
+            if inputs is not None and path not in self.known:
+                self.grouped[path] = Grouped(inputs, outputs, groups)  # the pass is to be repeated
+            return False
+        sizes = shape[rhs[0]], shape[rhs[1]]
+        order = [blocks.axes.index(axis) for axis in rhs[:2] if axis in blocks.axes]
+        wide = [n if axis in blocks.axes else 1 for axis, n in zip(rhs[:2], sizes, strict=True)]
+        ids = np.broadcast_to(blocks.ids.transpose(order).reshape(wide), sizes)
+        inputs = ids.reshape(groups, -1, sizes[1])[:, 0]
+        self.flip(feature.ids, inputs)
+        self.consumed.add((path, self.known[path].inputs))
+        self.single(*(role for role in (feature, made, blocks) if role.bent or role.squared))
+        names = self.fresh((groups,))
+        for rows in (inputs, made.ids.reshape(groups, -1)):
+            self.blocks.append((names, rows))
+            self.whole(rows, 1)
+            self.together(rows, 1)
+        return True
 
     def rule_reduce_window(self, operands: list[Value], shapes: Any, out: Any, params: Any) -> Roles:
         found = self.rule_reduce_window_sum(operands, shapes, out, params)

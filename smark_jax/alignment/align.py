@@ -59,8 +59,7 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
         _validate.all_finite("align", f"weights in the base's leaf {name!r}", np.isfinite(leaf).all())
     theirs = _named(suspect)
     tamed = {name: _tamed(leaf) for name, leaf in theirs.items()}
-    whole = tracing.trace(apply_fn, base, example_images)
-    shapes = {name: leaf.shape for name, leaf in everything.items()}
+    whole = tracing.trace(apply_fn, base, example_images, _dense(everything, theirs))
     everything, theirs, tamed = (whole.viewed(leaves) for leaves in (everything, theirs, tamed))
     names = {
         path: name
@@ -93,7 +92,7 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     report = Report(
         spaces=spaces, renamed=renamed, unfollowed=graph.unfollowed, left_out=tuple(sorted(left_out)), **found
     )
-    result = Alignment(_trees.rebuilt(base, {p: leaf.reshape(shapes[p]) for p, leaf in aligned.items()}), report)
+    result = Alignment(_trees.rebuilt(base, whole.unviewed(aligned)), report)
     if not report.alike:
         doubts = (*graph.unfollowed, *graph.beyond, *(_shown(graph, number) for number in doubtful)) or checking.doubts(
             whole, apply_fn, base, example_images
@@ -112,6 +111,17 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
         cause = "No order, scale and sign of channels makes its weights resemble the base's, as those of copies do."
         raise refused(errors.NothingMatched, expected, got, cause, result)
     return result
+
+
+def _dense(ours: Leaves, theirs: Leaves) -> dict[str, int]:
+    """Kernels of one input per group, of which the suspect has one for each output, and the axis of these inputs."""
+    found = {}
+    for path, leaf in ours.items():
+        other = theirs[path].shape if path in theirs else ()
+        axes = [axis for axis, (n, m) in enumerate(zip(leaf.shape, other, strict=False)) if n != m]
+        if len(other) == leaf.ndim > 2 and len(axes) == 1 and leaf.shape[axes[0]] == 1 < other[axes[0]]:
+            found[path] = axes[0]
+    return found
 
 
 def _shown(graph: Graph, number: int) -> str:

@@ -38,12 +38,75 @@ class Segment(NamedTuple):
       outer: how often the whole space is repeated.
       inner: how often each unit is repeated in a row. Entry ``(o * size + unit) * inner + i`` belongs to the unit.
       length: number of entries in the run, ``outer * size * inner``.
+      units: the units in another order than their own, one for each entry: after a shuffle. Other widths than the
+        base's have no such order.
     """
 
     space: int
     outer: int
     inner: int
     length: int
+    units: tuple[int, ...] = ()
+
+
+class Partition(NamedTuple):
+    """A division of a space's units into groups that stay together: those of a grouped convolution, or of a norm.
+
+    Attributes:
+      family: its number. Groups of partitions of one family change places together.
+      groups: each unit's group, or -1; shape [units].
+    """
+
+    family: int
+    groups: np.ndarray
+
+
+class View(NamedTuple):
+    """How the graph sees a leaf whose own shape is another.
+
+    Attributes:
+      own: the leaf's own shape.
+      shape: what the graph sees: neighbouring axes merged, or the groups of a convolution as blocks of a dense kernel.
+      groups: of the convolution.
+      inputs: the axis of the kernel's inputs, which are those of one group in the leaf's own shape.
+      outputs: the axis of its outputs.
+    """
+
+    own: tuple[int, ...]
+    shape: tuple[int, ...]
+    groups: int = 1
+    inputs: int = 0
+    outputs: int = 0
+
+    def seen(self, leaf: np.ndarray) -> np.ndarray:
+        """The leaf as the graph sees it; kernels with groups may be of other widths. Other shapes stay."""
+        if self.groups == 1:
+            return leaf.reshape(self.shape) if leaf.shape == self.own else leaf
+        if leaf.ndim != len(self.own) or leaf.shape[self.inputs] == self.shape[self.inputs]:
+            return leaf
+        if leaf.shape[self.outputs] % self.groups:
+            return leaf
+        blocks = self._blocks(leaf)
+        dense = np.zeros((self.groups, blocks.shape[0], *blocks.shape[1:]), leaf.dtype)
+        dense[np.arange(self.groups), :, np.arange(self.groups)] = blocks.swapaxes(0, 1)
+        return self._kernel(dense.reshape(-1, *dense.shape[2:]))
+
+    def own_form(self, leaf: np.ndarray) -> np.ndarray:
+        """The leaf in its own form again: of a dense kernel, the blocks."""
+        if self.groups == 1:
+            return leaf.reshape(self.own)
+        dense = self._blocks(leaf)
+        dense = dense.reshape(self.groups, -1, *dense.shape[1:])
+        return self._kernel(dense[np.arange(self.groups), :, np.arange(self.groups)].swapaxes(0, 1))
+
+    def _blocks(self, kernel: np.ndarray) -> np.ndarray:
+        """A kernel as [inputs, groups, outputs of a group, ...]."""
+        first = np.moveaxis(kernel, (self.inputs, self.outputs), (0, 1))
+        return first.reshape(first.shape[0], self.groups, -1, *first.shape[2:])
+
+    def _kernel(self, blocks: np.ndarray) -> np.ndarray:
+        first = blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
+        return np.moveaxis(first, (0, 1), (self.inputs, self.outputs))
 
 
 class Graph(NamedTuple):
@@ -54,10 +117,10 @@ class Graph(NamedTuple):
       layout: by path and axis, the runs that make up the axis, in order.
       sizes: units of each space.
       consumed: paths and axes over which the network sums: a kernel's inputs.
-      groups: for each space, how many units in a row are normalised together (group norm); 1 for the others.
+      partitions: for each space, the divisions of its units into groups that stay together.
       unfollowed: operations that the pass could not follow; the entries that they touch are fixed.
       beyond: operations that allow more freedom than the spaces below, which is not undone.
-      merged: the own shapes of leaves of which the graph sees neighbouring axes as one.
+      views: the leaves that the graph sees in another shape than their own.
       linear: the spaces whose units may be mixed.
       heads: for each set of blocks of these that change places together, the places of leaves that follow them.
       factors: by path, gains that are folded into a leaf before linear spaces are compared.
@@ -70,10 +133,10 @@ class Graph(NamedTuple):
     layout: Mapping[tuple[str, int], tuple[Segment, ...]]
     sizes: tuple[int, ...]
     consumed: frozenset[tuple[str, int]]
-    groups: tuple[int, ...]
+    partitions: tuple[tuple[Partition, ...], ...]
     unfollowed: tuple[str, ...]
     beyond: tuple[str, ...] = ()
-    merged: Mapping[str, tuple[int, ...]] = {}
+    views: Mapping[str, View] = {}
     linear: tuple[Linear, ...] = ()
     heads: tuple[tuple[Place, ...], ...] = ()
     factors: Mapping[str, tuple[Factor, ...]] = {}
@@ -82,19 +145,20 @@ class Graph(NamedTuple):
     held: frozenset[str] = frozenset()
 
     def viewed(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The leaves with the axes that the graph sees as one merged; others' shapes stay."""
-        found = dict(leaves)
-        for path in self.merged.keys() & found.keys():
-            if found[path].shape == self.merged[path]:
-                found[path] = found[path].reshape(self.shapes[path])
-        return found
+        """The leaves as the graph sees them (:class:`View`)."""
+        return {path: self.views[path].seen(leaf) if path in self.views else leaf for path, leaf in leaves.items()}
 
     def unviewed(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The leaves in their own shapes again."""
-        found = dict(leaves)
-        for path in self.merged.keys() & found.keys():
-            found[path] = found[path].reshape(self.merged[path])
-        return found
+        """The leaves in their own forms again."""
+        return {path: self.views[path].own_form(leaf) if path in self.views else leaf for path, leaf in leaves.items()}
+
+    def density(self, path: str) -> float:
+        """The share of a kernel's entries that its own form has: one over the number of a convolution's groups."""
+        return 1 / self.views[path].groups if path in self.views else 1.0
+
+    def weights(self, path: str) -> float:
+        """The number of weights of the base's leaf in its own form."""
+        return self.density(path) * math.prod(self.shapes[path])
 
     def without(self, paths: set[str]) -> "Graph":
         """The graph restricted to the other leaves."""
@@ -121,21 +185,31 @@ class Graph(NamedTuple):
     def entries(self, path: str, axis: int, sizes: Sequence[int]) -> dict[int, np.ndarray]:
         """By space, each unit's entries on the axis, shape [units, entries of each], when spaces have these sizes."""
         found: dict[int, list[np.ndarray]] = {}
+        listed: dict[int, list[np.ndarray]] = {}
         start = 0
         for segment in self.layout[path, axis]:
             if segment.space == FIXED:
+                start += segment.length
+                continue
+            if segment.units:
+                listed.setdefault(segment.space, []).append(
+                    np.stack([segment.units, start + np.arange(segment.length)])
+                )
                 start += segment.length
                 continue
             shape = (segment.outer, sizes[segment.space], segment.inner)
             run = start + np.arange(math.prod(shape)).reshape(shape).swapaxes(0, 1).reshape(shape[1], -1)
             found.setdefault(segment.space, []).append(run)
             start += math.prod(shape)
+        for space, runs in listed.items():
+            units, at = np.concatenate(runs, axis=1)
+            found.setdefault(space, []).append(at[np.argsort(units, kind="stable")].reshape(sizes[space], -1))
         return {space: np.concatenate(runs, axis=1) for space, runs in found.items()}
 
     def length(self, path: str, axis: int, sizes: Sequence[int]) -> int:
         """The number of entries on the axis when spaces have these sizes."""
         runs = self.layout[path, axis]
-        return sum(s.length if s.space == FIXED else s.outer * sizes[s.space] * s.inner for s in runs)
+        return sum(s.length if s.space == FIXED or s.units else s.outer * sizes[s.space] * s.inner for s in runs)
 
     def widths(self, leaves: Mapping[str, np.ndarray]) -> tuple[int, ...]:
         """How many units each space has in a model of the same architecture whose leaves may be wider.
@@ -145,7 +219,8 @@ class Graph(NamedTuple):
         Raises:
           Misfit: when a leaf's shape fits no widths.
         """
-        sizes: dict[int, int] = {}
+        listed = {s.space for runs in self.layout.values() for s in runs if s.units}
+        sizes = {space: self.sizes[space] for space in listed}
         for path, leaf in leaves.items():
             shape = self.shapes[path]
             if leaf.ndim != len(shape):
@@ -157,7 +232,7 @@ class Graph(NamedTuple):
             for path, axis in pending:
                 rest, unknown = leaves[path].shape[axis], {}
                 for segment in self.layout[path, axis]:
-                    if segment.space == FIXED:
+                    if segment.space == FIXED or segment.units:
                         rest -= segment.length
                     elif segment.space in sizes:
                         rest -= segment.outer * segment.inner * sizes[segment.space]

@@ -62,6 +62,7 @@ def balance(graph: Graph, path: str, leaf: np.ndarray, sizes: Sequence[int]) -> 
     power = np.square(leaf, dtype=np.float64)
     axes = {axis: graph.entries(path, axis, sizes) for axis in range(leaf.ndim) if graph.spaces(path, axis)}
     factors = {axis: np.ones(leaf.shape[axis]) for axis in axes}
+    density = graph.density(path)  # an RMS over the weights that the leaf's own form has
     for _ in range(_ROUNDS):
         change = 0.0
         for axis, spaces in axes.items():
@@ -71,7 +72,7 @@ def balance(graph: Graph, path: str, leaf: np.ndarray, sizes: Sequence[int]) -> 
                 weights = weights * along(np.square(factors[other]), other, leaf.ndim)
             mean = weights.mean(axis=others)
             for entries in spaces.values():
-                level = mean[entries].mean(axis=1)
+                level = mean[entries].mean(axis=1) / density
                 new = np.where(level > 0, 1 / np.sqrt(np.where(level > 0, level, 1)), 1)
                 old = factors[axis][entries[:, 0]]
                 change = max(change, float(np.abs(np.log(new / old)).max()))
@@ -136,7 +137,9 @@ class _Search:
         done: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         while len(done) < len(self.sizes):
             evidence = {
-                space: sum(self.ours[p[0]].size // self.graph.sizes[space] for p in uses if self.known(p, space, done))
+                space: sum(
+                    self.graph.weights(p[0]) // self.graph.sizes[space] for p in uses if self.known(p, space, done)
+                )
                 for space, uses in self.uses.items()
                 if space not in done
             }
@@ -154,7 +157,7 @@ class _Search:
                 now[space] = self.assign(space, self.uses[space], now)
             if all((before[space] == now[space][0]).all() for space in now):
                 break
-        likelihood = -sum(self.ours[path].size * math.log1p(-(c**2)) for path, c in self.cosines.items()) / 2
+        likelihood = -sum(self.graph.weights(path) * math.log1p(-(c**2)) for path, c in self.cosines.items()) / 2
         likelihood += sum(self.prior(space, now[space][0]) for space in now)
         order = range(len(self.sizes))
         return Match(tuple(now[s][0] for s in order), tuple(now[s][1] for s in order), likelihood)
@@ -211,7 +214,7 @@ class _Search:
         signs[rows] = np.where(signed[rows, columns] < 0, -1, 1)
         alive = units[rows] >= 0
         for (path, _), best in found.items():
-            cosine = float(np.abs(best[rows, columns][alive]).sum()) / self.ours[path].size
+            cosine = float(np.abs(best[rows, columns][alive]).sum()) / self.graph.weights(path)
             self.cosines[path] = min(max(cosine, _LEAST), _MOST)
         return units, signs
 

@@ -1,29 +1,77 @@
 """Random members of the group of rewrites that a graph allows: to check a graph by, and to attack with."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
 from smark_jax.alignment import gauge
 from smark_jax.alignment._identities import Compute, gain_name
-from smark_jax.alignment.graph import Graph
+from smark_jax.alignment.graph import FIXED, Graph, Partition
 from smark_jax.alignment.matching import Leaves, along
 from smark_jax.alignment.spaces import Factor, Linear, Place
 
 _CONDITION = 10.0
+_TRIES = 20
 
 
 def permuted(graph: Graph, leaves: Leaves, rng: np.random.Generator) -> Leaves:
-    """The leaves with the units of every space in another order; under group norm, groups and the units within them."""
+    """The leaves with the units of every space in another order; groups change places, and units within them."""
     leaves = dict(leaves)
     sizes = graph.widths(leaves)
-    for space, size in enumerate(sizes):
-        blocks = np.arange(size).reshape(-1, graph.groups[space])
-        order = rng.permuted(rng.permutation(blocks), axis=1).reshape(-1)
+    for space, order in enumerate(_orders(graph, sizes, rng)):
         for path, axis in graph.places(space):
             entries = graph.entries(path, axis, sizes)[space]
             leaf = np.moveaxis(leaves[path].copy(), axis, 0)
             leaf[entries] = leaf[entries[order]]
             leaves[path] = np.moveaxis(leaf, 0, axis)
     return leaves
+
+
+def _orders(graph: Graph, sizes: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
+    """A random order of each space's units that keeps groups together.
+
+    Groups of each family change places as far as every space has as many units in the groups that take each other's
+    places: where a shuffle stands between two convolutions in groups, in the groups of both.
+    """
+    families: dict[int, set[int]] = {}
+    for partition in (p for some in graph.partitions for p in some):
+        families.setdefault(partition.family, set()).update(partition.groups.tolist())
+    moves: dict[int, dict[int, int]] = {}
+    cells = [_cells(partitions, size) for partitions, size in zip(graph.partitions, sizes, strict=True)]
+    for family in rng.permutation(sorted(families.keys() - {FIXED})).tolist():
+        groups = sorted(families[family] - {-1})
+        for _ in range(_TRIES):
+            trial = {**moves, family: dict(zip(groups, rng.permutation(groups).tolist(), strict=True))}
+            if all(_fits(cell, partitions, trial) for cell, partitions in zip(cells, graph.partitions, strict=True)):
+                moves = trial
+                break
+    found = []
+    for cell, partitions, size in zip(cells, graph.partitions, sizes, strict=True):
+        order = np.arange(size)
+        for key, units in cell.items():
+            order[units] = rng.permutation(cell[_moved(key, partitions, moves)])
+        found.append(order)
+    return found
+
+
+def _cells(partitions: Sequence[Partition], size: int) -> dict[tuple[int, ...], list[int]]:
+    """A space's units, by their groups in each partition."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for unit in range(size):
+        found.setdefault(tuple(int(p.groups[unit]) for p in partitions), []).append(unit)
+    return found
+
+
+def _moved(key: tuple[int, ...], partitions: Sequence[Partition], moves: Mapping[int, Mapping[int, int]]) -> Any:
+    """The groups whose units come to stand in the groups ``key``."""
+    return tuple(moves.get(p.family, {}).get(group, group) for p, group in zip(partitions, key, strict=True))
+
+
+def _fits(
+    cells: Mapping[tuple[int, ...], list[int]], partitions: Sequence[Partition], moves: Mapping[int, Mapping[int, int]]
+) -> bool:
+    return all(len(cells.get(_moved(key, partitions, moves), ())) == len(units) for key, units in cells.items())
 
 
 def folded(graph: Graph, leaves: Leaves) -> Leaves:

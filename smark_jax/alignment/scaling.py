@@ -70,7 +70,7 @@ def read(
         elif path in movable:
             aligned[path] = _fitted(aligned[path].astype(np.float64), mine).astype(mine.dtype)
             from_base += [path] if _far(aligned[path], mine) else []
-    weights = [ours[path].size for path in similarities]
+    weights = [graph.weights(path) for path in similarities]
     similarity = float(np.average(list(similarities.values()), weights=weights)) if weights else 1.0
     if alike:
         aligned |= {path: ours[path] for path in from_base}
@@ -94,13 +94,14 @@ def _chance(graph: Graph, path: str, mine: np.ndarray, sizes: Sequence[int], mat
     so the best of k reaches c where that is 1 / k: here k = 2 for a unit in its place, 2 n for one chosen among n. A
     unit of a single weight (D = 1) always fits, by its scale and sign.
     """
-    rest = max(0.0, 1 - 4 * mine.size**-0.5)
+    count = graph.weights(path)
+    rest = max(0.0, 1 - 4 * count**-0.5)
     for axis in range(mine.ndim):
         for space in graph.spaces(path, axis):
             units = match.units[space]
             moved = float(((units >= 0) & (units != np.arange(len(units)))).mean())
             choices = 2 * sizes[space] ** moved
-            free = mine.size / len(units) - 1
+            free = count / len(units) - 1
             rest *= 1 - math.sqrt(1 - choices ** (-2 / free)) if free > 0 else 0
     for chance in gauge.chances(graph, path):
         rest *= 1 - chance

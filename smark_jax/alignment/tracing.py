@@ -11,18 +11,23 @@ import numpy as np
 from smark_jax import _trees, _validate
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.alignment import _components
-from smark_jax.alignment._identities import Compute, Role, Value, simplified
+from smark_jax.alignment._identities import Compute, Grouped, Role, Value, simplified
 from smark_jax.alignment._walk import Walk
-from smark_jax.alignment.graph import Graph
+from smark_jax.alignment.graph import Graph, View
 
 
-def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any) -> Graph:
+def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any, dense: Mapping[str, int] | None = None) -> Graph:
     """The channel spaces of ``apply_fn(params, example_images)``.
+
+    A convolution in groups counts as one with a dense kernel of blocks (:class:`smark_jax.alignment.graph.View`), whose
+    inputs and outputs are spaces of their own.
 
     Args:
       apply_fn: the network, pure.
       params: its first argument; only shapes and dtypes are used.
       example_images: images in the form that it takes; only shape and dtype are used.
+      dense: depthwise kernels, by path, that count as dense too, and the axes of their inputs: the suspect has them in
+        that form. The channels that they make are then others than those that they read.
 
     Raises:
       SmarkError: when the network refuses these parameters or images.
@@ -42,18 +47,22 @@ def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any) -> Graph:
     raw = {path: np.shape(leaf) for path, leaf in _trees.named("alignment", params).items()}
     images = np.shape(example_images)
     joint: set[tuple[str, int]] = set()
+    grouped: dict[str, Grouped] = {}
     while True:
-        walk, axes, shapes = Walk(), {}, {}
+        walk, axes, shapes = Walk(dense or {}, grouped), {}, {}
         start = []
         for path, shape in raw.items():
             merged = _merged(path, len(shape), joint)
-            shapes[path] = tuple(math.prod(shape[a] for a in group) for group in merged)
+            own = grouped.get(path)
+            seen = _blown_up(shape, own)
+            shapes[path] = tuple(math.prod(seen[a] for a in group) for group in merged)
             roles = []
             for axis, group in enumerate(merged):
                 if shapes[path][axis] > 1:
-                    ids = walk.leaf(path, axis, tuple(shape[a] for a in group))
+                    ids = walk.leaf(path, axis, tuple(seen[a] for a in group))
                     axes[path, axis] = ids.reshape(-1)
-                    roles.append(simplified(Role(tuple(group), ids, (path, axis))))
+                    role = Role(tuple(group), ids, (path, axis))
+                    roles.append(simplified(_of_groups(role, shape, own) if own and axis == own.inputs else role))
             start.append(Value(tuple(roles), Compute(frozenset([path]), functools.partial(_leaf, path, shape))))
         walk.leaves_done()
         start.append(Value(walk.unknown(images)))
@@ -61,9 +70,34 @@ def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any) -> Graph:
             for role in value.roles:
                 walk.freeze(role.ids)
         asked = {(path, _merged(path, len(raw[path]), joint)[axis][-1]) for path, axis in walk.joint}
-        if asked <= joint:
-            return _components.graph(raw, shapes, axes, walk)
+        asked = {place for place in asked if place[0] not in walk.grouped}
+        if asked <= joint and walk.grouped.keys() <= grouped.keys():
+            views = {
+                path: View(shape, shapes[path], *_groups(grouped.get(path)))
+                for path, shape in raw.items()
+                if shape != shapes[path]
+            }
+            return _components.graph(views, shapes, axes, walk)
         joint |= asked
+        grouped |= walk.grouped
+        joint = {place for place in joint if place[0] not in grouped}
+
+
+def _groups(own: Grouped | None) -> tuple[int, int, int]:
+    return (own.groups, own.inputs, own.outputs) if own else (1, 0, 0)
+
+
+def _blown_up(shape: tuple[int, ...], own: Grouped | None) -> tuple[int, ...]:
+    """A leaf's shape with the inputs of all groups of a convolution, where it is its kernel."""
+    return tuple(n * own.groups if own and axis == own.inputs else n for axis, n in enumerate(shape))
+
+
+def _of_groups(role: Role, shape: tuple[int, ...], own: Grouped) -> Role:
+    """The inputs of a convolution in groups as its kernel has them: those of the group that an output belongs to."""
+    each = role.ids.reshape(own.groups, shape[own.inputs])
+    ids = np.repeat(each, shape[own.outputs] // own.groups, axis=0)
+    axes = own.outputs, own.inputs
+    return role._replace(axes=tuple(sorted(axes)), ids=ids if axes[0] < axes[1] else ids.T)
 
 
 def _leaf(path: str, shape: tuple[int, ...], leaves: Mapping[str, Any]) -> Any:

@@ -28,7 +28,7 @@ _EPSILON = 1e-5  # of Flax's normalisations
 
 
 def permute(params: PyTree, graph: Graph, key: Array) -> PyTree:
-    """Shuffles the channels of every space; under group norm, the groups and the channels within them.
+    """Shuffles the channels of every space; of groups (of norms, of convolutions), the groups and the channels within.
 
     Args:
       params: the copy.
@@ -184,14 +184,15 @@ def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, ki
       The copy with wider leaves.
 
     Raises:
-      SmarkError: when the share is not positive, the kind unknown, or the network has group norm: every new channel
-        would change its statistics.
+      SmarkError: when the share is not positive, the kind unknown, or the network has group norm or grouped
+        convolutions: new channels would change its statistics, or fit no group.
     """
     _validate.finite_number("add_neurons", "share", share)
     if kind not in ("zero", "clique", "split"):
         raise _validate.fail("add_neurons", "kind 'zero', 'clique' or 'split'", repr(kind), "Is it misspelt?")
-    if max(graph.groups, default=1) > 1:
-        raise _validate.fail("add_neurons", "a network without group norm", "one with it", "Its function would change.")
+    if any(graph.partitions):
+        expected = "a network without group norm and grouped convolutions"
+        raise _validate.fail("add_neurons", expected, "one with them", "Its function would change.")
     rng = _rng(key)
     leaves = _leaves(params, graph)
     old = graph.widths(leaves)

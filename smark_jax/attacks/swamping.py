@@ -45,7 +45,7 @@ def swamp_units(
     importance = [
         (float(value), space, unit)
         for space in range(len(graph.sizes))
-        if graph.groups[space] == 1
+        if not graph.partitions[space]
         for unit, value in enumerate(_importance(graph, space, leaves, flows))
     ]
     if len(importance) < units:
