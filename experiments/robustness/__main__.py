@@ -12,6 +12,7 @@ from experiments.robustness import (
     coalitions,
     innocents,
     real_networks,
+    real_rewrites,
     removal,
     rewrites,
     strength,
@@ -26,6 +27,7 @@ SECTIONS = {
     "coalitions": coalitions,
     "innocents": innocents,
     "real_networks": real_networks,
+    "real_rewrites": real_rewrites,
     "architectures": architectures,
 }
 _EXAMPLES = """sections:
@@ -39,6 +41,8 @@ _EXAMPLES = """sections:
   real_networks
             EfficientNet-Lite0 and OpenNSFW: what copies cost on natural images, and what is left after attacks
             without labels (needs the extra real)
+  real_rewrites
+            the same two under random rewrites of every kind, and int8 (needs the extra real)
   architectures
             ViT, Swin, ConvNeXt and other networks of the zoo: random rewrites of every kind, damage, innocents
 
