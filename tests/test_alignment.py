@@ -218,7 +218,7 @@ def test_malformed_suspects_are_refused():
         with pytest.raises(errors.Undecided, match="align"):
             alignment.align(suspect, base, apply_fn, images)
     _, book, read = mark(base)  # of another architecture some leaf may fit by accident; that shows nothing
-    with pytest.raises(errors.Undecided, match="lacks most of the base's weights") as refusal:
+    with pytest.raises(errors.Undecided, match=r"lacks \d+ % of the base's weights") as refusal:
         alignment.align(other, base, apply_fn, images)
     aligned, report = refusal.value.attempt
     assert {"Conv_2/kernel", "Dense_0/kernel"} <= set(report.left_out)

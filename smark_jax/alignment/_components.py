@@ -32,6 +32,7 @@ def graph(
         walk.unfollowed["channels in blocks"] = None
     kept = [s for s in range(len(spaces)) if partitions[s] is not None]
     layout = _layout(entries, [spaces[s] for s in kept])
+    reduced = set(label[np.concatenate([np.zeros(0, int), *walk.reduced_over])].tolist())
     whole = {
         (path, axis): layout.get((path, axis)) or (Segment(FIXED, 1, 1, size),)
         for path, shape in shapes.items()
@@ -52,13 +53,30 @@ def graph(
         walk.biases,
         frozenset(walk.shifted),
         found.held,
+        frozenset(at for at, s in enumerate(kept) if reduced & set(spaces[s])),
+        _logits(walk, axes),
     )
+
+
+def _logits(walk: Walk, axes: dict[tuple[str, int], np.ndarray]) -> frozenset[tuple[str, int]]:
+    """Paths and axes of what is added up to logits, where nothing but sums comes behind it."""
+    same = _joined(walk.count, walk.links)
+    ids = same[walk.logits]
+    touched = same[np.concatenate([np.zeros(0, int), *walk.singles])]
+    if len(ids) < 2 or len(np.unique(ids)) < len(ids) or np.isin(ids, touched).any():
+        return frozenset()
+    return frozenset(place for place, own in axes.items() if np.array_equal(same[own], ids)) - walk.consumed
 
 
 def _labels(walk: Walk) -> np.ndarray:
     """For each identity, its component under all ties."""
-    pairs = np.concatenate([np.zeros((2, 0), int), *walk.links, *walk.flips, *walk.ties], axis=1)
-    matrix = sparse.coo_matrix((np.ones(pairs.shape[1], bool), (pairs[0], pairs[1])), shape=(walk.count, walk.count))
+    return _joined(walk.count, [*walk.links, *walk.flips, *walk.ties])
+
+
+def _joined(count: int, ties: Sequence[np.ndarray]) -> np.ndarray:
+    """For each of ``count`` identities, its component under ties."""
+    pairs = np.concatenate([np.zeros((2, 0), int), *ties], axis=1)
+    matrix = sparse.coo_matrix((np.ones(pairs.shape[1], bool), (pairs[0], pairs[1])), shape=(count, count))
     return sparse.csgraph.connected_components(matrix, directed=False)[1]
 
 

@@ -122,6 +122,8 @@ class Identities:
         self.even: list[np.ndarray] = []
         self.cells: list[np.ndarray] = []
         self.sets: list[np.ndarray] = []
+        self.reduced_over: list[np.ndarray] = []
+        self.logits = np.zeros(0, int)
         self.blocks: list[tuple[np.ndarray, np.ndarray]] = []
         self.gains: list[Gain] = []
         self.consumed: set[tuple[str, int]] = set()

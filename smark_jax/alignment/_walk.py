@@ -104,6 +104,7 @@ class Walk(Shapes):
             kept = [i for i, axis in enumerate(role.axes) if axis not in axes]
             ids = role.ids.transpose([*kept, *gone])
             self.together(ids, len(kept))
+            self.reduced_over.append(ids.reshape(-1))
             if name == "reduce_sum":
                 self.summed(role, ids, len(kept))
             else:

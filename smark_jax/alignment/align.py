@@ -8,11 +8,14 @@ import numpy as np
 
 from smark_jax import _trees, _validate, errors
 from smark_jax._types import ApplyFn, PyTree
-from smark_jax.alignment import checking, duplicates, fitting, gauge, matching, pairing, scaling, tracing
+from smark_jax.alignment import checking, duplicates, fitting, forms, gauge, matching, pairing, scaling, tracing
 from smark_jax.alignment import graph as graphs
 from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves
 from smark_jax.alignment.report import Alignment, Report, SpaceReport, refused, undecided
+
+_MISSED = 0.1
+"""A suspect that lacks a larger share of the base's weights, or has it in other shapes, is never called no copy."""
 
 
 def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any) -> Alignment:
@@ -22,7 +25,10 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     rescaled neurons and folded normalisations), split and duplicated neurons, dummy neurons, and renamed leaves. Where
     only linear operations touch channels, it undoes any matrix that the network leaves free: rotated streams between
     norms, other bases of attention heads and of bottlenecks, with gains folded or not. A suspect may be wider than the
-    base, but not where channels may be mixed. Leaves that it lacks or has in another form (a new head) are left out.
+    base, but not where channels may be mixed. Leaves in another form of the same network are brought to the base's:
+    1x1 convolutions as matrices, heads on an axis or not, queries, keys and values in one leaf or three, gains merged
+    into kernels (:mod:`smark_jax.alignment.forms`). A component that all logits share counts for nothing. Leaves that
+    it lacks or has in yet another form (a new head) are left out.
     Weights that are NaN or infinite stay so, at their aligned places, but count as zeros where channels are mixed.
 
     Args:
@@ -40,8 +46,8 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     Raises:
       NothingMatched: when no order, scale and sign of channels makes the suspect's weights resemble the base's.
       Undecided: when they do not resemble the base's, but the network has operations that alignment cannot follow or
-        symmetries that it does not undo (attention, normalisation over channels); or when no leaf fits by which to
-        recognise channels.
+        symmetries that it does not undo; or when the suspect is of another width, depth or number of heads, so that
+        more than a tenth of the base's weights have no counterpart: the message says what differs.
       SmarkError: when the network does not take the base, or the base holds NaN or infinite weights.
 
     Examples:
@@ -61,15 +67,15 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     tamed = {name: _tamed(leaf) for name, leaf in theirs.items()}
     whole = tracing.trace(apply_fn, base, example_images, _dense(everything, theirs))
     everything, theirs, tamed = (whole.viewed(leaves) for leaves in (everything, theirs, tamed))
-    names = {
-        path: name
-        for path, name in pairing.pair(whole, tamed, everything).items()
-        if pairing.could_be(whole, path, theirs[name])
-    }
-    names, sizes = _fitting(whole, names, theirs)
-    left_out = everything.keys() - names.keys()
-    graph, ours = whole.without(left_out), {path: leaf for path, leaf in everything.items() if path in names}
-    raw, leaves = ({path: some[name] for path, name in names.items()} for some in (theirs, tamed))
+    (theirs, changes), (tamed, _) = (forms.formed(whole, leaves) for leaves in (theirs, tamed))
+    names = pairing.pair(whole, tamed, everything)
+    placed, leaves = (forms.placed(whole, names, some) for some in (theirs, tamed))
+    raw, sizes = _fitting(whole, placed, everything)
+    left_out = everything.keys() - raw.keys()
+    filled = {path: forms.neutral(path, everything[path]) for path in forms.mergeable(whole, everything) & left_out}
+    graph = whole.without(left_out - filled.keys())
+    ours = {path: leaf for path, leaf in everything.items() if path in graph.shapes}
+    leaves = {path: filled[path] if path in filled else leaves[path] for path in ours}
     plain, leaves = gauge.canonical(graph, ours), gauge.canonical(graph, leaves)
     merged = duplicates.merge_duplicates(graph, leaves, sizes)
     fits, match, doubtful = fitting.solve(graph, merged.leaves, plain, sizes, merged.alive)
@@ -78,6 +84,7 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     aligned, found, telling = scaling.read(graph, leaves, merged, plain, sizes, match)
     aligned = gauge.restored(graph, aligned, plain, ours)
     aligned = {path: everything[path] for path in left_out} | _broken_again(graph, raw, aligned, sizes, match)
+    aligned |= {path: everything[path] for path in filled}
     spaces = tuple(
         SpaceReport(
             tuple(f"{path}[{axis}]" for path, axis in graph.places(space)),
@@ -88,29 +95,38 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
         )
         for space, units in enumerate(match.units)
     )
-    renamed = {path: name for path, name in names.items() if path != name}
     report = Report(
-        spaces=spaces, renamed=renamed, unfollowed=graph.unfollowed, left_out=tuple(sorted(left_out)), **found
+        spaces=spaces,
+        renamed={path: name for path, name in names.items() if path != name and path in raw},
+        unfollowed=graph.unfollowed,
+        left_out=tuple(sorted(left_out)),
+        changed={path: changes[name] for path, name in names.items() if name in changes and path in raw},
+        merged=tuple(sorted(filled)),
+        **found,
     )
     result = Alignment(_trees.rebuilt(base, whole.unviewed(aligned)), report)
-    if not report.alike:
-        doubts = (*graph.unfollowed, *graph.beyond, *(_shown(graph, number) for number in doubtful)) or checking.doubts(
-            whole, apply_fn, base, example_images
-        )
-        expected = f"a kernel whose similarity with the base's is {scaling.ALIKE} or more, and above chance"
-        got = f"none; their mean is {report.similarity:.3f}"
-        if doubts:
-            why = ", ".join(doubts)
-            raise undecided(
-                expected, got, f"It may be a copy all the same: alignment does not see through {why}.", result
-            )
-        if not telling:
-            raise undecided(expected, got, "Its kernels are too small to tell a copy from another network.", result)
-        if 2 * sum(everything[path].size for path in left_out) > sum(leaf.size for leaf in everything.values()):
-            raise undecided(expected, got, "It lacks most of the base's weights, or has them in other shapes.", result)
-        cause = "No order, scale and sign of channels makes its weights resemble the base's, as those of copies do."
-        raise refused(errors.NothingMatched, expected, got, cause, result)
-    return result
+    if report.alike:
+        return result
+    doubts = (*graph.unfollowed, *graph.beyond, *(_shown(graph, number) for number in doubtful)) or checking.doubts(
+        whole, apply_fn, base, example_images
+    )
+    missed = forms.missed(everything, left_out)
+    raise _unlike(result, doubts, telling, forms.differing(whole, placed, everything) if missed > _MISSED else "")
+
+
+def _unlike(result: Alignment, doubts: Sequence[str], telling: bool, differing: str) -> errors.SmarkError:
+    """Why a suspect without a kernel like the base's is no copy, or what keeps alignment from saying so."""
+    expected = f"a kernel whose similarity with the base's is {scaling.ALIKE} or more, and above chance"
+    got = f"none; their mean is {result.report.similarity:.3f}"
+    if doubts:
+        why = ", ".join(doubts)
+        return undecided(expected, got, f"It may be a copy all the same: alignment does not see through {why}.", result)
+    if not telling:
+        return undecided(expected, got, "Its kernels are too small to tell a copy from another network.", result)
+    if differing:
+        return undecided(expected, got, differing, result)
+    cause = "No order, scale and sign of channels makes its weights resemble the base's, as those of copies do."
+    return refused(errors.NothingMatched, expected, got, cause, result)
 
 
 def _dense(ours: Leaves, theirs: Leaves) -> dict[str, int]:
@@ -130,19 +146,18 @@ def _shown(graph: Graph, number: int) -> str:
     return f"channels that may be mixed, of which its leaves show too little (axis {place.axis} of {place.path!r})"
 
 
-def _fitting(graph: Graph, names: dict[str, str], theirs: Leaves) -> tuple[dict[str, str], tuple[int, ...]]:
-    """The leaves whose shapes match, by path, and the widths of the suspect's spaces."""
-    names = dict(names)
+def _fitting(graph: Graph, theirs: Leaves, ours: Leaves) -> tuple[Leaves, tuple[int, ...]]:
+    """The suspect's leaves, by the base's paths, whose shapes fit together, and the widths of its spaces."""
+    fitting = {path: leaf for path, leaf in theirs.items() if forms.could_be(graph, path, leaf.shape)}
     while True:
-        rest = graph.without(graph.shapes.keys() - names.keys())
-        if not names or (graph.sizes and not matching.kernels(rest)):
+        rest = graph.without(graph.shapes.keys() - fitting.keys())
+        if not fitting or (graph.sizes and not matching.kernels(rest)):
             expected = "leaves of the base's form to recognise channels by"
-            cause = "The suspect is of another architecture, or its kernels are transposed."
-            raise undecided(expected, f"none among {len(theirs):,} leaves", cause)
+            raise undecided(expected, f"none among {len(theirs):,} leaves", forms.differing(graph, theirs, ours))
         try:
-            return names, rest.widths({path: theirs[name] for path, name in names.items()})
+            return fitting, rest.widths(fitting)
         except graphs.Misfit as misfit:
-            del names[misfit.path]
+            del fitting[misfit.path]
 
 
 def _tamed(leaf: np.ndarray) -> np.ndarray:

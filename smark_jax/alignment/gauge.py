@@ -32,7 +32,7 @@ def canonical(graph: Graph, leaves: Leaves) -> Leaves:
     """The leaves with gains folded into kernels, and without what normalisations remove.
 
     Whatever a kernel writes along the vector of ones of a space whose mean is removed has no effect, nor does what it
-    reads along it.
+    reads along it. What all logits share has none on their softmax.
     """
     found = dict(leaves)
     for path in graph.factors.keys() & leaves.keys():
@@ -45,6 +45,9 @@ def canonical(graph: Graph, leaves: Leaves) -> Leaves:
                 taken = leaf[place.entries]
                 leaf[place.entries] = taken - taken.mean(axis=1, keepdims=True)
                 found[place.path] = np.moveaxis(leaf, 0, place.axis)
+    for path, axis in (place for place in graph.logits if place[0] in leaves):
+        leaf = found[path].astype(np.float64)
+        found[path] = leaf - leaf.mean(axis=axis, keepdims=True)
     return found
 
 
@@ -71,6 +74,7 @@ def restored(graph: Graph, aligned: Leaves, plain: Leaves, ours: Leaves) -> Leav
     """
     found = dict(aligned)
     touched = {place.path for space in graph.linear for place in (*space.places, *space.vectors)}
+    touched |= {path for path, _ in graph.logits}
     for path in touched & ours.keys():
         change = aligned[path].astype(np.float64) - plain[path]
         for axis, factor in factors(graph, path, ours).items():

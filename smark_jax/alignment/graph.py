@@ -127,6 +127,8 @@ class Graph(NamedTuple):
       biases: by kernel, or name of a gain, the leaf that is added to what it makes.
       shifted: kernels and gains to whose products something else than such a leaf is added.
       held: leaves on which gains depend that fold into no kernel.
+      reduced: spaces over whose units something is reduced other than a product: the mean of a norm over channels.
+      logits: paths and axes of what is added up to logits: a number that all of them share decides nothing.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -143,6 +145,8 @@ class Graph(NamedTuple):
     biases: Mapping[str, str] = {}
     shifted: frozenset[str] = frozenset()
     held: frozenset[str] = frozenset()
+    reduced: frozenset[int] = frozenset()
+    logits: frozenset[tuple[str, int]] = frozenset()
 
     def viewed(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The leaves as the graph sees them (:class:`View`)."""
@@ -151,6 +155,16 @@ class Graph(NamedTuple):
     def unviewed(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The leaves in their own forms again."""
         return {path: self.views[path].own_form(leaf) if path in self.views else leaf for path, leaf in leaves.items()}
+
+    def own(self, path: str) -> tuple[int, ...]:
+        """A leaf's own shape where the graph sees some of its axes as one; that of the dense kernel for groups."""
+        view = self.views.get(path)
+        return view.own if view and view.groups == 1 else self.shapes[path]
+
+    @property
+    def listed(self) -> frozenset[int]:
+        """Spaces whose units stand in no regular order somewhere, and which have no other widths."""
+        return frozenset(s.space for runs in self.layout.values() for s in runs if s.units)
 
     def density(self, path: str) -> float:
         """The share of a kernel's entries that its own form has: one over the number of a convolution's groups."""
@@ -172,6 +186,7 @@ class Graph(NamedTuple):
             consumed=frozenset(place for place in self.consumed if place in layout),
             linear=tuple(linear),  # in their order, as fits number them; some may have no place left
             heads=tuple(map(here, self.heads)),
+            logits=frozenset(place for place in self.logits if place in layout),
         )
 
     def places(self, space: int) -> list[tuple[str, int]]:
@@ -219,8 +234,7 @@ class Graph(NamedTuple):
         Raises:
           Misfit: when a leaf's shape fits no widths.
         """
-        listed = {s.space for runs in self.layout.values() for s in runs if s.units}
-        sizes = {space: self.sizes[space] for space in listed}
+        sizes = {space: self.sizes[space] for space in self.listed}
         for path, leaf in leaves.items():
             shape = self.shapes[path]
             if leaf.ndim != len(shape):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from smark_jax.alignment import forms
 from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves
 from smark_jax.alignment.report import undecided
@@ -9,9 +10,13 @@ from smark_jax.alignment.report import undecided
 
 def pair(graph: Graph, theirs: Leaves, ours: Leaves) -> dict[str, str]:
     """The suspect's name for each leaf of the base; pairs leaves by form where most names differ."""
-    missing = [name for name in ours if name not in theirs]
-    if len(missing) < len(ours) / 2:
+    kernels = [name for name, leaf in ours.items() if leaf.ndim > 1] or list(ours)  # vectors may have been merged
+    missing = [name for name in kernels if name not in theirs]
+    if len(missing) < len(kernels) / 2:
         return {name: name for name in ours if name in theirs}
+    if len(theirs) < len(ours):
+        merged = forms.mergeable(graph, ours)
+        ours = {path: leaf for path, leaf in ours.items() if path not in merged}
     if len(theirs) < len(ours):
         cause = "Is it a copy of this model, saved whole?"
         raise undecided(f"a leaf {missing[0]!r} in the suspect", f"{sorted(theirs)[:6]}", cause)
@@ -22,7 +27,7 @@ def pair(graph: Graph, theirs: Leaves, ours: Leaves) -> dict[str, str]:
     for i, (path, leaf) in enumerate(ours.items()):
         mine = _profile(leaf)
         for j, (name, other) in enumerate(theirs.items()):
-            if could_be(graph, path, other):
+            if forms.reshaped(graph, path, other) is not None:
                 k = min(len(mine), len(profiles[name]))
                 cost[i, j] = float(np.linalg.norm(mine[:k] - profiles[name][:k])) + 1e-6 * abs(i - j)
     blocked = np.isinf(cost).all(axis=1)
@@ -36,14 +41,6 @@ def pair(graph: Graph, theirs: Leaves, ours: Leaves) -> dict[str, str]:
         path = list(ours)[int(rows[np.isinf(cost[rows, columns])][0])]
         raise undecided(f"a leaf of its own for {path!r}", "none that fits", "The suspect is of another architecture.")
     return {list(ours)[i]: list(theirs)[j] for i, j in zip(rows, columns, strict=True)}
-
-
-def could_be(graph: Graph, path: str, leaf: np.ndarray) -> bool:
-    """Whether a leaf has the axes of the base's leaf at ``path``, apart from the widths of its spaces."""
-    shape = graph.shapes[path]
-    return len(shape) == leaf.ndim and all(
-        bool(graph.spaces(path, axis)) or shape[axis] == leaf.shape[axis] for axis in range(leaf.ndim)
-    )
 
 
 def _profile(leaf: np.ndarray) -> np.ndarray:

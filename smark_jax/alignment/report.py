@@ -40,6 +40,8 @@ class Report(NamedTuple):
       renamed: the suspect's name of each leaf whose name differs.
       unfollowed: operations that the pass over the network could not follow; channels that they touch were left alone.
       left_out: leaves that the suspect lacks, or has in a shape that no width explains; the base's take their place.
+      changed: what was done to leaves that the suspect has in another form, such as fused projections, in words.
+      merged: those of ``left_out`` that counted as merged into kernels: gains as ones, shifts as zeros.
     """
 
     spaces: tuple[SpaceReport, ...]
@@ -51,6 +53,8 @@ class Report(NamedTuple):
     renamed: Mapping[str, str]
     unfollowed: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    changed: Mapping[str, str] = {}
+    merged: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         units, theirs = sum(s.units for s in self.spaces), sum(s.suspect_units for s in self.spaces)
@@ -60,8 +64,11 @@ class Report(NamedTuple):
             f"similarity {self.similarity:.3f}; scales {self.scale_range[0]:.3g} to {self.scale_range[1]:.3g}"
         ]
         lines += [f"renamed: {theirs} is {ours}" for ours, theirs in self.renamed.items()]
+        lines += [f"in another form: {path} ({change})" for path, change in self.changed.items()]
         lines += [f"taken from the base: {', '.join(self.from_base)}"] if self.from_base else []
-        lines += [f"left out: {', '.join(self.left_out)}"] if self.left_out else []
+        lines += [f"merged into kernels: {', '.join(self.merged)}"] if self.merged else []
+        gone = [path for path in self.left_out if path not in self.merged]
+        lines += [f"left out: {', '.join(gone)}"] if gone else []
         lines += [f"not followed: {', '.join(self.unfollowed)}"] if self.unfollowed else []
         return "\n".join(lines)
 

@@ -66,9 +66,12 @@ def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any, dense: Mapping
             start.append(Value(tuple(roles), Compute(frozenset([path]), functools.partial(_leaf, path, shape))))
         walk.leaves_done()
         start.append(Value(walk.unknown(images)))
-        for value in walk.run(closed.jaxpr, [walk.constant(c) for c in closed.consts], start):
+        outputs = walk.run(closed.jaxpr, [walk.constant(c) for c in closed.consts], start)
+        for value, value_shape in zip(outputs, (aval.shape for aval in closed.out_avals), strict=True):
             for role in value.roles:
                 walk.freeze(role.ids)
+                if role.axes == (len(value_shape) - 1,):
+                    walk.logits = role.ids
         asked = {(path, _merged(path, len(raw[path]), joint)[axis][-1]) for path, axis in walk.joint}
         asked = {place for place in asked if place[0] not in walk.grouped}
         if asked <= joint and walk.grouped.keys() <= grouped.keys():

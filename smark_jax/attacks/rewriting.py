@@ -169,7 +169,10 @@ def fold_batch_norm(params: PyTree, graph: Graph) -> PyTree:
 
 
 def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, kind: Dummy = "zero") -> PyTree:
-    """Widens every space by dummy neurons, which leave the network's function unchanged.
+    """Widens spaces by dummy neurons, which leave the network's function unchanged.
+
+    Spaces stay as they are where new channels would change statistics (normalisation over channels, group norm) or fit
+    no group (grouped convolutions, shuffles), and where channels may be mixed (streams, heads, bottlenecks).
 
     Args:
       params: the copy.
@@ -184,22 +187,22 @@ def add_neurons(params: PyTree, graph: Graph, key: Array, share: float = 0.2, ki
       The copy with wider leaves.
 
     Raises:
-      SmarkError: when the share is not positive, the kind unknown, or the network has group norm or grouped
-        convolutions: new channels would change its statistics, or fit no group.
+      SmarkError: when the share is not positive, the kind unknown, or no space can be widened.
     """
     _validate.finite_number("add_neurons", "share", share)
     if kind not in ("zero", "clique", "split"):
         raise _validate.fail("add_neurons", "kind 'zero', 'clique' or 'split'", repr(kind), "Is it misspelt?")
-    if any(graph.partitions):
-        expected = "a network without group norm and grouped convolutions"
-        raise _validate.fail("add_neurons", expected, "one with them", "Its function would change.")
+    free = [s for s, some in enumerate(graph.partitions) if not some and s not in graph.reduced | graph.listed]
+    if not free:
+        cause = "Norms would see every new channel, and groups of convolutions and shuffles have a number of their own."
+        raise _validate.fail("add_neurons", "channels of which nothing takes a mean", "none", cause)
     rng = _rng(key)
     leaves = _leaves(params, graph)
     old = graph.widths(leaves)
     extra = [max(1, round(share * size)) for size in old]
     if kind == "clique":
         extra = [2 * -(-count // 2) for count in extra]
-    for space, (size, count) in enumerate(zip(old, extra, strict=True)):
+    for space, size, count in ((space, old[space], extra[space]) for space in free):
         widths = list(graph.widths(leaves))
         origin = rng.permutation(size)[:count] if kind == "split" else rng.integers(size, size=count)
         origin = np.resize(origin, count)
