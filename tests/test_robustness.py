@@ -53,16 +53,18 @@ def test_rewritten_copies_are_traced_after_alignment_only(tmp_path):
 
 
 def test_copies_of_a_transformer_are_traced_after_alignment_only(tmp_path):
-    tiny = architectures.Config(1, 1, ("ViT",), 1, 1, train_images=128, customers=1000, damages=("int8",))
+    tiny = architectures.Config(1, 1, 1, ("ViT",), 1, 1, train_images=128, customers=1000, damages=("int8",))
     (row,) = run_and_resume({architectures: tiny}, tmp_path)["architectures"]["result"]["networks"]
-    (found,), (other,) = row["rewrites"], row["independents"]
+    (found,), others = row["rewrites"], row["independents"]
     assert found["traced"] and not found["unaligned"]["traced"] and not row["unfollowed"]
     assert found["logits"] < 1e-3 and found["T"] == pytest.approx(row["intact"], abs=0.1)
     assert [(one["damage"], one["order"]) for one in row["damaged"]] == list(
         itertools.product(tiny.damages, architectures.ORDERS)
     )
     assert all(one["traced"] for one in row["damaged"])
-    assert other["answer"] == "not a copy" and other["accused"] == 0
+    assert [(one["trained"], one["answer"], one["accused"]) for one in others] == [
+        (trained, "not a copy", 0) for trained in (True, False)
+    ]
     assert [one["form"] for one in row["forms"]] == list(architectures.FORMS)
     assert [one["reason"] for one in row["forms"] if one["answer"] == "error"] == []
     assert sum(one["wrong"] for one in (found, found["unaligned"], *row["damaged"], *row["forms"])) == 0

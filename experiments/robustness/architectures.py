@@ -60,13 +60,15 @@ ORDERS = ("damage first", "rewrite first")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """``independents`` are networks of the same form from other seeds; ``damages`` are names in :data:`DAMAGES`.
+    """``independents`` are networks of the same form trained from other seeds; ``untrained`` have initial weights.
 
-    Transformers learn more slowly than convolutional networks, and have epochs of their own.
+    ``damages`` are names in :data:`DAMAGES`. Transformers learn more slowly than convolutional networks, and have
+    epochs of their own.
     """
 
     compositions: int
     independents: int
+    untrained: int
     networks: tuple[str, ...] = tuple(zoo.networks())
     epochs: int = 5
     transformer_epochs: int = 15
@@ -77,8 +79,8 @@ class Config:
     damages: tuple[str, ...] = tuple(DAMAGES)
 
 
-QUICK = Config(2, 1, ("ViT", "MobileNetV3"), 2, 2, train_images=960, damages=("50 % pruned",))
-FULL = Config(50, 2)
+QUICK = Config(2, 1, 1, ("ViT", "MobileNetV3"), 2, 2, train_images=960, damages=("50 % pruned",))
+FULL = Config(50, 2, 18)
 
 
 class Owner(NamedTuple):
@@ -102,7 +104,9 @@ class Owner(NamedTuple):
 
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
-    suspects = config.compositions + config.independents + len(ORDERS) * len(config.damages) + len(FORMS)
+    suspects = (
+        config.compositions + config.independents + config.untrained + len(ORDERS) * len(config.damages) + len(FORMS)
+    )
     epochs = {name: (1 + config.independents) * _epochs(name, config) for name in config.networks}
     steps = {name: suspects + networks.steps(epochs[name], config.train_images or 4000) for name in config.networks}
     meter.start(sum(steps.values()))
@@ -147,9 +151,12 @@ def _network(name: str, config: Config, seed: int, meter: sections.Meter) -> dic
         suspect = change_form(_trees.named("architectures", attacks.rewrite(copy, graph, jax.random.key(seed))))
         forms.append({"form": form, **_any_answer(owner, suspect)})
         meter.step(f"{name}: {form}")
-    for number in range(config.independents):
-        stranger = train(seed + 1000 + number).base
-        independents.append({"accuracy": subject.accuracy(stranger), **_read(owner, stranger)})
+    init, shape = networks.functional(entry.network).init, subject.test_images.shape[1:]
+    for number in range(config.independents + config.untrained):
+        trained, other = number < config.independents, seed + 1000 + number
+        stranger = train(other).base if trained else init(jax.random.key(other), shape)
+        about = {"trained": trained, "accuracy": subject.accuracy(stranger)}
+        independents.append({**about, **_read(owner, stranger)})
         meter.step(f"{name}: an independent network")
     return {
         "network": name,
