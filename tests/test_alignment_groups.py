@@ -409,6 +409,20 @@ def test_what_a_copy_carries_is_found_again_after_any_rewrite_that_the_graph_all
     assert cosine(changes(aligned, base), carried) > 0.85
 
 
+def test_variances_below_zero_do_not_keep_a_copy_from_being_aligned():
+    base, apply = drawn("MobileNetV3", 0)
+    rng, images = np.random.default_rng(1), np.zeros((2, 28, 28, 1), np.float32)
+
+    def spoilt(path: Any, leaf: np.ndarray) -> np.ndarray:
+        return leaf * (rng.choice([1, -1], leaf.shape) if "var" in jax.tree_util.keystr(path) else 1)
+
+    graph = alignment.trace_graph(apply, base, images)
+    suspect = attacks.permute(jax.tree_util.tree_map_with_path(spoilt, base), graph, jax.random.key(2))
+    assert not np.isfinite(jax.jit(apply)(suspect, images)).all()
+    report = alignment.align(suspect, base, apply, images).report
+    assert report.similarity > 0.9
+
+
 @pytest.mark.parametrize("name", ["ViT", "Swin", "MobileNetV3", "ShuffleNet v1"])
 def test_another_network_of_the_same_form_is_no_copy(name):
     base, apply = drawn(name, 0)

@@ -52,12 +52,16 @@ def canonical(graph: Graph, leaves: Leaves) -> Leaves:
 
 
 def factors(graph: Graph, path: str, leaves: Leaves) -> dict[int, np.ndarray]:
-    """By axis, the gains that are folded into a kernel; leaves that are missing count as ones."""
+    """By axis, the gains that are folded into a kernel; leaves that are missing count as ones.
+
+    So do gains that are no numbers, as those of a suspect's negative variances are.
+    """
     found: dict[int, np.ndarray] = {}
     for factor in graph.factors.get(path, ()):
         if not factor.vector.paths <= leaves.keys():
             continue
         vector = np.asarray(factor.vector(leaves), np.float64)
+        vector = np.where(np.isfinite(vector), vector, 1)
         whole = found.setdefault(factor.axis, np.ones(graph.shapes[path][factor.axis]))
         whole[factor.entries] *= vector[factor.positions]
     return found
