@@ -220,10 +220,10 @@ def test_units_that_a_norm_divides_in_two_ways_move_as_far_as_both_allow():
 
 def test_a_view_of_groups_is_a_kernel_of_blocks():
     kernel = drawn(0)["first"]
-    view = View(kernel.shape, (3, 3, WIDTH, WIDTH), GROUPS, 2, 3)
+    view = View(kernel.shape, (3, 3, WIDTH, WIDTH), (0, 1, 2, 3), GROUPS, 2, 3)
     np.testing.assert_array_equal(view.seen(kernel), dense(kernel))
     np.testing.assert_array_equal(view.own_form(dense(kernel)), kernel)
     turned = kernel.transpose(3, 2, 0, 1)
-    view = View(turned.shape, (WIDTH, WIDTH, 3, 3), GROUPS, 1, 0)
+    view = View(turned.shape, (WIDTH, WIDTH, 3, 3), (0, 1, 2, 3), GROUPS, 1, 0)
     np.testing.assert_array_equal(view.seen(turned), dense(kernel).transpose(3, 2, 0, 1))
     np.testing.assert_array_equal(view.own_form(view.seen(turned)), turned)

@@ -423,7 +423,7 @@ def test_variances_below_zero_do_not_keep_a_copy_from_being_aligned():
     assert report.similarity > 0.9
 
 
-@pytest.mark.parametrize("name", ["ViT", "Swin", "MobileNetV3", "ShuffleNet v1"])
+@pytest.mark.parametrize("name", ["ViT", "Swin", "MobileNetV3", "DenseNet", "ResNet, group norm", "ShuffleNet v1"])
 def test_another_network_of_the_same_form_is_no_copy(name):
     base, apply = drawn(name, 0)
     other, _ = drawn(name, 5)

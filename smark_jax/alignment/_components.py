@@ -7,7 +7,7 @@ import numpy as np
 from scipy import sparse
 
 from smark_jax.alignment import _linear
-from smark_jax.alignment._identities import Role, Roots
+from smark_jax.alignment._identities import PROVEN, Role, Roots
 from smark_jax.alignment._walk import Walk
 from smark_jax.alignment.graph import FIXED, Graph, Partition, Segment, View
 
@@ -30,6 +30,7 @@ def graph(
     partitions = _partitions(walk, spaces, label, touched)
     if None in partitions:
         walk.unfollowed["channels in blocks"] = None
+    _note_what_stays(walk, axes, label)
     kept = [s for s in range(len(spaces)) if partitions[s] is not None]
     layout = _layout(entries, [spaces[s] for s in kept])
     reduced = set(label[np.concatenate([np.zeros(0, int), *walk.reduced_over])].tolist())
@@ -45,7 +46,7 @@ def graph(
         frozenset(walk.consumed),
         tuple(partitions[s] or () for s in kept),
         tuple(walk.unfollowed),
-        ("sums over channels that may be mixed",) if found.beyond else (),
+        tuple(why for why in (*found.beyond, *walk.beyond) if why not in walk.unfollowed),
         views,
         found.spaces,
         found.heads,
@@ -55,6 +56,7 @@ def graph(
         found.held,
         frozenset(at for at, s in enumerate(kept) if reduced & set(spaces[s])),
         _logits(walk, axes),
+        found.levels,
     )
 
 
@@ -66,6 +68,23 @@ def _logits(walk: Walk, axes: dict[tuple[str, int], np.ndarray]) -> frozenset[tu
     if len(ids) < 2 or len(np.unique(ids)) < len(ids) or np.isin(ids, touched).any():
         return frozenset()
     return frozenset(place for place, own in axes.items() if np.array_equal(same[own], ids)) - walk.consumed
+
+
+def _note_what_stays(walk: Walk, axes: dict[tuple[str, int], np.ndarray], label: np.ndarray) -> None:
+    """Notes why entries of leaves are fixed that no image, logit or window holds in place."""
+    code = walk.reasons()
+    proven = np.isin(label, label[code == walk.why.index(PROVEN)])
+    held = np.zeros(walk.count, bool)
+    held[label[np.concatenate([np.zeros(0, int), *axes.values()])]] = True
+    free = held[label] & ~proven
+    for small, big in walk.blocks:  # who stands for blocks of entries that are free
+        held[label[small]] |= free[big].any(axis=1)
+    free = held[label] & ~proven
+    for reason in np.unique(code[free & (code > 0)]):
+        walk.beyond[walk.why[int(reason)]] = None
+    for one, other in walk.apart:
+        if any((free & (code == 0))[ids].any() for ids in (one, other)) and free[one].any() and free[other].any():
+            walk.beyond["channels along two axes"] = None
 
 
 def _labels(walk: Walk) -> np.ndarray:
@@ -91,6 +110,8 @@ def _spaces(
             if component not in still:
                 counts = touched.setdefault(component, {})
                 counts[place] = counts.get(place, 0) + 1
+    reduced = set(label[np.concatenate([np.zeros(0, int), *(ids.reshape(-1) for ids in walk.sets)])].tolist())
+    padded = set(label[np.concatenate([np.zeros(0, int), *walk.padded])].tolist())
     sets: dict[int, set[frozenset[int]]] = {component: set() for component in touched}
     for rows in _rows(walk, label):
         if len(rows) == 1:
@@ -98,7 +119,8 @@ def _spaces(
                 sets[component].add(rows[0])
     alike: dict[frozenset, dict[frozenset, list[int]]] = {}
     for component, counts in touched.items():
-        if len(counts) > 1 or counts.keys() & walk.consumed:
+        made = component not in padded or counts.keys() - walk.consumed
+        if made and (len(counts) > 1 or counts.keys() & walk.consumed or component in reduced):
             some = alike.setdefault(frozenset(counts.items()), {})
             some.setdefault(frozenset(sets[component]), []).append(component)
     if any(len(some) > 1 for some in alike.values()):
@@ -186,6 +208,10 @@ def _still(walk: Walk, label: np.ndarray) -> set[int]:
     return set(label[np.concatenate([np.zeros(0, int), *walk.frozen])].tolist())
 
 
+def _proven(walk: Walk, label: np.ndarray) -> set[int]:
+    return set(label[walk.reasons() == walk.why.index(PROVEN)].tolist())
+
+
 def _layout(
     entries: dict[tuple[str, int], np.ndarray], spaces: list[list[int]]
 ) -> dict[tuple[str, int], tuple[Segment, ...]]:
@@ -226,7 +252,7 @@ def _freeze_shared_blocks(
         elif (names & still or every & still or not names <= found.moving) and not names <= still:
             if names & places:
                 walk.unfollowed["channels in blocks"] = None
-            walk.freeze(small)
+            walk.freeze(small, PROVEN if names & _proven(walk, label) else "channels in blocks")
             frozen |= names
     return bool(frozen)
 

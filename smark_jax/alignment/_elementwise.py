@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from smark_jax.alignment._identities import Compute, Gain, Identities, Role, Roles, Value, gain_name
+from smark_jax.alignment._identities import PROVEN, Compute, Gain, Identities, Role, Roles, Value, gain_name
 
 _SAME = frozenset(
     """convert_element_type copy copy_p neg optimization_barrier real reduce_precision sharding_constraint
@@ -88,6 +88,7 @@ def _along(
         if gained:
             return gained
     for _, role in members[1:]:
+        walk.loosened(first, role)
         (walk.link if name in _SUMS else walk.tie)(first.ids, role.ids)
     if name in _SUMS and not odd:
         bent = max(role.bent for _, role in members)
@@ -113,17 +114,18 @@ def _gained(
     Of two vectors of weights, the gain is the one that depends on its leaves in the less simple way: a batch norm's
     running mean times its gain over the root of its variance.
     """
-    ranks = [(_vector(operands[at], role), role) for at, role in members]
+    ranks = [(_vector(operands[at], role), role, operands[at]) for at, role in members]
     if name == "mul":
         ranks.sort(key=lambda rank: (rank[0] is not None, rank[1].bent))
-    (own, before), (vector, other) = ranks
+    (own, before, _), (vector, other, value) = ranks
     if vector is None or before.bent == _BENT or (own is not None and not (weights and other.bent > before.bent)):
         return None
     after = walk.fresh(before.ids.shape)
     walk.tie(before.ids, after)
     walk.tie(after, other.ids)
     inverse = Compute(vector.paths, lambda leaves: 1 / np.asarray(vector(leaves))) if name == "div" else vector
-    walk.gains.append(Gain(before.ids.reshape(-1), after.reshape(-1), inverse))
+    form = value.form.exact if value.compute and name == "mul" else -1
+    walk.gains.append(Gain(before.ids.reshape(-1), after.reshape(-1), inverse, form))
     return Role(before.axes, after, maker=gain_name(len(walk.gains) - 1), bent=_SCALED if weights else 0)
 
 
@@ -156,6 +158,10 @@ def _biases(walk: Identities, name: str, operands: Sequence[Value]) -> None:
 def _widest(walk: Identities, found: Mapping[tuple[int, ...], Role], summed: bool) -> Roles:
     """The roles that identify most entries; narrower ones along some of their axes are coupled to them."""
     kept: list[Role] = []
+    held = {axis for axes, role in found.items() if walk.reason([role]) == PROVEN for axis in axes}
+    for role in found.values():
+        if walk.still(role) and held >= set(role.axes):  # a table for pairs of tokens
+            walk.freeze(role.ids)
     for axes in sorted(found, key=len, reverse=True):
         role = found[axes]
         wider = [other for other in kept if set(axes) & set(other.axes)]
@@ -168,9 +174,9 @@ def _widest(walk: Identities, found: Mapping[tuple[int, ...], Role], summed: boo
                     walk.even.append(other.ids.reshape(-1))
             else:
                 walk.give_up("axes that overlap", [role, other])
-                covered = {axis for one in kept for axis in one.axes}
+                covered, why = {axis for one in kept for axis in one.axes}, walk.reason([role, other])
                 sizes = zip(role.axes, role.ids.shape, strict=True)
-                kept += [Role((axis,), walk.fixed((n,))) for axis, n in sizes if axis not in covered]
+                kept += [Role((axis,), walk.fixed((n,), why)) for axis, n in sizes if axis not in covered]
     for role in kept:
         if len(role.axes) > 1:
             walk.request([[found[(axis,)]] for axis in role.axes if (axis,) in found])

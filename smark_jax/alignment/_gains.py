@@ -154,8 +154,9 @@ def resolve(
 
 
 def _twin(walk: Identities, number: int, sides: tuple[list[int], list[int]]) -> object:
-    """What two gains share that are one: the same leaf between the same units, with the same vector added behind it."""
-    paths = walk.gains[number].vector.paths
-    if len(paths) != 1:
+    """What two gains share that are one: the same factors between the same units, with the same vector added behind."""
+    gain = walk.gains[number]
+    if gain.form < 0 and len(gain.vector.paths) != 1:
         return number
-    return paths, walk.biases.get(gain_name(number)), *map(tuple, sides)
+    factors = gain.vector.paths if len(gain.vector.paths) == 1 else gain.form
+    return factors, walk.biases.get(gain_name(number)), *map(tuple, sides)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+MOVING, PROVEN = "", "images, logits or windows"
+
 
 class Compute(NamedTuple):
     """The value of an expression of weights alone.
@@ -37,6 +39,7 @@ class Role(NamedTuple):
       bent: how it depends on the weights: 0 linearly, 1 linearly but times others, 2 in another way.
       changed: whether it is the source times something.
       block: whether each identity stands for a block of others (a head, a group that is normalised together).
+      loose: whether entries repeat others, and nothing tells them apart.
     """
 
     axes: tuple[int, ...]
@@ -48,16 +51,32 @@ class Role(NamedTuple):
     bent: int = 0
     changed: bool = False
     block: bool = False
+    loose: bool = False
 
 
 Roles = tuple[Role, ...]
 
 
+class Form(NamedTuple):
+    """How a value is computed, as numbers that are equal for equal expressions.
+
+    Attributes:
+      exact: of the expression itself.
+      alike: of the expression with any weights of the same shapes, and with any signs.
+      altered: whether it is a matrix of weights that many leaves give: they are free beyond channels.
+    """
+
+    exact: int = -1
+    alike: int = -2
+    altered: bool = False
+
+
 class Value(NamedTuple):
-    """What the pass knows of a value: its roles, and how to compute it where it depends on weights alone."""
+    """What the pass knows of a value: its roles, how to compute it where it depends on weights alone, and its form."""
 
     roles: Roles = ()
     compute: Compute | None = None
+    form: Form = Form()
 
 
 class Gain(NamedTuple):
@@ -67,11 +86,13 @@ class Gain(NamedTuple):
       before: identities before the multiplication, shape [n].
       after: identities after it, shape [n].
       vector: the factors, shape [n].
+      form: the number of the expression that gives them, or -1.
     """
 
     before: np.ndarray
     after: np.ndarray
     vector: Compute
+    form: int = -1
 
 
 def gain_name(number: int) -> str:
@@ -130,22 +151,26 @@ class Identities:
         self.biases: dict[str, str] = {}
         self.shifted: set[str] = set()
         self.makers: set[str] = set()
-        self.joint: set[tuple[str, int]] = set()
+        self.joint: set[tuple[str, int, int]] = set()
         self.grouped: dict[str, Grouped] = {}
         self.unfollowed: dict[str, None] = {}
-        self._still = np.zeros(1024, bool)
+        self.beyond: dict[str, None] = {}
+        self.padded: list[np.ndarray] = []
+        self.apart: list[tuple[np.ndarray, np.ndarray]] = []
+        self.why: list[str] = [MOVING, PROVEN]
+        self._still = np.zeros(1024, np.int16)
         self._origins: list[tuple[int, str, int]] = []
         self._leaves_end = 0
 
     def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
         first, self.count = self.count, self.count + math.prod(shape)
         if self.count > len(self._still):
-            self._still = np.concatenate([self._still, np.zeros(max(self.count, len(self._still)), bool)])
+            self._still = np.concatenate([self._still, np.zeros(max(self.count, len(self._still)), np.int16)])
         return np.arange(first, self.count).reshape(shape)
 
-    def fixed(self, shape: tuple[int, ...]) -> np.ndarray:
+    def fixed(self, shape: tuple[int, ...], why: str = PROVEN) -> np.ndarray:
         ids = self.fresh(shape)
-        self.freeze(ids)
+        self.freeze(ids, why)
         return ids
 
     def leaf(self, path: str, axis: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -165,13 +190,27 @@ class Identities:
         """Ends the leaves' identities: whatever is fresh from here on belongs to no leaf."""
         self._leaves_end = self.count
 
-    def freeze(self, ids: np.ndarray) -> None:
-        self.frozen.append(ids.reshape(-1))
-        self._still[ids.reshape(-1)] = True
+    def freeze(self, ids: np.ndarray, why: str = PROVEN) -> None:
+        """Fixes entries; ``why`` names what holds them where no image, logit or window is known to."""
+        flat = ids.reshape(-1)
+        self.frozen.append(flat)
+        if why not in self.why:
+            self.why.append(why)
+        code = self.why.index(why)
+        self._still[flat] = np.where((self._still[flat] == 1) | (code == 1), 1, code)
+
+    def reason(self, roles: Sequence[Role]) -> str:
+        """Why entries computed from these are fixed: proven if all of these are."""
+        codes = [int(code) for role in roles for code in np.unique(self._still[role.ids])]
+        return self.why[max(codes, default=1)]
+
+    def reasons(self) -> np.ndarray:
+        """For each identity, why it is fixed: the number of an entry of ``why``."""
+        return self._still[: self.count]
 
     def still(self, role: Role) -> bool:
         """Whether all its entries are fixed already, as those of images are."""
-        return bool(self._still[role.ids].all())
+        return bool((self._still[role.ids] > 0).all())
 
     def link(self, a: np.ndarray, b: np.ndarray) -> None:
         self.links.append(np.stack([a.reshape(-1), b.reshape(-1)]))
@@ -205,6 +244,12 @@ class Identities:
         else:
             self.even.append(ids.reshape(-1))
 
+    def loosened(self, one: Role, other: Role) -> None:
+        """Notes that entries tied to repeats that nothing tells apart may change places among themselves."""
+        if (one.loose or other.loose) and not self.still(one) and not self.still(other):
+            if len(np.unique(one.ids)) != len(np.unique(other.ids)):
+                self.beyond["channels that repeat"] = None
+
     def couple(self, small: Role, big: Role) -> None:
         """Ties each entry of a role to a block of another's, whose axes include its own."""
         order = [*small.axes, *(axis for axis in big.axes if axis not in small.axes)]
@@ -217,13 +262,16 @@ class Identities:
         self.whole(ids, 1)
         self.together(ids, 1)
 
-    def request(self, parts: Sequence[Sequence[Role]]) -> None:
-        """Asks for neighbouring axes of a leaf to be seen as one; ``parts`` are the roles along each."""
+    def request(self, parts: Sequence[Sequence[Role]], apart: bool = False) -> None:
+        """Asks for neighbouring axes of a leaf to be seen as one; ``parts`` are the roles along each.
+
+        With ``apart``, any two axes of a leaf.
+        """
         for first, second in itertools.pairwise(parts):
             for a, b in ((a, b) for a in first for b in second):
                 one, other = self.origin(a.ids), self.origin(b.ids)
-                if one and other and one[0] == other[0] and abs(other[1] - one[1]) == 1:
-                    self.joint.add(min(one, other))
+                if one and other and one[0] == other[0] and (abs(other[1] - one[1]) == 1 or (apart and one != other)):
+                    self.joint.add((one[0], min(one[1], other[1]), max(one[1], other[1])))
 
     def give_up(self, why: str, roles: Sequence[Role]) -> None:
         """Fixes entries that an operation of unknown effect touches, and reports the operation."""
@@ -231,7 +279,7 @@ class Identities:
         if moving:
             self.unfollowed[why] = None
             for role in moving:
-                self.freeze(role.ids)
+                self.freeze(role.ids, why)
 
 
 def simplified(role: Role) -> Role:

@@ -27,8 +27,9 @@ class Found(NamedTuple):
       factors: by path, the gains that are folded into a kernel.
       labels: components of identities that the spaces take, and with which nothing else is to be done.
       moving: components that stand for blocks of the spaces that change places.
-      beyond: whether more is free than is undone: matrices that keep sums over units.
+      beyond: what is free and not undone: matrices that keep sums over units, gains that do not fold, blocks that stay.
       held: leaves on which gains depend that do not fold.
+      levels: axes of kernels whose units are summed up, and may not be mixed.
     """
 
     spaces: tuple[Linear, ...]
@@ -36,8 +37,9 @@ class Found(NamedTuple):
     factors: Mapping[str, tuple[Factor, ...]]
     labels: frozenset[int]
     moving: frozenset[int]
-    beyond: bool
+    beyond: tuple[str, ...]
     held: frozenset[str]
+    levels: tuple[tuple[str, int], ...]
 
 
 def find(walk: Identities, axes: Mapping[tuple[str, int], np.ndarray], matrices: set[str], label: np.ndarray) -> Found:
@@ -52,18 +54,25 @@ def find(walk: Identities, axes: Mapping[tuple[str, int], np.ndarray], matrices:
     keys = keys_of(walk, [])
     tainted = _tainted(walk, label)
     resolved, factors = resolve(walk, axes, matrices, keys, tainted[label])
+    linear, unfolded = ~tainted[label], np.zeros(walk.count, bool)
     for number, gain in enumerate(walk.gains):
         if number not in resolved:
             tainted[label[gain.before]] = tainted[label[gain.after]] = True
+            for ids in (gain.before, gain.after):  # else orthogonal matrices on both sides of factors leave no choice
+                unfolded[label[ids[linear[ids] & ~keys.selfdual[keys.key[ids]]]]] = True
     keys = keys_of(walk, [walk.gains[number] for number in resolved])
     even = np.zeros(walk.count, bool)
     even[keys.key[np.concatenate([np.zeros(0, int), *walk.even])]] = True
     summed = even[keys.key] & ~keys.selfdual[keys.key] & ~tainted[label]
     ids = np.concatenate([np.zeros(0, int), *(ids for (path, _), ids in axes.items() if path in matrices)])
-    beyond = bool(summed[ids].any())
+    beyond = ["sums over channels that may be mixed"] * bool(summed[ids].any())
+    beyond += ["gains that do not fold"] * bool((np.bincount(label[ids[unfolded[label[ids]]]]) > 1).any())
     tainted[label[summed]] = True
+    levels = tuple(place for place, ids in axes.items() if place[0] in matrices and even[keys.key[ids]].all())
+    levels = tuple(place for place in levels if place not in walk.consumed and tainted[label[axes[place]]].all())
     units = _units(walk, axes, matrices, keys, label, tainted)
-    spaces, heads, moving = _spaces(walk, axes, keys, matrices, label, units, even)
+    spaces, heads, moving, staying = _spaces(walk, axes, keys, matrices, label, units, even)
+    beyond += ["blocks of channels that may change places"] * staying
     held = frozenset[str]().union(*(g.vector.paths for n, g in enumerate(walk.gains) if n not in resolved))
     used = frozenset(
         int(label[axes[place.path, place.axis][e]])
@@ -73,7 +82,9 @@ def find(walk: Identities, axes: Mapping[tuple[str, int], np.ndarray], matrices:
     )
     standing = {(place.path, place.axis) for space in spaces for place in (*space.places, *space.vectors)}
     kept = {path: tuple(f for f in some if (path, f.axis) in standing) for path, some in factors.items()}
-    return Found(spaces, heads, {path: some for path, some in kept.items() if some}, used, moving, beyond, held)
+    return Found(
+        spaces, heads, {path: some for path, some in kept.items() if some}, used, moving, tuple(beyond), held, levels
+    )
 
 
 def _tainted(walk: Identities, label: np.ndarray) -> np.ndarray:
@@ -122,12 +133,13 @@ def _spaces(
     label: np.ndarray,
     units: Mapping[tuple[Any, ...], Mapping[Any, list[int]]],
     even: np.ndarray,
-) -> tuple[tuple[Linear, ...], tuple[tuple[Place, ...], ...], frozenset[int]]:
+) -> tuple[tuple[Linear, ...], tuple[tuple[Place, ...], ...], frozenset[int], bool]:
     heads, parity = _Heads(walk, keys, label), _parity(axes, matrices, keys)
     drafts: list[tuple[tuple[Any, ...], list[list[int]], tuple[int, ...] | None]] = []
     stuck: set[int | None] = {None}
+    staying = False
     for signature, by_cell in units.items():
-        if len(signature) < 2:
+        if len(signature) < 2 and not keys.selfdual[next(iter(by_cell.values()))[0]]:
             continue
         blocks = [block for block in by_cell.values() if len(block) > 1]
         named = [heads.of(block) for block in blocks]
@@ -138,6 +150,9 @@ def _spaces(
         else:
             drafts.extend((signature, [block], None) for block in blocks)
             stuck |= set(named)  # heads with blocks that cannot follow
+            sizes = [len(block) for block in blocks if not heads.stays(block)]
+            staying = staying or len(set(sizes)) < len(sizes)
+    staying = staying or any(bool(names and stuck & {*names}) for _, _, names in drafts)
     drafts = [(signature, blocks, None if names and stuck & {*names} else names) for signature, blocks, names in drafts]
     sets = list(dict.fromkeys(names for _, _, names in drafts if names))
     spaces = []
@@ -162,7 +177,7 @@ def _spaces(
         group: Group = "orthogonal" if keys.selfdual[flat[0]] else "linear"
         spaces.append(Linear(sides[0], group, bool(even[flat[0]]), sets.index(names) if names else -1, sides[1]))
     moving = frozenset(one for one in list(heads.parent) if any(heads.root(one) in names for names in sets))
-    return tuple(spaces), tuple(heads.places(axes, names) for names in sets), moving
+    return tuple(spaces), tuple(heads.places(axes, names) for names in sets), moving, staying
 
 
 def _parity(axes: Mapping[tuple[str, int], np.ndarray], matrices: set[str], keys: Keys) -> np.ndarray:
@@ -195,6 +210,10 @@ class _Heads:
         names = {self.root(self.name[key]) if key in self.name else None for key in block}
         name = names.pop() if len(names) == 1 else None
         return None if name in self.still else name
+
+    def stays(self, block: list[int]) -> bool:
+        """Whether a block's head stays where it is."""
+        return all(key in self.name and self.root(self.name[key]) in self.still for key in block)
 
     def places(self, axes: Mapping[tuple[str, int], np.ndarray], names: tuple[int, ...]) -> tuple[Place, ...]:
         """Other leaves whose entries follow the heads."""

@@ -1,6 +1,7 @@
 """The pass over a network's equations: which entries of which axes must keep together, and which stay fixed."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax
 import numpy as np
 
 from smark_jax.alignment import _elementwise
+from smark_jax.alignment._branches import Forms
 from smark_jax.alignment._identities import Compute, Grouped, Role, Roles, Value, moved, simplified
-from smark_jax.alignment._shapes import Shapes, sourceless
+from smark_jax.alignment._shapes import CONSTANT, Shapes, sourceless
 
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split())
 _ALONG_ONE_AXIS = frozenset("cumsum cumprod cummax cummin cumlogsumexp sort top_k rev fft argmax argmin".split())
@@ -17,7 +19,8 @@ _CALLS = frozenset(
     """pjit jit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr checkpoint remat remat2
     custom_lin""".split()
 )
-_FRESH = frozenset("iota random_bits random_wrap random_seed random_unwrap".split())
+_RANDOM = frozenset("random_bits random_wrap random_seed random_unwrap".split())
+_FRESH = _RANDOM | {"iota"}
 
 
 class Walk(Shapes):
@@ -31,20 +34,21 @@ class Walk(Shapes):
 
     def __init__(self, dense: Mapping[str, int], grouped: Mapping[str, Grouped]) -> None:
         super().__init__()
-        self.dense, self.known = dense, grouped
+        self.dense, self.known, self.forms = dense, grouped, Forms()
 
     def constant(self, value: Any) -> Value:
         opaque = jax.numpy.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended)
         alike = () if opaque else [a for a in range(np.ndim(value)) if _uniform(np.asarray(value), a)]
-        roles = self.unknown(np.shape(value), [a for a in range(np.ndim(value)) if a not in alike])
-        return Value(roles, Compute(frozenset(), lambda leaves: value))
+        roles = self.unknown(np.shape(value), [a for a in range(np.ndim(value)) if a not in alike], CONSTANT)
+        form = self.forms.known("constant", id(value))
+        return Value(roles, Compute(frozenset(), lambda leaves: value), form)
 
     def run(self, jaxpr: Any, consts: Sequence[Value], inputs: Sequence[Value]) -> list[Value]:
         env: dict[Any, Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
 
         def read(atom: Any) -> Value:
             return (
-                Value((), Compute(frozenset(), lambda leaves: atom.val))
+                Value((), Compute(frozenset(), lambda leaves: atom.val), self.forms.known("literal", repr(atom.val)))
                 if hasattr(atom, "val")
                 else env.get(atom, Value())
             )
@@ -67,10 +71,14 @@ class Walk(Shapes):
         found = self.roles(eqn, name, operands)
         computes = [operand.compute for operand in operands]
         known = [c for c in computes if c is not None]
-        if len(known) < len(computes) or name in _FRESH:
-            return [Value(roles) for roles in found]
+        forms = self.forms.of(self, eqn, operands)
+        if len(known) < len(computes) or name in _RANDOM:
+            return [Value(roles, None, form) for roles, form in zip(found, forms, strict=True)]
         paths = frozenset[str]().union(*(compute.paths for compute in known))
-        return [Value(r, Compute(paths, functools.partial(_computed, eqn, known, i))) for i, r in enumerate(found)]
+        return [
+            Value(r, Compute(paths, functools.partial(_computed, eqn, known, i)), form)
+            for i, (r, form) in enumerate(zip(found, forms, strict=True))
+        ]
 
     def roles(self, eqn: Any, name: str, operands: list[Value]) -> list[Roles]:
         params = eqn.params
@@ -88,9 +96,10 @@ class Walk(Shapes):
             return [rule(operands, shapes, outs[0], params)]
         if name == "split":
             return self.split(roles[0], params)
+        every = [role for operand in roles for role in operand]
         if name not in _FRESH:
-            self.give_up(name, [role for operand in roles for role in operand])
-        return [self.unknown(out) for out in outs]
+            self.give_up(name, every)
+        return [self.unknown(out, None, self.reason(every) if name not in _FRESH else CONSTANT) for out in outs]
 
     def reduced(self, name: str, operand: Roles, axes: Sequence[int], shape: tuple[int, ...]) -> Roles:
         order = [a for a in range(len(shape)) if a not in axes]
@@ -129,6 +138,7 @@ class Walk(Shapes):
         every = [role for operand in roles for role in operand]
         lost = [role for role in every if axes & set(role.axes)]
         self.give_up(name, lost)
+        why = self.reason(lost) if lost else CONSTANT
         gone, axes = axes, axes.union(*(role.axes for role in lost))
         through = tuple(r for r in every if not axes & set(r.axes))
         if name not in ("rev", "cumsum", "fft"):
@@ -136,9 +146,9 @@ class Walk(Shapes):
         through = sourceless(through)
         if name in ("argmax", "argmin"):
             left = [a for a in range(ndim + len(gone)) if a not in gone]
-            unknown = self.unknown(outs[0], [left.index(a) for a in sorted(axes - gone)])
+            unknown = self.unknown(outs[0], [left.index(a) for a in sorted(axes - gone)], why)
             return [(*moved(through, left), *unknown)] * len(outs)
-        return [(*through, *self.unknown(out, sorted(axes))) for out in outs]
+        return [(*through, *self.unknown(out, sorted(axes), why)) for out in outs]
 
     def contract(
         self, sides: Sequence[Roles], axes: Sequence[Sequence[int]], batch: Sequence[Sequence[int]], why: str
@@ -166,8 +176,10 @@ class Walk(Shapes):
             depth = sum(at < len(batch[0]) for at in key)
             if len(both) != 2:
                 self.give_up(why, both)
-                made += [Role((a,), self.fixed((n,))) for a, n in zip(key[:depth], both[0].ids.shape, strict=False)]
+                sizes, lost = both[0].ids.shape, self.reason(both)
+                made += [Role((a,), self.fixed((n,), lost)) for a, n in zip(key[:depth], sizes, strict=False)]
                 continue
+            self.loosened(*both)
             self.flip(both[0].ids, both[1].ids)
             self.whole(both[0].ids, depth)
             self.together(both[0].ids, depth)
@@ -181,12 +193,12 @@ class Walk(Shapes):
     def rule_dot_general(self, operands: list[Value], shapes: Any, out: Any, params: Any) -> Roles:
         (contract_l, contract_r), (batch_l, batch_r) = params["dimension_numbers"]
         sides = [operand.roles for operand in operands]
-        for side, batched in ((sides[0], batch_l), (sides[1], batch_r)):
-            moving = {r.axes[0]: r for r in side if len(r.axes) == 1 and not self.still(r)}
-            for axis in batched:
-                if axis in moving:
-                    for other in moving:
-                        self.request([[moving[axis]], [moving[other]]])
+        for side, batched, summed in zip(operands, (batch_l, batch_r), (contract_l, contract_r), strict=True):
+            moving = {r.axes[0]: r for r in side.roles if len(r.axes) == 1 and not self.still(r)}
+            for axis, other in itertools.permutations(moving, 2):
+                if axis in batched or (axis in summed and other in summed and not side.compute):
+                    self.request([[moving[axis]], [moving[other]]], not side.compute)
+                    self.apart.append((moving[axis].ids, moving[other].ids))
         made = self.contract(sides, (contract_l, contract_r), (batch_l, batch_r), "dot_general")
         free = [
             [a for a in range(len(shape)) if a not in (*contracted, *batch)]
@@ -218,7 +230,7 @@ class Walk(Shapes):
         for role in roles:
             if set(role.axes) & set(summed) and set(role.axes) & set(free):
                 kept = {a: n for a, n in zip(role.axes, role.ids.shape, strict=True) if a not in summed}
-                found += [Role((a,), self.fixed((n,))) for a, n in kept.items()]
+                found += [Role((a,), self.fixed((n,), self.reason([role]))) for a, n in kept.items()]
             else:
                 found.append(role)
         return tuple(found)
@@ -252,7 +264,7 @@ class Walk(Shapes):
         mixed = [r for r in (*image.values(), *kernel.values()) if len(r.axes) > 1]
         self.give_up("conv_general_dilated", mixed)
         lost = [a for a, role in ((result[0], batch), (result[1], made)) if mixed and role is None]
-        return (*kept, *self.unknown(out, [*lost, *result[2:]]))
+        return (*kept, *self.unknown(out, lost, self.reason(mixed)), *self.unknown(out, result[2:]))
 
     def in_blocks(self, role: Role) -> bool:
         """Whether a role is that of the inputs of a convolution in groups."""
@@ -300,7 +312,8 @@ class Walk(Shapes):
         touched = [role for role in operands[0].roles if any(window[a] != 1 for a in role.axes)]
         self.give_up("reduce_window over channels", touched)
         through = tuple(role for role in operands[0].roles if role not in touched)
-        return (*sourceless(through), *self.unknown(out, [a for role in touched for a in role.axes]))
+        axes = [a for role in touched for a in role.axes]
+        return (*sourceless(through), *self.unknown(out, axes, self.reason(touched)))
 
 
 def _uniform(array: np.ndarray, axis: int) -> bool:

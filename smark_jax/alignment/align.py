@@ -95,6 +95,7 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
         )
         for space, units in enumerate(match.units)
     )
+    found["alike"] = found["alike"] or _unmoved(raw, ours)
     report = Report(
         spaces=spaces,
         renamed={path: name for path, name in names.items() if path != name and path in raw},
@@ -107,9 +108,9 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     result = Alignment(_trees.rebuilt(base, whole.unviewed(aligned)), report)
     if report.alike:
         return result
-    doubts = (*graph.unfollowed, *graph.beyond, *(_shown(graph, number) for number in doubtful)) or checking.doubts(
-        whole, apply_fn, base, example_images
-    )
+    doubts = (*graph.unfollowed, *graph.beyond, *(_shown(graph, number) for number in doubtful))
+    doubts += ("leaves of other names, paired by what bases do change",) if report.renamed and graph.linear else ()
+    doubts = doubts or checking.doubts(whole, apply_fn, base, example_images)
     missed = forms.missed(everything, left_out)
     raise _unlike(result, doubts, telling, forms.differing(whole, placed, everything) if missed > _MISSED else "")
 
@@ -138,6 +139,17 @@ def _dense(ours: Leaves, theirs: Leaves) -> dict[str, int]:
         if len(other) == leaf.ndim > 2 and len(axes) == 1 and leaf.shape[axes[0]] == 1 < other[axes[0]]:
             found[path] = axes[0]
     return found
+
+
+def _unmoved(theirs: Leaves, ours: Leaves) -> tuple[str, ...]:
+    """The kernels that resemble the base's as they are, so that no fit has a part in it."""
+    found = []
+    for path in ours.keys() & theirs.keys():
+        a, b = theirs[path].astype(np.float64), ours[path].astype(np.float64)
+        norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
+        if a.ndim > 1 and a.shape == b.shape and norms > 0:
+            found += [path] * (float(np.vdot(a, b)) / norms > max(scaling.ALIKE, 4 * a.size**-0.5))
+    return tuple(found)
 
 
 def _shown(graph: Graph, number: int) -> str:

@@ -39,11 +39,35 @@ def change(graph: Graph, apply_fn: ApplyFn, params: PyTree, example_images: Any)
 def doubts(graph: Graph, apply_fn: ApplyFn, params: PyTree, example_images: Any) -> tuple[str, ...]:
     """What keeps the graph from being trusted, in words; nothing where its rewrites leave the logits alone."""
     found = change(graph, apply_fn, params, example_images)
-    if found < _CHANGE:
-        return ()
+    if found >= _CHANGE:
+        return (
+            f"something in it (rewrites that its graph allows change the logits by {100 * found:.2g} % of their range)",
+        )
     return (
-        f"something in it (rewrites that its graph allows change the logits by {100 * found:.2g} % of their range)",
+        ("components of kernels that a norm removes",)
+        if _mostly_levelled(graph, apply_fn, params, example_images)
+        else ()
     )
+
+
+def _mostly_levelled(graph: Graph, apply_fn: ApplyFn, params: PyTree, example_images: Any) -> bool:
+    """Whether most weights are in kernels to which anything may be added that does not change along an axis.
+
+    A norm behind such a kernel subtracts it. Where the units may be mixed too, alignment leaves it out of account.
+    """
+    rng, free = np.random.default_rng(_SEED), set[str]()
+    images = _images(rng, np.shape(example_images), jax.numpy.result_type(example_images))
+    leaves = graph.viewed({name: np.asarray(leaf) for name, leaf in _trees.named("alignment", params).items()})
+    run = _compiling.quickly(apply_fn)
+    logits = np.asarray(run(params, images))
+    for path, axis in graph.levels:
+        leaf = leaves[path]
+        shape = [1 if a == axis else n for a, n in enumerate(leaf.shape)]
+        other = {**leaves, path: (leaf + rng.normal(size=shape) * np.std(leaf)).astype(leaf.dtype)}
+        moved = np.asarray(run(_trees.rebuilt(params, graph.unviewed(other)), images)) - logits
+        free |= {path} if np.abs(moved).max() < _CHANGE * np.ptp(logits) else set()
+    sizes = {path: leaf.size for path, leaf in leaves.items() if leaf.ndim > 1}
+    return 2 * sum(sizes[path] for path in free) > sum(sizes.values())
 
 
 def _images(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

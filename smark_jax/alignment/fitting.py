@@ -28,6 +28,8 @@ _ROUNDS = 4
 _STEPS = 8
 _TOLERANCE = 1e-6
 _RIDGE = 1e-9
+_PRIOR = 1e-7
+"""Weight of the identity: directions that no leaf shows stay, so that the base's own fit is the identity."""
 
 Evidence = Sequence[tuple[bool, np.ndarray, np.ndarray]]
 """For each place of a space: whether it reads, and the suspect's and the base's units, [blocks, units, weights]."""
@@ -207,6 +209,8 @@ def _rotation(pairs: Evidence, ones: bool) -> np.ndarray:
         norms = np.linalg.norm(a, axis=(1, 2)) * np.linalg.norm(b, axis=(1, 2))
         total = total + np.matmul(a, b.swapaxes(1, 2)) * (a[0].size / np.maximum(norms, 1e-30))[:, None, None]
     matrix = np.asarray(total)
+    seen = np.linalg.norm(matrix, axis=(1, 2))[:, None, None]
+    matrix = matrix + _PRIOR * seen * np.eye(matrix.shape[1])
     if ones:  # no kernel says anything of it, and it stays
         matrix = matrix + np.linalg.norm(matrix, axis=(1, 2))[:, None, None] / matrix.shape[1]
     left, _, right = np.linalg.svd(matrix)
@@ -229,7 +233,8 @@ def _basis(pairs: Evidence) -> np.ndarray:
             own = np.sum([a @ a.T for a, _ in some], axis=0)
             both = np.sum([a @ b.T for a, b in some], axis=0)
             ridge = _RIDGE * (float(np.trace(own)) or 1.0) / len(own)
-            grams.append((side, own, both, np.linalg.solve(own + ridge * np.eye(len(own)), both)))
+            prior = ridge * np.eye(len(own))
+            grams.append((side, own, both, np.linalg.solve(own + prior, both + prior)))
     starts = [np.linalg.pinv(start).T if side else start for side, _, _, start in grams]
     matrix = np.mean(starts, axis=0)
     if len(starts) < 2:

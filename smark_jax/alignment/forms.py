@@ -73,7 +73,7 @@ def reshaped(graph: Graph, path: str, leaf: np.ndarray) -> np.ndarray | None:
     if could_be(graph, path, leaf.shape):
         return leaf
     if leaf.size == math.prod(shape) and _in_order(leaf.shape, graph.own(path)):
-        return leaf.reshape(shape)
+        return graph.viewed({path: leaf.reshape(graph.own(path))})[path]
     if graph.own(path) != shape:
         return None
     kept = iter(size for size in leaf.shape if size != 1)
@@ -180,7 +180,7 @@ def _join(graph: Graph, split: Mapping[str, Mapping[int, str]], found: Leaves, c
         for source in names.values():
             del found[source]
         whole = np.stack([leaf.reshape(ways[path] or 1, -1) for leaf in leaves], axis=1)
-        found[name] = whole.reshape(graph.shapes[path])
+        found[name] = graph.viewed({path: whole.reshape(graph.own(path))})[path]
         changes[name] = f"joined from {parts}"
 
 

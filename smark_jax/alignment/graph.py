@@ -66,7 +66,8 @@ class View(NamedTuple):
 
     Attributes:
       own: the leaf's own shape.
-      shape: what the graph sees: neighbouring axes merged, or the groups of a convolution as blocks of a dense kernel.
+      shape: what the graph sees: several axes as one, or the groups of a convolution as blocks of a dense kernel.
+      order: of the leaf's own axes, before neighbours become one.
       groups: of the convolution.
       inputs: the axis of the kernel's inputs, which are those of one group in the leaf's own shape.
       outputs: the axis of its outputs.
@@ -74,6 +75,7 @@ class View(NamedTuple):
 
     own: tuple[int, ...]
     shape: tuple[int, ...]
+    order: tuple[int, ...]
     groups: int = 1
     inputs: int = 0
     outputs: int = 0
@@ -81,7 +83,7 @@ class View(NamedTuple):
     def seen(self, leaf: np.ndarray) -> np.ndarray:
         """The leaf as the graph sees it; kernels with groups may be of other widths. Other shapes stay."""
         if self.groups == 1:
-            return leaf.reshape(self.shape) if leaf.shape == self.own else leaf
+            return leaf.transpose(self.order).reshape(self.shape) if leaf.shape == self.own else leaf
         if leaf.ndim != len(self.own) or leaf.shape[self.inputs] == self.shape[self.inputs]:
             return leaf
         if leaf.shape[self.outputs] % self.groups:
@@ -94,7 +96,7 @@ class View(NamedTuple):
     def own_form(self, leaf: np.ndarray) -> np.ndarray:
         """The leaf in its own form again: of a dense kernel, the blocks."""
         if self.groups == 1:
-            return leaf.reshape(self.own)
+            return leaf.reshape([self.own[axis] for axis in self.order]).transpose(np.argsort(self.order))
         dense = self._blocks(leaf)
         dense = dense.reshape(self.groups, -1, *dense.shape[1:])
         return self._kernel(dense[np.arange(self.groups), :, np.arange(self.groups)].swapaxes(0, 1))
@@ -129,6 +131,7 @@ class Graph(NamedTuple):
       held: leaves on which gains depend that fold into no kernel.
       reduced: spaces over whose units something is reduced other than a product: the mean of a norm over channels.
       logits: paths and axes of what is added up to logits: a number that all of them share decides nothing.
+      levels: paths and axes of kernels from whose products their mean along the axis may be subtracted.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -147,6 +150,7 @@ class Graph(NamedTuple):
     held: frozenset[str] = frozenset()
     reduced: frozenset[int] = frozenset()
     logits: frozenset[tuple[str, int]] = frozenset()
+    levels: tuple[tuple[str, int], ...] = ()
 
     def viewed(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The leaves as the graph sees them (:class:`View`)."""

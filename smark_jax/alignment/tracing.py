@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from smark_jax import _trees, _validate
 from smark_jax._types import ApplyFn, PyTree
 from smark_jax.alignment import _components
-from smark_jax.alignment._identities import Compute, Grouped, Role, Value, simplified
+from smark_jax.alignment._identities import Compute, Grouped, Role, Roots, Value, simplified
 from smark_jax.alignment._walk import Walk
 from smark_jax.alignment.graph import Graph, View
 
@@ -46,15 +46,16 @@ def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any, dense: Mapping
         ) from error
     raw = {path: np.shape(leaf) for path, leaf in _trees.named("alignment", params).items()}
     images = np.shape(example_images)
-    joint: set[tuple[str, int]] = set()
+    joint: set[tuple[str, int, int]] = set()
     grouped: dict[str, Grouped] = {}
     while True:
-        walk, axes, shapes = Walk(dense or {}, grouped), {}, {}
+        walk, axes, shapes, orders = Walk(dense or {}, grouped), {}, {}, {}
         start = []
         for path, shape in raw.items():
             merged = _merged(path, len(shape), joint)
             own = grouped.get(path)
             seen = _blown_up(shape, own)
+            orders[path] = tuple(a for group in merged for a in group)
             shapes[path] = tuple(math.prod(seen[a] for a in group) for group in merged)
             roles = []
             for axis, group in enumerate(merged):
@@ -63,7 +64,8 @@ def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any, dense: Mapping
                     axes[path, axis] = ids.reshape(-1)
                     role = Role(tuple(group), ids, (path, axis))
                     roles.append(simplified(_of_groups(role, shape, own) if own and axis == own.inputs else role))
-            start.append(Value(tuple(roles), Compute(frozenset([path]), functools.partial(_leaf, path, shape))))
+            compute = Compute(frozenset([path]), functools.partial(_leaf, path, shape))
+            start.append(Value(tuple(roles), compute, walk.forms.leaf(path, shape)))
         walk.leaves_done()
         start.append(Value(walk.unknown(images)))
         outputs = walk.run(closed.jaxpr, [walk.constant(c) for c in closed.consts], start)
@@ -72,18 +74,18 @@ def trace(apply_fn: ApplyFn, params: PyTree, example_images: Any, dense: Mapping
                 walk.freeze(role.ids)
                 if role.axes == (len(value_shape) - 1,):
                     walk.logits = role.ids
-        asked = {(path, _merged(path, len(raw[path]), joint)[axis][-1]) for path, axis in walk.joint}
-        asked = {place for place in asked if place[0] not in walk.grouped}
-        if asked <= joint and walk.grouped.keys() <= grouped.keys():
+        merged = {path: _merged(path, len(shape), joint) for path, shape in raw.items()}
+        asked = {(path, merged[path][one][0], merged[path][other][0]) for path, one, other in walk.joint}
+        asked = {place for place in asked if place[0] not in walk.grouped | grouped}
+        if not asked and walk.grouped.keys() <= grouped.keys():
             views = {
-                path: View(shape, shapes[path], *_groups(grouped.get(path)))
+                path: View(shape, shapes[path], orders[path], *_groups(grouped.get(path)))
                 for path, shape in raw.items()
                 if shape != shapes[path]
             }
             return _components.graph(views, shapes, axes, walk)
-        joint |= asked
         grouped |= walk.grouped
-        joint = {place for place in joint if place[0] not in grouped}
+        joint = {place for place in joint | asked if place[0] not in grouped}
 
 
 def _groups(own: Grouped | None) -> tuple[int, int, int]:
@@ -107,12 +109,12 @@ def _leaf(path: str, shape: tuple[int, ...], leaves: Mapping[str, Any]) -> Any:
     return jax.numpy.asarray(leaves[path]).reshape(shape)
 
 
-def _merged(path: str, ndim: int, joint: Container[tuple[str, int]]) -> list[list[int]]:
-    """A leaf's axes, where neighbours that the graph sees as one are together."""
-    found: list[list[int]] = []
+def _merged(path: str, ndim: int, joint: Iterable[tuple[str, int, int]]) -> list[list[int]]:
+    """A leaf's axes, where those that the graph sees as one are together, at the place of the last of them."""
+    roots = Roots()
+    for one, other in ((one, other) for name, one, other in joint if name == path):
+        roots[roots.of(min(one, other))] = roots.of(max(one, other))
+    found: dict[int, list[int]] = {}
     for axis in range(ndim):
-        if axis and (path, axis - 1) in joint:
-            found[-1].append(axis)
-        else:
-            found.append([axis])
-    return found
+        found.setdefault(roots.of(axis), []).append(axis)
+    return sorted(found.values(), key=max)
