@@ -19,17 +19,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from smark_jax.alignment import matching
-from smark_jax.alignment.gauge import Fit, carried
+from smark_jax.alignment.gauge import Fit, carried, fit, mixed
 from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves
+from smark_jax.alignment.spaces import Place
 
-_ROUNDS = 4
+_ROUNDS = 8
 """Passes over all spaces after the first in which each has a fit."""
+_SETTLED = 1e-4
+"""Fits that changed by less, relative to their norms, count as the same."""
 _STEPS = 8
 _TOLERANCE = 1e-6
 _RIDGE = 1e-9
 _PRIOR = 1e-7
 """Weight of the identity: directions that no leaf shows stay, so that the base's own fit is the identity."""
+_LARGE = 1e30
 
 Evidence = Sequence[tuple[bool, np.ndarray, np.ndarray]]
 """For each place of a space: whether it reads, and the suspect's and the base's units, [blocks, units, weights]."""
@@ -50,6 +54,7 @@ def solve(
       sizes: the suspect's widths.
       alive: the units that may be matched.
     """
+    ours = {path: matching.balanced(graph, path, ours[path], graph.sizes) for path in theirs.keys() & _used(graph)}
     if not graph.linear:
         return {}, matching.match(graph, theirs, ours, sizes, alive), []
     search = _Search(graph, theirs, ours, sizes, alive)
@@ -75,9 +80,11 @@ class _Search:
     def __init__(
         self, graph: Graph, theirs: Leaves, ours: Leaves, sizes: Sequence[int], alive: Sequence[np.ndarray]
     ) -> None:
-        self.graph, self.theirs, self.sizes, self.alive = graph, theirs, sizes, alive
+        self.graph, self.sizes, self.alive = graph, sizes, alive
+        self.theirs = {path: _single(leaf) for path, leaf in theirs.items()}
         self.ours = ours
         self.fits: dict[int, Fit] = {}
+        self.changes: dict[int, float] = {}
         self.known: set[int] = set()
         self.weak: set[int] = set()
         units, signs = (tuple(make(n) for n in graph.sizes) for make in (np.arange, np.ones))
@@ -91,9 +98,12 @@ class _Search:
         """Matches the units of the other spaces by the leaves whose linear axes are known."""
         away = {path for path in self.theirs if not self.spaces.get(path, set()) <= self.fits.keys()}
         graph = self.graph.without(away)
+        before = {space: (self.found.units[space], self.found.signs[space]) for space in self.known}
         self.known = {s for s in range(len(graph.sizes)) if any(len(graph.shapes[p]) > 1 for p, _ in graph.places(s))}
-        theirs = {p: carried(graph, p, leaf, self.fits) for p, leaf in self.theirs.items() if p not in away}
-        self.found = matching.match(graph, theirs, self.ours, self.sizes, self.alive)
+        theirs = {p: carried(graph, p, self.theirs[p], self.fits) for p in matching.kernels(graph)}
+        last, self.found = self.found, matching.match(graph, theirs, self.ours, self.sizes, self.alive, before)
+        if any((a != b).any() for a, b in zip(last[0] + last[1], self.found[0] + self.found[1], strict=True)):
+            self.changes.clear()
 
     def usable(self, path: str, number: int) -> bool:
         """Whether all of a leaf is known but for the space."""
@@ -117,9 +127,17 @@ class _Search:
                 self.fit({number: found[number] for number in seen})
 
     def fit_again(self) -> None:
-        """Fits all spaces once more, each with what is known of the others by now."""
+        """Fits spaces once more, each with what is known of the others by now, if any beside it changed."""
         for together in self.sets():
-            self.fit({number: self.evidence(number) for number in together if number in self.fits})
+            some = [number for number in together if number in self.fits]
+            beside = {
+                n for number in some for place in self.graph.linear[number].places for n in self.spaces[place.path]
+            }
+            if any(self.changes.get(number, np.inf) > _SETTLED for number in beside & self.fits.keys()):
+                last = [self.fits[number] for number in some]
+                self.fit({number: self.evidence(number) for number in some})
+                change = max(_difference(one, self.fits[number]) for one, number in zip(last, some, strict=True))
+                self.changes |= dict.fromkeys(some, change)
 
     def sets(self) -> list[list[int]]:
         """The spaces, those together whose blocks have one order."""
@@ -141,10 +159,14 @@ class _Search:
             space = self.graph.linear[number]
             pairs = [(reads, a[order], b) for reads, a, b in some]
             if space.group == "orthogonal":
-                self.fits[number] = Fit(order, _rotation(pairs, space.ones))
+                matrices = _rotation(pairs, space.ones)
             else:
-                bases = [_basis([(reads, a[i], b[i]) for reads, a, b in pairs]) for i in range(space.blocks)]
-                self.fits[number] = Fit(order, np.stack(bases))
+                last = self.fits.get(number)
+                starts = last.matrices if last and (last.order == order).all() else [None] * space.blocks
+                matrices = np.stack(
+                    [_basis([(reads, a[i], b[i]) for reads, a, b in pairs], starts[i]) for i in range(space.blocks)]
+                )
+            self.fits[number] = fit(order, matrices, space.group)
 
     def evidence(self, number: int) -> Evidence:
         """For each place whose other axes are known: whether it reads, and the suspect's and the base's units."""
@@ -154,17 +176,16 @@ class _Search:
             if not self.usable(place.path, number):
                 continue
             theirs = self.ordered(place.path, number)
-            for axis, factor in self.levels(place.path, number).items():
-                theirs = theirs * matching.along(factor, axis, theirs.ndim)
-            ours = matching.balanced(self.graph, place.path, self.ours[place.path], self.graph.sizes)
+            for axis, factor in self.levels(place, number, theirs).items():
+                theirs = theirs * matching.along(factor.astype(theirs.dtype), axis, theirs.ndim)
             a, b = (
-                np.moveaxis(leaf, place.axis, 0)[place.entries]
-                .reshape(space.blocks, space.width, -1)
-                .astype(np.float64)
-                for leaf in (theirs, ours)
+                np.moveaxis(leaf, place.axis, 0)[place.entries].reshape(space.blocks, space.width, -1)
+                for leaf in (theirs, self.ours[place.path])
             )
             if space.group == "orthogonal":  # which does not change the norm
                 a = a * (float(np.linalg.norm(b)) / (float(np.linalg.norm(a)) or 1.0))
+            else:
+                a, b = a.astype(np.float64), b.astype(np.float64)
             found.append((place.reads, a, b))
         return found
 
@@ -177,14 +198,37 @@ class _Search:
                 leaf = matching.reorder(self.graph, leaf, (path, axis), self.sizes, done, True)
         return leaf
 
-    def levels(self, path: str, number: int) -> dict[int, np.ndarray]:
+    def levels(self, place: Place, number: int, leaf: np.ndarray) -> dict[int, np.ndarray]:
         """By axis, the factors that bring units of the other spaces to an RMS of one, measured in the base's basis.
 
         A basis that is not orthogonal distorts them, so that there are none before its first fit.
         """
-        if self.graph.linear[number].group == "linear" and number not in self.fits:
-            return {}
-        return matching.balance(self.graph, path, self.ordered(path, None), self.graph.sizes)
+        if self.graph.linear[number].group == "linear":
+            if number not in self.fits:
+                return {}
+            for own in self.graph.linear[number].places:
+                if own.path == place.path:
+                    leaf = mixed(leaf, own, self.fits[number])
+        return matching.balance(self.graph, place.path, leaf, self.graph.sizes)
+
+
+def _used(graph: Graph) -> set[str]:
+    """The leaves by which spaces are matched or fitted."""
+    return {*matching.kernels(graph), *(place.path for space in graph.linear for place in space.places)}
+
+
+def _single(leaf: np.ndarray) -> np.ndarray:
+    """The leaf as float32, if sums of its entries do not overflow there."""
+    small = leaf.ndim > 1 and leaf.size > 0 and float(np.abs(leaf).max()) < _LARGE
+    return leaf.astype(np.float32) if small else leaf
+
+
+def _difference(one: Fit, other: Fit) -> float:
+    """The largest difference of two fits of a block, relative to its norm."""
+    if (one.order != other.order).any():
+        return np.inf
+    norms = np.linalg.norm(other.matrices, axis=(1, 2))
+    return float((np.linalg.norm(one.matrices - other.matrices, axis=(1, 2)) / np.maximum(norms, 1e-30)).max())
 
 
 def _alike(evidence: Evidence) -> np.ndarray:
@@ -194,12 +238,20 @@ def _alike(evidence: Evidence) -> np.ndarray:
     if not makes or not reads:
         makes = reads = makes or reads
 
-    def gram(sides: Sequence[tuple[np.ndarray, np.ndarray]], one: int, other: int) -> np.ndarray:
-        return sum((np.einsum("hin,gjn->hgij", pair[one], pair[other]) for pair in sides), np.zeros(()))
+    def gram(sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:  # [base, suspect, units, units]
+        blocks, width = sides[0][0].shape[:2]
+        flat = sum((b.reshape(blocks * width, -1) @ a.reshape(blocks * width, -1).T for a, b in sides), np.zeros(()))
+        return flat.reshape(blocks, width, blocks, width).swapaxes(1, 2)
 
-    inner = (gram(makes, 1, 0) * gram(reads, 1, 0)).sum((2, 3))
-    ours, theirs = (np.sqrt(np.einsum("hhij->hij", gram(makes, k, k) * gram(reads, k, k)).sum((1, 2))) for k in (1, 0))
-    return inner / np.maximum(ours[:, None] * theirs[None], 1e-30)
+    def norms(one: int) -> np.ndarray:
+        makers, readers = (
+            sum((np.matmul(pair[one], pair[one].swapaxes(1, 2)) for pair in sides), np.zeros(()))
+            for sides in (makes, reads)
+        )
+        return np.sqrt((makers * readers).sum((1, 2)))
+
+    inner = (gram(makes) * gram(reads)).sum((2, 3))
+    return inner / np.maximum(norms(1)[:, None] * norms(0)[None], 1e-30)
 
 
 def _rotation(pairs: Evidence, ones: bool) -> np.ndarray:
@@ -217,15 +269,13 @@ def _rotation(pairs: Evidence, ones: bool) -> np.ndarray:
     return np.matmul(left, right)
 
 
-def _basis(pairs: Evidence) -> np.ndarray:
+def _basis(pairs: Evidence, last: np.ndarray | None) -> np.ndarray:
     r"""The matrix A of one block, by least squares on what makes its units and on what reads them.
 
-    Either side alone would shrink it, as noise in a regressor does; both together do not. From their mean on, by
-    Gauss-Newton: with F' = A^T F_s, G' = A^{-1} G_s, the step A (1 + E) solves the Sylvester equation
-    :math:`F' F'^T E + E G' G'^T = F' (F_b - F')^T - (G_b - G') G'^T`.
+    Either side alone would shrink it, as noise in a regressor does; both together do not. From their mean on, or from
+    the last matrix if that is better, by Gauss-Newton: with F' = A^T F_s, G' = A^{-1} G_s, the step A (1 + E) solves
+    the Sylvester equation :math:`F' F'^T E + E G' G'^T = F' (F_b - F')^T - (G_b - G') G'^T`.
     """
-    from scipy import linalg
-
     grams = []
     for side in (False, True):
         some = [(a, b) for reads, a, b in pairs if reads == side]
@@ -240,17 +290,31 @@ def _basis(pairs: Evidence) -> np.ndarray:
     if len(starts) < 2:
         return matrix
     (_, f, f_base, _), (_, g, g_base, _) = grams
+
+    def parts(matrix: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        inverse = np.linalg.inv(matrix)
+        makes, reads = matrix.T @ f @ matrix, inverse @ g @ inverse.T
+        to_base, from_base = matrix.T @ f_base, inverse @ g_base
+        cost = float(np.trace(makes) - 2 * np.trace(to_base) + np.trace(reads) - 2 * np.trace(from_base))
+        return cost, makes, reads, to_base - makes - from_base.T + reads
+
     best, least = matrix, np.inf
-    for _ in range(_STEPS):
-        try:
-            inverse = np.linalg.inv(matrix)
-            makes, reads = matrix.T @ f @ matrix, inverse @ g @ inverse.T
-            to_base, from_base = matrix.T @ f_base, inverse @ g_base
-            cost = float(np.trace(makes) - 2 * np.trace(to_base) + np.trace(reads) - 2 * np.trace(from_base))
-            if not cost < least - _TOLERANCE * abs(least if np.isfinite(least) else 1):
+    try:
+        if last is not None and parts(last)[0] < parts(matrix)[0]:
+            matrix = last
+        for _ in range(_STEPS):
+            cost, makes, reads, rest = parts(matrix)
+            gain, best, least = least - cost, matrix if cost < least else best, min(cost, least)
+            if not gain > _TOLERANCE * abs(least):
                 break
-            best, least = matrix, cost
-            matrix = matrix + matrix @ linalg.solve_sylvester(makes, reads, to_base - makes - from_base.T + reads)
-        except np.linalg.LinAlgError:
-            break
+            matrix = matrix + matrix @ _sylvester(makes, reads, rest)
+    except np.linalg.LinAlgError:
+        pass
     return best
+
+
+def _sylvester(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """The E of a E + E b = c, for positive semidefinite a and b, by their eigenvectors."""
+    (left, u), (right, v) = np.linalg.eigh(a), np.linalg.eigh(b)
+    sums = left[:, None] + right[None]
+    return u @ (u.T @ c @ v / np.maximum(sums, 1e-15 * float(sums.max()))) @ v.T

@@ -10,7 +10,7 @@ from smark_jax.alignment import matching
 from smark_jax.alignment._identities import gain_name
 from smark_jax.alignment.graph import Graph
 from smark_jax.alignment.matching import Leaves
-from smark_jax.alignment.spaces import Place
+from smark_jax.alignment.spaces import Group, Place
 
 
 class Fit(NamedTuple):
@@ -19,13 +19,21 @@ class Fit(NamedTuple):
     Attributes:
       order: the suspect's block for each block of the base, shape [blocks].
       matrices: for each block, A in ``base = A^T suspect`` for what makes the units, shape [blocks, units, units].
+      inverses: of these; of what says too little of a space to have one, the pseudo-inverse.
     """
 
     order: np.ndarray
     matrices: np.ndarray
+    inverses: np.ndarray
 
 
 Fits = Mapping[int, Fit]
+
+
+def fit(order: np.ndarray, matrices: np.ndarray, group: Group) -> Fit:
+    """The fit by these matrices."""
+    inverses = matrices.swapaxes(1, 2) if group == "orthogonal" else np.linalg.pinv(matrices, rcond=1e-10)
+    return Fit(order, matrices, inverses)
 
 
 def canonical(graph: Graph, leaves: Leaves) -> Leaves:
@@ -131,7 +139,7 @@ def carried(graph: Graph, path: str, leaf: np.ndarray, fits: Fits, skip: int | N
     for number, fit in fits.items():
         for place in (*graph.linear[number].places, *graph.linear[number].vectors):
             if place.path == path and number != skip:
-                leaf = _mixed(leaf, place, fit)
+                leaf = mixed(leaf, place, fit)
     for number, places in enumerate(graph.heads):
         order = next((fits[s].order for s in fits if graph.linear[s].heads == number), None)
         for place in places:
@@ -142,16 +150,15 @@ def carried(graph: Graph, path: str, leaf: np.ndarray, fits: Fits, skip: int | N
     return leaf
 
 
-def _inverse(matrices: np.ndarray) -> np.ndarray:
-    """The inverses; of what says too little of a space to have one, the pseudo-inverses."""
-    return np.linalg.pinv(matrices, rcond=1e-10)
-
-
-def _mixed(leaf: np.ndarray, place: Place, fit: Fit) -> np.ndarray:
-    matrices = _inverse(fit.matrices).swapaxes(1, 2) if place.reads else fit.matrices
-    moved = np.moveaxis(leaf.astype(np.float64), place.axis, 0)
-    taken = moved[place.entries[fit.order]]
-    mixed = np.matmul(matrices.swapaxes(1, 2), taken.reshape(*taken.shape[:2], -1))
-    moved = moved.copy()
-    moved[place.entries] = mixed.reshape(taken.shape)
+def mixed(leaf: np.ndarray, place: Place, fit: Fit) -> np.ndarray:
+    """A leaf with the entries of one place in the base's basis, as float64 or, if it is that already, float32."""
+    matrices = fit.inverses if place.reads else fit.matrices.swapaxes(1, 2)
+    kind = np.float32 if leaf.dtype == np.float32 else np.float64
+    moved = np.moveaxis(leaf, place.axis, 0).astype(kind)
+    entries = place.entries[fit.order]
+    if entries.shape[2] == 1 and np.array_equal(entries.reshape(-1), np.arange(len(moved))):
+        taken = moved.reshape(*entries.shape[:2], -1)
+        return np.moveaxis(np.matmul(matrices.astype(kind), taken).reshape(moved.shape), 0, place.axis)
+    taken = moved[entries]
+    moved[place.entries] = np.matmul(matrices.astype(kind), taken.reshape(*taken.shape[:2], -1)).reshape(taken.shape)
     return np.moveaxis(moved, 0, place.axis)

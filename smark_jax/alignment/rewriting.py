@@ -145,8 +145,11 @@ def mixed(graph: Graph, leaves: Leaves, rng: np.random.Generator) -> Leaves:
         order = orders[space.heads] if space.heads >= 0 else np.arange(space.blocks)
         free = all(_free(graph, place, leaves) for place in space.places)
         matrices = [_drawn(space, rng) if free else np.eye(space.width) for _ in range(space.blocks)]
-        fits[number] = gauge.Fit(order, np.stack(matrices))
-    return {path: gauge.carried(graph, path, leaf, fits).astype(leaf.dtype) for path, leaf in leaves.items()}
+        fits[number] = gauge.fit(order, np.stack(matrices), space.group)
+    return {
+        path: gauge.carried(graph, path, leaf.astype(np.float64), fits).astype(leaf.dtype)
+        for path, leaf in leaves.items()
+    }
 
 
 def with_means(graph: Graph, leaves: Leaves, rng: np.random.Generator, size: float) -> Leaves:

@@ -110,7 +110,8 @@ def merge(params: PyTree, other: PyTree, graph: Graph, share: float = 0.5) -> Py
         {path: np.asarray(leaf) for path, leaf in _trees.named("merge", tree).items()} for tree in (params, other)
     )
     alive = [np.ones(size, bool) for size in graph.sizes]
-    match = matching.match(graph, theirs, ours, graph.sizes, alive)
+    kernels = {path: matching.balanced(graph, path, ours[path], graph.sizes) for path in matching.kernels(graph)}
+    match = matching.match(graph, theirs, kernels, graph.sizes, alive)
     done = dict(enumerate(zip(match.units, match.signs, strict=True)))
     merged = {}
     for path, leaf in theirs.items():
