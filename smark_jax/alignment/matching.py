@@ -251,8 +251,8 @@ class _Search:
         for values, best in zip(agreed, products, strict=False):
             values[rows[first]] = best[first, second]
         signed = sum((weight * values for weight, values in zip(weights, agreed, strict=True)), np.zeros(size))
-        for (path, _), values in zip(places, agreed, strict=True):
-            cosine = float(np.abs(values[units >= 0]).sum()) / self.graph.weights(path)
+        for (path, _), (ours, _), values in zip(places, sides, agreed, strict=True):
+            cosine = float(np.abs(values[units >= 0]).sum()) / max(float(np.vdot(ours, ours)), 1e-30)
             self.cosines[path] = min(max(cosine, _LEAST), _MOST)
         return units, np.where(signed < 0, -1, 1).astype(np.float32)
 
