@@ -79,9 +79,10 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     plain, leaves = gauge.canonical(graph, ours), gauge.canonical(graph, leaves)
     merged = duplicates.merge_duplicates(graph, leaves, sizes)
     fits, match, doubtful = fitting.solve(graph, merged.leaves, plain, sizes, merged.alive)
-    leaves = {path: gauge.carried(graph, path, leaf, fits) for path, leaf in leaves.items()}
-    merged = merged._replace(leaves={p: gauge.carried(graph, p, leaf, fits) for p, leaf in merged.leaves.items()})
-    aligned, found, telling = scaling.read(graph, leaves, merged, plain, sizes, match)
+    moved = {path: gauge.carried(graph, path, leaf, fits) for path, leaf in leaves.items()}
+    others = {p: leaf for p, leaf in merged.leaves.items() if leaf is not leaves[p]}
+    merged = merged._replace(leaves=moved | {p: gauge.carried(graph, p, leaf, fits) for p, leaf in others.items()})
+    aligned, found, telling = scaling.read(graph, moved, merged, plain, sizes, match)
     aligned = gauge.restored(graph, aligned, plain, ours)
     aligned = {path: everything[path] for path in left_out} | _broken_again(graph, raw, aligned, sizes, match)
     aligned |= {path: everything[path] for path in filled}

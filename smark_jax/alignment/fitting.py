@@ -34,6 +34,9 @@ _RIDGE = 1e-9
 _PRIOR = 1e-7
 """Weight of the identity: directions that no leaf shows stay, so that the base's own fit is the identity."""
 _LARGE = 1e30
+_MANY = 10**5
+_SHOWN = 1e-9
+"""Leaves show a direction if its share of their squares is larger: below is rounding."""
 
 Evidence = Sequence[tuple[bool, np.ndarray, np.ndarray]]
 """For each place of a space: whether it reads, and the suspect's and the base's units, [blocks, units, weights]."""
@@ -161,11 +164,8 @@ class _Search:
             if space.group == "orthogonal":
                 matrices = _rotation(pairs, space.ones)
             else:
-                last = self.fits.get(number)
-                starts = last.matrices if last and (last.order == order).all() else [None] * space.blocks
-                matrices = np.stack(
-                    [_basis([(reads, a[i], b[i]) for reads, a, b in pairs], starts[i]) for i in range(space.blocks)]
-                )
+                bases = [_basis([(reads, a[i], b[i]) for reads, a, b in pairs]) for i in range(space.blocks)]
+                matrices = np.stack(bases)
             self.fits[number] = fit(order, matrices, space.group)
 
     def evidence(self, number: int) -> Evidence:
@@ -218,9 +218,9 @@ def _used(graph: Graph) -> set[str]:
 
 
 def _single(leaf: np.ndarray) -> np.ndarray:
-    """The leaf as float32, if sums of its entries do not overflow there."""
-    small = leaf.ndim > 1 and leaf.size > 0 and float(np.abs(leaf).max()) < _LARGE
-    return leaf.astype(np.float32) if small else leaf
+    """A leaf of many entries as float32, for speed, if sums of them do not overflow there."""
+    fits = leaf.ndim > 1 and leaf.size > _MANY and float(np.abs(leaf).max()) < _LARGE
+    return leaf.astype(np.float32) if fits else leaf
 
 
 def _difference(one: Fit, other: Fit) -> float:
@@ -269,12 +269,12 @@ def _rotation(pairs: Evidence, ones: bool) -> np.ndarray:
     return np.matmul(left, right)
 
 
-def _basis(pairs: Evidence, last: np.ndarray | None) -> np.ndarray:
+def _basis(pairs: Evidence) -> np.ndarray:
     r"""The matrix A of one block, by least squares on what makes its units and on what reads them.
 
-    Either side alone would shrink it, as noise in a regressor does; both together do not. From their mean on, or from
-    the last matrix if that is better, by Gauss-Newton: with F' = A^T F_s, G' = A^{-1} G_s, the step A (1 + E) solves
-    the Sylvester equation :math:`F' F'^T E + E G' G'^T = F' (F_b - F')^T - (G_b - G') G'^T`.
+    Either side alone would shrink it, as noise in a regressor does; both together do not. From their mean on, by
+    Gauss-Newton: with F' = A^T F_s, G' = A^{-1} G_s, the step A (1 + E) solves the Sylvester equation
+    :math:`F' F'^T E + E G' G'^T = F' (F_b - F')^T - (G_b - G') G'^T`.
     """
     grams = []
     for side in (False, True):
@@ -300,8 +300,6 @@ def _basis(pairs: Evidence, last: np.ndarray | None) -> np.ndarray:
 
     best, least = matrix, np.inf
     try:
-        if last is not None and parts(last)[0] < parts(matrix)[0]:
-            matrix = last
         for _ in range(_STEPS):
             cost, makes, reads, rest = parts(matrix)
             gain, best, least = least - cost, matrix if cost < least else best, min(cost, least)
@@ -314,7 +312,8 @@ def _basis(pairs: Evidence, last: np.ndarray | None) -> np.ndarray:
 
 
 def _sylvester(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """The E of a E + E b = c, for positive semidefinite a and b, by their eigenvectors."""
+    """The E of a E + E b = c, for positive semidefinite a and b, by their eigenvectors; none where both are zero."""
     (left, u), (right, v) = np.linalg.eigh(a), np.linalg.eigh(b)
     sums = left[:, None] + right[None]
-    return u @ (u.T @ c @ v / np.maximum(sums, 1e-15 * float(sums.max()))) @ v.T
+    shown = sums > _SHOWN * float(sums.max())
+    return u @ np.where(shown, u.T @ c @ v / np.where(shown, sums, 1), 0) @ v.T

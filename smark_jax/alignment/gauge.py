@@ -50,8 +50,11 @@ def canonical(graph: Graph, leaves: Leaves) -> Leaves:
         for place in space.places if space.ones else ():
             if place.path in found:
                 leaf = np.moveaxis(found[place.path], place.axis, 0).astype(np.float64)
-                taken = leaf[place.entries]
-                leaf[place.entries] = taken - taken.mean(axis=1, keepdims=True)
+                if in_order(place.entries, len(leaf)) and len(place.entries) == 1:
+                    leaf -= leaf.mean(axis=0)
+                else:
+                    taken = leaf[place.entries]
+                    leaf[place.entries] = taken - taken.mean(axis=1, keepdims=True)
                 found[place.path] = np.moveaxis(leaf, 0, place.axis)
     for path, axis in (place for place in graph.logits if place[0] in leaves):
         leaf = found[path].astype(np.float64)
@@ -150,13 +153,18 @@ def carried(graph: Graph, path: str, leaf: np.ndarray, fits: Fits, skip: int | N
     return leaf
 
 
+def in_order(entries: np.ndarray, length: int) -> bool:
+    """Whether a place's units, one entry each, are all of the axis, in its order."""
+    return entries.shape[2] == 1 and np.array_equal(entries.reshape(-1), np.arange(length))
+
+
 def mixed(leaf: np.ndarray, place: Place, fit: Fit) -> np.ndarray:
     """A leaf with the entries of one place in the base's basis, as float64 or, if it is that already, float32."""
     matrices = fit.inverses if place.reads else fit.matrices.swapaxes(1, 2)
     kind = np.float32 if leaf.dtype == np.float32 else np.float64
     moved = np.moveaxis(leaf, place.axis, 0).astype(kind)
     entries = place.entries[fit.order]
-    if entries.shape[2] == 1 and np.array_equal(entries.reshape(-1), np.arange(len(moved))):
+    if in_order(entries, len(moved)):
         taken = moved.reshape(*entries.shape[:2], -1)
         return np.moveaxis(np.matmul(matrices.astype(kind), taken).reshape(moved.shape), 0, place.axis)
     taken = moved[entries]

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax.alignment import assignment
 from smark_jax.alignment.graph import Graph, Segment
 
 _ROUNDS = 30
@@ -220,6 +219,8 @@ class _Search:
         Units that stand out already keep their partners, and only the others are assigned anew, so that the outcome is
         never less likely than what was found before.
         """
+        from scipy import optimize  # here and not above: most suspects are read without alignment
+
         size = self.graph.sizes[space]
         sides = [self.sides(place, space, done) for place in places]
         weights = [self.cosines[path] / (1 - self.cosines[path] ** 2) for path, _ in places]
@@ -246,7 +247,9 @@ class _Search:
             total[rows[:, None] == columns] += here - elsewhere
         alive = self.alive[space][columns]
         total[:, ~alive] = -np.abs(total).max(initial=0) - 1
-        first, second = assignment.solve(total)
+        first, second = np.arange(len(rows)), total.argmax(axis=1) if len(columns) else np.zeros(0, int)
+        if len(np.unique(second)) < len(rows):  # else the best of each row is the best of all
+            first, second = optimize.linear_sum_assignment(total, maximize=True)
         units[rows[first]] = np.where(alive[second], columns[second], -1)
         for values, best in zip(agreed, products, strict=False):
             values[rows[first]] = best[first, second]
