@@ -12,6 +12,7 @@ import numpy as np
 
 from smark_jax import _trees, _validate
 from smark_jax._types import AnyArray, ApplyFn, PyTree
+from smark_jax.alignment.graph import View
 from smark_jax.attacks import inputs
 from smark_jax.files import nest
 
@@ -35,12 +36,9 @@ def densify(params: PyTree, apply_fn: ApplyFn, images: AnyArray) -> PyTree:
     for path, entries in inputs.kernels(params, apply_fn, images):
         groups, kernel = len(entries), leaves[path]
         if groups > 1 and kernel.ndim == 4 and kernel.shape[3] % groups == 0:
-            height, width, depth, features = kernel.shape
-            dense = np.zeros((height, width, groups, depth, groups, features // groups), kernel.dtype)
-            parts = kernel.reshape(height, width, depth, groups, -1)
-            for group in range(groups):
-                dense[:, :, group, :, group] = parts[:, :, :, group]
-            leaves[path] = dense.reshape(height, width, groups * depth, features)
+            *window, depth, features = kernel.shape
+            view = View(kernel.shape, (*window, groups * depth, features), (0, 1, 2, 3), groups, 2, 3)
+            leaves[path] = view.seen(kernel)
     return _tree(leaves)
 
 
