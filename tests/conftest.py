@@ -31,6 +31,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+# Processes that tests start read our compiled modules too, which Python can be told not to keep.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -51,6 +54,12 @@ _FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; the others, and the tests of each, stay in their order."""
     items.sort(key=lambda item: _FIRST.index(item.path.stem) if item.path.stem in _FIRST else len(_FIRST))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported so far stays, so that the collector of garbage need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 # Linux gives a process 65,530 mappings of memory, and each program that XLA compiles takes a few: a worker that kept
