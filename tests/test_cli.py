@@ -34,9 +34,9 @@ cli.main()
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A short demo: two parties, three epochs, six customers."""
+    """A short demo: two parties, two epochs, six customers."""
     out = tmp_path_factory.mktemp("demo") / "new folder"
-    arguments = ("--parties", "2", "--epochs", "3", "--customers", "6", "--out", str(out))
+    arguments = ("--parties", "2", "--epochs", "2", "--customers", "6", "--out", str(out))
     # It computes for longer than it compiles: with some optimisation, unlike the tests around it.
     return smark("demo", *arguments, command=(sys.executable, "-c", _SMALL), COLUMNS="160", XLA_FLAGS=COMPUTES), out
 
