@@ -18,6 +18,7 @@ from experiments.common.networks import scaled
 from experiments.common.zoo import transformers
 from smark_jax import _trees, alignment, attacks, carriers, codes, embedding, errors, extraction, files, keys
 from smark_jax.alignment import forms
+from smark_jax.vault import reading
 
 KEY = keys.from_bytes(bytes(32))
 LENGTH = 320
@@ -362,3 +363,18 @@ def wider_values(leaves):
 )
 def test_where_three_parts_lie_follows_from_shapes(whole, part, lead):
     assert forms._lead(whole, part) == lead
+
+
+def test_the_desk_reads_a_rewritten_copy_in_another_form_by_alignment_only():
+    base, apply, graph, copy, _ = marked("ViT")
+    mark = carriers.mark(keys.derive(KEY, "carrier"), base, LENGTH)
+    word = np.asarray(codes.codebook(keys.derive(KEY, "code"), [7], LENGTH)[0], np.float64)
+    suspect = attacks.join_heads(attacks.rewrite(copy, graph, jax.random.key(1)))
+
+    def statistic(aligner):
+        flat = (files.flatten(tree) for tree in (suspect, base))
+        chips = reading.read(*flat, mark, reading.Reading(aligner)).chips
+        return float(word @ chips / np.linalg.norm(chips))
+
+    assert statistic(reading.Aligner("ours", apply, IMAGES)) > 16
+    assert abs(statistic(None)) < 5

@@ -82,8 +82,10 @@ def read(
     spec = carriers.with_ties(mark.spec, base)
     mark = mark._replace(spec=spec)
     layout = files.match_layout(carriers.with_tied(leaves, spec), base, reading.given)
-    params: PyTree = files.nest(carriers.with_tied(layout.leaves, spec))
-    report = None
+    found, report = carriers.with_tied(layout.leaves, spec), None
+    if reading.aligner:  # which reads forms that content alone does not show
+        found = {**{name: leaves[name] for name in layout.unused if name in leaves}, **found}
+    params: PyTree = files.nest(found)
     if reading.aligner:
         from smark_jax import alignment  # here and not above: most suspects are read without
 
