@@ -33,6 +33,8 @@ _TOLERANCE = 1e-6
 _RIDGE = 1e-9
 _PRIOR = 1e-7
 """Weight of the identity: directions that no leaf shows stay, so that the base's own fit is the identity."""
+_CERTAIN = 0.8
+"""Blocks whose products have a higher cosine are the same."""
 _LARGE = 1e30
 _MANY = 10**5
 _SHOWN = 1e-9
@@ -90,6 +92,7 @@ class _Search:
         self.changes: dict[int, float] = {}
         self.known: set[int] = set()
         self.weak: set[int] = set()
+        self.orders: dict[int, np.ndarray] = {}
         units, signs = (tuple(make(n) for n in graph.sizes) for make in (np.arange, np.ones))
         self.found = matching.Match(units, signs, 0.0)
         self.spaces: dict[str, set[int]] = {}
@@ -151,13 +154,7 @@ class _Search:
 
     def fit(self, evidence: Mapping[int, Evidence]) -> None:
         """Fits spaces whose blocks have one order."""
-        from scipy import optimize
-
-        blocks = max((self.graph.linear[number].blocks for number in evidence), default=1)
-        order = np.arange(blocks)
-        if blocks > 1 and all(self.graph.linear[number].heads >= 0 for number in evidence):
-            total = np.sum([_alike(some) for some in evidence.values()], axis=0)
-            order = optimize.linear_sum_assignment(total, maximize=True)[1]
+        order = self.order(evidence)
         for number, some in evidence.items():
             space = self.graph.linear[number]
             pairs = [(reads, a[order], b) for reads, a, b in some]
@@ -167,6 +164,22 @@ class _Search:
                 bases = [_basis([(reads, a[i], b[i]) for reads, a, b in pairs]) for i in range(space.blocks)]
                 matrices = np.stack(bases)
             self.fits[number] = fit(order, matrices, space.group)
+
+    def order(self, evidence: Mapping[int, Evidence]) -> np.ndarray:
+        """The suspect's block for each of the base's, in which these spaces are most alike; kept once it is certain."""
+        from scipy import optimize
+
+        spaces = [self.graph.linear[number] for number in evidence]
+        blocks, heads = max((space.blocks for space in spaces), default=1), min((s.heads for s in spaces), default=-1)
+        if blocks == 1 or heads < 0:
+            return np.arange(blocks)
+        if heads not in self.orders:
+            total = np.mean([_alike(some) for some in evidence.values()], axis=0)
+            order = optimize.linear_sum_assignment(total, maximize=True)[1]
+            if total[np.arange(blocks), order].min() < _CERTAIN:
+                return order
+            self.orders[heads] = order
+        return self.orders[heads]
 
     def evidence(self, number: int) -> Evidence:
         """For each place whose other axes are known: whether it reads, and the suspect's and the base's units."""

@@ -57,9 +57,14 @@ class Encoder(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer: patches of 4x4, learned positions, three encoder blocks of width 48 with four heads.
+    """Vision transformer with learned positions: by default three encoder blocks of width 48 with four heads.
 
     Attributes:
+      width: D, of the stream.
+      heads: of each block.
+      blocks: how many there are.
+      patch: rows and columns of a patch.
+      classes: how many logits there are.
       fused: queries, keys and values in one dense layer and gelu by erf, as in PyTorch's timm, instead of
         ``nn.MultiHeadDotProductAttention`` with its kernels [D, H, d] and gelu by tanh, as in Google's code.
       summary: what the head reads: ``"tile"``, a class token repeated by ``jnp.tile`` (Google); ``"broadcast"``, one
@@ -70,14 +75,19 @@ class ViT(nn.Module):
       Zhai, Kolesnikov, Houlsby, Beyer, "Scaling vision transformers", CVPR 2022.
     """
 
+    width: int = 48
+    heads: int = 4
+    blocks: int = 3
+    patch: int = 4
+    classes: int = 10
     fused: bool = False
     summary: str = "tile"
 
     @nn.compact
     def __call__(self, images: Num[Array, "B H W C"]) -> Float[Array, "B classes"]:
         """Logits of a batch of images."""
-        width = 48
-        x = nn.Conv(width, (4, 4), strides=(4, 4), padding="VALID", name="patches")(scaled(images))
+        width, window = self.width, (self.patch, self.patch)
+        x = nn.Conv(width, window, strides=window, padding="VALID", name="patches")(scaled(images))
         x = x.reshape(x.shape[0], -1, width)
         if self.summary != "mean":
             token = self.param("class_token", nn.initializers.zeros, (1, 1, width))
@@ -87,10 +97,10 @@ class ViT(nn.Module):
             )
             x = jnp.concatenate([many, x], axis=1)
         x = x + self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
-        for block in range(3):
-            x = Encoder(4, self.fused, name=f"blocks_{block}")(x)
+        for block in range(self.blocks):
+            x = Encoder(self.heads, self.fused, name=f"blocks_{block}")(x)
         x = nn.LayerNorm(name="norm")(x)
-        return nn.Dense(10, name="head")(jnp.mean(x, axis=1) if self.summary == "mean" else x[:, 0])
+        return nn.Dense(self.classes, name="head")(jnp.mean(x, axis=1) if self.summary == "mean" else x[:, 0])
 
 
 def relative_position_index(window: int) -> np.ndarray:
