@@ -136,11 +136,12 @@ def _partitions(
     Groups whose order is tied to something that stays have the family :data:`FIXED`.
     """
     unit = {one: (s, u) for s, units in enumerate(spaces) for u, one in enumerate(units)}
-    family, still, fixed = Roots(), _still(walk, label), set[int]()
+    family, still, fixed, doubtful = Roots(), _still(walk, label), set[int](), set[int]()
     blocks: list[tuple[int, set[int]]] = []
     for small, big in walk.blocks:
         names, rows = label[small].tolist(), [set(row.tolist()) for row in label[big]]
         if all(row == rows[0] for row in rows):
+            doubtful.update(names)  # what is the same for all says nothing of their order, and may tie it
             continue
         named = {name for name in names if name in places and name not in unit}
         if named and any(row & unit.keys() for row in rows):
@@ -157,35 +158,52 @@ def _partitions(
             groups = divisions.setdefault((s, family.of(name)), np.full(len(spaces[s]), -1))
             if groups[u] not in (-1, name):
                 overlap.add(s)
+                doubtful.add(name)
             groups[u] = name
     every = [
         [groups for (t, _), groups in divisions.items() if t == s and s not in overlap] for s in range(len(spaces))
     ]
-    every = _tied(every, family)
-    fixed = {family.of(name) for name in fixed}
+    every, torn = _tied(every, family)
+    fixed = {family.of(name) for name in fixed | doubtful | torn}
     found: list[tuple[Partition, ...] | None] = []
     for s, some in enumerate(every):
         roots = [family.of(int(groups.max())) for groups in some]
         divided = (Partition(FIXED if root in fixed else root, p) for root, p in zip(roots, some, strict=True))
         found.append(None if s in overlap else tuple(divided))
+    unproven = {family.of(name) for name in (*doubtful, *torn)}
+    if any(family.of(int(groups.max())) in unproven for some in every for groups in some):
+        walk.unfollowed["channels in blocks"] = None
     return found
 
 
-def _tied(partitions: list[list[np.ndarray]], family: Roots) -> list[list[np.ndarray]]:
-    """Partitions by space, of which those that divide a space alike have the same names: their groups move together."""
-    alias = Roots()
+def _tied(partitions: list[list[np.ndarray]], family: Roots) -> tuple[list[list[np.ndarray]], set[int]]:
+    """Partitions by space, of which those that divide a space alike have the same names: their groups move together.
+
+    Where that would make one group of two, as where the first half of the groups is added to the other half, they keep
+    their names, which are also returned: they must not move.
+    """
+    alias, torn = Roots(), set[int]()
     while True:
         partitions = [
             [np.array([alias.of(n) if n >= 0 else n for n in p.tolist()]) for p in some] for some in partitions
         ]
         partitions = [list({p.tobytes(): p for p in some}.values()) for some in partitions]
         twins = [(p, q) for some in partitions for p, q in itertools.combinations(some, 2) if _alike(p, q)]
+        twins = [twin for twin in twins if not torn >= {*twin[0].tolist(), *twin[1].tolist()} - {-1}]
         if not twins:
-            return partitions
+            return partitions, torn
+        trial = Roots(alias)
         for one, other in zip(*(side.tolist() for side in twins[0]), strict=True):
             if one >= 0:
-                alias[alias.of(other)] = alias.of(one)
-                family[family.of(other)] = family.of(one)
+                trial[trial.of(other)] = trial.of(one)
+        every = [p[p >= 0] for some in partitions for p in some]
+        if all(len({trial.of(n) for n in p.tolist()}) == len(np.unique(p)) for p in every):
+            alias = trial
+            for one, other in zip(*(side.tolist() for side in twins[0]), strict=True):
+                if one >= 0:
+                    family[family.of(other)] = family.of(one)
+        else:
+            torn |= {*twins[0][0].tolist(), *twins[0][1].tolist()} - {-1}
 
 
 def _alike(one: np.ndarray, other: np.ndarray) -> bool:

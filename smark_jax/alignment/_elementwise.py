@@ -89,6 +89,8 @@ def _along(
             return gained
     for _, role in members[1:]:
         walk.loosened(first, role)
+        if name in _SUMS:
+            walk.added(first, role)
         (walk.link if name in _SUMS else walk.tie)(first.ids, role.ids)
     if name in _SUMS and not odd:
         bent = max(role.bent for _, role in members)
@@ -121,6 +123,7 @@ def _gained(
     if vector is None or before.bent == _BENT or (own is not None and not (weights and other.bent > before.bent)):
         return None
     after = walk.fresh(before.ids.shape)
+    walk.reads[gain_name(len(walk.gains))] = walk.reads.get(before.maker or "", set())
     walk.tie(before.ids, after)
     walk.tie(after, other.ids)
     inverse = Compute(vector.paths, lambda leaves: 1 / np.asarray(vector(leaves))) if name == "div" else vector

@@ -120,7 +120,8 @@ class Roots(dict[int, int]):
     def of(self, number: int) -> int:
         """The number that stands for a number's set."""
         while (above := self.setdefault(number, number)) != number:
-            number = self[number] = self.setdefault(above, above)
+            self[number] = self.setdefault(above, above)
+            number = self[number]
         return number
 
 
@@ -151,6 +152,7 @@ class Identities:
         self.biases: dict[str, str] = {}
         self.shifted: set[str] = set()
         self.makers: set[str] = set()
+        self.reads: dict[str, set[bytes]] = {}
         self.joint: set[tuple[str, int, int]] = set()
         self.grouped: dict[str, Grouped] = {}
         self.unfollowed: dict[str, None] = {}
@@ -249,6 +251,22 @@ class Identities:
         if (one.loose or other.loose) and not self.still(one) and not self.still(other):
             if len(np.unique(one.ids)) != len(np.unique(other.ids)):
                 self.beyond["channels that repeat"] = None
+
+    def read(self, kernel: Role, role: Role) -> None:
+        """Notes what a leaf reads, as long as it is a kernel."""
+        if kernel.source:
+            self.reads.setdefault(kernel.source[0], set()).add(role.ids.tobytes())
+
+    def added(self, one: Role, other: Role) -> None:
+        """Notes that products of two kernels with the same value are added: a part may go from one to the other."""
+        readers = [self.reads.get(role.maker or "", set()) for role in (one, other)]
+        if one.maker != other.maker and not readers[0].isdisjoint(readers[1]):
+            self.beyond["kernels whose products are added"] = None
+
+    def repeated(self, role: Role, others: np.ndarray) -> None:
+        """Notes that distinct entries are summed over, or multiplied with, repeats that nothing tells apart."""
+        if role.loose and len(np.unique(role.ids)) < len(np.unique(others)):
+            self.beyond["channels that repeat"] = None
 
     def couple(self, small: Role, big: Role) -> None:
         """Ties each entry of a role to a block of another's, whose axes include its own."""

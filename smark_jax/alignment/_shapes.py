@@ -84,8 +84,18 @@ class Shapes(Identities):
         why = self.reason([part for part in joined if isinstance(part, Role)])
         why = CONSTANT if why == MOVING else why
         parts = [part.ids if isinstance(part, Role) else self.fixed((part,), why) for part in joined]
-        whole = Role((d,), np.concatenate(parts), loose=any(isinstance(part, Role) and part.loose for part in joined))
+        ids = np.concatenate(parts)
+        again = len({operand.form.exact for operand in operands}) < len(operands)
+        whole = Role((d,), ids, loose=again or any(isinstance(part, Role) and part.loose for part in joined))
+        if len(parts) > 1 and all(shape[d] == 1 for shape in shapes) and self.apart_from(others):
+            self.beyond["branches side by side"] = None
         return (*_elementwise.merged(self, others), *((whole,) if out[d] > 1 else ()))
+
+    def apart_from(self, others: Sequence[Roles]) -> bool:
+        """Whether values that are put side by side have units of their own along the same axes."""
+        found: dict[tuple[int, ...], bytes] = {}
+        moving = [role for roles in others for role in roles if not self.still(role)]
+        return any(found.setdefault(role.axes, role.ids.tobytes()) != role.ids.tobytes() for role in moving)
 
     def cut(self, role: Role, cuts: Sequence[slice], others: Roles = ()) -> Role:
         """The role of some entries; unless all are taken, they no longer mix with the others.

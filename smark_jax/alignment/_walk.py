@@ -10,7 +10,7 @@ import numpy as np
 
 from smark_jax.alignment import _elementwise
 from smark_jax.alignment._branches import Forms
-from smark_jax.alignment._identities import Compute, Grouped, Role, Roles, Value, moved, simplified
+from smark_jax.alignment._identities import PROVEN, Compute, Grouped, Role, Roles, Value, moved, simplified
 from smark_jax.alignment._shapes import CONSTANT, Shapes, sourceless
 
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split())
@@ -180,6 +180,9 @@ class Walk(Shapes):
                 made += [Role((a,), self.fixed((n,), lost)) for a, n in zip(key[:depth], sizes, strict=False)]
                 continue
             self.loosened(*both)
+            self.read(both[1], both[0])
+            self.repeated(both[0], both[1].ids)
+            self.repeated(both[1], both[0].ids)
             self.flip(both[0].ids, both[1].ids)
             self.whole(both[0].ids, depth)
             self.together(both[0].ids, depth)
@@ -242,7 +245,7 @@ class Walk(Shapes):
         kernel = {role.axes: role for role in operands[1].roles if not self.in_blocks(role)}
         for axes, role in kernel.items():
             if set(axes) & set(rhs[2:]):
-                self.freeze(role.ids)
+                self.freeze(role.ids, PROVEN if set(axes) <= set(rhs[2:]) else "channels along two axes")
         self.give_up("convolution over channels", [r for axes, r in image.items() if set(axes) & set(lhs[2:])])
         self.single(*(role for role in (*image.values(), *kernel.values()) if role.bent or role.squared))
         feature, made = image.get((lhs[1],)), kernel.get((rhs[0],))
@@ -254,6 +257,8 @@ class Walk(Shapes):
             self.contract(sides, ([lhs[1]], [rhs[1]]), ((), ()), "conv_general_dilated")
         elif depthwise and batch_groups == 1 and feature and (made or not any(rhs[0] in axes for axes in kernel)):
             made = made or feature  # the same kernel for all
+            self.read(made, feature)
+            self.repeated(feature, made.ids)
             self.link(feature.ids, made.ids)
             self.single(feature, made)
         elif not (batch_groups == 1 and self.in_groups(operands[1].roles, feature, made, rhs, shapes[1], groups)):
@@ -278,6 +283,8 @@ class Walk(Shapes):
         if not feature or not made or not made.source:
             return False
         path, outputs = made.source
+        if len(np.unique(made.ids)) < shape[rhs[0]] or self.known.get(path, Grouped(0, 0, groups)).groups != groups:
+            return False  # repeated, or in other groups elsewhere
         blocks = next((role for role in kernel if self.in_blocks(role)), None)
         if blocks is None:
             inputs = next((r.source[1] for r in kernel if r.axes == (rhs[1],) and r.source), self.dense.get(path))
@@ -288,7 +295,12 @@ class Walk(Shapes):
         order = [blocks.axes.index(axis) for axis in rhs[:2] if axis in blocks.axes]
         wide = [n if axis in blocks.axes else 1 for axis, n in zip(rhs[:2], sizes, strict=True)]
         ids = np.broadcast_to(blocks.ids.transpose(order).reshape(wide), sizes)
-        inputs = ids.reshape(groups, -1, sizes[1])[:, 0]
+        each = ids.reshape(groups, -1, sizes[1])
+        inputs = each[:, 0]
+        if (each != inputs[:, None]).any():
+            return False
+        self.read(made, feature)
+        self.repeated(feature, inputs)
         self.flip(feature.ids, inputs)
         self.consumed.add((path, self.known[path].inputs))
         self.single(*(role for role in (feature, made, blocks) if role.bent or role.squared))
@@ -308,8 +320,10 @@ class Walk(Shapes):
     rule_reduce_window_min = rule_reduce_window
 
     def rule_reduce_window_sum(self, operands: list[Value], shapes: Any, out: Any, params: Any) -> Roles:
-        window = params["window_dimensions"]
-        touched = [role for role in operands[0].roles if any(window[a] != 1 for a in role.axes)]
+        plain = (1, 1, (0, 0), 1, 1)
+        names = "window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation"
+        moves = [tuple(params[name][a] for name in names) != plain for a in range(len(shapes[0]))]
+        touched = [role for role in operands[0].roles if any(moves[a] for a in role.axes)]
         self.give_up("reduce_window over channels", touched)
         through = tuple(role for role in operands[0].roles if role not in touched)
         axes = [a for role in touched for a in role.axes]

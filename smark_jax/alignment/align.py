@@ -110,6 +110,9 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     if report.alike:
         return result
     doubts = (*graph.unfollowed, *graph.beyond, *(_shown(graph, number) for number in doubtful))
+    doubts += ("layers with fewer channels than the base's",) * any(
+        n < m for n, m in zip(sizes, graph.sizes, strict=True)
+    )
     doubts += ("leaves of other names, paired by what bases do change",) if report.renamed and graph.linear else ()
     doubts = doubts or checking.doubts(whole, apply_fn, base, example_images)
     missed = forms.missed(everything, left_out)

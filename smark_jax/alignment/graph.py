@@ -84,9 +84,9 @@ class View(NamedTuple):
         """The leaf as the graph sees it; kernels with groups may be of other widths. Other shapes stay."""
         if self.groups == 1:
             return leaf.transpose(self.order).reshape(self.shape) if leaf.shape == self.own else leaf
-        if leaf.ndim != len(self.own) or leaf.shape[self.inputs] == self.shape[self.inputs]:
+        if leaf.ndim != len(self.own) or not leaf.size or leaf.shape[self.outputs] % self.groups:
             return leaf
-        if leaf.shape[self.outputs] % self.groups:
+        if leaf.shape[self.inputs] >= self.shape[self.inputs]:  # dense already
             return leaf
         blocks = self._blocks(leaf)
         dense = np.zeros((self.groups, blocks.shape[0], *blocks.shape[1:]), leaf.dtype)

@@ -237,7 +237,7 @@ class _Search:
         rows = np.flatnonzero(~settled)
         columns = np.setdiff1d(np.arange(self.sizes[space]), units[settled])
         total, products = np.zeros((len(rows), len(columns)), np.float32), []
-        for weight, (ours, theirs) in zip(weights, sides, strict=True) if len(rows) else ():
+        for weight, (ours, theirs) in zip(weights, sides, strict=True) if total.size else ():
             some, among = (ours, None) if len(rows) == size else (ours[rows], columns)
             options = [some @ (leaf if among is None else leaf[among]).T for leaf in theirs]
             products.append(max(options, key=lambda one: float(np.abs(one).max(axis=1).sum())))
