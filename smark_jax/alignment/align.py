@@ -149,10 +149,9 @@ def _unmoved(theirs: Leaves, ours: Leaves) -> tuple[str, ...]:
     """The kernels that resemble the base's as they are, so that no fit has a part in it."""
     found = []
     for path in ours.keys() & theirs.keys():
-        a, b = theirs[path].astype(np.float64), ours[path].astype(np.float64)
-        norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
-        if a.ndim > 1 and a.shape == b.shape and norms > 0:
-            found += [path] * (float(np.vdot(a, b)) / norms > max(scaling.ALIKE, 4 * a.size**-0.5))
+        a, b = theirs[path], ours[path]
+        if a.ndim > 1 and a.shape == b.shape and np.ptp(b) > 0:
+            found += [path] * (scaling.centred(a, b) > max(scaling.ALIKE, 4 * a.size**-0.5))
     return tuple(found)
 
 

@@ -59,7 +59,7 @@ def read(
             norms = float(np.linalg.norm(leaf)) * float(np.linalg.norm(mine))
             similarities[path] = min(1.0, float(np.vdot(leaf, mine)) / norms) if norms > 0 else 0.0
             chance = _chance(graph, path, mine, sizes, match)
-            alike += [path] * (similarities[path] > max(ALIKE, chance))
+            alike += [path] * (min(similarities[path], centred(leaf, mine)) > max(ALIKE, chance))
             telling = telling or chance < _TELLING
             from_base += [path] * (similarities[path] < min(ALIKE, chance) and norms > 0)
     movable = gauge.vectors(graph, ours)
@@ -87,12 +87,20 @@ def read(
     )
 
 
+def centred(leaf: np.ndarray, mine: np.ndarray) -> float:
+    """The cosine of two kernels without their means, which those of unrelated networks may share."""
+    a, b = (array.astype(np.float64) - array.mean(dtype=np.float64) for array in (leaf, mine))
+    norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
+    return float(np.vdot(a, b)) / norms if norms > 0 else 1.0
+
+
 def _chance(graph: Graph, path: str, mine: np.ndarray, sizes: Sequence[int], match: matching.Match) -> float:
     """The cosine that a kernel of random weights may reach by chance, by the signs of its units, and by their choice.
 
     A direction in D dimensions has a cosine above c with another with a probability of about (1 - c^2)^((D - 1) / 2),
     so the best of k reaches c where that is 1 / k: here k = 2 for a unit in its place, 2 n for one chosen among n. A
-    unit of a single weight (D = 1) always fits, by its scale and sign.
+    unit of a single weight (D = 1) always fits, by its scale and sign. What bases on both sides of a kernel reach adds
+    up: for random G, the greatest u^T G v over u and v is at most the sum of what each reaches (Chevet 1978).
     """
     count = graph.weights(path)
     rest = max(0.0, 1 - 4 * count**-0.5)
@@ -103,9 +111,7 @@ def _chance(graph: Graph, path: str, mine: np.ndarray, sizes: Sequence[int], mat
             choices = 2 * sizes[space] ** moved
             free = count / len(units) - 1
             rest *= 1 - math.sqrt(1 - choices ** (-2 / free)) if free > 0 else 0
-    for chance in gauge.chances(graph, path):
-        rest *= 1 - chance
-    return 1 - rest
+    return 1 - rest * max(0.0, 1 - sum(gauge.chances(graph, path)))
 
 
 def _unscaled(
