@@ -144,7 +144,7 @@ def other_leaf(bundle):
 
 def other_word(bundle):
     word = bundle["opened"][0]["leaf"]["word"]
-    bundle["opened"][0]["leaf"] = {**bundle["opened"][0]["leaf"], "word": "00" + word[2:]}
+    bundle["opened"][0]["leaf"] = {**bundle["opened"][0]["leaf"], "word": f"{int(word[:2], 16) ^ 1:02x}{word[2:]}"}
 
 
 FORGERIES = {

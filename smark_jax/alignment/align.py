@@ -16,6 +16,7 @@ from smark_jax.alignment.report import Alignment, Report, SpaceReport, refused, 
 
 _MISSED = 0.1
 """A suspect that lacks a larger share of the base's weights, or has it in other shapes, is never called no copy."""
+_NARROWER = "Some layers have fewer channels than the base's: what is left of a copy may be too little to recognise."
 
 
 def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any) -> Alignment:
@@ -110,13 +111,12 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
     if report.alike:
         return result
     doubts = (*graph.unfollowed, *graph.beyond, *(_shown(graph, number) for number in doubtful))
-    doubts += ("layers with fewer channels than the base's",) * any(
-        n < m for n, m in zip(sizes, graph.sizes, strict=True)
-    )
     doubts += ("leaves of other names, paired by what bases do change",) if report.renamed and graph.linear else ()
     doubts = doubts or checking.doubts(whole, apply_fn, base, example_images)
-    missed = forms.missed(everything, left_out)
-    raise _unlike(result, doubts, telling, forms.differing(whole, placed, everything) if missed > _MISSED else "")
+    differing = _NARROWER if any(n < m for n, m in zip(sizes, graph.sizes, strict=True)) else ""
+    if forms.missed(everything, left_out) > _MISSED:
+        differing = forms.differing(whole, placed, everything)
+    raise _unlike(result, doubts, telling, differing)
 
 
 def _unlike(result: Alignment, doubts: Sequence[str], telling: bool, differing: str) -> errors.SmarkError:

@@ -91,7 +91,7 @@ def centred(leaf: np.ndarray, mine: np.ndarray) -> float:
     """The cosine of two kernels without their means, which those of unrelated networks may share."""
     a, b = (array.astype(np.float64) - array.mean(dtype=np.float64) for array in (leaf, mine))
     norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
-    return float(np.vdot(a, b)) / norms if norms > 0 else 1.0
+    return float(np.vdot(a, b)) / norms if norms > 0 else 0.0
 
 
 def _chance(graph: Graph, path: str, mine: np.ndarray, sizes: Sequence[int], match: matching.Match) -> float:
