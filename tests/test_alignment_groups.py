@@ -15,7 +15,8 @@ from jax import lax
 
 from experiments.common import networks, zoo
 from smark_jax import _trees, alignment, attacks, errors
-from smark_jax.alignment import checking
+from smark_jax.alignment import checking, gauge
+from smark_jax.alignment.spaces import Place
 
 TOKENS, IMAGES = (3, 6, 8), (2, 6, 6, 4)
 Weights = Callable[..., jax.Array]  # a name, and the shape of the leaf of that name
@@ -451,3 +452,17 @@ def test_a_rewritten_copy_without_the_ends_of_its_stream_is_undecided():
     suspect = {name: leaf for name, leaf in suspect.items() if name not in ("patches", "positions", "head")}
     with pytest.raises(errors.Undecided, match="show too little"):
         alignment.align(suspect, base, apply, images)
+
+
+@pytest.mark.parametrize("blocks", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [2, 0, 1]])
+def test_blocks_go_where_the_base_has_them_in_whatever_order_an_axis_lists_them(blocks, order):
+    rng = np.random.default_rng(0)
+    leaf, matrices = rng.normal(size=(6, 5)), rng.normal(size=(3, 2, 2))
+    entries = np.arange(6).reshape(3, 2, 1)[blocks]
+    wanted = np.zeros_like(leaf)
+    for block, source in enumerate(order):
+        wanted[entries[block, :, 0]] = matrices[block].T @ leaf[entries[source, :, 0]]
+    place = Place("leaf", 0, entries, False)
+    found = gauge.mixed(leaf, place, gauge.fit(np.array(order), matrices, "linear"))
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)

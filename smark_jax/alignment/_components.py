@@ -192,18 +192,17 @@ def _tied(partitions: list[list[np.ndarray]], family: Roots) -> tuple[list[list[
         twins = [twin for twin in twins if not torn >= {*twin[0].tolist(), *twin[1].tolist()} - {-1}]
         if not twins:
             return partitions, torn
+        pairs = [(a, b) for a, b in zip(*(side.tolist() for side in twins[0]), strict=True) if a >= 0]
         trial = Roots(alias)
-        for one, other in zip(*(side.tolist() for side in twins[0]), strict=True):
-            if one >= 0:
-                trial[trial.of(other)] = trial.of(one)
+        for one, other in pairs:
+            trial[trial.of(other)] = trial.of(one)
         every = [p[p >= 0] for some in partitions for p in some]
         if all(len({trial.of(n) for n in p.tolist()}) == len(np.unique(p)) for p in every):
             alias = trial
-            for one, other in zip(*(side.tolist() for side in twins[0]), strict=True):
-                if one >= 0:
-                    family[family.of(other)] = family.of(one)
+            for one, other in pairs:
+                family[family.of(other)] = family.of(one)
         else:
-            torn |= {*twins[0][0].tolist(), *twins[0][1].tolist()} - {-1}
+            torn.update(*pairs)
 
 
 def _alike(one: np.ndarray, other: np.ndarray) -> bool:

@@ -58,6 +58,8 @@ def _mostly_levelled(graph: Graph, apply_fn: ApplyFn, params: PyTree, example_im
 
     A norm behind such a kernel subtracts it. Where the units may be mixed too, alignment leaves it out of account.
     """
+    if not graph.levels:
+        return False
     rng, free = np.random.default_rng(_SEED), set[str]()
     images = _images(rng, np.shape(example_images), jax.numpy.result_type(example_images))
     leaves = graph.viewed({name: np.asarray(leaf) for name, leaf in _trees.named("alignment", params).items()})

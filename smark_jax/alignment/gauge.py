@@ -162,11 +162,10 @@ def mixed(leaf: np.ndarray, place: Place, fit: Fit) -> np.ndarray:
     """A leaf with the entries of one place in the base's basis, as float64 or, if it is that already, float32."""
     matrices = fit.inverses if place.reads else fit.matrices.swapaxes(1, 2)
     kind = np.float32 if leaf.dtype == np.float32 else np.float64
-    moved = np.moveaxis(leaf, place.axis, 0).astype(kind)
-    entries = place.entries[fit.order]
-    if in_order(entries, len(moved)):
-        taken = moved.reshape(*entries.shape[:2], -1)
+    moved = np.moveaxis(leaf, place.axis, 0).astype(kind, copy=False)
+    if in_order(place.entries, len(moved)):
+        taken = moved.reshape(*place.entries.shape[:2], -1)[fit.order]
         return np.moveaxis(np.matmul(matrices.astype(kind), taken).reshape(moved.shape), 0, place.axis)
-    taken = moved[entries]
+    taken, moved = moved[place.entries[fit.order]], moved.copy()
     moved[place.entries] = np.matmul(matrices.astype(kind), taken.reshape(*taken.shape[:2], -1)).reshape(taken.shape)
     return np.moveaxis(moved, 0, place.axis)

@@ -83,12 +83,11 @@ def read(
     mark = mark._replace(spec=spec)
     layout = files.match_layout(carriers.with_tied(leaves, spec), base, reading.given)
     found, report = carriers.with_tied(layout.leaves, spec), None
-    if reading.aligner:  # which reads forms that content alone does not show
-        found = {**{name: leaves[name] for name in layout.unused if name in leaves}, **found}
     params: PyTree = files.nest(found)
-    if reading.aligner:
+    if reading.aligner:  # which reads forms that content alone does not show
         from smark_jax import alignment  # here and not above: most suspects are read without
 
+        params = files.nest({**{name: leaves[name] for name in layout.unused if name in leaves}, **found})
         aligned = alignment.align(params, files.nest(base), reading.aligner.apply_fn, reading.aligner.images)
         params, report = _without(aligned.params, aligned.report.left_out), str(aligned.report)
     original: PyTree = files.nest({leaf.path: base[leaf.path] for leaf in spec.leaves})
