@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from smark_jax import federation as federation
     from smark_jax import files as files
     from smark_jax import keys as keys
+    from smark_jax import licence as licence
     from smark_jax import losses as losses
     from smark_jax import models as models
     from smark_jax import parallel as parallel
@@ -50,6 +51,7 @@ __all__ = [
     "federation",
     "files",
     "keys",
+    "licence",
     "losses",
     "models",
     "parallel",

@@ -12,5 +12,15 @@ from smark_jax.extraction.reading import (
     extract_vectors,
     least_weights,
 )
+from smark_jax.extraction.vectors import shifts
 
-__all__ = ["Coverage", "LeftOut", "coverage", "extract", "extract_batch", "extract_vectors", "least_weights"]
+__all__ = [
+    "Coverage",
+    "LeftOut",
+    "coverage",
+    "extract",
+    "extract_batch",
+    "extract_vectors",
+    "least_weights",
+    "shifts",
+]

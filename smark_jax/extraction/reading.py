@@ -109,7 +109,7 @@ def extract(suspect: PyTree, base: PyTree, mark: carriers.Mark, rectify: bool = 
     """
     marks.check("extract", mark, base)
     spec = mark.spec
-    found, original = _carried("extract", suspect, base, spec)
+    found, original = carried("extract", suspect, base, spec)
     where = None if rectify else sharded.layout("extract", found, spec) or sharded.layout("extract", original, spec)
     if mark.shape is not None:
         chips, ok = _shaped(_leaves(found, spec), _leaves(original, spec), mark, where, rectify)
@@ -134,7 +134,7 @@ def extract_vectors(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Float
     if mark.shape is None:
         cause = "Without a shape, extract reads all leaves together."
         raise _validate.fail("extract_vectors", "a mark with a shape", "one without", cause)
-    found, original = _carried("extract_vectors", suspect, base, mark.spec)
+    found, original = carried("extract_vectors", suspect, base, mark.spec)
     chips, ok = weighting.read(_leaves(found, mark.spec), _leaves(original, mark.spec), mark, vectors=True)
     _validate.all_finite("extract_vectors", "carrying weights in the base", ok)
     return chips
@@ -172,7 +172,7 @@ def extract_batch(suspects: PyTree, base: PyTree, mark: carriers.Mark) -> Float[
     number = _validate.stacked("extract_batch", "suspects", suspects)
     marks.check("extract_batch", mark, base)
     spec = mark.spec
-    found, original = (_leaves(part, spec) for part in _carried("extract_batch", suspects, base, spec, number))
+    found, original = (_leaves(part, spec) for part in carried("extract_batch", suspects, base, spec, number))
     if mark.shape is None:
         chips, ok = _extract_batch(found, original, spec.factors, mark.carrier)
     else:
@@ -203,7 +203,7 @@ def coverage(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Coverage:
     marks.check("coverage", mark, base)
     spec, total = mark.spec, mark.carrier.num_carrying
     odd = _odd(suspect, spec)
-    found, original = (_leaves(part, spec) for part in _carried("coverage", suspect, base, spec, require=False))
+    found, original = (_leaves(part, spec) for part in carried("coverage", suspect, base, spec, require=False))
     if mark.shape is None:
         ends = list(itertools.accumulate(leaf.size for leaf in spec.leaves))
         carries = [min(max(0, total - end + leaf.size), leaf.size) for leaf, end in zip(spec.leaves, ends, strict=True)]
@@ -212,13 +212,13 @@ def coverage(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Coverage:
         carries = [0 if shapes.is_vector(leaf) else leaf.size for leaf in spec.leaves]
         counts, limit, beyond = jax.device_get(weighting.counts(found, original, mark))
     left_out, read = [], 0
-    for leaf, broken, carried in zip(spec.leaves, counts, carries, strict=True):
+    for leaf, broken, most in zip(spec.leaves, counts, carries, strict=True):
         if leaf.path in odd:
             left_out.append(LeftOut(leaf.path, leaf.size, odd[leaf.path]))
             continue
         if broken:
             left_out.append(LeftOut(leaf.path, int(broken), "NaN or infinite"))
-        read += max(0, carried - int(broken))
+        read += max(0, most - int(broken))
     return Coverage(sum(carries), read, tuple(left_out), int(beyond), float(limit))
 
 
@@ -259,7 +259,7 @@ def _dtype(leaf: Any) -> Any:
     return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
-def _carried(
+def carried(
     who: str, suspect: PyTree, base: PyTree, spec: carriers.Spec, number: int | None = None, require: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The carrying leaves of suspect and base by path; the base's own replace odd leaves of the suspect (shift zero).

@@ -62,8 +62,8 @@ def read(
       mark: a mark with a shape.
       vectors: read the leaves that are vectors, and them alone.
     """
-    vector, parts = _vector(found, base, mark, vectors)
-    return _chips(vector, mark.carrier, _mean([part.weight for part in parts], mark)), _all_finite(base)
+    values, parts = vector(found, base, mark, vectors)
+    return _chips(values, mark.carrier, _mean([part.weight for part in parts], mark)), _all_finite(base)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -73,19 +73,19 @@ def read_batch(suspects: Sequence[Array], base: Sequence[Array], mark: Mark, per
     return chips, ok.all()
 
 
-def _vector(
+def vector(
     found: Sequence[Array], base: Sequence[Array], mark: Mark, vectors: bool = False
 ) -> tuple[Float[Array, " D"], list[Sums]]:
     """The weighted shifts of all coordinates in one vector, zero where they are not read; and the sums of each leaf."""
     assert mark.shape is not None
-    vector, sums, start = jnp.zeros(mark.carrier.num_weights), [], 0
+    values, sums, start = jnp.zeros(mark.carrier.num_weights), [], 0
     counts = shapes.kept(mark.shape, mark.carrier.num_weights)
     for (leaf, one), x, y, rms, count in zip(mark.shape, found, base, mark.spec.scales, counts, strict=True):
         if shapes.is_vector(leaf) == vectors:
-            vector, part = _write(vector, start, x, y, one, rms, mark.strength, shapes.unnamed(leaf), count)
+            values, part = _write(values, start, x, y, one, rms, mark.strength, shapes.unnamed(leaf), count)
             sums.append(part)
         start += count
-    return vector, sums
+    return values, sums
 
 
 def parts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[list[Array], Array, Array]:
@@ -160,7 +160,7 @@ def counts(found: Sequence[Array], base: Sequence[Array], mark: Mark) -> tuple[l
     """
     assert mark.shape is not None
     broken = [int(np.sum(~np.isfinite(np.asarray(leaf, np.float32)))) for leaf in found]
-    _, parts = _vector(found, base, mark)
+    _, parts = vector(found, base, mark)
     out = sum(int(part.left_out) for part in parts)
     plain = zip(mark.shape, broken, strict=True)
     return broken, 0.0, out - sum(n for (leaf, one), n in plain if one.basis is None and not shapes.is_vector(leaf))

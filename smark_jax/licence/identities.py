@@ -1,0 +1,35 @@
+"""Who signs: a customer's or an arbiter's long-term keys, derived from one secret."""
+
+from typing import NamedTuple
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from smark_jax import keys
+from smark_jax.licence.documents import Arbiter
+
+_RAW = serialization.Encoding.Raw, serialization.PublicFormat.Raw
+
+
+class Identity(NamedTuple):
+    """A person's secret; its keys are derived from it."""
+
+    secret: keys.SecretKey
+
+    @property
+    def signing(self) -> Ed25519PrivateKey:
+        """Signs requests and answers."""
+        return Ed25519PrivateKey.from_private_bytes(keys.derive(self.secret, "licence signing").to_bytes())
+
+    @property
+    def opening(self) -> X25519PrivateKey:
+        """Opens deposits that were sealed to this person."""
+        return X25519PrivateKey.from_private_bytes(keys.derive(self.secret, "licence deposits").to_bytes())
+
+    @property
+    def public(self) -> Arbiter:
+        """Both public keys. A customer's first one is what its requests name."""
+        return Arbiter(
+            self.signing.public_key().public_bytes(*_RAW).hex(), self.opening.public_key().public_bytes(*_RAW).hex()
+        )

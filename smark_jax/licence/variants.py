@@ -1,0 +1,173 @@
+r"""Both variants of each segment of a copy, and the copy that a choice of them makes.
+
+With w the owner's copy, in variant + the coordinates of segment i are those of w plus :math:`s \epsilon_d` times their
+scales, and minus that in variant -. Where coordinates are the weights themselves, a variant holds the weights. Where
+they are directions, it holds coefficients, and a leaf is ``rest + U coefficients``: U is rounded to float16, and the
+rest is what w lacks with that U, so that nothing of w is lost.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from smark_jax.carriers import Leaf, Mark
+from smark_jax.licence import documents, segments
+
+Leaves = Mapping[str, np.ndarray]
+
+
+class Cut(NamedTuple):
+    """A copy in pieces.
+
+    Attributes:
+      rest: the leaves without what the segments hold, by name.
+      places: how segments make the leaves.
+      bases: U of the leaves whose coordinates are directions, float16, in the order of the places.
+      variants: of each segment, the bytes of variant + and of variant -.
+    """
+
+    rest: dict[str, np.ndarray]
+    places: tuple[documents.Place, ...]
+    bases: tuple[np.ndarray, ...]
+    variants: list[tuple[bytes, bytes]]
+
+
+def cut(copy: Leaves, mark: Mark, found: segments.Segments, signs: np.ndarray, strength: float) -> Cut:
+    """Cuts a copy into its rest and both variants of each segment.
+
+    Args:
+      copy: the owner's copy, by leaf.
+      mark: the model's.
+      found: the segments.
+      signs: of all coordinates, shape [D].
+      strength: s, the change of a coordinate in units of its scale.
+    """
+    rest, places, bases = dict(copy), [], []
+    both: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+    start = 0
+    for number, where in enumerate(segments.slices(mark)):
+        count = where.stop - where.start
+        if not count:
+            continue
+        leaf = mark.spec.leaves[number]
+        place, basis = _place(leaf, mark, number, count)
+        change = strength * signs[start : start + count] * _sizes(mark, number).reshape(-1)[:count]
+        weights = np.asarray(copy[leaf.path])
+        own = (weights if basis is None else _coefficients(weights, place, basis)).reshape(-1)[:count]
+        for part, sign in zip(both, (1, -1), strict=True):
+            part.append((_wide(own) + sign * change).astype(own.dtype))
+        left = _with(weights, place, basis, own, -1)
+        rest |= dict.fromkeys((leaf.path, *leaf.tied), left)
+        places.append(place)
+        if basis is not None:
+            bases.append(basis)
+        start += count
+    counts = [place.held for place in places]
+    plus, minus = (_by_segment(part, counts, found) for part in both)
+    return Cut(rest, tuple(places), tuple(bases), list(zip(plus, minus, strict=True)))
+
+
+def sizes(places: Sequence[documents.Place], itemsizes: Sequence[int], found: segments.Segments) -> np.ndarray:
+    """How many bytes each segment has of each leaf, shape [n, leaves].
+
+    Args:
+      places: the leaves.
+      itemsizes: bytes of one coordinate of each leaf.
+      found: the segments.
+    """
+    per_leaf, start = [], 0
+    for place, size in zip(places, itemsizes, strict=True):
+        members = found.members[start : start + place.held]
+        per_leaf.append(np.bincount(members, minlength=found.number) * size)
+        start += place.held
+    return np.stack(per_leaf, axis=1)
+
+
+def join(
+    rest: Leaves,
+    places: Sequence[documents.Place],
+    bases: Sequence[np.ndarray],
+    chosen: Sequence[bytes],
+    found: segments.Segments,
+) -> dict[str, np.ndarray]:
+    """The copy that the chosen variants make: the inverse of :func:`cut`."""
+    leaves, remaining, start = dict(rest), list(bases), 0
+    kinds = [np.dtype(np.float32) if place.directions else rest[place.path].dtype for place in places]
+    per_leaf = sizes(places, [kind.itemsize for kind in kinds], found)
+    ends = np.cumsum(per_leaf, axis=1)
+    for number, (place, kind) in enumerate(zip(places, kinds, strict=True)):
+        first, last = ends[:, number] - per_leaf[:, number], ends[:, number]
+        content = b"".join(text[a:b] for text, a, b in zip(chosen, first.tolist(), last.tolist(), strict=True))
+        own = np.empty(place.held, kind)
+        order = np.argsort(found.members[start : start + place.held], kind="stable")
+        own[order] = np.frombuffer(content, kind)
+        basis = remaining.pop(0) if place.directions else None
+        leaf = _with(rest[place.path], place, basis, own, 1)
+        leaves |= dict.fromkeys((place.path, *place.tied), leaf)
+        start += place.held
+    return leaves
+
+
+def inputs(place: documents.Place) -> int:
+    """How many inputs the layer of a leaf with directions has."""
+    return int(np.prod([place.shape[axis] for axis in place.axes], dtype=np.int64))
+
+
+def _place(leaf: Leaf, mark: Mark, number: int, count: int) -> tuple[documents.Place, np.ndarray | None]:
+    one = None if mark.shape is None else mark.shape.scales[number]
+    if one is None or one.basis is None:
+        return documents.Place(leaf.path, leaf.tied, leaf.shape, (), 0, count), None
+    basis = np.asarray(one.basis, np.float16)
+    return documents.Place(leaf.path, leaf.tied, leaf.shape, one.axes, basis.shape[1], count), basis
+
+
+def _sizes(mark: Mark, number: int) -> np.ndarray:
+    """The scales of a leaf's coordinates, in the weights' unit."""
+    leaf = mark.spec.leaves[number]
+    if mark.shape is None:
+        return np.full(leaf.size, float(mark.spec.scales[number]), np.float32)
+    return np.asarray(mark.shape.scales[number].sizes(leaf))
+
+
+def _wide(values: np.ndarray) -> np.ndarray:
+    return values if values.dtype == np.float64 else values.astype(np.float32)
+
+
+def _coefficients(weights: np.ndarray, place: documents.Place, basis: np.ndarray) -> np.ndarray:
+    moved = np.moveaxis(_wide(weights), place.axes, range(len(place.axes))).reshape(len(basis), -1)
+    return (basis.astype(np.float32).T @ moved).astype(np.float32)
+
+
+def _with(
+    weights: np.ndarray, place: documents.Place, basis: np.ndarray | None, own: np.ndarray, sign: int
+) -> np.ndarray:
+    """The weights with the segments' coordinates taken out (sign -1) or put in (+1)."""
+    if basis is None:
+        flat = weights.reshape(-1).copy()
+        flat[: place.held] = own if sign > 0 else 0
+        return flat.reshape(place.shape)
+    outputs = weights.size // len(basis)
+    padded = np.zeros(place.directions * outputs, np.float32)
+    padded[: place.held] = own
+    change = basis.astype(np.float32) @ padded.reshape(place.directions, outputs)
+    others = [size for axis, size in enumerate(place.shape) if axis not in place.axes]
+    change = change.reshape(*(place.shape[axis] for axis in place.axes), *others)
+    change = np.moveaxis(change, range(len(place.axes)), place.axes)
+    return (_wide(weights) + sign * change).astype(weights.dtype)
+
+
+def _by_segment(parts: Sequence[np.ndarray], counts: Sequence[int], found: segments.Segments) -> list[bytes]:
+    """Coordinates of all leaves, as the bytes of each segment."""
+    pieces: list[list[bytes]] = [[] for _ in range(found.number)]
+    start = 0
+    for values, count in zip(parts, counts, strict=True):
+        members = found.members[start : start + count]
+        content = values[np.argsort(members, kind="stable")].tobytes()
+        ends = (np.cumsum(np.bincount(members, minlength=found.number)) * values.itemsize).tolist()
+        before = 0
+        for piece, end in zip(pieces, ends, strict=True):
+            piece.append(content[before:end])
+            before = end
+        start += count
+    return [b"".join(piece) for piece in pieces]
