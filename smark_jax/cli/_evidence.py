@@ -27,6 +27,12 @@ def export(
             help="Open all codewords under this commitment, not each under the one its customer was licensed with.",
         ),
     ] = None,
+    parts: Annotated[
+        int,
+        typer.Option(
+            min=0, max=256, help="Parts of its secret word to ask of an accused who has one; each is opened only once."
+        ),
+    ] = 1,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -42,7 +48,7 @@ def export(
         from smark_jax.vault import evidence, shapes, verdicts
 
         _outputs.check("--out", out, _outputs.suspects(verdicts.get(desk, verdict)))
-        exported = evidence.export(desk, verdict, suspect, commitment)
+        exported = evidence.export(desk, verdict, suspect, commitment, parts)
         shape = shapes.write(out.parent, exported.shape) if exported.shape else None
         _io.write(out, exported.content, private=True)
 
@@ -53,6 +59,9 @@ def export(
         numbers = " and ".join(map(str, exported.commitments))
         several = ", each by a --commitment of its own" if len(exported.commitments) > 1 else ""
         say(f"FILE-or-ROOT is commitment {numbers} as you published it before the sale{several}.")
+        for name, some in exported.asked:
+            say(f"{name} is asked to open part {' and '.join(map(str, some))} of its secret word. Its answer:")
+            say(f"  smark licence answer WALLET {out} --out ANSWER, which verify takes by --answer")
 
     for name in exported.left_out:
         _common.warn(f"{name} was left out: an arbiter cannot repeat the search on which that accusation rests.")
@@ -62,6 +71,7 @@ def export(
         "accused": exported.accused,
         "left_out": exported.left_out,
         "commitments": exported.commitments,
+        "asked": dict(exported.asked),
     }
     _common.show(document, as_json, words)
 
@@ -81,12 +91,15 @@ def verify(
     largest_alpha: Annotated[
         float, typer.Option(help="The highest committed alpha that you accept, above 0 and below 1.")
     ] = 1e-3,
+    answer: Annotated[
+        list[Path] | None, typer.Option(help="What the accused, or its arbiter, answered; repeatable.")
+    ] = None,
     align: Align = None,
     as_json: AsJson = False,
 ) -> None:
     """Recompute an accusation, without a vault. Exit code 0 if everything holds, otherwise 1."""
     with _common.err.status("reading the bundle") as status:
-        from smark_jax.vault import verification
+        from smark_jax.vault import convicting, verification
 
         roots = [verification.published_root(source) for source in commitment or ()]
         found = verification.verify(
@@ -96,6 +109,7 @@ def verify(
             root=roots,
             largest_alpha=largest_alpha,
             aligner=_common.aligner(align),
+            answers=convicting.read_answers(answer or ()),
             on_step=status.update,
         )
     document = {
@@ -108,6 +122,7 @@ def verify(
         "root": found.root,
         "checks": found.checks,
         "accused": found.accused,
+        "convicted": found.convicted,
         "statements": found.statements,
     }
 
@@ -121,7 +136,9 @@ def verify(
             if found.holds
             else "The evidence does not hold."
         )
-        say("Taken on the owner's word:")
+        for one in found.convicted:
+            say(f"It carries the secret word of {one.customer}, which the owner did not know.")
+        say("Taken on trust:")
         for statement in found.statements:
             _common.out.item(("", ""), statement)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from smark_jax import _io, _validate
-from smark_jax.cli import _common, _names, _outputs
+from smark_jax.cli import _common, _licence, _names, _outputs
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ def issue(
     column: _names.Column = None,
     heading: _names.Heading = None,
     everybody: Annotated[bool, typer.Option("--all", help="Issue to all registered customers.")] = False,
+    request: Annotated[
+        list[Path] | None,
+        typer.Option(help="A customer's licence request; repeatable. Writes packages in place of copies."),
+    ] = None,
     strength: Annotated[float | None, typer.Option(help="Strength of these copies; by default the model's.")] = None,
     teach: Annotated[
         str | None,
@@ -54,8 +58,18 @@ def issue(
     A copy differs from the base's file only in the bytes of its carrying leaves. With --network, by default that of
     --teach, each copy is run on up to 256 images before it is written: what it costs is printed, and a copy that
     answers NaN is not written. Its customer keeps the serial.
+
+    With --request, the customer gets a package in place of a copy: see 'smark licence'.
     """
     _outputs.check("--out", out, vault=vault, folder=True)
+    if request:
+        others = (customers, csv, everybody, strength, teach, network, images, timestamp_request)
+        if any(option not in (None, False) for option in others):
+            raise typer.BadParameter(
+                "a request names its customer and goes with no other option", param_hint="--request"
+            )
+        _licence.pack(vault, name, request, out, passphrase_file, as_json)
+        return
     if timestamp_request:
         _outputs.check("--timestamp-request", timestamp_request, (csv, passphrase_file), vault)
         with _validate.needs("issue", "timestamps"):
@@ -94,7 +108,7 @@ def issue(
         path = commitments.file(desk, issued.commitment)
         if timestamp_request:
             _io.write(timestamp_request, timestamps.request(issued.commitment), private=True)
-    made, request = issued.commitment, str(timestamp_request) if timestamp_request else None
+    made, wanted = issued.commitment, str(timestamp_request) if timestamp_request else None
     report = _Report(
         model=name,
         out=str(out),
@@ -104,7 +118,7 @@ def issue(
         files=tuple(map(str, issued.files)),
         commitment=_Commitment(made.number, made.root, made.header.created, str(path)),
         trial=issued.trial,
-        timestamp_request=request,
+        timestamp_request=wanted,
     )
     _common.show(report, as_json, lambda: _say(vault, issued, report))
 

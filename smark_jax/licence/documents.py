@@ -224,10 +224,16 @@ class Answer(NamedTuple):
 
 
 class SignedAnswer(NamedTuple):
-    """An answer's file."""
+    """An answer, signed by whom it names."""
 
     answer: Answer
     signature: Signature
+
+
+class AnswerFile(NamedTuple):
+    """All answers of one wallet to a bundle, which may ask for several words."""
+
+    answers: tuple[SignedAnswer, ...]
 
 
 KINDS: dict[type, str] = {
@@ -322,7 +328,7 @@ def unreadable(where: str, what: str, got: str) -> errors.Unreadable:
 _NAMES: dict[Any, str] = {
     SignedOffer: "offer",
     RequestFile: "request",
-    SignedAnswer: "answer",
+    AnswerFile: "answer",
     Arbiter: "arbiter",
     SignedPackage: "package",
 }

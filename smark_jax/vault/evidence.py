@@ -21,11 +21,13 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax import _documents, _validate, carriers, statistics
+from smark_jax.licence.documents import Challenge
 from smark_jax.vault import (
     bundles,
     commitments,
     documents,
     folder,
+    licensing,
     log,
     merkle,
     models,
@@ -127,6 +129,7 @@ class Exported(NamedTuple):
       left_out: accused customers against whom it proves nothing.
       shape: the shape of the model's mark, whose file belongs beside the bundle; None where it has none.
       commitments: the numbers of the commitments under which it opens codewords.
+      asked: the accused who are asked to open parts of their secret words, with the numbers of those parts.
     """
 
     content: bytes
@@ -134,9 +137,12 @@ class Exported(NamedTuple):
     left_out: tuple[str, ...]
     shape: carriers.Shape | None
     commitments: tuple[int, ...]
+    asked: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
-def export(vault: folder.Vault, number: int, place: int | None = None, commitment: int | None = None) -> Exported:
+def export(
+    vault: folder.Vault, number: int, place: int | None = None, commitment: int | None = None, parts: int = 1
+) -> Exported:
     """Makes the bundle on one suspect of a verdict, and records in the log that it was made.
 
     The bundle opens the model's carrier key and the leaves of the accused. The support of each accused is the smallest
@@ -151,6 +157,8 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
       number: the verdict's number.
       place: the suspect's place in the verdict, from 1; may be omitted when only one was traced.
       commitment: number of a single commitment under which to open all codewords instead.
+      parts: how many parts of its secret word to ask of each accused who has one; a bundle that asks is kept, and
+        exporting it again gives the same one.
 
     Raises:
       SmarkError: when there is no such verdict or suspect, when the suspect was not traced by its weights, when no
@@ -170,6 +178,7 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
     under = _under(vault, model.name, shown, newest, commitment)
     opened = {one.leaf.serial: one for one in _opened(vault, model.name, [leaves[s] for s in shown], under)}
     (first, *later) = [_stamped(vault, model.name, n) for n in range(min(under.values()), newest + 1)]
+    asking = _asking(model, claims, suspect, parts, number, where)
     bundle = Bundle(
         format=bundles.FORMAT,
         version=bundles.VERSION,
@@ -187,12 +196,28 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
         num_customers=verdict.num_customers,
         opened=tuple(opened[serial] for serial in shown),
         accused=tuple(claims),
+        licences=tuple(asking.values()) if asking else MISSING,
     )
     details = {"model": model.name, "verdict": number, "suspect": where + 1, "opened": shown}
     folder.record(vault, _EVENT, {}, **details)
     who = tuple(leaves[claim.serial].customer for claim in claims)
+    asked = tuple((leaves[serial].customer, one.parts) for serial, one in asking.items())
     content, numbers = bundles.signed(bundle, vault.master), tuple(sorted(set(under.values())))
-    return Exported(content, who, tuple(left_out), model.shape, numbers)
+    if asking:
+        content = licensing.kept(model, asking, bundle, content, (number, where))
+    return Exported(content, who, tuple(left_out), model.shape, numbers, asked)
+
+
+def _asking(
+    model: models.OpenModel, claims: Sequence[Claim], suspect: Suspect, parts: int, number: int, place: int
+) -> dict[int, Challenge]:
+    """What to ask of each accused who has a licence with a secret word, by serial."""
+    found = {}
+    for claim in claims if parts else ():
+        one = licensing.challenge(model, claim.serial, suspect.content or "", parts, (number, place))
+        if one is not None:
+            found[claim.serial] = one
+    return found
 
 
 def _counts(verdict: Verdict, suspect: Suspect) -> Counts:

@@ -53,6 +53,7 @@ class Read(NamedTuple):
       coverage: how many weights were read, and which were not.
       log_maps: natural logarithm of the number of maps that the given one was chosen from; p-values count them.
       nothing: the chips of the base alone, read from zeros in place of all weights that were read.
+      leaves: the weights that were read, by the base's names.
     """
 
     chips: np.ndarray
@@ -60,7 +61,8 @@ class Read(NamedTuple):
     alignment: str | None
     coverage: extraction.Coverage
     log_maps: float
-    nothing: np.ndarray | None = None
+    nothing: np.ndarray | None
+    leaves: Mapping[str, np.ndarray]
 
 
 def read(
@@ -97,8 +99,9 @@ def read(
         got = f"none of the base's {coverage.weights:,} carrying weights"
         raise _validate.fail("trace", expected, got, f"{str(coverage).capitalize()}.", kind=errors.Undecided)
     chips = extraction.extract(params, original, mark, reading.rectify)
-    nothing = base_alone(files.flatten(params), mark, original) if control else None
-    return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)
+    read = files.flatten(params)
+    nothing = base_alone(read, mark, original) if control else None
+    return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing, read)
 
 
 def base_alone(like: Mapping[str, np.ndarray], mark: carriers.Mark, original: PyTree | None = None) -> np.ndarray:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax import _validate, carriers, errors, files
-from smark_jax.vault import _checks, bundles, evidence, ranges, reading
+from smark_jax.licence.documents import SignedAnswer
+from smark_jax.vault import _checks, bundles, convicting, evidence, ranges, reading
 from smark_jax.vault._checks import Check, Checks, Fails, require
 from smark_jax.vault.documents import Bundle, Claim, Header, Missing
 
@@ -38,6 +39,7 @@ class Report(NamedTuple):
       statements: what the arbiter takes on the owner's word.
       num_customers: the number of customers for which p-values are corrected.
       largest_alpha: the highest committed level that the arbiter accepts.
+      convicted: the accused whose own secret words the suspect carries.
     """
 
     checks: tuple[Check, ...]
@@ -48,6 +50,7 @@ class Report(NamedTuple):
     statements: tuple[str, ...]
     num_customers: int
     largest_alpha: float
+    convicted: tuple[convicting.Convicted, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -77,6 +80,7 @@ def verify(
     root: str | Sequence[str] | None = None,
     largest_alpha: float = ranges.LARGEST_ALPHA,
     aligner: reading.Aligner | None = None,
+    answers: Sequence[SignedAnswer] = (),
     on_step: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Verifies a bundle without a vault: hashes, paths, the carrier, every accusation.
@@ -88,6 +92,7 @@ def verify(
       root: the root published before the sale, in hex; several when customers were licensed one after another.
       largest_alpha: the highest committed level that the arbiter accepts.
       aligner: how to align, if the owner did; it uses the arbiter's own copy of the network.
+      answers: of the accused or their arbiters, from :func:`smark_jax.vault.convicting.read_answers`.
       on_step: called with a description of the next step.
 
     Raises:
@@ -99,7 +104,7 @@ def verify(
     roots = (root,) if isinstance(root, str) else tuple(root or ())
     on_step("reading the models")
     theirs, ours = files.read(suspect, strict=False), files.read(base)
-    checks, accused = Checks(), []
+    checks, accused, convicted = Checks(), [], []
     with checks.check("signature", f"by the owner's key {header.public_key[:16]}..., which the commitment names"):
         require(bundles.genuine(signed), "the bundle was changed after it was signed")
     with checks.check("level", f"alpha {header.alpha:g}, of at most {largest_alpha:g} that you accept"):
@@ -119,15 +124,17 @@ def verify(
             checks.append(Check("map of leaves", True, reading.maps_in_words(read.log_maps)))
         if read is not None:
             accused = [_judge(checks, content, claim, read, proved.words) for claim in content.accused]
+            convicted = convicting.check(checks, content, answers, read, proved.mark, ours.leaves)
     return Report(
         checks=tuple(checks),
         accused=tuple(accused),
         header=header,
         root=content.commitment.root,
         compared=bool(roots),
-        statements=_statements(content),
+        statements=(*_statements(content), *convicting.statements(content, convicted)),
         num_customers=content.customers,
         largest_alpha=largest_alpha,
+        convicted=tuple(convicted),
     )
 
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from smark_jax import extraction, files
 from smark_jax._documents import MISSING, Hash, Hex, Missing, Signature
+from smark_jax.licence.documents import Challenge
 from smark_jax.vault.documents.settings import Commitment, Header, Leaf, LeafRow
 from smark_jax.vault.documents.verdicts import Reading
 
@@ -82,6 +83,7 @@ class Bundle(NamedTuple):
     accused: tuple[Claim, ...]
     later: tuple[Stamped, ...] | Missing = MISSING
     num_customers: int | Missing = MISSING
+    licences: tuple[Challenge, ...] | Missing = MISSING
 
     @property
     def header(self) -> Header:
