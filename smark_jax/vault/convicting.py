@@ -153,8 +153,8 @@ def statements(bundle: Bundle, convicted: Sequence[Convicted]) -> tuple[str, ...
         found.append(f"that the key {key} is that of {name!r}: compare it with the licence contract")
         if name in done:
             found.append(
-                f"that neither the copy of {name!r}, nor what was computed from it, reached the owner before this bundle "
-                "was made: without it, the owner could not know the secret word"
+                f"that neither the copy of {name!r}, nor what was computed from it, reached the owner before this "
+                "bundle was made: without it, the owner could not know the secret word"
             )
         else:
             found.append(
