@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import terminal
 
-from smark_jax import embedding, files, licence, vault
-from smark_jax.licence import documents, packages, requests, segments, variants
+from smark_jax import embedding, errors, files, keys, licence, vault
+from smark_jax.licence import documents, group, packages, requests, segments, variants
 from smark_jax.vault import bundles, crypto, models, wallets
 
 CHOICES, PARTS = 512, 4
@@ -190,3 +190,25 @@ def test_more_disputes_than_parts_are_refused(desk, tmp_path):
     assert "0 left" in refused
     smark(tmp_path, "evidence", "export", "vault", 2, "--parts", 0, "--out", "more.json")
     assert not bundles.read(tmp_path / "more.json").bundle.licences
+
+
+def offered(owner: licence.Identity, customer: str) -> documents.SignedOffer:
+    point = group.times_base(licence.scalar(keys.new())).hex()
+    return licence.sign_offer(
+        licence.Offer("2026-11-28T00:00:00Z", "net", customer, 0, 1, "00" * 32, owner.public.identity, point, 64, 1),
+        owner.signing,
+    )
+
+
+def test_words_that_brought_no_copy_count_under_any_offer(tmp_path):
+    """Otherwise an owner would spoil packages under one offer after the other, and no attempt would be paid for."""
+    owner, other = licence.Identity(keys.new()), licence.Identity(keys.new())
+    wallet = wallets.create(tmp_path / "wallet", "a sentence that nobody guesses")
+    first = offered(owner, "Ada")
+    assert wallets.request(wallet, first).request.request.attempt == 1
+    assert wallets.request(wallet, first) == wallets.request(wallet, first)
+    assert wallets.request(wallet, offered(other, "Ada")).request.request.attempt == 1
+    attempts = [wallets.request(wallet, offered(owner, "Ada")).request.request.attempt for _ in range(7)]
+    assert attempts == [2, 3, 4, 5, 6, 7, 8]
+    with pytest.raises(errors.SmarkError, match="at most 8 attempts"):
+        wallets.request(wallet, offered(owner, "Ada"))

@@ -205,6 +205,11 @@ def answer(
         answers = wallets.answer(mine, bundle)
         _io.write(out, documents.dumps(documents.AnswerFile(answers)))
     parts = [one.part for signed in answers for one in signed.answer.opened]
+    if any(one.ephemeral for signed in answers for one in signed.answer.opened):
+        _common.warn(
+            "before you hand it over, ask the accused whether it has opened the same part for another bundle "
+            "('smark licence status'): a part proves nothing to whoever knows it."
+        )
 
     def words() -> None:
         say(f"{out} opens part {' and '.join(map(str, parts))} of the word, for this bundle alone.")

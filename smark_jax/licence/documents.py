@@ -77,7 +77,7 @@ class Request(NamedTuple):
     Attributes:
       created: when.
       offer: the offer's digest.
-      attempt: how many words the customer has drawn under this offer, this one included.
+      attempt: how many words the customer has drawn for this owner, this one included, that brought it no copy before.
       identity: the customer's Ed25519 key.
       points: B_i, 32 bytes each.
       rest: the point of the key that seals what does not depend on choices.

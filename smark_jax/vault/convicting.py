@@ -156,6 +156,11 @@ def statements(bundle: Bundle, convicted: Sequence[Convicted]) -> tuple[str, ...
                 f"that neither the copy of {name!r}, nor what was computed from it, reached the owner before this "
                 "bundle was made: without it, the owner could not know the secret word"
             )
+            if any(one.customer == name and one.opened_by == "arbiter" for one in convicted):
+                found.append(
+                    f"that {name!r} had not opened part {_parts(challenge)} for another bundle before its arbiter did: "
+                    "its wallet's status says what it has opened"
+                )
         else:
             found.append(
                 f"that the owner did not put this codeword into the suspect: {name!r} was asked to open "

@@ -24,7 +24,7 @@ from smark_jax.vault import bundles, crypto, folder
 
 LICENCES, OPENED, PUBLIC = "licences", "opened.sealed", "public.json"
 MOST_ATTEMPTS = 8
-"""After so many spoiled packages a wallet draws no further word."""
+"""After so many words for one owner that brought no copy, a wallet draws none for it."""
 REQUESTED, RECEIVED, DAMAGED = "requested", "received", "damaged"
 
 
@@ -130,7 +130,7 @@ def request(wallet: Wallet, offer: SignedOffer, arbiter: documents.Arbiter | Non
     requests.check_offer(offer)
     mine = [one for one in held(wallet) if one.request.request.offer == documents.digest(offer.offer)]
     if not mine:
-        return _add(wallet, offer, 1, arbiter)
+        return _add(wallet, offer, arbiter)
     newest, named = mine[-1], mine[-1].request.request.deposit
     if (named.arbiter if named else None) != arbiter:
         got = "another arbiter, or none" if arbiter else "no arbiter, where the request names one"
@@ -139,7 +139,14 @@ def request(wallet: Wallet, offer: SignedOffer, arbiter: documents.Arbiter | Non
     return newest
 
 
-def _add(wallet: Wallet, offer: SignedOffer, attempt: int, arbiter: documents.Arbiter | None) -> Held:
+def _add(wallet: Wallet, offer: SignedOffer, arbiter: documents.Arbiter | None) -> Held:
+    """A request with a new word; all words that the same owner let go to waste count as attempts, under any offer."""
+    key = offer.offer.public_key
+    wasted = sum(one.request.offer.offer.public_key == key and one.state != RECEIVED for one in held(wallet))
+    if wasted >= MOST_ATTEMPTS:
+        cause = "Its owner spoils packages until a word suits it, or its files do not survive: buy from somebody else."
+        raise _validate.fail("licence", f"at most {MOST_ATTEMPTS} attempts", f"{wasted} words without a copy", cause)
+    attempt = wasted + 1
     made = licence.request(offer, wallet.identity, attempt, arbiter)
     choices = made.secrets.choices
     new = Held(
@@ -205,10 +212,7 @@ def complain(wallet: Wallet, content: bytes, where: str) -> Held:
     later = [one for one in held(wallet) if one.request.request.offer == old.offer]
     if later[-1].request.request.attempt > old.attempt:
         return later[-1]
-    if old.attempt >= MOST_ATTEMPTS:
-        cause = "This owner spoils packages until a word suits it, or its files do not survive: ask for another offer."
-        raise _validate.fail("licence", f"at most {MOST_ATTEMPTS} attempts", "as many damaged packages", cause)
-    return _add(wallet, mine.request.offer, old.attempt + 1, old.deposit.arbiter if old.deposit else None)
+    return _add(wallet, mine.request.offer, old.deposit.arbiter if old.deposit else None)
 
 
 def answer(wallet: Wallet, bundle: Path) -> tuple[SignedAnswer, ...]:
