@@ -53,6 +53,7 @@ class Read(NamedTuple):
       coverage: how many weights were read, and which were not.
       log_maps: natural logarithm of the number of maps that the given one was chosen from; p-values count them.
       nothing: the chips of the base alone, read from zeros in place of all weights that were read.
+      parts: the chips that each requested part of the carrier reads.
     """
 
     chips: np.ndarray
@@ -61,6 +62,7 @@ class Read(NamedTuple):
     coverage: extraction.Coverage
     log_maps: float
     nothing: np.ndarray | None = None
+    parts: tuple[np.ndarray, ...] = ()
 
 
 def read(
@@ -69,10 +71,12 @@ def read(
     mark: carriers.Mark,
     reading: Reading,
     control: bool = False,
+    parts: Sequence[carriers.Carrier] = (),
 ) -> Read:
     """Reads a suspect's chips: layout, alignment if requested, extraction. Arbiters use it too.
 
-    With ``control``, zeros in place of the suspect are read as well.
+    With ``control``, zeros in place of the suspect are read as well. The suspect is also read with each of ``parts`` in
+    place of the mark's carrier.
 
     Raises:
       NothingMatched: when alignment finds that the suspect is no copy of this base.
@@ -98,7 +102,9 @@ def read(
         raise _validate.fail("trace", expected, got, f"{str(coverage).capitalize()}.", kind=errors.Undecided)
     chips = extraction.extract(params, original, mark, reading.rectify)
     nothing = base_alone(files.flatten(params), mark, original) if control else None
-    return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)
+    some = (extraction.extract(params, original, mark._replace(carrier=part), reading.rectify) for part in parts)
+    shares = tuple(np.asarray(found, np.float64) for found in some)
+    return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing, shares)
 
 
 def base_alone(like: Mapping[str, np.ndarray], mark: carriers.Mark, original: PyTree | None = None) -> np.ndarray:
