@@ -113,10 +113,10 @@ class OpenModel:
         key, settings = carrier_key(self.vault, self.name), self.settings
         return versions.mark(settings.versions, key, settings.spec, self.shape, settings.num_chips, settings.strength)
 
-    def parts(self, content: str) -> list[openings.Part]:
-        """The parts of the carrier that evidence on a suspect of this content hash may open, smallest first."""
+    def parts(self, content: str) -> list[tuple[int, ...]]:
+        """The pieces of the carrier that evidence on a suspect of this content hash may open, smallest share first."""
         root = pieces_root(self.vault, self.name, self.settings.versions)
-        return [] if root is None else openings.parts(self.mark.carrier, root, content)
+        return [] if root is None else openings.parts(root, content, self.mark.carrier.num_pieces)
 
     @property
     def code(self) -> versions.Code:

@@ -15,7 +15,6 @@ has :data:`READINGS` readings to choose from and no more, and p-values always co
 
 import hashlib
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
 
 from smark_jax import carriers, keys
 from smark_jax.vault import log, merkle, store, versions
@@ -55,18 +54,10 @@ def order(root: str, content: str, num_pieces: int) -> list[int]:
     return sorted(range(num_pieces), key=lambda piece: hashlib.sha256(start + piece.to_bytes(4, "big")).digest())
 
 
-class Part(NamedTuple):
-    """A part of a carrier: the numbers of its pieces, and the carrier with all others closed."""
-
-    pieces: tuple[int, ...]
-    carrier: carriers.Carrier
-
-
-def parts(carrier: carriers.Carrier, root: str, content: str) -> list[Part]:
-    """The shares of a carrier less than all, smallest first; none if it is a single piece."""
-    pieces = order(root, content, carrier.num_pieces)
-    some = (tuple(sorted(pieces[:size])) for size in sizes(carrier.num_pieces)[:-1])
-    return [Part(part, carrier.part(part)) for part in some]
+def parts(root: str, content: str, num_pieces: int) -> list[tuple[int, ...]]:
+    """The pieces of each share less than all, smallest first; none if there is a single piece."""
+    pieces = order(root, content, num_pieces)
+    return [tuple(sorted(pieces[:size])) for size in sizes(num_pieces)[:-1]]
 
 
 def published(connection: store.Connection, model: str) -> set[int]:
@@ -120,14 +111,17 @@ def wrong_keys(bundle: Bundle) -> str | None:
 
 def wrong_choice(bundle: Bundle, num_pieces: int) -> str | None:
     """Describes what is wrong with the opened pieces; None when they are a share in the order that the hash gives."""
+    root = bundle.header.pieces
     if not bundle.pieces:
         return None
+    if isinstance(root, Missing):
+        return "the commitment names no pieces"
     numbers = sorted(piece.index_ for piece in bundle.pieces)
     allowed = sizes(num_pieces)[:-1]
     if len(numbers) not in allowed:
         listed = " or ".join(map(str, allowed)) or "none"
         return f"{len(numbers)} of {num_pieces} pieces are opened: it should be {listed}, or the whole carrier"
-    if numbers != sorted(order(str(bundle.header.pieces), bundle.suspect.content, num_pieces)[: len(numbers)]):
+    if numbers != sorted(order(root, bundle.suspect.content, num_pieces)[: len(numbers)]):
         return "the opened pieces are not those that the hash of carrier and suspect names: the owner chose them"
     return None
 
