@@ -457,7 +457,7 @@ def test_t5_the_next_leaker_who_erases_all_that_was_opened_is_still_traced(case,
             (case.folder / f"{how}-{name}").write_bytes(exported.content)
             report = verification.verify(case.folder / f"{how}-{name}", tmp_path / name, case.folder / "base")
             assert report.holds
-    if how != "noise":  # the negative control: with the whole carrier opened, these erasers remove the trace
+    if how != "shift":  # the negative control: with the whole carrier opened, these erasers remove the trace
         assert found["whole"].suspects[0].verdict == "nobody"
 
 

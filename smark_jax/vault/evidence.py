@@ -229,8 +229,8 @@ def _smallest(
         openings.readings(model.settings.versions),
     )
     proofs = [
-        _Proof(*_claims(model, part.carrier, chips, ranked, leaves, counts), part.pieces)
-        for part, chips in [*zip(parts, rows, strict=True), (openings.Part((), model.mark.carrier), whole)]
+        _Proof(*_claims(model, part, chips, ranked, leaves, counts), part)
+        for part, chips in zip([*parts, ()], [*rows, whole], strict=True)
     ]
     found = max(proofs, key=lambda proof: len(proof.claims))  # the first of the best
     if not found.claims:
@@ -272,15 +272,16 @@ def _exhibit(verdict: Verdict, suspect: Suspect) -> Exhibit:
 
 def _claims(
     model: models.OpenModel,
-    carrier: carriers.Carrier,
+    part: tuple[int, ...],
     chips: np.ndarray,
     ranked: Sequence[Accused],
     leaves: Mapping[int, Leaf],
     counts: Counts,
 ) -> tuple[list[Claim], list[str]]:
-    """The accusations that an arbiter with this carrier will find significant, and the names of the others."""
+    """The accusations that an arbiter with these pieces will find significant, and the names of the others."""
     settings = model.settings
     words = {serial: commitments.word(leaf, settings.num_chips) for serial, leaf in leaves.items()}
+    carrier = model.mark.carrier.part(part) if part else model.mark.carrier
     alone = base_alone(model.base, model.mark._replace(carrier=carrier))
     claims, left_out = [], []
     for accused in ranked:

@@ -1,7 +1,7 @@
 """Reads a suspect's chips, for the owner and again for an arbiter: layout, alignment, extraction."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,7 +71,7 @@ def read(
     mark: carriers.Mark,
     reading: Reading,
     control: bool = False,
-    parts: Sequence[carriers.Carrier] = (),
+    parts: Iterable[carriers.Carrier] = (),
 ) -> Read:
     """Reads a suspect's chips: layout, alignment if requested, extraction. Arbiters use it too.
 

@@ -105,9 +105,9 @@ def _examined(model: models.OpenModel, path: Path, reading: Reading, needed: int
         foreign=tuple(weights.foreign),
     )
     try:
-        found = read(
-            weights.leaves, model.base, model.mark, reading, parts=[part.carrier for part in model.parts(content)]
-        )
+        # Parts are made one by one: each is as large as the carrier.
+        parts = map(model.mark.carrier.part, model.parts(content))
+        found = read(weights.leaves, model.base, model.mark, reading, parts=parts)
         _enough(found.coverage, needed)
     except errors.NothingMatched as error:
         return row._replace(verdict="not a copy", error=error.desk), None
