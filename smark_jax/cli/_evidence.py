@@ -1,13 +1,16 @@
 """``smark evidence``: bundles for an arbiter, and time stamps of commitments."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from smark_jax import _io
 from smark_jax.cli import _common, _outputs
 from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, VerdictNumber, say
+
+if TYPE_CHECKING:
+    from smark_jax.vault.evidence import Pieces
 
 app = typer.Typer(no_args_is_help=True, help="Evidence for an arbiter: export a bundle, verify one, keep time stamps.")
 
@@ -41,7 +44,9 @@ def export(
     Where the model has a shape, its file is written beside the bundle; the bundle names it, and verify looks for it
     there.
 
-    The bundle also opens the model's carrier key: add the model under another name before issuing more copies.
+    The bundle also opens a part of the model's carrier, the smallest share that suffices: an eighth, a quarter, half or
+    all. Which pieces follows from the suspect, so that nobody chooses them. It says how much stays secret. Where all
+    had to be opened, add the model under another name before issuing more copies.
     """
     _outputs.check("--out", out, (passphrase_file,), vault)
     with _common.desk(vault, passphrase_file) as desk:
@@ -62,6 +67,7 @@ def export(
         for name, some in exported.asked:
             say(f"{name} is asked to open part {' and '.join(map(str, some))} of its secret word. Its answer:")
             say(f"  smark licence answer WALLET {out} --out ANSWER, which verify takes by --answer")
+        say(_opens(exported.pieces))
 
     for name in exported.left_out:
         _common.warn(f"{name} was left out: an arbiter cannot repeat the search on which that accusation rests.")
@@ -72,8 +78,26 @@ def export(
         "left_out": exported.left_out,
         "commitments": exported.commitments,
         "asked": dict(exported.asked),
+        "pieces": exported.pieces,
     }
     _common.show(document, as_json, words)
+
+
+def _opens(pieces: "Pieces | None") -> str:
+    """States how much of the carrier a bundle opens."""
+    burnt = (
+        "whoever sees it can erase fingerprints from every copy. Add the model under another name for new customers."
+    )
+    if pieces is None:
+        return f"It opens the model's whole carrier, which has no pieces: {burnt}"
+    if pieces.opened == pieces.of:
+        why = "no part of it suffices" if pieces.of > 1 else "it is too small to be opened in part"
+        return f"It opens the model's whole carrier, since {why}: {burnt}"
+    earlier = "" if pieces.secret == pieces.of - pieces.opened else ", since earlier bundles opened others"
+    return (
+        f"It opens {pieces.opened} of the {pieces.of} pieces of the model's carrier; {pieces.secret} of {pieces.of} "
+        f"pieces stay secret{earlier}. Copies can still be traced by these."
+    )
 
 
 @app.command(

@@ -76,7 +76,7 @@ def issue(
             import rfc3161_client  # noqa: F401 - checked now; it writes the request after the copies
     names = [*(customers or []), *_names.read(csv, column, heading)]
     with _common.desk(vault, passphrase_file) as desk:
-        from smark_jax.vault import commitments, evidence, issuing, models, probes, timestamps, trials
+        from smark_jax.vault import commitments, evidence, issuing, models, openings, probes, timestamps, trials
         from smark_jax.vault import customers as registry
 
         model = models.get(desk, name)
@@ -91,7 +91,8 @@ def issue(
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
         everyone = sorted(set(chosen) | set(known))
         waiting = lambda: _common.err.print("another smark issues from this vault; waiting for it")  # noqa: E731
-        _warn_before(model, evidence.exports(desk, name), teach is None and probes.there(model))
+        seen = len(openings.published(desk.connection, name))
+        _warn_before(model, evidence.exports(desk, name), seen, teach is None and probes.there(model))
         with _common.bar(f"issuing {name}", len(everyone)) as done:
             copies = 0
 
@@ -146,10 +147,15 @@ class _Report(NamedTuple):
     timestamp_request: str | None
 
 
-def _warn_before(model: "OpenModel", exports: Sequence[str], untaught: bool) -> None:
-    """Warns of reasons for which the owner may want to stop."""
+def _warn_before(model: "OpenModel", exports: Sequence[str], seen: int, untaught: bool) -> None:
+    """Warns of reasons for which the owner may want to stop; ``seen`` is how many pieces of the carrier are opened."""
     name = model.settings.name
-    if exports:
+    if seen and (secret := model.mark.carrier.num_pieces - seen) > 0:
+        _common.warn(
+            f"evidence opened {seen} pieces of this model's carrier to everybody who saw it; {secret} pieces are still "
+            "secret, and new copies rest on these alone."
+        )
+    elif exports:
         _common.warn(
             f"evidence of {exports[-1]} opened this model's carrier to everybody who saw it; add the model under "
             "another name for new customers."

@@ -10,8 +10,8 @@ import numpy as np
 
 from smark_jax import _validate, carriers, errors, files
 from smark_jax.licence.documents import SignedAnswer
-from smark_jax.vault import _checks, bundles, convicting, evidence, ranges, reading
-from smark_jax.vault._checks import Check, Checks, Fails, require
+from smark_jax.vault import _checks, bundles, convicting, evidence, openings, ranges, reading
+from smark_jax.vault._checks import Check, Checks, Fails, refuse, require
 from smark_jax.vault.documents import Bundle, Claim, Header, Missing
 
 # The relative difference allowed between a statistic on the owner's computer and on the arbiter's.
@@ -108,9 +108,9 @@ def verify(
     with checks.check("signature", f"by the owner's key {header.public_key[:16]}..., which the commitment names"):
         require(bundles.genuine(signed), "the bundle was changed after it was signed")
     with checks.check("level", f"alpha {header.alpha:g}, of at most {largest_alpha:g} that you accept"):
-        _refuse(ranges.level(content, largest_alpha))
+        refuse(ranges.level(content, largest_alpha))
     with checks.check("numbers", "each is in its range"):
-        _refuse(ranges.numbers(content))
+        refuse(ranges.numbers(content))
     _checks.check_commitments(checks, content, roots)
     proved = _checks.check_contents(checks, content, bundle.parent, theirs.leaves, ours.leaves)
     if proved is not None:
@@ -119,7 +119,7 @@ def verify(
         with checks.check("read-out", "the suspect read as the owner read it") as detail:
             read = _read(content, theirs.leaves, ours.leaves, proved.mark, aligner)
             detail.append(f"{read.coverage.read:,} of {read.coverage.weights:,} carrying weights")
-            _refuse(_misstated(content, read))
+            refuse(_misstated(content, read))
         if read is not None and read.log_maps:
             checks.append(Check("map of leaves", True, reading.maps_in_words(read.log_maps)))
         if read is not None:
@@ -144,11 +144,13 @@ def _judge(
     """Recomputes one accusation."""
     name = next(opened.leaf.customer for opened in bundle.opened if opened.leaf.serial == claim.serial)
     alpha, customers = bundle.header.alpha, bundle.customers
-    counts = evidence.Counts(customers, bundle.num_suspects, bundle.num_alignments, read.log_maps)
+    shares = openings.readings(bundle.header.algorithms)
+    counts = evidence.Counts(customers, bundle.num_suspects, bundle.num_alignments, read.log_maps, shares)
     word, support = words[claim.serial], [words[serial] for serial in claim.support]
     found, apart = (evidence.test(read.chips, word, support, counts, base=base) for base in (None, read.nothing))
     rest = f", with {len(claim.support)} others' parts taken out" if claim.support else ""
     level = f"p <= 10^{found.log10_p:.1f} at alpha = {alpha:g}, counting {customers:,} customers"
+    level += f" and {shares} shares of the carrier" if shares > 1 else ""
     detail = f"T = {found.statistic:.2f}, {level}{rest}"
     with checks.check(f"accusation of {name!r}", detail):
         require(found.log10_p <= math.log10(alpha), f"not significant: {detail}")
@@ -160,10 +162,6 @@ def _judge(
         lost = f"the base alone reads as this codeword (T is {apart.statistic:.2f} without what it adds)"
         require(apart.log10_p <= math.log10(alpha), lost)
     return Accusation(name, claim.serial, *found)
-
-
-def _refuse(wrong: str | None) -> None:
-    require(wrong is None, wrong or "")
 
 
 def _read(
