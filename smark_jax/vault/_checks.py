@@ -15,8 +15,10 @@ from smark_jax.vault.documents import Bundle, Commitment, Header, Stamp
 _ROUNDING = 1e-2
 # The header fields that may differ between two commitments to a model.
 _PASSING = ("created", "customers", "number", "previous")
+DRAWN = ("draft", "public value", "drawn words")
+"""The checks of drawn codewords (:mod:`smark_jax.vault._drawn`)."""
 # Nothing is computed from a suspect unless all of these hold.
-_BEFORE_READING = ("level", "numbers", "commitment", "base", "carrier", "carrying leaves", "shape", "customers")
+_BEFORE_READING = ("level", "numbers", "commitment", "base", "carrier", "carrying leaves", "shape", "customers", *DRAWN)
 
 
 class Check(NamedTuple):

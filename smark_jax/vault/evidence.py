@@ -10,7 +10,8 @@ and may have looked at b_j. So the arbiter's p-value pays for all supports that 
 
 For an innocent j and every fixed S, b_j is independent of the residual r_S. Summed over N customers, all S of each
 size and all sizes, the probability of a false accusation is at most alpha. No step trusts the owner's search. N counts
-every customer whom the verdict compared, even when the accused's own commitment had fewer.
+every customer whom the verdict compared, even when the accused's own commitment had fewer. Where codewords were drawn,
+N counts the serials that could have been given out (:func:`counted`).
 """
 
 import math
@@ -25,6 +26,7 @@ from smark_jax.vault import (
     bundles,
     commitments,
     documents,
+    drafts,
     folder,
     log,
     merkle,
@@ -39,8 +41,10 @@ from smark_jax.vault.documents import (
     Accused,
     Bundle,
     Claim,
+    Drawn,
     Exhibit,
     Leaf,
+    Missing,
     Opened,
     Stamp,
     Stamped,
@@ -69,12 +73,22 @@ class Counts(NamedTuple):
       num_suspects: how many suspects were examined together.
       num_alignments: how many readings were tried.
       log_maps: natural logarithm of the number of leaf maps from which the owner chose.
+      log_ranges: natural logarithm of the number of ranges of serials from which the owner chose.
     """
 
     num_customers: int
     num_suspects: int
     num_alignments: int
     log_maps: float = 0.0
+    log_ranges: float = 0.0
+
+
+def counted(counts: Counts, claim: Sequence[int], drawn: Drawn | Missing | None) -> Counts:
+    """The counts for a test of these serials; an owner gives out drawn words when they are known, which is paid for."""
+    if not drawn:
+        return counts
+    customers, log_ranges = drafts.choices(claim, drawn.draft.header.capacity)
+    return counts._replace(num_customers=max(counts.num_customers, customers), log_ranges=log_ranges)
 
 
 def test(
@@ -114,7 +128,7 @@ def test(
     log_p = float(statistics.log_p_value(statistic, residual)) + math.log(counts.num_customers) + choices
     log_p += (
         (size + 1) * math.log(2) + math.log(counts.num_suspects) + math.log(counts.num_alignments) + counts.log_maps
-    )
+    ) + counts.log_ranges
     return Test(statistic, min(0.0, log_p) / math.log(10))
 
 
@@ -169,6 +183,8 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
     newest = verdict.commitment.number
     under = _under(vault, model.name, shown, newest, commitment)
     opened = {one.leaf.serial: one for one in _opened(vault, model.name, [leaves[s] for s in shown], under)}
+    if drawn := drafts.drawn(model):
+        opened = {s: opened[s]._replace(own=own) for s, own in drafts.own_words(model, shown).items()}
     (first, *later) = [_stamped(vault, model.name, n) for n in range(min(under.values()), newest + 1)]
     bundle = Bundle(
         format=bundles.FORMAT,
@@ -187,6 +203,7 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
         num_customers=verdict.num_customers,
         opened=tuple(opened[serial] for serial in shown),
         accused=tuple(claims),
+        drawn=drawn or MISSING,
     )
     details = {"model": model.name, "verdict": number, "suspect": where + 1, "opened": shown}
     folder.record(vault, _EVENT, {}, **details)
@@ -227,13 +244,14 @@ def _claims(
     settings = model.settings
     words = {serial: commitments.word(leaf, settings.num_chips) for serial, leaf in leaves.items()}
     alone = base_alone(model.base, model.mark)
-    claims, left_out = [], []
+    claims, left_out, drawn = [], [], drafts.drawn(model)
     for accused in ranked:
         others = [serial for serial in words if serial != accused.serial]
         for size in range(len(others) + 1):
             support = others[:size]
             rest = [words[serial] for serial in support]
-            found, apart = (test(chips, words[accused.serial], rest, counts, base=base) for base in (None, alone))
+            paid = counted(counts, (accused.serial, *support), drawn)
+            found, apart = (test(chips, words[accused.serial], rest, paid, base=base) for base in (None, alone))
             if max(found.log10_p, apart.log10_p) <= math.log10(settings.alpha):
                 claims.append(Claim(accused.serial, tuple(support), *found, share=accused.share))
                 break
