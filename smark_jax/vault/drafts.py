@@ -91,12 +91,17 @@ def named(model: models.OpenModel) -> DrawNamed | documents.Missing:
     return DrawNamed(found.draft.root, found.draw.key.to_bytes().hex()) if found else documents.MISSING
 
 
-def by_token(of: Draft, response: bytes) -> Draw:
+def by_token(model: models.OpenModel, response: bytes) -> Draw:
     """The draw by an RFC 3161 response about the draft's file.
 
     Raises:
-      SmarkError: when it is not a granted response, is about something else, or has not exactly one signature.
+      SmarkError: when there is no draft, or the response is not granted, is about something else, or has not exactly
+        one signature.
     """
+    return _by_token(_existing(model), response)
+
+
+def _by_token(of: Draft, response: bytes) -> Draw:
     time = timestamps.check(of.published, response, what="draft", command="draw")
     return Draw(timestamps.signature(response).hex(), token=Token(time, response.hex()))
 
@@ -128,7 +133,7 @@ def wrong(of: Draft, draw: Draw) -> str | None:
     """
     if bool(draw.token) == bool(draw.beacon) or not _fits(draw.value):
         return "it names no source of the value, or two, or too short a value"
-    if draw.token and by_token(of, bytes.fromhex(draw.token.response)) != draw:
+    if draw.token and _by_token(of, bytes.fromhex(draw.token.response)) != draw:
         return "the value is not the signature of the time stamp, or the stamp states another time"
     return None
 
@@ -143,12 +148,18 @@ def record(model: models.OpenModel, draw: Draw) -> None:
         if model.draw is not None:
             cause = "Words are drawn once: a choice among several values would be a choice of words."
             raise _validate.fail("draw", "a model whose words were not drawn", f"{model.name}, whose were", cause)
-        if get(model) is None:
-            cause = f"Write the draft first, and publish it: smark draw VAULT {model.name} --out DRAFT.json."
-            raise _validate.fail("draw", "a draft that came before the value", f"none of {model.name}", cause)
+        _existing(model)
         _refuse_issued(model)
         rows = {"draws": [(model.name, documents.text(draw))]}
         folder.record(model.vault, "words drawn", rows, model=model.name, value=draw.key.to_bytes().hex())
+
+
+def _existing(model: models.OpenModel) -> Draft:
+    found = get(model)
+    if found is None:
+        cause = f"Write the draft first, and publish it: smark draw VAULT {model.name} --out DRAFT.json."
+        raise _validate.fail("draw", "a draft that came before the value", f"none of {model.name}", cause)
+    return found
 
 
 def _refuse_issued(model: models.OpenModel) -> None:

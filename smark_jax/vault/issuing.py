@@ -226,7 +226,7 @@ def _maker(
     model: models.OpenModel, teach: Teacher | None, count: int
 ) -> Callable[[list[_Licence]], list[dict[str, np.ndarray]]]:
     """Makes a function that computes copies: of each the leaves that differ from the base."""
-    base = model.base
+    base, codewords = model.base, model.codewords
     mark = model.mark._replace(spec=carriers.with_ties(model.settings.spec, base))
     marked = {name for leaf in mark.spec.leaves for name in (leaf.path, *leaf.tied)}
     above = sorted(name for name in marked if base[name].min() >= 0)
@@ -245,7 +245,7 @@ def _maker(
             yield from ({name: leaf[row] for name, leaf in batch.items()} for row in range(count))
 
     def copies(some: list[_Licence]) -> list[dict[str, np.ndarray]]:
-        words, made = model.words([licence.customer.serial for licence in some]), []
+        words, made = codewords([licence.customer.serial for licence in some]), []
         for licence, word, leaves in zip(some, words, embedded(some, words), strict=True):
             for name in above:
                 _refuse_below(name, float(leaves[name].min()), licence.customer)

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,10 +134,15 @@ class OpenModel:
         draw = self.draw
         return draw.key if draw else None
 
+    @property
+    def codewords(self) -> Callable[[Sequence[int]], np.ndarray]:
+        """As :meth:`words`, for threads that may not ask the vault."""
+        key, public = code_key(self.vault, self.name), self._public
+        return lambda serials: np.asarray(self.code.words(key, serials, self.settings.num_chips, public=public))
+
     def words(self, serials: Sequence[int]) -> np.ndarray:
         """The codewords of these customers, int8, shape [K, m]."""
-        key = code_key(self.vault, self.name)
-        return np.asarray(self.code.words(key, serials, self.settings.num_chips, public=self._public))
+        return self.codewords(serials)
 
     def own_words(self, serials: Sequence[int]) -> np.ndarray:
         """The owner's own words of these serials, which differ from codewords where those were drawn."""
