@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import terminal
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from stress.fuzz import evidence as fuzz
 from time_stamps import authority, stamp
 
-from smark_jax import codes, embedding, files, keys, statistics, vault
+from smark_jax import codes, embedding, errors, files, keys, statistics, vault
 from smark_jax.vault import (
     bundles,
     commitments,
@@ -313,6 +314,62 @@ def commitments_file(case: Case) -> documents.Commitment:
 def test_a_bundle_whose_draft_a_newer_version_wrote_is_not_read(case, tmp_path):
     with pytest.raises(ValueError, match=r"(?s)'smark draft' of version 1.*Upgrade smark-jax"):
         case.forge(tmp_path / "forged", lambda b: draft_of(b).update(version=2))
+
+
+def test_hostile_bundles_with_a_draw_are_refused_or_do_not_hold(case, tmp_path):
+    rng, original = np.random.default_rng(0), case.bundle.read_bytes()
+    shutil.copy(next(case.folder.glob("shape-*")), tmp_path)
+    path, failed = tmp_path / "bundle", 0
+    for _ in range(150):
+        content = fuzz.edit(original, rng)
+        path.write_bytes(content)
+        try:
+            report = case.verify(bundle=path)
+        except errors.Unreadable as error:
+            assert str(error).isprintable(), error
+        else:
+            assert report.holds == (json.loads(content) == json.loads(original))
+            failed += not report.holds
+    assert failed > 5
+
+
+def test_a_coalition_of_two_sales_is_proved_with_drawn_words(tmp_path):
+    base = weights(0)
+    with new_vault(tmp_path, base) as model:
+        customers.resolve(model.vault, [f"elsewhere {number}" for number in range(20)])
+        drafts.draft(model, 1000)
+        drafts.record(model, drafts.by_beacon(BEACON))
+        leaked, roots = [], []
+        for names in (["Ada", "Bob"], ["Carol", "Dora"]):
+            issued = issuing.issue(model, customers.resolve(model.vault, names), tmp_path / "copies")
+            leaked.append(files.read(issued.files[0]).leaves)
+            roots.append(issued.commitment.root)
+        files.write(tmp_path / "base", base)
+        files.write(tmp_path / "suspect", {name: (leaked[0][name] + leaked[1][name]) / 2 for name in base})
+        verdicts.trace(model, [tmp_path / "suspect"])
+        exported = evidence.export(model.vault, 1)
+        (tmp_path / "bundle").write_bytes(exported.content)
+        assert exported.shape is not None
+        shapes.write(tmp_path, exported.shape)
+    report = verification.verify(tmp_path / "bundle", tmp_path / "suspect", tmp_path / "base", root=roots)
+    assert report.holds, report.checks
+    assert {accused.customer for accused in report.accused} == {"Ada", "Carol"}
+    counted = {check.detail.partition("counting ")[2] for check in report.checks if "accusation" in check.name}
+    assert all(text.startswith("32 customers") for text in counted)  # serials 20 and 22, of four customers
+
+
+def test_the_files_for_openssl_are_written_as_the_documentation_says(case, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs/evidence.md").read_text()
+    code = page.partition("```python\nimport json, pathlib")[2].partition("```")[0]
+    shutil.copy(case.bundle, tmp_path / "evidence.json")
+    monkeypatch.chdir(tmp_path)
+    drawn = bundles.read(case.bundle).bundle.drawn
+    if drawn.draw.beacon:
+        code = "".join(code.splitlines(keepends=True)[:-1])
+    exec(f"import json, pathlib{code}", {})
+    assert (tmp_path / "draft.json").read_bytes() == drawn.draft.published
+    if drawn.draw.token:
+        assert (tmp_path / "draft.tsr").read_bytes().hex() == drawn.draw.token.response
 
 
 # The public value
