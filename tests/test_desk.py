@@ -165,7 +165,7 @@ def test_the_session_from_a_new_vault_to_verified_evidence(desk):
     desk.run("evidence", "verify", "evidence.json", *models_given, "--commitment", "00" * 32, code=1)
     desk.run("evidence", "verify", "evidence.json", f"copies/{names[0]}", "base.safetensors", code=1)
     desk.run("issue", "vault", "mnist-cnn", "Ada", "--out", "copies")
-    assert "opened this model's carrier" in desk.stderr
+    assert "pieces of this model's carrier" in desk.stderr
 
 
 def test_a_mixture_is_traced_to_both(desk):
