@@ -150,10 +150,10 @@ class _Report(NamedTuple):
 def _warn_before(model: "OpenModel", exports: Sequence[str], seen: int, untaught: bool) -> None:
     """Warns of reasons for which the owner may want to stop; ``seen`` is how many pieces of the carrier are opened."""
     name = model.settings.name
-    if seen and (secret := model.mark.carrier.num_pieces - seen) > 0:
+    if seen and (secret := (of := model.mark.carrier.num_pieces) - seen) > 0:
         _common.warn(
-            f"evidence opened {seen} pieces of this model's carrier to everybody who saw it; {secret} pieces are still "
-            "secret, and new copies rest on these alone."
+            f"evidence opened {seen} of the {of} pieces of this model's carrier to everybody who saw it: new copies "
+            f"rest on the other {secret}."
         )
     elif exports:
         _common.warn(
