@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from test_alignment_groups import Weights, conv, head, network, norm, relu, softmax
+from test_alignment_groups import Weights, conv, drawn, head, network, norm, relu, softmax
 
 from smark_jax import alignment, errors
 
@@ -758,6 +758,30 @@ def test_another_network_is_no_copy_where_all_is_followed(name):
     other = {path: rng.permutation(leaf.reshape(-1)).reshape(leaf.shape) for path, leaf in found.params.items()}
     with pytest.raises(errors.NothingMatched):
         alignment.align(other, found.params, found.apply, found.images)
+
+
+@pytest.mark.parametrize("heads_in_place", [True, False])
+def test_tables_of_positions_alone_make_no_copy(heads_in_place):
+    """Independently trained networks prefer near positions alike, and their few heads have many orders to fit in."""
+    (base, apply_fn), (other, _) = drawn("Swin", 0), drawn("Swin", 1)
+    steps = np.arange(-6, 7)
+    rng = np.random.default_rng(0)
+
+    def prefer(heads: int) -> np.ndarray:
+        found = [np.exp(-(np.square(steps[:, None] - h) + np.square(steps - 2 * h)) / 20) for h in range(heads)]
+        return np.stack(found, -1).reshape(169, heads)
+
+    def learned(network: Any, turned: bool) -> Any:
+        def leaf(path: Any, values: np.ndarray) -> np.ndarray:
+            if "relative_position" not in jax.tree_util.keystr(path):
+                return values
+            made = prefer(values.shape[1]) + 0.1 * rng.normal(size=values.shape)
+            return np.asarray(made[:, ::-1] if turned else made, np.float32)
+
+        return jax.tree_util.tree_map_with_path(leaf, network)
+
+    with pytest.raises(errors.NothingMatched):
+        alignment.align(learned(other, not heads_in_place), learned(base, False), apply_fn, np.zeros((1, 28, 28, 1)))
 
 
 def test_a_copy_with_other_names_is_not_called_none_where_channels_may_be_mixed():

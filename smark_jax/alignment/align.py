@@ -97,7 +97,7 @@ def align(suspect: PyTree, base: PyTree, apply_fn: ApplyFn, example_images: Any)
         )
         for space, units in enumerate(match.units)
     )
-    found["alike"] = found["alike"] or _unmoved(raw, ours)
+    found["alike"] = found["alike"] or _unmoved(graph, raw, ours)
     report = Report(
         spaces=spaces,
         renamed={path: name for path, name in names.items() if path != name and path in raw},
@@ -145,10 +145,10 @@ def _dense(ours: Leaves, theirs: Leaves) -> dict[str, int]:
     return found
 
 
-def _unmoved(theirs: Leaves, ours: Leaves) -> tuple[str, ...]:
+def _unmoved(graph: Graph, theirs: Leaves, ours: Leaves) -> tuple[str, ...]:
     """The kernels that resemble the base's as they are, so that no fit has a part in it."""
     found = []
-    for path in ours.keys() & theirs.keys():
+    for path in ours.keys() & theirs.keys() - scaling.tables(graph):
         a, b = theirs[path], ours[path]
         if a.ndim > 1 and a.shape == b.shape and np.ptp(b) > 0:
             found += [path] * (scaling.centred(a, b) > max(scaling.ALIKE, 4 * a.size**-0.5))

@@ -59,8 +59,9 @@ def read(
             norms = float(np.linalg.norm(leaf)) * float(np.linalg.norm(mine))
             similarities[path] = min(1.0, float(np.vdot(leaf, mine)) / norms) if norms > 0 else 0.0
             chance = _chance(graph, path, mine, sizes, match)
-            alike += [path] * (min(similarities[path], centred(leaf, mine)) > max(ALIKE, chance))
-            telling = telling or chance < _TELLING
+            if path not in tables(graph):
+                alike += [path] * (min(similarities[path], centred(leaf, mine)) > max(ALIKE, chance))
+                telling = telling or chance < _TELLING
             from_base += [path] * (similarities[path] < min(ALIKE, chance) and norms > 0)
     movable = gauge.vectors(graph, ours)
     for path, mine in ours.items():
@@ -85,6 +86,16 @@ def read(
         },
         telling,
     )
+
+
+def tables(graph: Graph) -> set[str]:
+    """Leaves that only follow the order of heads, such as tables of relative positions.
+
+    Neighbouring positions have like entries, in other networks too, so they say less than as many weights of a kernel.
+    """
+    return {place.path for places in graph.heads for place in places if not place.reads} - {
+        place.path for space in graph.linear for place in space.places
+    }
 
 
 def centred(leaf: np.ndarray, mine: np.ndarray) -> float:
