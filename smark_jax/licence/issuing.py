@@ -97,12 +97,16 @@ def unpack(
     owner = bytes.fromhex(offer.point)
     chosen = transfer.customer_keys(secrets.choices, owner, bytes.fromhex(request.points), context)
     rest = _rest_key(group.times(secrets.rest, owner), context)
-    total = sum(place.held for place in opened.package.leaves)
-    found = segments.draw(requests.seed(request), total, offer.num_segments, offer.num_parts)
     with tempfile.TemporaryDirectory() as folder:
-        made = packages.unpack(content, opened, rest, chosen, secrets.choices.bits, found, Path(folder))
-        form = packages.form_of(opened.package, Path(folder))
-        form.write(write(Path(form.suffix)), made)
+        with packages.whole():
+            packages.check(opened.package, len(content))
+            total = sum(place.held for place in opened.package.leaves)
+            found = segments.draw(requests.seed(request), total, offer.num_segments, offer.num_parts)
+            made = packages.unpack(content, opened, rest, chosen, secrets.choices.bits, found, Path(folder))
+            form = packages.form_of(opened.package, Path(folder))
+        path = write(Path(form.suffix))
+        with packages.whole():
+            form.write(path, made)
     return opened.package
 
 
