@@ -1,18 +1,11 @@
 """The documents of licences: what is hashed and signed, and what is refused."""
 
-import dataclasses
-import os
-import random
-import zlib
-from pathlib import Path
-
-import numpy as np
 import pytest
-from licences import ARBITER, BUNDLE, CUSTOMER, KEY, MALLORY, OWNER, SUSPECT, challenge, model, offer, packed, resigned
+from licences import ARBITER, BUNDLE, CUSTOMER, MALLORY, SUSPECT, challenge, offer
 
-from smark_jax import _validate, errors, files, keys, licence
-from smark_jax.licence import deposits, documents, group, packages, requests, transfer
-from smark_jax.licence.documents import MISSING, Deposit, FileRow
+from smark_jax import errors, licence
+from smark_jax.licence import documents, group, requests
+from smark_jax.licence.documents import Deposit
 
 NEUTRAL = (1).to_bytes(32, "little").hex()
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smark_jax import _validate
 from smark_jax.carriers import Leaf, Mark
 from smark_jax.licence import documents, segments
 
@@ -43,6 +44,9 @@ def cut(copy: Leaves, mark: Mark, found: segments.Segments, signs: np.ndarray, s
       found: the segments.
       signs: of all coordinates, shape [D].
       strength: s, the change of a coordinate in units of its scale.
+
+    Raises:
+      SmarkError: when a variant would not be finite: a customer's complaint would tell its choice.
     """
     rest, places, bases = dict(copy), [], []
     both: tuple[list[np.ndarray], list[np.ndarray]] = [], []
@@ -57,7 +61,11 @@ def cut(copy: Leaves, mark: Mark, found: segments.Segments, signs: np.ndarray, s
         weights = np.asarray(copy[leaf.path])
         own = (weights if basis is None else _coefficients(weights, place, basis)).reshape(-1)[:count]
         for part, sign in zip(both, (1, -1), strict=True):
-            part.append((_wide(own) + sign * change).astype(own.dtype))
+            with np.errstate(over="ignore"):
+                part.append((_wide(own) + sign * change).astype(own.dtype))
+            if not np.isfinite(part[-1]).all():
+                got = f"a leaf {leaf.path} whose weights are the largest of {own.dtype.name}"
+                raise _validate.fail("licence", "variants with finite weights", got, "Choose a smaller strength.")
         left = _with(weights, place, basis, own, -1)
         rest |= dict.fromkeys((leaf.path, *leaf.tied), left)
         places.append(place)
