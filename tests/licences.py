@@ -60,14 +60,17 @@ def challenge(signed: licence.SignedRequest, pieces=(), parts: int = 1, key: key
     return licence.Challenge(signed, chosen, tuple(found[i].to_bytes().hex() for i in chosen), tuple(earlier), sealed)
 
 
-def resigned(content: bytes, change, identity=OWNER) -> bytes:
-    """A package whose owner changed its head, its body, or both: ``change(package, body)`` gives the new ones."""
+def resigned(content: bytes, change, identity=OWNER, *, keep: bool = False) -> bytes:
+    """A package whose owner changed its head, its body, or both: ``change(package, body)`` gives the new ones.
+
+    The body's hash is made right, unless a changed one is to be kept.
+    """
     magic = b"smark licence package v1\n"
     start = len(magic) + 4
     length = int.from_bytes(content[start - 4 : start], "big")
     head = documents.loads(documents.SignedPackage, content[start : start + length], "it").package
     package, body = change(head, content[start + length :])
-    package = package._replace(body=hashlib.sha256(body).hexdigest())
+    package = package if keep else package._replace(body=hashlib.sha256(body).hexdigest())
     text = documents.dumps(documents.SignedPackage(package, documents.sign(identity.signing, package)))
     return magic + len(text).to_bytes(4, "big") + text + body
 
