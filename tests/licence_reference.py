@@ -78,6 +78,11 @@ def scalar(key: bytes) -> int:
     return int.from_bytes(derive(key, "transfer", "low") + derive(key, "transfer", "high"), "little") % ORDER
 
 
+def numbered(label: str, number: int = 0) -> int:
+    """The scalar of a test vector."""
+    return int.from_bytes(hashlib.sha512(f"{label} {number}".encode()).digest(), "little") % ORDER
+
+
 def message(kind: str, content: dict) -> bytes:
     return f"smark licence v1 {kind}\n".encode() + json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
