@@ -40,6 +40,7 @@ SECRET = "a sentence that nobody guesses"
 COMMANDS = (
     *((name,) for name in "init add-model plan customers issue trace report query attack bench demo train".split()),
     *(("evidence", name) for name in ("export", "verify", "timestamp")),
+    *(("licence", name) for name in ("init", "offer", "request", "open", "complain", "answer", "status")),
 )
 
 

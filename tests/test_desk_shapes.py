@@ -157,7 +157,7 @@ def test_a_shape_is_made_measured_committed_to_and_proved(desk):
     assert (header.shape, header.strength, header.versions) == (
         added["shape"]["digest"],
         added["strength"],
-        documents.Versions("chacha20/1", "hadamard/2", "signs/2", "joint/1", "function/1"),
+        documents.Versions("chacha20/1", "hadamard/3", "signs/2", "joint/1", "function/1"),
     )
     assert issued["commitment"]["root"] in (desk.folder / issued["commitment"]["file"]).read_text()
     verified = desk.json("evidence", "verify", "evidence/bundle.json", "leaked", "base")

@@ -33,6 +33,7 @@ MAY_LOAD = {
     "federation": {"flwr", "typer", "rich", NUMPY, JAXTYPING, URLLIB},  # Flower's own command line comes with it
     "files": {NUMPY},
     "keys": set(),
+    "licence": {JAX, SCIPY},
     "losses": {JAX},
     "models": {JAX, "flax", "rich"},  # Flax draws its tables with rich
     "parallel": {JAX, OPTAX},

@@ -7,15 +7,19 @@ and ``despread(v) = X v`` reads it back.
 """
 
 from smark_jax._roles import Role
-from smark_jax.carriers.hadamard import Carrier, Coverage, coverage, draw, draw_even
+from smark_jax.carriers.drawing import Keys, draw, draw_even
+from smark_jax.carriers.hadamard import MOST_PIECES, Carrier, Coverage, coverage
 from smark_jax.carriers.marks import Mark, coordinates, despread, mark, spread
+from smark_jax.carriers.pieces import piece_keys
 from smark_jax.carriers.selection import Leaf, Spec, read, roles, select, with_tied, with_ties, write
 from smark_jax.carriers.shapes import Scales, Shape
 from smark_jax.carriers.shaping import shape
 
 __all__ = [
+    "MOST_PIECES",
     "Carrier",
     "Coverage",
+    "Keys",
     "Leaf",
     "Mark",
     "Role",
@@ -28,6 +32,7 @@ __all__ = [
     "draw",
     "draw_even",
     "mark",
+    "piece_keys",
     "read",
     "roles",
     "select",

@@ -15,14 +15,20 @@ Walsh spectrum would show which coefficients are in use. The inner signs S_1 hid
 *Block length.* L is a power of two, at least 4 m and at least 2,048; the last D mod L weights carry nothing. A model
 smaller than that is one block of all its D weights: when D is no power of two, H is replaced by its product over two
 overlapping windows (the first and the last 2^k weights), which is orthonormal too. A carrier for a shape
-(:func:`draw_even`) has such longer blocks wherever there are fewer than 64, so that hardly a coordinate is left out.
+(:func:`smark_jax.carriers.draw_even`) has such longer blocks wherever there are fewer than 64, so that hardly a
+coordinate is left out.
+
+*Pieces.* Drawn from keys of pieces (:mod:`smark_jax.carriers.pieces`), block b belongs to piece b mod P with P =
+min(n, 64), and its signs and positions come from that piece's key. Blocks of pieces whose keys are not given are
+*closed*: they carry nothing and read as zero. Their chips have positions beyond the block, where a transform neither
+writes nor reads.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -30,14 +36,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt32
 
-from smark_jax import _validate, chacha, keys
+from smark_jax import chacha
 from smark_jax.carriers.selection import Spec
 
 _MIN_BLOCK = 2048
 # With this many blocks or more, a remainder shorter than a block is at most a 64th of the coordinates.
 _MANY_BLOCKS = 64
+MOST_PIECES = 64
+"""The pieces of a carrier with as many blocks or more; with fewer blocks, each is a piece."""
 # Longer blocks are whole words of packed signs.
-_WORD_BITS = 32
+WORD_BITS = 32
 # Blocks are transformed this many weights at a time (1 MiB of float32), which stay in cache between the factors.
 _PASS_WEIGHTS = 1 << 18
 # H of length 2^k is applied as matmuls with Hadamard factors of at most this size.
@@ -56,7 +64,7 @@ class Carrier:
     Attributes:
       inner_signs: packed sign bits of S_1, uint32, shape [n, ceil(L / 32)].
       outer_signs: packed sign bits of S_2, likewise.
-      positions: the coefficient of each chip in each block, int32, shape [n, m].
+      positions: the coefficient of each chip in each block, int32, shape [n, m]; L or more in a closed block.
       num_weights: D, static.
       length: L, static; None for :func:`cut`'s.
     """
@@ -90,6 +98,18 @@ class Carrier:
         """Inner signs, outer signs and positions; the rows of each are blocks."""
         return self.inner_signs, self.outer_signs, self.positions
 
+    @property
+    def num_pieces(self) -> int:
+        """The number of pieces P, if it was drawn from keys of pieces."""
+        return min(self.blocks[0], MOST_PIECES)
+
+    def part(self, pieces: Collection[int]) -> "Carrier":
+        """The same carrier with all pieces closed but these: the others' blocks carry nothing and read as zero."""
+        n, length = self.blocks
+        is_open = np.isin(np.arange(n) % self.num_pieces, list(pieces))
+        positions = jnp.where(is_open[:, None], self.positions, closed(n, length, self.num_chips))
+        return dataclasses.replace(self, positions=positions)
+
     def __repr__(self) -> str:  # the arrays are secret
         return f"Carrier(num_chips={self.num_chips}, num_weights={self.num_weights})"
 
@@ -118,62 +138,6 @@ def coverage(spec: Spec, num_chips: int) -> Coverage:
     n, length = cut(spec.num_weights, num_chips)
     starts = itertools.accumulate((leaf.size for leaf in spec.leaves), initial=0)
     return Coverage(n * length, sum(start < n * length for start, _ in zip(starts, spec.leaves, strict=False)))
-
-
-def draw(key: keys.SecretKey, spec: Spec, num_chips: int = 304) -> Carrier:
-    """The carrier derived from ``key``: the same key, spec and number of chips always give the same one.
-
-    Drawing needs about 16 bytes of memory for each of at most 2^20 weights or one block, plus the carrier (D / 4 bytes
-    of signs, 4 n m bytes of positions).
-
-    Args:
-      key: the model's carrier key.
-      spec: the carrying leaves.
-      num_chips: m, at most D.
-
-    Returns:
-      The carrier.
-
-    Raises:
-      SmarkError: when there are more chips than weights, or none.
-    """
-    _check("draw", spec.num_weights, num_chips)
-    return _draw(key, *cut(spec.num_weights, num_chips), num_chips, spec.num_weights, None)
-
-
-def draw_even(key: keys.SecretKey, num_coordinates: int, num_chips: int = 304) -> Carrier:
-    """A carrier for at most ``num_coordinates`` coordinates of a shape, all of which it covers: it has no tail.
-
-    The coordinates that are left over are fewer than a 64th. Which ones these are is up to the caller.
-
-    Raises:
-      SmarkError: as :func:`draw`.
-    """
-    _check("mark", num_coordinates, num_chips)
-    n, length = even(num_coordinates, num_chips)
-    return _draw(key, n, length, num_chips, n * length, length)
-
-
-def _check(who: str, num_weights: int, num_chips: int) -> None:
-    _validate.positive(who, "num_chips", num_chips)
-    if num_chips > num_weights:
-        raise _validate.fail(
-            who,
-            f"at most as many chips as the {num_weights:,} carrying weights",
-            f"{num_chips:,} chips",
-            "Select more leaves, or take fewer chips.",
-        )
-
-
-def _draw(key: keys.SecretKey, n: int, length: int, num_chips: int, num_weights: int, stated: int | None) -> Carrier:
-    words = -(-length // _WORD_BITS)
-    zero = np.zeros(3, np.uint32)
-    inner, outer = (
-        chacha.keystream(keys.derive(key, label).to_words(), zero, n * words).reshape(n, words)
-        for label in ("inner signs", "outer signs")
-    )
-    positions = _positions(keys.derive(key, "positions"), n, length, num_chips)
-    return Carrier(inner, outer, jnp.asarray(positions), num_weights, stated)
 
 
 @jax.jit
@@ -233,14 +197,19 @@ def _per_pass(carrier: Carrier) -> int:
 
 def spread_block(chips: Array, length: int, inner: Array, outer: Array, positions: Array) -> Float[Array, " L"]:
     """The weights of one block, from chips already divided by the square root of the number of blocks."""
-    x = jnp.zeros(length).at[positions].set(chips, unique_indices=True)
+    x = jnp.zeros(length).at[positions].set(chips, unique_indices=True, mode="drop")
     return _flip(_mix(_flip(_mix(x), inner)), outer)
 
 
 def despread_block(x: Array, inner: Array, outer: Array, positions: Array) -> Float[Array, " m"]:
     """The transpose of :func:`spread_block`."""
     x = _mix(_flip(_mix(_flip(x, outer), transpose=True), inner), transpose=True)
-    return x[positions]
+    return x.at[positions].get(mode="fill", fill_value=0)
+
+
+def closed(n: int, length: int, num_chips: int) -> Int32[np.ndarray, "n m"]:
+    """Positions beyond the block, each its own: what is written there is dropped, and what is read there is zero."""
+    return np.tile(np.arange(length, length + num_chips, dtype=np.int32), (n, 1))
 
 
 def cut(num_weights: int, num_chips: int) -> tuple[int, int]:
@@ -250,10 +219,10 @@ def cut(num_weights: int, num_chips: int) -> tuple[int, int]:
 
 
 def even(num_coordinates: int, num_chips: int) -> tuple[int, int]:
-    """The number of blocks and their length for :func:`draw_even`."""
+    """The number of blocks and their length for :func:`smark_jax.carriers.draw_even`."""
     n, length = cut(num_coordinates, num_chips)
     few = n < _MANY_BLOCKS and length < num_coordinates
-    return n, num_coordinates // n // _WORD_BITS * _WORD_BITS if few else length
+    return n, num_coordinates // n // WORD_BITS * WORD_BITS if few else length
 
 
 def _mix(x: Array, transpose: bool = False) -> Array:
@@ -292,21 +261,3 @@ def _hadamard_matrix(size: int) -> np.ndarray:
 def _flip(x: Array, packed: Array) -> Array:
     """Negates the entries whose bit is set."""
     return x * (1 - 2 * chacha.bits(packed)[: x.shape[0]].astype(jnp.float32))
-
-
-def _positions(key: keys.SecretKey, n: int, length: int, num_chips: int) -> Int32[np.ndarray, "n m"]:
-    """The first m entries of a keyed random permutation per block: the indices, sorted by random 64-bit numbers."""
-    index_bits = max(1, (length - 1).bit_length())
-    index = np.arange(length, dtype=np.uint64)
-    nonce = np.zeros(3, np.uint32)
-    result = np.empty((n, num_chips), np.int32)
-    step = min(n, max(1, (1 << 20) // length))
-    for start in range(0, n, step):
-        count = min(step, n - start)
-        first = start * length * 2 // chacha.BLOCK_WORDS  # if n > 1, a keystream block divides the length
-        stream = np.asarray(chacha.keystream(key.to_words(), nonce, 2 * count * length, first))
-        # Random high bits, and the index in the low bits: sorting permutes the indices, and there are no ties.
-        numbers = stream.view(np.uint64).reshape(count, length) >> index_bits << index_bits | index
-        numbers.sort(axis=1)
-        result[start : start + count] = numbers[:, :num_chips] & np.uint64((1 << index_bits) - 1)
-    return result

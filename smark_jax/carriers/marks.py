@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from smark_jax import _validate, keys
+from smark_jax import _validate
 from smark_jax._types import AnyArray, PyTree
-from smark_jax.carriers import hadamard, selection, shapes
+from smark_jax.carriers import drawing, hadamard, selection, shapes
 
 _FOREIGN = "Was it drawn for another model? (Dummy neurons: run alignment.align first.)"
 WHITE, SHAPED = 0.03, 0.01
@@ -41,7 +41,7 @@ class Mark(NamedTuple):
 
 
 def mark(
-    key: keys.SecretKey,
+    key: drawing.Keys,
     base: PyTree,
     num_chips: int = 304,
     *,
@@ -53,7 +53,8 @@ def mark(
     The same key, base and settings always give the same mark.
 
     Args:
-      key: the model's carrier key.
+      key: the model's carrier key; or the keys of the carrier's pieces (:func:`smark_jax.carriers.piece_keys`). With
+        some of these alone, the mark is what they open, and the rest reads as zero.
       base: the model that copies are made from.
       num_chips: m, at most the number of coordinates.
       match: as for :func:`select`: a regular expression searched in each leaf's path, or a predicate on the path.
@@ -75,11 +76,11 @@ def mark(
     """
     if shape is None:
         spec = selection.select(base, match)
-        return Mark(spec, hadamard.draw(key, spec, num_chips))
+        return Mark(spec, drawing.draw(key, spec, num_chips))
     paths, wanted = {leaf.path for leaf in shape.leaves}, selection.predicate(match)
     spec = selection.select(base, lambda path: path in paths and wanted(path))
     shape = shape.of(spec)
-    return Mark(spec, hadamard.draw_even(key, shape.num_coordinates, num_chips), shape, SHAPED)
+    return Mark(spec, drawing.draw_even(key, shape.num_coordinates, num_chips), shape, SHAPED)
 
 
 def spread(chips: Num[AnyArray, " m"], mark: Mark) -> Float[Array, " D"]:

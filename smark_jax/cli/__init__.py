@@ -11,7 +11,20 @@ from typing import Annotated, Any
 import typer
 
 from smark_jax import _foreign, errors
-from smark_jax.cli import _attack, _bench, _cache, _common, _evidence, _issue, _outputs, _plan, _query, _trace, _vault
+from smark_jax.cli import (
+    _attack,
+    _bench,
+    _cache,
+    _common,
+    _evidence,
+    _issue,
+    _licence,
+    _outputs,
+    _plan,
+    _query,
+    _trace,
+    _vault,
+)
 from smark_jax.cli._console import Console
 
 app = typer.Typer(
@@ -52,7 +65,8 @@ for _command, _examples in (
         "smark issue my-vault mnist-cnn Ada 'Grace Hopper' --out copies\n\n"
         "  smark issue my-vault mnist-cnn --csv customers.csv --out copies --timestamp-request request.tsq\n\n"
         "  smark issue my-vault mnist-cnn --all --out copies --network network:running\n\n"
-        "  smark issue my-vault mnist-cnn Ada --out copies --teach network:teaching",
+        "  smark issue my-vault mnist-cnn Ada --out copies --teach network:teaching\n\n"
+        "  smark issue my-vault mnist-cnn --request ada.request --out packages",
     ),
     (
         _trace.trace,
@@ -74,6 +88,7 @@ for _command, _examples in (
 ):
     app.command(cls=_common.Command, epilog=f"Examples:\n\n  {_examples}")(_command)
 app.add_typer(_evidence.app, name="evidence")
+app.add_typer(_licence.app, name="licence")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,13 +1,16 @@
 """``smark evidence``: bundles for an arbiter, and time stamps of commitments."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from smark_jax import _io
 from smark_jax.cli import _common, _outputs
 from smark_jax.cli._common import Align, AsJson, PassphraseFile, VaultPath, VerdictNumber, say
+
+if TYPE_CHECKING:
+    from smark_jax.vault.evidence import Pieces
 
 app = typer.Typer(no_args_is_help=True, help="Evidence for an arbiter: export a bundle, verify one, keep time stamps.")
 
@@ -27,6 +30,12 @@ def export(
             help="Open all codewords under this commitment, not each under the one its customer was licensed with.",
         ),
     ] = None,
+    parts: Annotated[
+        int,
+        typer.Option(
+            min=0, max=256, help="Parts of its secret word to ask of an accused who has one; each is opened only once."
+        ),
+    ] = 1,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -35,14 +44,16 @@ def export(
     Where the model has a shape, its file is written beside the bundle; the bundle names it, and verify looks for it
     there.
 
-    The bundle also opens the model's carrier key: add the model under another name before issuing more copies.
+    The bundle also opens a part of the model's carrier, the smallest share that suffices: an eighth, a quarter, half or
+    all. Which pieces follows from the suspect, so that nobody chooses them. It says how much stays secret. Where all
+    had to be opened, add the model under another name before issuing more copies.
     """
     _outputs.check("--out", out, (passphrase_file,), vault)
     with _common.desk(vault, passphrase_file) as desk:
         from smark_jax.vault import evidence, shapes, verdicts
 
         _outputs.check("--out", out, _outputs.suspects(verdicts.get(desk, verdict)))
-        exported = evidence.export(desk, verdict, suspect, commitment)
+        exported = evidence.export(desk, verdict, suspect, commitment, parts)
         shape = shapes.write(out.parent, exported.shape) if exported.shape else None
         _io.write(out, exported.content, private=True)
 
@@ -53,6 +64,10 @@ def export(
         numbers = " and ".join(map(str, exported.commitments))
         several = ", each by a --commitment of its own" if len(exported.commitments) > 1 else ""
         say(f"FILE-or-ROOT is commitment {numbers} as you published it before the sale{several}.")
+        for name, some in exported.asked:
+            say(f"{name} is asked to open part {' and '.join(map(str, some))} of its secret word. Its answer:")
+            say(f"  smark licence answer WALLET {out} --out ANSWER, which verify takes by --answer")
+        say(_opens(exported.pieces))
 
     for name in exported.left_out:
         _common.warn(f"{name} was left out: an arbiter cannot repeat the search on which that accusation rests.")
@@ -62,8 +77,27 @@ def export(
         "accused": exported.accused,
         "left_out": exported.left_out,
         "commitments": exported.commitments,
+        "asked": dict(exported.asked),
+        "pieces": exported.pieces,
     }
     _common.show(document, as_json, words)
+
+
+def _opens(pieces: "Pieces | None") -> str:
+    """States how much of the carrier a bundle opens."""
+    burnt = (
+        "whoever sees it can erase fingerprints from every copy. Add the model under another name for new customers."
+    )
+    if pieces is None:
+        return f"It opens the model's whole carrier, which has no pieces: {burnt}"
+    if pieces.opened == pieces.of:
+        why = "no part of it suffices" if pieces.of > 1 else "it is too small to be opened in part"
+        return f"It opens the model's whole carrier, since {why}: {burnt}"
+    earlier = "" if pieces.secret == pieces.of - pieces.opened else ", since earlier bundles opened others"
+    return (
+        f"It opens {pieces.opened} of the {pieces.of} pieces of the model's carrier; {pieces.secret} of {pieces.of} "
+        f"pieces stay secret{earlier}. Copies can still be traced by these."
+    )
 
 
 @app.command(
@@ -81,12 +115,15 @@ def verify(
     largest_alpha: Annotated[
         float, typer.Option(help="The highest committed alpha that you accept, above 0 and below 1.")
     ] = 1e-3,
+    answer: Annotated[
+        list[Path] | None, typer.Option(help="What the accused, or its arbiter, answered; repeatable.")
+    ] = None,
     align: Align = None,
     as_json: AsJson = False,
 ) -> None:
     """Recompute an accusation, without a vault. Exit code 0 if everything holds, otherwise 1."""
     with _common.err.status("reading the bundle") as status:
-        from smark_jax.vault import verification
+        from smark_jax.vault import convicting, verification
 
         roots = [verification.published_root(source) for source in commitment or ()]
         found = verification.verify(
@@ -96,6 +133,7 @@ def verify(
             root=roots,
             largest_alpha=largest_alpha,
             aligner=_common.aligner(align),
+            answers=convicting.read_answers(answer or ()),
             on_step=status.update,
         )
     document = {
@@ -108,6 +146,7 @@ def verify(
         "root": found.root,
         "checks": found.checks,
         "accused": found.accused,
+        "convicted": found.convicted,
         "statements": found.statements,
     }
 
@@ -121,7 +160,9 @@ def verify(
             if found.holds
             else "The evidence does not hold."
         )
-        say("Taken on the owner's word:")
+        for one in found.convicted:
+            say(f"It carries the secret word of {one.customer}, which the owner did not know.")
+        say("Taken on trust:")
         for statement in found.statements:
             _common.out.item(("", ""), statement)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from smark_jax import _io, _validate
-from smark_jax.cli import _common, _names, _outputs
+from smark_jax.cli import _common, _licence, _names, _outputs
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ def issue(
     column: _names.Column = None,
     heading: _names.Heading = None,
     everybody: Annotated[bool, typer.Option("--all", help="Issue to all registered customers.")] = False,
+    request: Annotated[
+        list[Path] | None,
+        typer.Option(help="A customer's licence request; repeatable. Writes packages in place of copies."),
+    ] = None,
     strength: Annotated[float | None, typer.Option(help="Strength of these copies; by default the model's.")] = None,
     teach: Annotated[
         str | None,
@@ -54,15 +58,25 @@ def issue(
     A copy differs from the base's file only in the bytes of its carrying leaves. With --network, by default that of
     --teach, each copy is run on up to 256 images before it is written: what it costs is printed, and a copy that
     answers NaN is not written. Its customer keeps the serial.
+
+    With --request, the customer gets a package in place of a copy: see 'smark licence'.
     """
     _outputs.check("--out", out, vault=vault, folder=True)
+    if request:
+        others = (customers, csv, everybody, strength, teach, network, images, timestamp_request)
+        if any(option not in (None, False) for option in others):
+            raise typer.BadParameter(
+                "a request names its customer and goes with no other option", param_hint="--request"
+            )
+        _licence.pack(vault, name, request, out, passphrase_file, as_json)
+        return
     if timestamp_request:
         _outputs.check("--timestamp-request", timestamp_request, (csv, passphrase_file), vault)
         with _validate.needs("issue", "timestamps"):
             import rfc3161_client  # noqa: F401 - checked now; it writes the request after the copies
     names = [*(customers or []), *_names.read(csv, column, heading)]
     with _common.desk(vault, passphrase_file) as desk:
-        from smark_jax.vault import commitments, evidence, issuing, models, probes, timestamps, trials
+        from smark_jax.vault import commitments, evidence, issuing, models, openings, probes, timestamps, trials
         from smark_jax.vault import customers as registry
 
         model = models.get(desk, name)
@@ -77,7 +91,8 @@ def issue(
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
         everyone = sorted(set(chosen) | set(known))
         waiting = lambda: _common.err.print("another smark issues from this vault; waiting for it")  # noqa: E731
-        _warn_before(model, evidence.exports(desk, name), teach is None and probes.there(model))
+        seen = len(openings.published(desk.connection, name))
+        _warn_before(model, evidence.exports(desk, name), seen, teach is None and probes.there(model))
         with _common.bar(f"issuing {name}", len(everyone)) as done:
             copies = 0
 
@@ -94,7 +109,7 @@ def issue(
         path = commitments.file(desk, issued.commitment)
         if timestamp_request:
             _io.write(timestamp_request, timestamps.request(issued.commitment), private=True)
-    made, request = issued.commitment, str(timestamp_request) if timestamp_request else None
+    made, wanted = issued.commitment, str(timestamp_request) if timestamp_request else None
     report = _Report(
         model=name,
         out=str(out),
@@ -104,7 +119,7 @@ def issue(
         files=tuple(map(str, issued.files)),
         commitment=_Commitment(made.number, made.root, made.header.created, str(path)),
         trial=issued.trial,
-        timestamp_request=request,
+        timestamp_request=wanted,
     )
     _common.show(report, as_json, lambda: _say(vault, issued, report))
 
@@ -132,10 +147,15 @@ class _Report(NamedTuple):
     timestamp_request: str | None
 
 
-def _warn_before(model: "OpenModel", exports: Sequence[str], untaught: bool) -> None:
-    """Warns of reasons for which the owner may want to stop."""
+def _warn_before(model: "OpenModel", exports: Sequence[str], seen: int, untaught: bool) -> None:
+    """Warns of reasons for which the owner may want to stop; ``seen`` is how many pieces of the carrier are opened."""
     name = model.settings.name
-    if exports:
+    if seen and (secret := model.mark.carrier.num_pieces - seen) > 0:
+        _common.warn(
+            f"evidence opened {seen} pieces of this model's carrier to everybody who saw it; {secret} pieces are still "
+            "secret, and new copies rest on these alone."
+        )
+    elif exports:
         _common.warn(
             f"evidence of {exports[-1]} opened this model's carrier to everybody who saw it; add the model under "
             "another name for new customers."

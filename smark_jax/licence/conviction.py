@@ -5,8 +5,8 @@ part's segments, and computes
 
 .. math:: T_c = \langle z, c \rangle / |z|, \qquad p = p(T_c \mid z) \cdot P \cdot q (q + 1)
 
-with the bound T1+ of :mod:`smark_jax.statistics`, P parts, each of which one dispute may open, and q words that the
-customer has drawn under this offer.
+with the bound T1+ of :mod:`smark_jax.statistics`, P parts, each of which one dispute may open, and the word
+of attempt q: before it, q - 1 words that the customer drew for this owner brought it no copy.
 
 Formal guarantee (T4, no framing). For every owner and every suspect, base, mark and key that it names: if nothing that
 was computed from the customer's copy reached the owner, then c is uniform given z, so that

@@ -78,7 +78,7 @@ class Request(NamedTuple):
     Attributes:
       created: when.
       offer: the offer's digest.
-      attempt: how many words the customer has drawn under this offer, this one included.
+      attempt: how many words the customer has drawn for this owner, this one included, that brought it no copy before.
       identity: the customer's Ed25519 key.
       points: B_i, 32 bytes each.
       rest: the point of the key that seals what does not depend on choices.
@@ -225,10 +225,16 @@ class Answer(NamedTuple):
 
 
 class SignedAnswer(NamedTuple):
-    """An answer's file."""
+    """An answer, signed by whom it names."""
 
     answer: Answer
     signature: Signature
+
+
+class AnswerFile(NamedTuple):
+    """All answers of one wallet to a bundle, which may ask for several words."""
+
+    answers: tuple[SignedAnswer, ...]
 
 
 KINDS: dict[type, str] = {
@@ -325,7 +331,7 @@ def unreadable(where: str, what: str, got: str) -> errors.Unreadable:
 _NAMES: dict[Any, str] = {
     SignedOffer: "offer",
     RequestFile: "request",
-    SignedAnswer: "answer",
+    AnswerFile: "answer",
     Arbiter: "arbiter",
     SignedPackage: "package",
 }

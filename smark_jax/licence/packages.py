@@ -94,6 +94,15 @@ class Opened(NamedTuple):
     start: int
 
 
+def named(content: bytes, where: str) -> str:
+    """The digest of the request that a package says it answers; nothing of it is checked.
+
+    Raises:
+      Unreadable: when it is no package, or is cut short.
+    """
+    return _head(content, where)[0].package.request
+
+
 def head(content: bytes, owner: str, request: str, where: str) -> Opened:
     """Reads and checks a package's head and the hash of its body, which takes no secret.
 
@@ -107,22 +116,27 @@ def head(content: bytes, owner: str, request: str, where: str) -> Opened:
       Unreadable: when it is no package, or is cut short.
       SmarkError: when somebody else signed it, it answers another request, or its body is not the one that was signed.
     """
+    signed, start = _head(content, where)
+    package, again = signed.package, "Ask the owner for the package that answers this request."
+    if not documents.genuine(owner, package, signed.signature):
+        raise _validate.fail("licence", "a package signed by the owner of the offer", "another signature", again)
+    if package.request != request:
+        raise _validate.fail("licence", "the package that answers your request", "one for another request", again)
+    if hashlib.sha256(memoryview(content)[start:]).hexdigest() != package.body:
+        again = "It was damaged on its way: ask the owner to send the same file again."
+        raise _validate.fail("licence", "the package's content as the owner signed it", "other bytes", again)
+    return Opened(package, start)
+
+
+def _head(content: bytes, where: str) -> tuple[SignedPackage, int]:
+    """The head, and where the body begins."""
     if not content.startswith(_MAGIC):
         raise documents.unreadable(where, "a licence's package", "another file")
     start = len(_MAGIC) + 4
     length = int.from_bytes(content[start - 4 : start], "big")
     if not 0 < length <= min(_LONGEST_HEAD, len(content) - start):
         raise documents.unreadable(where, "a licence's package", "one that is cut short")
-    signed = documents.loads(SignedPackage, content[start : start + length], where)
-    package, again = signed.package, "Ask the owner for the package that answers this request."
-    if not documents.genuine(owner, package, signed.signature):
-        raise _validate.fail("licence", "a package signed by the owner of the offer", "another signature", again)
-    if package.request != request:
-        raise _validate.fail("licence", "the package that answers your request", "one for another request", again)
-    if hashlib.sha256(memoryview(content)[start + length :]).hexdigest() != package.body:
-        again = "It was damaged on its way: ask the owner to send the same file again."
-        raise _validate.fail("licence", "the package's content as the owner signed it", "other bytes", again)
-    return Opened(package, start + length)
+    return documents.loads(SignedPackage, content[start : start + length], where), start + length
 
 
 @contextlib.contextmanager

@@ -71,7 +71,8 @@ def request(offer: SignedOffer, identity: Identity, attempt: int = 1, arbiter: A
     Args:
       offer: the owner's.
       identity: the customer's.
-      attempt: how many words the customer has drawn under this offer, this one included: convictions pay for it.
+      attempt: one more than the words that the customer has drawn for this owner and that brought no copy: convictions
+        pay for it.
       arbiter: whom to deposit the openings with.
 
     Raises:

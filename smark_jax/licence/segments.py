@@ -60,18 +60,26 @@ def draw(seed: bytes, num_coordinates: int, num_segments: int, num_parts: int) -
     Raises:
       SmarkError: when the numbers do not fit each other.
     """
-    if not 0 < num_segments <= min(num_coordinates, _LARGEST):
-        expected = f"1 to {min(num_coordinates, _LARGEST):,} segments for {num_coordinates:,} coordinates"
-        cause = "A small model bears fewer choices: offer fewer."
-        raise _validate.fail("licence", expected, f"{num_segments:,}", cause)
-    if not 0 < num_parts <= 256 or num_segments % num_parts:
-        cause = "Parts have the same number of segments."
-        raise _validate.fail("licence", "a number of parts that divides the segments", f"{num_parts}", cause)
+    check("licence", num_coordinates, num_segments, num_parts)
     places = _permutations(_key(seed, "members"), -(-num_coordinates // num_segments), num_segments)
     order = _permutations(_key(seed, "parts"), 1, num_segments)[0]
     parts = np.empty(num_segments, np.uint8)
     parts[order] = np.arange(num_segments) % num_parts
     return Segments(places.reshape(-1)[:num_coordinates], parts)
+
+
+def check(who: str, num_coordinates: int, num_segments: int, num_parts: int) -> None:
+    """Refuses numbers that :func:`draw` cannot serve.
+
+    Raises:
+      SmarkError: in the name of ``who``.
+    """
+    if not 0 < num_segments <= min(num_coordinates, _LARGEST):
+        expected = f"1 to {min(num_coordinates, _LARGEST):,} choices for {num_coordinates:,} coordinates"
+        raise _validate.fail(who, expected, f"{num_segments:,}", "A small model bears fewer choices: offer fewer.")
+    if not 0 < num_parts <= 256 or num_segments % num_parts:
+        cause = "Parts have the same number of choices."
+        raise _validate.fail(who, "a number of parts that divides the choices", f"{num_parts}", cause)
 
 
 def signs(segments: Segments, part: int, key: keys.SecretKey) -> Float[np.ndarray, " k"]:

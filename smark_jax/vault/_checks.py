@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax import carriers, errors, files, keys
-from smark_jax.vault import commitments, documents, merkle, models, shapes, timestamps, versions
+from smark_jax import carriers, errors, files
+from smark_jax.vault import commitments, documents, merkle, models, openings, shapes, timestamps, versions
 from smark_jax.vault.documents import Bundle, Commitment, Header, Stamp
 
 # The relative difference allowed between a leaf's RMS on the owner's computer and on the arbiter's.
@@ -16,7 +16,17 @@ _ROUNDING = 1e-2
 # The header fields that may differ between two commitments to a model.
 _PASSING = ("created", "customers", "number", "previous")
 # Nothing is computed from a suspect unless all of these hold.
-_BEFORE_READING = ("level", "numbers", "commitment", "base", "carrier", "carrying leaves", "shape", "customers")
+_BEFORE_READING = (
+    "level",
+    "numbers",
+    "commitment",
+    "base",
+    "carrier",
+    "carrying leaves",
+    "shape",
+    "pieces",
+    "customers",
+)
 
 
 class Check(NamedTuple):
@@ -50,6 +60,11 @@ def require(holds: bool, otherwise: str) -> None:
     """Fails the current check with the reason ``otherwise``, unless ``holds``."""
     if not holds:
         raise Fails(otherwise)
+
+
+def refuse(wrong: str | None) -> None:
+    """Fails the current check with what is wrong, if anything is."""
+    require(wrong is None, wrong or "")
 
 
 class Proved(NamedTuple):
@@ -91,24 +106,32 @@ def check_contents(
       What is proved; None when it does not allow a reading.
     """
     header = bundle.header
-    key = keys.from_bytes(bytes.fromhex(bundle.carrier_key))
+    key = openings.keys_of(bundle)
     spec, mark, words = None, None, {}
     with checks.check("base", f"content hash {header.base}"):
         require(files.content_hash(base) == header.base, "it is not the model that was committed to")
     with checks.check("suspect", f"content hash {bundle.suspect.content}"):
         same = files.content_hash(suspect) == bundle.suspect.content
         require(same, "it is not the model that was accused")
-    with checks.check("carrier", "its key is the one that was committed to"):
-        require(keys.commitment(key) == header.carrier_key, "its key was not committed to: it is forged")
+    opens = f"{len(bundle.pieces)} pieces, whose keys were" if bundle.pieces else "its key is the one that was"
+    with checks.check("carrier", f"{opens} committed to"):
+        refuse(openings.wrong_keys(bundle))
     with checks.check("carrying leaves", f"{len(bundle.spec)} leaves, as committed to, and as the base has them"):
         spec = _spec(bundle, base)
-    if header.algorithms.shape or header.shape:
+    shaped = bool(header.algorithms.shape or header.shape)
+    if shaped:
         with checks.check("shape", "its file holds the one that was committed to") as detail:
             require(spec is not None, "the carrying leaves that it is for are not known")
             mark = _mark(bundle, key, spec, folder)
             detail.append(str(mark.shape))
-    elif spec is not None:
+    elif spec is not None and bundle.carrier_key:
         mark = versions.mark(header.algorithms, key, spec, None, header.num_chips, header.strength)
+    if bundle.pieces and spec is not None and (mark is not None or not shaped):
+        with checks.check("pieces", "those that the hash of carrier and suspect names") as detail:
+            mark = mark or _mark(bundle, key, spec, folder)
+            of = mark.carrier.num_pieces
+            refuse(openings.wrong_choice(bundle, of))
+            detail.append(f"{of - len(bundle.pieces)} of {of} pieces of the carrier stay secret")
     with checks.check("customers", f"{len(bundle.opened)} of {header.customers:,} opened, each under the root"):
         words = _words(bundle)
     if mark is None or not all(check.holds for check in checks if check.name in _BEFORE_READING):
@@ -116,15 +139,14 @@ def check_contents(
     return Proved(mark, words)
 
 
-def _mark(bundle: Bundle, key: keys.SecretKey, spec: carriers.Spec, folder: Path) -> carriers.Mark:
-    """The mark of a model with a shape; requires that the shape's file is the one that was committed to."""
+def _mark(bundle: Bundle, key: carriers.Keys, spec: carriers.Spec, folder: Path) -> carriers.Mark:
+    """The mark; requires that the shape's file, if the model has one, is the one that was committed to."""
     header, named = bundle.header, bundle.header.algorithms
-    require(
-        bool(named.shape and header.shape), "the commitment names a shape without its digest, or the other way round"
-    )
+    same = bool(named.shape) == bool(header.shape)
+    require(same, "the commitment names a shape without its digest, or the other way round")
     cause = "It comes with the bundle: put it into the same folder."
     try:
-        shape = shapes.read("evidence", folder, named.shape, str(header.shape), cause)
+        shape = shapes.read("evidence", folder, named.shape, str(header.shape), cause) if header.shape else None
         return versions.mark(named, key, spec, shape, header.num_chips, header.strength)
     except errors.SmarkError as error:
         raise Fails(" ".join(error.desk.splitlines())) from None

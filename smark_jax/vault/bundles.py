@@ -1,5 +1,6 @@
 """Evidence bundles as files: a JSON document with the owner's Ed25519 signature. Reading one trusts nothing in it."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +45,11 @@ def genuine(found: documents.Signed) -> bool:
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+def digest(bundle: documents.Bundle) -> str:
+    """The SHA-256 of what is signed, in hex: what answers name."""
+    return hashlib.sha256(_message(documents.plain(bundle))).hexdigest()
 
 
 def _message(content: Any) -> bytes:

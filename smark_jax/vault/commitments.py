@@ -1,9 +1,9 @@
 """The commitment that the owner publishes before selling a copy: one hash of everything an accusation will rest on.
 
-The hash is the root of a Merkle tree. Its first leaf is the header: the hashes of carrier key and base, the level, the
-versions of all algorithms, the number of customers and the key that will sign evidence. Each further leaf holds one
-customer's name, serial and codeword with a salt. So the root reveals nothing about customers or codewords, and a leaf
-can be opened without the others.
+The hash is the root of a Merkle tree. Its first leaf is the header: the hashes of carrier key and base, the root over
+the keys of the carrier's pieces, the level, the versions of all algorithms, the number of customers and the key that
+will sign evidence. Each further leaf holds one customer's name, serial and codeword with a salt. So the root reveals
+nothing about customers or codewords, and a leaf can be opened without the others.
 """
 
 from collections.abc import Sequence
@@ -77,6 +77,7 @@ def build(model: models.OpenModel, hashed: Sequence[bytes]) -> Commitment:
         strength=settings.strength,
         versions=settings.versions,
         shape=settings.shape.digest if settings.shape else documents.MISSING,
+        pieces=models.pieces_root(vault, model.name, settings.versions) or documents.MISSING,
     )
     tree = [header_leaf(header), *hashed]
     (path,) = merkle.paths(tree, [0])

@@ -6,32 +6,35 @@ codewords of a support S of other accused are opened too, and projected out firs
 and may have looked at b_j. So the arbiter's p-value pays for all supports that could have been chosen:
 
 .. math:: p_j = p(T_j \mid r_S) \cdot N \cdot \binom{N - 1}{|S|} \cdot 2^{|S| + 1} \cdot \text{suspects} \cdot
-          \text{alignments} \cdot \text{maps}
+          \text{alignments} \cdot \text{maps} \cdot \text{shares}
 
 For an innocent j and every fixed S, b_j is independent of the residual r_S. Summed over N customers, all S of each
 size and all sizes, the probability of a false accusation is at most alpha. No step trusts the owner's search. N counts
-every customer whom the verdict compared, even when the accused's own commitment had fewer.
+every customer whom the verdict compared, even when the accused's own commitment had fewer. The number of shares is 4
+where a part of the carrier can be opened (:mod:`smark_jax.vault.openings`), whichever was, and 1 for other models.
 """
 
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from smark_jax import _documents, _validate, carriers, statistics
+from smark_jax.licence.documents import Challenge
 from smark_jax.vault import (
+    _opened,
     bundles,
     commitments,
     documents,
     folder,
+    licensing,
     log,
-    merkle,
     models,
-    store,
-    timestamps,
+    openings,
     verdicts,
+    versions,
 )
 from smark_jax.vault.customers import Customer
 from smark_jax.vault.documents import (
@@ -41,9 +44,6 @@ from smark_jax.vault.documents import (
     Claim,
     Exhibit,
     Leaf,
-    Opened,
-    Stamp,
-    Stamped,
     Suspect,
     Verdict,
     VerdictNamed,
@@ -51,7 +51,6 @@ from smark_jax.vault.documents import (
 from smark_jax.vault.reading import base_alone
 
 _SMALLEST_RESIDUAL = 1e-6
-_EVENT = "evidence exported"
 
 
 class Test(NamedTuple):
@@ -69,12 +68,14 @@ class Counts(NamedTuple):
       num_suspects: how many suspects were examined together.
       num_alignments: how many readings were tried.
       log_maps: natural logarithm of the number of leaf maps from which the owner chose.
+      num_shares: how many shares of the carrier the owner could choose from.
     """
 
     num_customers: int
     num_suspects: int
     num_alignments: int
     log_maps: float = 0.0
+    num_shares: int = 1
 
 
 def test(
@@ -97,7 +98,7 @@ def test(
     Raises:
       SmarkError: when a number is below 1.
     """
-    for name in ("num_customers", "num_suspects", "num_alignments"):
+    for name in ("num_customers", "num_suspects", "num_alignments", "num_shares"):
         _validate.positive("evidence", name, getattr(counts, name))
     residual = direction = statistics.direction(chips)
     fixed = [] if base is None else [statistics.direction(base) * math.sqrt(len(chips))]
@@ -112,10 +113,17 @@ def test(
     others = counts.num_customers - 1
     choices = math.lgamma(others + 1) - math.lgamma(size + 1) - math.lgamma(max(0, others - size) + 1)
     log_p = float(statistics.log_p_value(statistic, residual)) + math.log(counts.num_customers) + choices
-    log_p += (
-        (size + 1) * math.log(2) + math.log(counts.num_suspects) + math.log(counts.num_alignments) + counts.log_maps
-    )
+    readings = math.log(counts.num_suspects) + math.log(counts.num_alignments) + math.log(counts.num_shares)
+    log_p += (size + 1) * math.log(2) + readings + counts.log_maps
     return Test(statistic, min(0.0, log_p) / math.log(10))
+
+
+class Pieces(NamedTuple):
+    """How many pieces of a carrier a bundle opens, of how many, and how many no bundle has opened so far."""
+
+    opened: int
+    of: int
+    secret: int
 
 
 class Exported(NamedTuple):
@@ -127,6 +135,8 @@ class Exported(NamedTuple):
       left_out: accused customers against whom it proves nothing.
       shape: the shape of the model's mark, whose file belongs beside the bundle; None where it has none.
       commitments: the numbers of the commitments under which it opens codewords.
+      pieces: of the carrier; None where the model's carrier has none, so that the bundle opens it whole.
+      asked: the accused who are asked to open parts of their secret words, with the numbers of those parts.
     """
 
     content: bytes
@@ -134,13 +144,19 @@ class Exported(NamedTuple):
     left_out: tuple[str, ...]
     shape: carriers.Shape | None
     commitments: tuple[int, ...]
+    pieces: Pieces | None
+    asked: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
-def export(vault: folder.Vault, number: int, place: int | None = None, commitment: int | None = None) -> Exported:
+def export(
+    vault: folder.Vault, number: int, place: int | None = None, commitment: int | None = None, parts: int = 1
+) -> Exported:
     """Makes the bundle on one suspect of a verdict, and records in the log that it was made.
 
-    The bundle opens the model's carrier key and the leaves of the accused. The support of each accused is the smallest
-    sufficient set of the other accused, taken in order of decreasing share.
+    The bundle opens the leaves of the accused, and the smallest share of the carrier's pieces that proves as many
+    accusations as any (:mod:`smark_jax.vault.openings`): the carrier key only when that is all of them, or when the
+    carrier has no pieces. The support of each accused is the smallest sufficient set of the other accused, taken in
+    order of decreasing share.
 
     Each codeword is opened under the commitment with which its customer was licensed, so that it holds against the root
     that was published before that sale. The bundle contains all commitments from the oldest of these to the verdict's
@@ -151,6 +167,8 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
       number: the verdict's number.
       place: the suspect's place in the verdict, from 1; may be omitted when only one was traced.
       commitment: number of a single commitment under which to open all codewords instead.
+      parts: how many parts of its secret word to ask of each accused who has one; a bundle that asks is kept, and
+        exporting it again gives the same one.
 
     Raises:
       SmarkError: when there is no such verdict or suspect, when the suspect was not traced by its weights, when no
@@ -164,12 +182,13 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
     ranked = sorted(suspect.accused, key=operator.attrgetter("share"), reverse=True)
     customers = [Customer(accused.serial, accused.customer, "") for accused in ranked]
     leaves = {leaf.serial: leaf for leaf in commitments.open_leaves(model, customers)}
-    claims, left_out = _claims(model, verdicts.chips(vault, number, where), ranked, leaves, _counts(verdict, suspect))
+    claims, left_out, part = _smallest(model, verdict, where, ranked, leaves)
     shown = sorted({serial for claim in claims for serial in (claim.serial, *claim.support)})
     newest = verdict.commitment.number
-    under = _under(vault, model.name, shown, newest, commitment)
-    opened = {one.leaf.serial: one for one in _opened(vault, model.name, [leaves[s] for s in shown], under)}
-    (first, *later) = [_stamped(vault, model.name, n) for n in range(min(under.values()), newest + 1)]
+    asking = _asking(model, claims, suspect, parts, number, where)
+    under = _opened.under(vault, model.name, shown, newest, commitment)
+    opened = {one.leaf.serial: one for one in _opened.leaves(vault, model.name, [leaves[s] for s in shown], under)}
+    (first, *later) = [_opened.stamped(vault, model.name, n) for n in range(min(under.values()), newest + 1)]
     bundle = Bundle(
         format=bundles.FORMAT,
         version=bundles.VERSION,
@@ -178,7 +197,6 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
         commitment=first.commitment,
         timestamps=first.timestamps,
         later=tuple(later),
-        carrier_key=models.carrier_key(vault, model.name).to_bytes().hex(),
         spec=documents.rows(model.settings.spec),
         verdict=VerdictNamed(number, verdict.created, verdict.occasion or 0),
         suspect=_exhibit(verdict, suspect),
@@ -187,18 +205,79 @@ def export(vault: folder.Vault, number: int, place: int | None = None, commitmen
         num_customers=verdict.num_customers,
         opened=tuple(opened[serial] for serial in shown),
         accused=tuple(claims),
+        licences=tuple(asking.values()) if asking else MISSING,
+        **_keys(model, part),
     )
-    details = {"model": model.name, "verdict": number, "suspect": where + 1, "opened": shown}
-    folder.record(vault, _EVENT, {}, **details)
+    pieces = {"pieces": part} if part else {}
+    details = {"model": model.name, "verdict": number, "suspect": where + 1, "opened": shown, **pieces}
+    folder.record(vault, openings.EVENT, {}, **details)
     who = tuple(leaves[claim.serial].customer for claim in claims)
+    asked = tuple((leaves[serial].customer, one.parts) for serial, one in asking.items())
     content, numbers = bundles.signed(bundle, vault.master), tuple(sorted(set(under.values())))
-    return Exported(content, who, tuple(left_out), model.shape, numbers)
+    if asking:
+        content = licensing.kept(model, asking, bundle, content, (number, where))
+    return Exported(content, who, tuple(left_out), model.shape, numbers, _pieces(model, part), asked)
 
 
-def _counts(verdict: Verdict, suspect: Suspect) -> Counts:
-    """What p-values of this suspect are corrected for."""
-    tried = (suspect.num_suspects or 0, suspect.num_alignments or 0)
-    return Counts(verdict.num_customers, *tried, log_maps=suspect.log_maps or 0.0)
+def _asking(
+    model: models.OpenModel, claims: Sequence[Claim], suspect: Suspect, parts: int, number: int, place: int
+) -> dict[int, Challenge]:
+    """What to ask of each accused who has a licence with a secret word, by serial."""
+    found = {}
+    for claim in claims if parts else ():
+        one = licensing.challenge(model, claim.serial, suspect.content or "", parts, (number, place))
+        if one is not None:
+            found[claim.serial] = one
+    return found
+
+
+class _Proof(NamedTuple):
+    """What a share of the carrier proves, the accused whom it does not, and its pieces; none for the whole carrier."""
+
+    claims: list[Claim]
+    left_out: list[str]
+    part: tuple[int, ...]
+
+
+def _smallest(
+    model: models.OpenModel, verdict: Verdict, where: int, ranked: Sequence[Accused], leaves: Mapping[int, Leaf]
+) -> _Proof:
+    """The proof by the smallest share of the carrier that proves as many accusations as any."""
+    suspect = verdict.suspects[where]
+    whole, *rows = verdicts.chips(model.vault, verdict, where)
+    parts = model.parts(suspect.content or "") if rows else []
+    counts = Counts(
+        verdict.num_customers,
+        suspect.num_suspects or 0,
+        suspect.num_alignments or 0,
+        suspect.log_maps or 0.0,
+        openings.readings(model.settings.versions),
+    )
+    proofs = [
+        _Proof(*_claims(model, part, chips, ranked, leaves, counts), part)
+        for part, chips in zip([*parts, ()], [*rows, whole], strict=True)
+    ]
+    found = max(proofs, key=lambda proof: len(proof.claims))  # the first of the best
+    if not found.claims:
+        got = "none: the verdict names them, but what an arbiter can check alone is weaker"
+        cause = "Trace more of what leaked; docs/evidence.md explains what an arbiter can check."
+        expected = f"an accusation that holds at alpha {model.settings.alpha:g}"
+        raise _validate.fail("evidence", expected, got, cause)
+    return found
+
+
+def _keys(model: models.OpenModel, part: tuple[int, ...]) -> dict[str, Any]:
+    """The fields of a bundle that open these pieces of the carrier; all of it if there are none."""
+    key = models.carrier_key(model.vault, model.name)
+    return {"pieces": openings.opened(key, part)} if part else {"carrier_key": key.to_bytes().hex()}
+
+
+def _pieces(model: models.OpenModel, part: tuple[int, ...]) -> Pieces | None:
+    if model.settings.versions.carrier not in versions.IN_PIECES:
+        return None
+    every = range(model.mark.carrier.num_pieces)
+    secret = set(every) - openings.published(model.vault.connection, model.name)
+    return Pieces(len(part or every), len(every), len(secret))
 
 
 def _exhibit(verdict: Verdict, suspect: Suspect) -> Exhibit:
@@ -218,15 +297,17 @@ def _exhibit(verdict: Verdict, suspect: Suspect) -> Exhibit:
 
 def _claims(
     model: models.OpenModel,
+    part: tuple[int, ...],
     chips: np.ndarray,
     ranked: Sequence[Accused],
     leaves: Mapping[int, Leaf],
     counts: Counts,
 ) -> tuple[list[Claim], list[str]]:
-    """The accusations that an arbiter will find significant, and the names of the others."""
+    """The accusations that an arbiter with these pieces will find significant, and the names of the others."""
     settings = model.settings
     words = {serial: commitments.word(leaf, settings.num_chips) for serial, leaf in leaves.items()}
-    alone = base_alone(model.base, model.mark)
+    carrier = model.mark.carrier.part(part) if part else model.mark.carrier
+    alone = base_alone(model.base, model.mark._replace(carrier=carrier))
     claims, left_out = [], []
     for accused in ranked:
         others = [serial for serial in words if serial != accused.serial]
@@ -239,61 +320,12 @@ def _claims(
                 break
         else:
             left_out.append(accused.customer)
-    if not claims:
-        got = "none: the verdict names them, but what an arbiter can check alone is weaker"
-        cause = "Trace more of what leaked; docs/evidence.md explains what an arbiter can check."
-        raise _validate.fail("evidence", f"an accusation that holds at alpha {settings.alpha:g}", got, cause)
     return claims, left_out
 
 
-def _under(
-    vault: folder.Vault, model: str, shown: Sequence[int], newest: int, commitment: int | None
-) -> dict[int, int]:
-    """The number of the commitment under which each serial's codeword is opened."""
-    licensed = store.licences(vault.connection, model, shown)
-    under = {serial: licensed[serial].number for serial in shown}
-    if commitment is None:
-        return under
-    least = max(under.values())
-    if not least <= commitment <= newest:
-        licensed_with = " and ".join(map(str, sorted(set(under.values()))))
-        cause = (
-            f"Earlier ones lack an accused customer, and later ones were made after the suspect was seen. Without "
-            f"--commitment, each codeword is opened under the one it was licensed with, here {licensed_with}."
-        )
-        expected = f"a commitment to {model} of number {least} to {newest}"
-        raise _validate.fail("evidence", expected, f"number {commitment}", cause)
-    return dict.fromkeys(shown, commitment)
-
-
-def _opened(vault: folder.Vault, model: str, leaves: Sequence[Leaf], under: Mapping[int, int]) -> list[Opened]:
-    """The leaves with their paths to the roots of the commitments that cover them."""
-    opened = []
-    for number in sorted(set(under.values())):
-        commitment = commitments.get(vault, model, number)
-        covered = store.leaves(vault.connection, model, number)
-        tree = [commitments.header_leaf(commitment.header), *covered.values()]
-        if merkle.root(tree).hex() != commitment.root:
-            cause = "Restore the vault from your backup."
-            raise _validate.fail("evidence", "the leaves that were committed to", "others", cause)
-        index = {serial: place for place, serial in enumerate(covered, 1)}
-        some = [leaf for leaf in leaves if under[leaf.serial] == number]
-        places = [index[leaf.serial] for leaf in some]
-        for leaf, place, path in zip(some, places, merkle.paths(tree, places), strict=True):
-            opened.append(Opened(leaf, place, tuple(node.hex() for node in path), number))
-    return opened
-
-
-def _stamped(vault: folder.Vault, model: str, number: int) -> Stamped:
-    """A commitment and its time stamps, as a bundle holds them."""
-    commitment = commitments.get(vault, model, number)
-    stamps = (Stamp(time, found.hex()) for time, found in timestamps.stored(vault, commitment))
-    return Stamped(commitment, tuple(stamps))
-
-
 def exports(vault: folder.Vault, model: str) -> list[str]:
-    """When bundles that open this model's carrier were exported; check this before issuing more copies."""
-    return [entry.time for entry in log.entries(vault.connection, _EVENT, model)]
+    """When bundles that open this model's carrier, or a part of it, were exported."""
+    return [entry.time for entry in log.entries(vault.connection, openings.EVENT, model)]
 
 
 def _place(verdict: Verdict, place: int | None) -> int:

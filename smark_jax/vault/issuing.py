@@ -133,6 +133,14 @@ def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
         yield
 
 
+def license_customers(model: models.OpenModel, customers: Sequence[Customer]) -> int:
+    """Licenses customers who have no licence, and publishes the commitment, without making copies; returns how many."""
+    with _alone(model.vault, lambda: None):
+        new = _license(model, customers, None)
+        commitments.write_all(model.vault)
+    return new
+
+
 def _license(model: models.OpenModel, customers: Sequence[Customer], strength: float | None) -> int:
     """Gives a licence to each customer without one, all under one new commitment; returns how many."""
     vault = model.vault

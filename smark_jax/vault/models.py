@@ -13,7 +13,7 @@ import numpy as np
 
 from smark_jax import _documents, _validate, carriers, files, keys
 from smark_jax.carriers import marks
-from smark_jax.vault import _text, bases, documents, folder, shapes, store, versions
+from smark_jax.vault import _text, bases, documents, folder, openings, shapes, store, versions
 from smark_jax.vault import public as publicity
 
 
@@ -112,6 +112,11 @@ class OpenModel:
         """The mark: carrying leaves and shape as stored in the vault, and the carrier redrawn from its key."""
         key, settings = carrier_key(self.vault, self.name), self.settings
         return versions.mark(settings.versions, key, settings.spec, self.shape, settings.num_chips, settings.strength)
+
+    def parts(self, content: str) -> list[tuple[int, ...]]:
+        """The pieces of the carrier that evidence on a suspect of this content hash may open, smallest share first."""
+        root = pieces_root(self.vault, self.name, self.settings.versions)
+        return [] if root is None else openings.parts(root, content, self.mark.carrier.num_pieces)
 
     @property
     def code(self) -> versions.Code:
@@ -299,6 +304,11 @@ def get(vault: folder.Vault, name: str) -> OpenModel:
 def carrier_key(vault: folder.Vault, name: str) -> keys.SecretKey:
     """The key of a model's carrier, which evidence opens."""
     return keys.derive(vault.master, name, "carrier")
+
+
+def pieces_root(vault: folder.Vault, name: str, named: documents.Versions) -> str | None:
+    """The root over the keys of the carrier's pieces; None where the model's carrier has none."""
+    return openings.root(carrier_key(vault, name)) if named.carrier in versions.IN_PIECES else None
 
 
 def code_key(vault: folder.Vault, name: str) -> keys.SecretKey:

@@ -1,7 +1,7 @@
 """Reads a suspect's chips, for the owner and again for an arbiter: layout, alignment, extraction."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +53,8 @@ class Read(NamedTuple):
       coverage: how many weights were read, and which were not.
       log_maps: natural logarithm of the number of maps that the given one was chosen from; p-values count them.
       nothing: the chips of the base alone, read from zeros in place of all weights that were read.
+      parts: the chips that each requested part of the carrier reads.
+      leaves: the weights that were read, by the base's names.
     """
 
     chips: np.ndarray
@@ -60,7 +62,9 @@ class Read(NamedTuple):
     alignment: str | None
     coverage: extraction.Coverage
     log_maps: float
-    nothing: np.ndarray | None = None
+    nothing: np.ndarray | None
+    parts: tuple[np.ndarray, ...]
+    leaves: Mapping[str, np.ndarray]
 
 
 def read(
@@ -69,10 +73,12 @@ def read(
     mark: carriers.Mark,
     reading: Reading,
     control: bool = False,
+    parts: Iterable[carriers.Carrier] = (),
 ) -> Read:
     """Reads a suspect's chips: layout, alignment if requested, extraction. Arbiters use it too.
 
-    With ``control``, zeros in place of the suspect are read as well.
+    With ``control``, zeros in place of the suspect are read as well. The suspect is also read with each of ``parts`` in
+    place of the mark's carrier.
 
     Raises:
       NothingMatched: when alignment finds that the suspect is no copy of this base.
@@ -97,8 +103,11 @@ def read(
         got = f"none of the base's {coverage.weights:,} carrying weights"
         raise _validate.fail("trace", expected, got, f"{str(coverage).capitalize()}.", kind=errors.Undecided)
     chips = extraction.extract(params, original, mark, reading.rectify)
-    nothing = base_alone(files.flatten(params), mark, original) if control else None
-    return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing)
+    read = files.flatten(params)
+    nothing = base_alone(read, mark, original) if control else None
+    some = (extraction.extract(params, original, mark._replace(carrier=part), reading.rectify) for part in parts)
+    shares = tuple(np.asarray(found, np.float64) for found in some)
+    return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing, shares, read)
 
 
 def base_alone(like: Mapping[str, np.ndarray], mark: carriers.Mark, original: PyTree | None = None) -> np.ndarray:

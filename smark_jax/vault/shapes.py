@@ -105,7 +105,7 @@ def from_network(
         shape = carriers.shape(tree, network.apply_fn, images[:used], match=_among(spec))
     else:
         shape, used = carriers.shape(tree, match=_among(spec)), 0
-    mark = carriers.mark(key, tree, num_chips, shape=shape)
+    mark = carriers.mark(carriers.piece_keys(key), tree, num_chips, shape=shape)
     say = lambda tried_one: on_step(f"measuring copies of strength {tried_one:.2g} on {tried} images")  # noqa: E731
     if strength is None:
         found = embedding.calibrate(

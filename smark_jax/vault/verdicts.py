@@ -34,11 +34,13 @@ class Judged(NamedTuple):
       suspect: the document.
       statistics: T of every customer, float32; empty when the suspect was not compared.
       chips: the suspect's chips, float64, shape [m]; empty when it was not compared.
+      parts: the chips that each part of the carrier reads which evidence may open, likewise.
     """
 
     suspect: Suspect
     statistics: np.ndarray = np.zeros(0, "<f4")
     chips: np.ndarray = np.zeros(0, "<f8")
+    parts: tuple[np.ndarray, ...] = ()
 
 
 def trace(
@@ -77,37 +79,41 @@ def trace(
         cause = "Models with a shape have one reading, which weighs by itself: leave --rectify out."
         raise _validate.fail("trace", "a model without a shape, to rectify", f"{model.name}, which has one", cause)
     needed = _needed(model, model.settings.alpha if alpha is None else alpha)
-    rows, chips = [], []
+    rows, chips, parts = [], [], []
     for path in suspects:
         on_suspect(f"reading {path.name}")
         row, found = _examined(model, path, reading, needed)
         rows.append(row)
         if found is not None:
-            chips.append(found)
-    return judge(model, rows, chips, reading, alpha=alpha, tried=tried, on_suspect=on_suspect)
+            chips.append(found.chips)
+            parts.append(found.parts)
+    return judge(model, rows, chips, reading, alpha=alpha, tried=tried, parts=parts, on_suspect=on_suspect)
 
 
-def _examined(model: models.OpenModel, path: Path, reading: Reading, needed: int) -> tuple[Suspect, np.ndarray | None]:
-    """A suspect before it is compared with customers, and its chips; None when it cannot be compared."""
+def _examined(model: models.OpenModel, path: Path, reading: Reading, needed: int) -> tuple[Suspect, Read | None]:
+    """A suspect before it is compared with customers, and what was read; None when it cannot be compared."""
     row = Suspect(str(path), None, None, None, read="weights", verdict=PENDING, error=None, accused=())
     try:
         weights = files.read(path, strict=False)
     except errors.Unreadable as error:
         return row._replace(verdict="unreadable", error=error.desk), None
+    content = files.content_hash(weights.leaves)
     row = row._replace(
         sha256=weights.sha256,
-        content=files.content_hash(weights.leaves),
+        content=content,
         format=weights.format,
         foreign=tuple(weights.foreign),
     )
     try:
-        found = read(weights.leaves, model.base, model.mark, reading)
+        # Parts are made one by one: each is as large as the carrier.
+        parts = map(model.mark.carrier.part, model.parts(content))
+        found = read(weights.leaves, model.base, model.mark, reading, parts=parts)
         _enough(found.coverage, needed)
     except errors.NothingMatched as error:
         return row._replace(verdict="not a copy", error=error.desk), None
     except errors.Undecided as error:
         return row._replace(verdict="undecided", error=error.desk), None
-    return _described(row, found), found.chips
+    return _described(row, found), found
 
 
 def _described(row: Suspect, found: Read) -> Suspect:
@@ -160,12 +166,14 @@ def judge(
     alpha: float | None,
     tried: int,
     asked: np.ndarray | None = None,
+    parts: Sequence[tuple[np.ndarray, ...]] = (),
     on_suspect: Callable[[str], None] = lambda text: None,
 ) -> Verdict:
     """Judges suspects that were read, and records the verdict.
 
     ``rows`` are the suspects; those whose verdict is :data:`PENDING` have chips. When only the chips in ``asked`` were
-    read, they are compared with the same part of each codeword.
+    read, they are compared with the same part of each codeword. ``parts`` are what parts of the carrier read in each
+    suspect that has chips; they are kept for evidence, and compared with nobody.
     """
     vault, settings, commitment = model.vault, model.settings, committed(model)
     serials = store.covered(vault.connection, model.name, commitment.number)
@@ -182,8 +190,8 @@ def judge(
             log_maps = [row.log_maps or 0.0 for row in rows if row.verdict == PENDING]
             found = _trace(model, np.stack(chips), serials, level, tried, log_maps, asked, on_progress)
     names = functools.partial(store.name, vault.connection)
-    judged = zip(found, chips, strict=True)
-    parts = [_judged(row, *next(judged), names) if row.verdict == PENDING else Judged(row) for row in rows]
+    judged = zip(found, chips, parts or [()] * len(chips), strict=True)
+    findings = [_judged(row, *next(judged), names) if row.verdict == PENDING else Judged(row) for row in rows]
     verdict = Verdict(
         number=None,
         created=_documents.now(),
@@ -198,11 +206,11 @@ def judge(
         commitment=documents.CommitmentNamed(commitment.number, commitment.root, commitment.header.created),
         reading=reading.document,
         occasion=None,
-        suspects=tuple(part.suspect for part in parts),
+        suspects=tuple(finding.suspect for finding in findings),
     )
     if all(suspect.verdict == "unreadable" for suspect in verdict.suspects):
         return verdict
-    return _record(vault, verdict, parts)
+    return _record(vault, verdict, findings)
 
 
 def _trace(
@@ -226,7 +234,13 @@ def _trace(
     return trace(chips[:, columns], words, alpha, model.decoder, serials=serials)
 
 
-def _judged(row: Suspect, found: tracing.Verdict, chips: np.ndarray, name: Callable[[int], str]) -> Judged:
+def _judged(
+    row: Suspect,
+    found: tracing.Verdict,
+    chips: np.ndarray,
+    parts: tuple[np.ndarray, ...],
+    name: Callable[[int], str],
+) -> Judged:
     """A suspect that was read, completed with its verdict and arrays."""
     suspect = row._replace(
         verdict="traced" if found.accused else "nobody",
@@ -237,10 +251,11 @@ def _judged(row: Suspect, found: tracing.Verdict, chips: np.ndarray, name: Calla
         num_alignments=found.num_alignments,
         assumptions=found.assumptions,
     )
-    return Judged(suspect, np.asarray(found.statistics, "<f4"), np.asarray(chips, "<f8"))
+    kept = parts if found.accused else ()
+    return Judged(suspect, np.asarray(found.statistics, "<f4"), np.asarray(chips, "<f8"), kept)
 
 
-def _record(vault: folder.Vault, verdict: Verdict, parts: Sequence[Judged]) -> Verdict:
+def _record(vault: folder.Vault, verdict: Verdict, findings: Sequence[Judged]) -> Verdict:
     with store.transaction(vault.connection):
         number = store.last_verdict(vault.connection) + 1
         compared = any(suspect.verdict in COMPARED for suspect in verdict.suspects)
@@ -253,11 +268,11 @@ def _record(vault: folder.Vault, verdict: Verdict, parts: Sequence[Judged]) -> V
                 vault.master,
                 number,
                 place,
-                documents.text(part.suspect),
-                part.statistics.tobytes(),
-                part.chips.tobytes(),
+                documents.text(finding.suspect),
+                finding.statistics.tobytes(),
+                np.concatenate([finding.chips, *finding.parts]).astype("<f8").tobytes(),
             )
-            for place, part in enumerate(parts)
+            for place, finding in enumerate(findings)
         ]
         row = store.Verdict(number, verdict.model, verdict.created, documents.text(document))
         accused = sorted({accused.serial for suspect in verdict.suspects for accused in suspect.accused})
@@ -291,7 +306,11 @@ def get(vault: folder.Vault, number: int, *, everybody: bool = False) -> Verdict
     return verdict._replace(suspects=tuple(suspects))
 
 
-def chips(vault: folder.Vault, number: int, place: int) -> np.ndarray:
-    """The chips read from a suspect of a verdict, float64, shape [m]; empty when it could not be read."""
-    finding = store.finding(vault.connection, number, place)
-    return np.frombuffer(sealing.unseal(vault.master, finding, "chips"), "<f8")
+def chips(vault: folder.Vault, verdict: Verdict, place: int) -> np.ndarray:
+    """The chips read from a suspect of a verdict, float64; shape [0, m] when it could not be read.
+
+    Row 0 is what the whole carrier reads. An accused suspect of a model whose carrier has pieces has a further row for
+    each part that evidence may open, smallest first.
+    """
+    finding = store.finding(vault.connection, verdict.number or 0, place)
+    return np.frombuffer(sealing.unseal(vault.master, finding, "chips"), "<f8").reshape(-1, verdict.num_chips)

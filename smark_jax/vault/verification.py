@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from smark_jax import _validate, carriers, errors, files
-from smark_jax.vault import _checks, bundles, evidence, ranges, reading
-from smark_jax.vault._checks import Check, Checks, Fails, require
+from smark_jax.licence.documents import SignedAnswer
+from smark_jax.vault import _checks, bundles, convicting, evidence, openings, ranges, reading
+from smark_jax.vault._checks import Check, Checks, Fails, refuse, require
 from smark_jax.vault.documents import Bundle, Claim, Header, Missing
 
 # The relative difference allowed between a statistic on the owner's computer and on the arbiter's.
@@ -38,6 +39,7 @@ class Report(NamedTuple):
       statements: what the arbiter takes on the owner's word.
       num_customers: the number of customers for which p-values are corrected.
       largest_alpha: the highest committed level that the arbiter accepts.
+      convicted: the accused whose own secret words the suspect carries.
     """
 
     checks: tuple[Check, ...]
@@ -48,6 +50,7 @@ class Report(NamedTuple):
     statements: tuple[str, ...]
     num_customers: int
     largest_alpha: float
+    convicted: tuple[convicting.Convicted, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -77,6 +80,7 @@ def verify(
     root: str | Sequence[str] | None = None,
     largest_alpha: float = ranges.LARGEST_ALPHA,
     aligner: reading.Aligner | None = None,
+    answers: Sequence[SignedAnswer] = (),
     on_step: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Verifies a bundle without a vault: hashes, paths, the carrier, every accusation.
@@ -88,6 +92,7 @@ def verify(
       root: the root published before the sale, in hex; several when customers were licensed one after another.
       largest_alpha: the highest committed level that the arbiter accepts.
       aligner: how to align, if the owner did; it uses the arbiter's own copy of the network.
+      answers: of the accused or their arbiters, from :func:`smark_jax.vault.convicting.read_answers`.
       on_step: called with a description of the next step.
 
     Raises:
@@ -99,13 +104,13 @@ def verify(
     roots = (root,) if isinstance(root, str) else tuple(root or ())
     on_step("reading the models")
     theirs, ours = files.read(suspect, strict=False), files.read(base)
-    checks, accused = Checks(), []
+    checks, accused, convicted = Checks(), [], []
     with checks.check("signature", f"by the owner's key {header.public_key[:16]}..., which the commitment names"):
         require(bundles.genuine(signed), "the bundle was changed after it was signed")
     with checks.check("level", f"alpha {header.alpha:g}, of at most {largest_alpha:g} that you accept"):
-        _refuse(ranges.level(content, largest_alpha))
+        refuse(ranges.level(content, largest_alpha))
     with checks.check("numbers", "each is in its range"):
-        _refuse(ranges.numbers(content))
+        refuse(ranges.numbers(content))
     _checks.check_commitments(checks, content, roots)
     proved = _checks.check_contents(checks, content, bundle.parent, theirs.leaves, ours.leaves)
     if proved is not None:
@@ -114,20 +119,22 @@ def verify(
         with checks.check("read-out", "the suspect read as the owner read it") as detail:
             read = _read(content, theirs.leaves, ours.leaves, proved.mark, aligner)
             detail.append(f"{read.coverage.read:,} of {read.coverage.weights:,} carrying weights")
-            _refuse(_misstated(content, read))
+            refuse(_misstated(content, read))
         if read is not None and read.log_maps:
             checks.append(Check("map of leaves", True, reading.maps_in_words(read.log_maps)))
         if read is not None:
             accused = [_judge(checks, content, claim, read, proved.words) for claim in content.accused]
+            convicted = convicting.check(checks, content, answers, read, proved.mark, ours.leaves)
     return Report(
         checks=tuple(checks),
         accused=tuple(accused),
         header=header,
         root=content.commitment.root,
         compared=bool(roots),
-        statements=_statements(content),
+        statements=(*_statements(content), *convicting.statements(content, convicted)),
         num_customers=content.customers,
         largest_alpha=largest_alpha,
+        convicted=tuple(convicted),
     )
 
 
@@ -137,11 +144,13 @@ def _judge(
     """Recomputes one accusation."""
     name = next(opened.leaf.customer for opened in bundle.opened if opened.leaf.serial == claim.serial)
     alpha, customers = bundle.header.alpha, bundle.customers
-    counts = evidence.Counts(customers, bundle.num_suspects, bundle.num_alignments, read.log_maps)
+    shares = openings.readings(bundle.header.algorithms)
+    counts = evidence.Counts(customers, bundle.num_suspects, bundle.num_alignments, read.log_maps, shares)
     word, support = words[claim.serial], [words[serial] for serial in claim.support]
     found, apart = (evidence.test(read.chips, word, support, counts, base=base) for base in (None, read.nothing))
     rest = f", with {len(claim.support)} others' parts taken out" if claim.support else ""
     level = f"p <= 10^{found.log10_p:.1f} at alpha = {alpha:g}, counting {customers:,} customers"
+    level += f" and {shares} shares of the carrier" if shares > 1 else ""
     detail = f"T = {found.statistic:.2f}, {level}{rest}"
     with checks.check(f"accusation of {name!r}", detail):
         require(found.log10_p <= math.log10(alpha), f"not significant: {detail}")
@@ -153,10 +162,6 @@ def _judge(
         lost = f"the base alone reads as this codeword (T is {apart.statistic:.2f} without what it adds)"
         require(apart.log10_p <= math.log10(alpha), lost)
     return Accusation(name, claim.serial, *found)
-
-
-def _refuse(wrong: str | None) -> None:
-    require(wrong is None, wrong or "")
 
 
 def _read(

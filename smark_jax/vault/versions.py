@@ -16,7 +16,7 @@ from smark_jax.vault.documents import Versions
 
 WHITE = Versions()
 """The algorithms of a model without a shape, whose leaves are all marked alike, as older versions did."""
-NEW = WHITE._replace(carrier="hadamard/2", code="signs/2", shape="function/1")
+NEW = WHITE._replace(carrier="hadamard/3", code="signs/2", shape="function/1")
 """The algorithms of a new model with a shape."""
 
 
@@ -28,21 +28,34 @@ class Code(NamedTuple):
 
 
 def _with_tail(
-    key: keys.SecretKey, spec: carriers.Spec, shape: carriers.Shape | None, num_chips: int
+    key: carriers.Keys, spec: carriers.Spec, shape: carriers.Shape | None, num_chips: int
 ) -> carriers.Carrier:
     return carriers.draw(key, spec, num_chips)
 
 
 def _without_tail(
-    key: keys.SecretKey, spec: carriers.Spec, shape: carriers.Shape | None, num_chips: int
+    key: carriers.Keys, spec: carriers.Spec, shape: carriers.Shape | None, num_chips: int
 ) -> carriers.Carrier:
     return carriers.draw_even(key, spec.num_weights if shape is None else shape.num_coordinates, num_chips)
 
 
+def _in_pieces(
+    key: carriers.Keys, spec: carriers.Spec, shape: carriers.Shape | None, num_chips: int
+) -> carriers.Carrier:
+    found = carriers.piece_keys(key) if isinstance(key, keys.SecretKey) else key
+    return (_with_tail if shape is None else _without_tail)(found, spec, shape, num_chips)
+
+
 CIPHERS = {"chacha20/1": chacha.keystream}
 """Keystreams. Carriers and codes call ChaCha20 directly; a second cipher would become an argument of theirs."""
-CARRIERS: dict[str, Callable[..., carriers.Carrier]] = {"hadamard/1": _with_tail, "hadamard/2": _without_tail}
+CARRIERS: dict[str, Callable[..., carriers.Carrier]] = {
+    "hadamard/1": _with_tail,
+    "hadamard/2": _without_tail,
+    "hadamard/3": _in_pieces,
+}
 """Draw a carrier from its key, the carrying leaves, the shape or None, and the number of chips."""
+IN_PIECES = frozenset({"hadamard/3"})
+"""Carriers that evidence can open in part; they can also be drawn from the keys of some of their pieces."""
 CODES = {
     f"signs/{version}": Code(
         functools.partial(codes.codebook, version=version), functools.partial(codes.Codebook, version=version)
@@ -74,7 +87,7 @@ def unknown(named: Versions) -> str | None:
 
 def mark(
     named: Versions,
-    key: keys.SecretKey,
+    key: carriers.Keys,
     spec: carriers.Spec,
     shape: carriers.Shape | None,
     num_chips: int,
@@ -84,7 +97,7 @@ def mark(
 
     Args:
       named: these algorithms.
-      key: the carrier key.
+      key: the carrier key; or keys of pieces, if the carrier is one of :data:`IN_PIECES`. Other pieces stay closed.
       spec: the carrying leaves.
       shape: the shape, from its file; None if the model names none.
       num_chips: m.

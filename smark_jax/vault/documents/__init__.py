@@ -16,7 +16,17 @@ from smark_jax._documents import (
     text,
 )
 from smark_jax.vault.documents._stored import stored
-from smark_jax.vault.documents.evidence import Bundle, Claim, Exhibit, Opened, Signed, Stamp, Stamped, VerdictNamed
+from smark_jax.vault.documents.evidence import (
+    Bundle,
+    Claim,
+    Exhibit,
+    Opened,
+    Piece,
+    Signed,
+    Stamp,
+    Stamped,
+    VerdictNamed,
+)
 from smark_jax.vault.documents.settings import Commitment, Header, Leaf, LeafRow, Model, Shape, Versions, rows, spec
 from smark_jax.vault.documents.verdicts import Accused, Answers, CommitmentNamed, Coverage, Reading, Suspect, Verdict
 
@@ -38,6 +48,7 @@ __all__ = [
     "Missing",
     "Model",
     "Opened",
+    "Piece",
     "Reading",
     "Shape",
     "Signature",

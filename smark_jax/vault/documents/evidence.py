@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from smark_jax import extraction, files
 from smark_jax._documents import MISSING, Hash, Hex, Missing, Signature
+from smark_jax.licence.documents import Challenge
 from smark_jax.vault.documents.settings import Commitment, Header, Leaf, LeafRow
 from smark_jax.vault.documents.verdicts import Reading
 
@@ -53,6 +54,14 @@ class Opened(NamedTuple):
     commitment: int | Missing = MISSING
 
 
+class Piece(NamedTuple):
+    """An opened piece of the carrier: its number, its key, and the path from that key's hash to the header's root."""
+
+    index_: int
+    key: Hash
+    path: tuple[Hash, ...]
+
+
 class Claim(NamedTuple):
     """An accusation for the arbiter to recompute, with the other customers whose codewords are projected out first."""
 
@@ -64,7 +73,10 @@ class Claim(NamedTuple):
 
 
 class Bundle(NamedTuple):
-    """Evidence: what an arbiter needs to compute an accusation again."""
+    """Evidence: what an arbiter needs to compute an accusation again.
+
+    Either ``carrier_key`` opens the whole carrier, or ``pieces`` opens a part of it.
+    """
 
     format: str
     version: int
@@ -72,7 +84,6 @@ class Bundle(NamedTuple):
     smark_version: str
     commitment: Commitment
     timestamps: tuple[Stamp, ...]
-    carrier_key: Hash
     spec: tuple[LeafRow, ...]
     verdict: VerdictNamed
     suspect: Exhibit
@@ -82,6 +93,9 @@ class Bundle(NamedTuple):
     accused: tuple[Claim, ...]
     later: tuple[Stamped, ...] | Missing = MISSING
     num_customers: int | Missing = MISSING
+    licences: tuple[Challenge, ...] | Missing = MISSING
+    carrier_key: Hash | Missing = MISSING
+    pieces: tuple[Piece, ...] | Missing = MISSING
 
     @property
     def header(self) -> Header:

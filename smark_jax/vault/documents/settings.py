@@ -62,7 +62,11 @@ class Model(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The first leaf of a commitment's tree: everything that an accusation rests on, except the codewords."""
+    """The first leaf of a commitment's tree: everything that an accusation rests on, except the codewords.
+
+    ``pieces`` is the Merkle root over the keys of the carrier's pieces (:mod:`smark_jax.vault.openings`); it is missing
+    where the carrier has none.
+    """
 
     alpha: float
     base: Hash
@@ -81,6 +85,7 @@ class Header(NamedTuple):
     decoder_version: int | Missing = MISSING
     versions: Versions | Missing = MISSING
     shape: Hash | Missing = MISSING
+    pieces: Hash | Missing = MISSING
 
     @property
     def algorithms(self) -> Versions:

@@ -73,6 +73,16 @@ class Copy(NamedTuple):
     sha256: str
 
 
+class LicenceFile(NamedTuple):
+    """A document of a customer's licence: its kind, its number among those, its digest, and details as JSON."""
+
+    serial: int
+    kind: str
+    number: int
+    sha256: str
+    details: str
+
+
 class Verdict(NamedTuple):
     """A verdict without its findings."""
 
@@ -212,6 +222,15 @@ def copies(connection: Connection, model: str, serials: Sequence[int]) -> list[C
     """The files that were made of a model for these customers."""
     query = f"SELECT serial, sha256 FROM copies WHERE model = ? AND {_AMONG}"
     return list(map(Copy._make, connection.execute(query, (model, json.dumps(serials)))))
+
+
+def licence_files(connection: Connection, model: str, serial: int) -> list[LicenceFile]:
+    """The documents of a customer's licence of a model, by kind and number."""
+    query = (
+        "SELECT serial, kind, number, sha256, details FROM licence_files WHERE model = ? AND serial = ? "
+        "ORDER BY kind, number"
+    )
+    return list(map(LicenceFile._make, connection.execute(query, (model, serial))))
 
 
 def model_of_copy(connection: Connection, sha256: str, but: str) -> str | None:

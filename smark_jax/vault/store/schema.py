@@ -67,6 +67,13 @@ CREATE TABLE findings (
     # Models and commitments now name the versions of their algorithms. The new number keeps out older versions of
     # smark, which would ignore those names.
     "",
+    # Offers, requests and challenges of licences, whose documents lie in the folder "licences".
+    """
+CREATE TABLE licence_files (
+  model TEXT NOT NULL, serial INTEGER NOT NULL, kind TEXT NOT NULL, number INTEGER NOT NULL, sha256 TEXT NOT NULL,
+  details TEXT NOT NULL, entry INTEGER NOT NULL REFERENCES log,
+  PRIMARY KEY (model, serial, kind, number), FOREIGN KEY (model, serial) REFERENCES licences);
+""",
 )
 TABLES = {
     "models": ("name", "document"),
@@ -76,6 +83,7 @@ TABLES = {
     "timestamps": ("model", "number", "time", "response"),
     "licences": ("model", "serial", "strength", "leaf", "number"),
     "copies": ("model", "serial", "sha256", "content", "created"),
+    "licence_files": ("model", "serial", "kind", "number", "sha256", "details"),
     "verdicts": ("number", "model", "created", "document"),
     "suspects": ("verdict", "place", "sha256", "document", "statistics", "chips"),
     "findings": ("verdict", "place", "document", "statistics", "chips"),

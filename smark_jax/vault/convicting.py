@@ -1,0 +1,170 @@
+"""What an arbiter checks of secret words: that the bundle asks the accused fairly, and what the answers prove."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from smark_jax import _validate, carriers, errors, extraction, files, licence
+from smark_jax.licence import conviction, documents
+from smark_jax.licence.documents import Challenge, SignedAnswer
+from smark_jax.vault import bundles, reading
+from smark_jax.vault._checks import Checks, require
+from smark_jax.vault.documents import Bundle
+
+_MOST = 64
+
+
+class Convicted(NamedTuple):
+    """An accused whose secret word the suspect carries.
+
+    Attributes:
+      customer: the name.
+      serial: the number.
+      statistic: T_c.
+      log10_p: logarithm to base 10 of its p-value.
+      fraction: the share of the word that was opened.
+      opened_by: "customer" or "arbiter".
+    """
+
+    customer: str
+    serial: int
+    statistic: float
+    log10_p: float
+    fraction: float
+    opened_by: str
+
+
+def read_answers(paths: Sequence[Path]) -> list[SignedAnswer]:
+    """Reads the files of answers; one may hold the answers of several licences.
+
+    Raises:
+      Unreadable: when a file is not an answer.
+    """
+    found = []
+    for path in paths:
+        with path.open("rb") as file:
+            content = file.read(documents.LARGEST + 1)
+        found += documents.loads(documents.AnswerFile, content, str(path)).answers
+    if len(found) > _MOST:
+        raise _validate.fail("evidence", f"at most {_MOST} answers", f"{len(found)}", "Pass those to this bundle.")
+    return found
+
+
+def check(
+    checks: Checks,
+    bundle: Bundle,
+    answers: Sequence[SignedAnswer],
+    read: reading.Read,
+    mark: carriers.Mark,
+    base: Mapping[str, np.ndarray],
+) -> list[Convicted]:
+    """Checks every challenge of a bundle and every answer to it, and tests the opened words.
+
+    Args:
+      checks: to which these are added.
+      bundle: the evidence.
+      answers: of the accused, or of their arbiters.
+      read: the suspect as it was read.
+      mark: the model's.
+      base: the leaves of the base.
+    """
+    found, values = [], None
+    digest, left = bundles.digest(bundle), {id(answer): answer for answer in answers}
+    for challenge in bundle.licences or ():
+        offer, about = challenge.request.offer.offer, documents.digest(challenge.request.request)
+        detail = f"signed by the key {challenge.request.request.identity[:16]}..., parts {_parts(challenge)} asked"
+        with checks.check(f"licence of {offer.customer!r}", detail):
+            _check_licence(bundle, challenge)
+        if not checks[-1].holds:
+            continue
+        for answer in [one for one in left.values() if one.answer.request == about]:
+            del left[id(answer)]
+            if values is None:
+                values = _values(read, mark, base)
+            one = _convict(checks, bundle, challenge, answer, digest, values)
+            found += [one] if one else []
+    for answer in left.values():
+        with checks.check("answer", ""):
+            require(False, f"an answer for the request {answer.answer.request[:16]}..., which this bundle does not ask")
+    return found
+
+
+def _check_licence(bundle: Bundle, challenge: Challenge) -> None:
+    """Requires that the challenge is whole, and that its offer is about the accused, the model and the commitment."""
+    offer = challenge.request.offer.offer
+    try:
+        conviction.check_challenge(challenge, bundle.suspect.content)
+    except errors.SmarkError as error:
+        require(False, " ".join(error.desk.splitlines()))
+    names = {opened.leaf.serial: opened.leaf.customer for opened in bundle.opened}
+    accused = {claim.serial for claim in bundle.accused}
+    require(offer.serial in accused and names.get(offer.serial) == offer.customer, "it is not that of an accused")
+    require(offer.public_key == bundle.header.public_key, "another owner made the offer")
+    require(offer.model == bundle.header.model, "it is a licence of another model")
+    roots = {(item.commitment.number, item.commitment.root) for item in bundle.chain}
+    require((offer.number, offer.root) in roots, "the offer names a commitment that is not in the bundle")
+
+
+def _values(read: reading.Read, mark: carriers.Mark, base: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The suspect's shifts in the coordinates of segments."""
+    mark = mark._replace(spec=carriers.with_ties(mark.spec, base))
+    original = files.nest({leaf.path: base[leaf.path] for leaf in mark.spec.leaves})
+    return licence.shifts(extraction.shifts(files.nest(read.leaves), original, mark), mark)
+
+
+def _convict(
+    checks: Checks, bundle: Bundle, challenge: Challenge, answer: SignedAnswer, digest: str, values: np.ndarray
+) -> Convicted | None:
+    offer, request = challenge.request.offer.offer, challenge.request.request
+    who = "customer" if answer.answer.key == request.identity else "arbiter"
+    alpha = bundle.header.alpha
+    with checks.check(f"secret word of {offer.customer!r}", "") as detail:
+        try:
+            words = licence.opened_word(challenge, answer, digest)
+            found = licence.convict(values, challenge, words)
+        except errors.SmarkError as error:
+            require(False, " ".join(error.desk.splitlines()))
+            raise  # not reached
+        level = f"T = {found.statistic:.2f}, p <= 10^{found.log10_p:.1f} at alpha = {alpha:g}"
+        detail[0] = f"{level}, from {found.segments:,} choices that the {who} opened"
+        require(found.log10_p <= math.log10(alpha), f"the suspect does not carry it: {level}")
+        return Convicted(offer.customer, offer.serial, found.statistic, found.log10_p, found.fraction, who)
+    return None
+
+
+def _parts(challenge: Challenge) -> str:
+    return " and ".join(map(str, challenge.parts))
+
+
+def statements(bundle: Bundle, convicted: Sequence[Convicted]) -> tuple[str, ...]:
+    """What rests on whose word, as far as secret words go."""
+    if not bundle.licences:
+        return (
+            "that the owner did not put this codeword into the suspect: without a licence that the customer requested "
+            "itself, nothing here excludes that",
+        )
+    found, done = [], {one.customer for one in convicted}
+    for challenge in bundle.licences:
+        name = challenge.request.offer.offer.customer
+        key = challenge.request.request.identity
+        found.append(f"that the key {key} is that of {name!r}: compare it with the licence contract")
+        if name in done:
+            found.append(
+                f"that neither the copy of {name!r}, nor what was computed from it, reached the owner before this "
+                "bundle was made: without it, the owner could not know the secret word"
+            )
+            if any(one.customer == name and one.opened_by == "arbiter" for one in convicted):
+                found.append(
+                    f"that {name!r} had not opened part {_parts(challenge)} for another bundle before its arbiter did: "
+                    "its wallet's status says what it has opened"
+                )
+        else:
+            found.append(
+                f"that the owner did not put this codeword into the suspect: {name!r} was asked to open "
+                f"part {_parts(challenge)} of its secret word, and no answer is here. A refusal proves nothing by "
+                "itself; the licence contract says what it means, and an arbiter with a deposit can answer instead"
+            )
+    return tuple(found)

@@ -1,0 +1,304 @@
+"""A customer's wallet: its identity, the secret words of its licences, and what it has opened of them.
+
+A wallet is a folder: ``master.key``, which the passphrase opens, and a sealed file for each request. An arbiter has one
+too; it holds the key that deposits are sealed to.
+
+The wallet keeps the rules on which the customer's protection rests. It opens one package for a request, and never says
+where a damaged one is damaged. It opens no part of a word for a second bundle.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+
+from smark_jax import _documents, _io, _validate, keys, licence
+from smark_jax._documents import Hash, Hex
+from smark_jax.licence import conviction, documents, packages, requests, transfer
+from smark_jax.licence.documents import RequestFile, SignedAnswer, SignedOffer, SignedRequest
+from smark_jax.vault import bundles, crypto, folder
+
+LICENCES, OPENED, PUBLIC = "licences", "opened.sealed", "public.json"
+MOST_ATTEMPTS = 8
+"""After so many words for one owner that brought no copy, a wallet draws none for it."""
+REQUESTED, RECEIVED, DAMAGED = "requested", "received", "damaged"
+
+
+class Given(NamedTuple):
+    """Parts of a word that were opened, and the bundle that they were opened for."""
+
+    request: Hash
+    bundle: Hash
+    parts: tuple[int, ...]
+
+
+class Held(NamedTuple):
+    """A request, with its secrets.
+
+    Attributes:
+      request: as it was sent.
+      pieces: of its deposit.
+      scalars: of the choices.
+      bits: the word, packed.
+      rest: the scalar of the rest's key.
+      state: requested, received or damaged.
+      package: the SHA-256 of the package that was opened or refused; empty before.
+    """
+
+    request: SignedRequest
+    pieces: tuple[Hex, ...]
+    scalars: Hex
+    bits: Hex
+    rest: Hash
+    state: str
+    package: str
+
+    @property
+    def secrets(self) -> requests.Secrets:
+        """What opens the package and answers disputes."""
+        count = self.request.offer.offer.num_segments
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(self.bits), np.uint8), count=count)
+        choices = transfer.Choices(bytes.fromhex(self.scalars), 1 - 2 * bits.astype(np.int8))
+        return requests.Secrets(choices, bytes.fromhex(self.rest))
+
+    @property
+    def file(self) -> RequestFile:
+        """The request as it is sent."""
+        return RequestFile(self.request, self.pieces)
+
+
+class Wallet(NamedTuple):
+    """An open wallet; no message or repr shows its key."""
+
+    folder: Path
+    master: keys.SecretKey
+
+    @property
+    def identity(self) -> licence.Identity:
+        """Whose wallet it is."""
+        return licence.Identity(keys.derive(self.master, "identity"))
+
+
+def create(place: Path, passphrase: str) -> Wallet:
+    """Makes a wallet with a new identity, readable by its owner only.
+
+    Raises:
+      SmarkError: when the passphrase is empty, or the folder holds something.
+    """
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        cause = "Name another folder. If it is a wallet of yours, use it as it is."
+        raise _validate.fail("wallet", "a new folder for the wallet", f"{place}, which exists already", cause)
+    wallet = Wallet(place, keys.new())
+    sealed = crypto.seal(wallet.master, passphrase)
+    with _io.private_files():
+        (place / LICENCES).mkdir(parents=True)
+        _io.write(place / PUBLIC, documents.dumps(wallet.identity.public))
+        _io.write(place / folder.KEY_FILE, sealed, private=True)
+    return wallet
+
+
+@contextlib.contextmanager
+def opened(place: Path, passphrase: str) -> Iterator[Wallet]:
+    """Opens a wallet, which no other process may use meanwhile.
+
+    Raises:
+      SmarkError: when there is no wallet, the passphrase is wrong, or the key file was changed.
+    """
+    if not (place / folder.KEY_FILE).is_file() or not (place / LICENCES).is_dir():
+        cause = "Is the path right? 'smark licence init' makes a wallet."
+        raise _validate.fail("wallet", f"a wallet in {place}", "none there", cause)
+    with _io.private_files(), _io.locked(place / "wallet.lock", seconds=60):
+        yield Wallet(place, crypto.unseal(place / folder.KEY_FILE, passphrase))
+
+
+def held(wallet: Wallet) -> list[Held]:
+    """All requests, by offer and attempt."""
+    found = [_read(wallet, path) for path in sorted((wallet.folder / LICENCES).glob("*.sealed"))]
+    return sorted(found, key=lambda one: (one.request.request.offer, one.request.request.attempt))
+
+
+def request(wallet: Wallet, offer: SignedOffer, arbiter: documents.Arbiter | None = None) -> Held:
+    """A request under an offer; asking again gives the same one.
+
+    Raises:
+      SmarkError: when the offer is unusable, or the licence was requested with another arbiter.
+    """
+    requests.check_offer(offer)
+    mine = [one for one in held(wallet) if one.request.request.offer == documents.digest(offer.offer)]
+    if not mine:
+        return _add(wallet, offer, arbiter)
+    newest, named = mine[-1], mine[-1].request.request.deposit
+    if (named.arbiter if named else None) != arbiter:
+        got = "another arbiter, or none" if arbiter else "no arbiter, where the request names one"
+        cause = "A request is signed once: send the one that you made, or ask the owner for a new offer."
+        raise _validate.fail("licence", "the arbiter of your request", got, cause)
+    return newest
+
+
+def _add(wallet: Wallet, offer: SignedOffer, arbiter: documents.Arbiter | None) -> Held:
+    """A request with a new word; all words that the same owner let go to waste count as attempts, under any offer."""
+    key = offer.offer.public_key
+    wasted = sum(one.request.offer.offer.public_key == key and one.state != RECEIVED for one in held(wallet))
+    if wasted >= MOST_ATTEMPTS:
+        cause = "Its owner spoils packages until a word suits it, or its files do not survive: buy from somebody else."
+        raise _validate.fail("licence", f"at most {MOST_ATTEMPTS} attempts", f"{wasted} words without a copy", cause)
+    attempt = wasted + 1
+    made = licence.request(offer, wallet.identity, attempt, arbiter)
+    choices = made.secrets.choices
+    new = Held(
+        request=made.request,
+        pieces=tuple(piece.hex() for piece in made.pieces),
+        scalars=choices.scalars.hex(),
+        bits=np.packbits(choices.bits).tobytes().hex(),
+        rest=made.secrets.rest.hex(),
+        state=REQUESTED,
+        package="",
+    )
+    _write(wallet, new)
+    return new
+
+
+def receive(
+    wallet: Wallet, content: bytes, where: str, write: Callable[[Path], Path]
+) -> tuple[Held, documents.Package]:
+    """Opens a package, and writes the copy.
+
+    Args:
+      wallet: the customer's.
+      content: the package's bytes.
+      where: the package's name, for messages.
+      write: as for :func:`smark_jax.licence.unpack`.
+
+    Raises:
+      SmarkError: when it belongs to no request of this wallet, or another package was opened for its request.
+      Damaged: when its owner spoiled it.
+    """
+    mine = _of_package(wallet, content, where)
+    digest = documents.sha256(content)
+    if mine.state == DAMAGED or (mine.state == RECEIVED and mine.package != digest):
+        got = "a second package for the same request"
+        cause = (
+            "A wallet opens one, since an owner could learn choices by sending several. Keep the copy that you have."
+        )
+        if mine.state == DAMAGED:
+            cause = "Yours was damaged: 'smark licence complain' draws a new word and makes a new request."
+        raise _validate.fail("licence", "one package for each request", got, cause)
+    try:
+        head = licence.unpack(content, mine.request, mine.secrets, where, write)
+    except packages.Damaged:
+        _write(wallet, mine._replace(state=DAMAGED, package=digest))
+        raise
+    if mine.state == REQUESTED:
+        mine = mine._replace(state=RECEIVED, package=digest)
+        _write(wallet, mine)
+    return mine, head
+
+
+def complain(wallet: Wallet, content: bytes, where: str) -> Held:
+    """A new request with a new word, in place of one whose package is damaged. It tells the owner nothing else.
+
+    Raises:
+      SmarkError: when the package is not known to be damaged, or the owner has spoiled too many.
+    """
+    mine = _of_package(wallet, content, where)
+    if mine.state != DAMAGED:
+        cause = "Open it first: 'smark licence open'. Only a damaged package is a reason for a new word."
+        raise _validate.fail("licence", "a package that is damaged", f"one of a licence that is {mine.state}", cause)
+    old = mine.request.request
+    later = [one for one in held(wallet) if one.request.request.offer == old.offer]
+    if later[-1].request.request.attempt > old.attempt:
+        return later[-1]
+    return _add(wallet, mine.request.offer, old.deposit.arbiter if old.deposit else None)
+
+
+def answer(wallet: Wallet, bundle: Path) -> tuple[SignedAnswer, ...]:
+    """The openings that a bundle asks of this wallet: of its own words, or of words deposited with it.
+
+    Asking again with the same bundle gives the same openings.
+
+    Raises:
+      SmarkError: when the bundle is not genuine, asks nothing of this wallet, or asks for a part that was
+        opened before.
+    """
+    signed = bundles.read(bundle)
+    about = signed.bundle
+    if not bundles.genuine(signed):
+        cause = "It was changed after its owner signed it: ask for it again."
+        raise _validate.fail("licence", "a bundle that its owner signed", "another signature", cause)
+    digest, own = bundles.digest(about), {documents.digest(one.request.request): one for one in held(wallet)}
+    found = []
+    for challenge in about.licences or ():
+        name = documents.digest(challenge.request.request)
+        deposit = challenge.request.request.deposit
+        deposited = bool(deposit) and deposit.arbiter == wallet.identity.public and bool(challenge.pieces)
+        if name not in own and not deposited:
+            continue
+        conviction.check_challenge(challenge, about.suspect.content)
+        if challenge.request.offer.offer.public_key != about.header.public_key:
+            cause = "Another owner made this bundle: it cannot ask for openings of your licence."
+            raise _validate.fail("licence", "a bundle of the owner who licensed you", "another key", cause)
+        _open_once(wallet, Given(name, digest, challenge.parts))
+        if name in own:
+            found.append(conviction.answer(challenge, digest, own[name].secrets.choices, wallet.identity))
+        else:
+            found.append(conviction.answer_deposit(challenge, digest, wallet.identity))
+    if not found:
+        cause = "Only the accused's wallet, or that of the arbiter whom its request names, can answer."
+        raise _validate.fail("licence", "a bundle that asks something of this wallet", "another bundle", cause)
+    return tuple(found)
+
+
+def _open_once(wallet: Wallet, new: Given) -> None:
+    """Notes that parts are opened for a bundle; refuses parts that were opened for another one."""
+    path, known = wallet.folder / OPENED, given(wallet)
+    for one in known:
+        again = set(one.parts) & set(new.parts)
+        if one.request == new.request and one.bundle != new.bundle and again:
+            got = f"part {min(again)}, which was opened for the bundle {one.bundle[:16]}..."
+            cause = (
+                "Its owner knows that part by now, and could build a suspect that fits. It must ask for another part."
+            )
+            raise _validate.fail("licence", "parts of the word that nobody has seen", got, cause)
+    if new not in known:
+        _io.write(path, _seal(wallet, path, _documents.canonical((*known, new))), private=True)
+
+
+def given(wallet: Wallet) -> Sequence[Given]:
+    """What this wallet has opened, in order."""
+    path = wallet.folder / OPENED
+    return _documents.parse(tuple[Given, ...], json.loads(_unseal(wallet, path))) if path.exists() else ()
+
+
+def _of_package(wallet: Wallet, content: bytes, where: str) -> Held:
+    """The request that a package answers."""
+    named = packages.named(content, where)
+    for one in held(wallet):
+        if documents.digest(one.request.request) == named:
+            return one
+    cause = "Is it another customer's, or for another wallet of yours?"
+    raise _validate.fail("licence", "a package for a request of this wallet", f"one for {named[:16]}...", cause)
+
+
+def _write(wallet: Wallet, one: Held) -> None:
+    path = wallet.folder / LICENCES / f"{one.request.request.offer}-{one.request.request.attempt}.sealed"
+    _io.write(path, _seal(wallet, path, _documents.canonical(one)), private=True)
+
+
+def _read(wallet: Wallet, path: Path) -> Held:
+    return _documents.parse(Held, json.loads(_unseal(wallet, path)))
+
+
+def _seal(wallet: Wallet, path: Path, content: bytes) -> bytes:
+    return keys.seal(keys.derive(wallet.master, "wallet"), content, path.name.encode())
+
+
+def _unseal(wallet: Wallet, path: Path) -> bytes:
+    try:
+        return keys.unseal(keys.derive(wallet.master, "wallet"), path.read_bytes(), path.name.encode())
+    except InvalidTag:
+        cause = "Something changed it: restore the wallet's folder from your backup."
+        raise _validate.fail("wallet", f"{path} as smark wrote it", "another content", cause) from None
