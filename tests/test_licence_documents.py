@@ -1,5 +1,6 @@
 """The documents of licences: what is hashed and signed, and what is refused."""
 
+import licence_reference as reference
 import pytest
 from licences import ARBITER, BUNDLE, CUSTOMER, MALLORY, SUSPECT, challenge, offer
 
@@ -54,11 +55,76 @@ def test_a_deposit_has_all_parts(made, pieces):
     refused(licence.check_challenge, challenge(signed), SUSPECT, match="deposit of 8 parts")
 
 
-def test_a_deposit_is_to_a_key_that_can_open_it(made):
-    nobody = ARBITER.public._replace(deposits="00" * 32)
+@pytest.mark.parametrize("fields", [{"deposits": "00" * 32}, {"deposits": "01" + "00" * 31}, {"identity": NEUTRAL}])
+def test_a_deposit_is_to_keys_that_can_open_it_and_sign(made, fields):
+    nobody = ARBITER.public._replace(**fields)
     request = made.request.request._replace(deposit=Deposit(nobody, made.request.request.deposit.pieces))
-    refused(licence.check, signed_by(CUSTOMER, made.request.offer, request), match="key that opens deposits")
-    refused(licence.request, made.request.offer, CUSTOMER, 1, nobody, match="key that opens deposits")
+    refused(licence.check, signed_by(CUSTOMER, made.request.offer, request), match="keys that open deposits")
+    refused(licence.request, made.request.offer, CUSTOMER, 1, nobody, match="keys that open deposits")
+
+
+_EIGHTH = reference.decode(bytes.fromhex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a"))
+NO_POINTS = {
+    "the neutral element": NEUTRAL,
+    "order 2": "ec" + "ff" * 30 + "7f",
+    "order 4": "00" * 32,
+    "order 4 with the sign": "00" * 31 + "80",
+    "order 8": reference.encode(_EIGHTH).hex(),
+    "1 as 2^255 - 18": "ee" + "ff" * 30 + "7f",
+    "1 with the sign": "01" + "00" * 30 + "80",
+    "off the curve": "02" + "00" * 31,
+    "ones": "ff" * 32,
+    "mixed order": reference.encode(reference.add(reference.BASE, _EIGHTH)).hex(),
+    "a point less": "",
+    "half a point": "58" * 16,
+}
+
+
+@pytest.mark.parametrize("name", NO_POINTS)
+def test_what_is_no_point_of_the_group_is_refused_wherever_it_stands(made, name):
+    """Another order would tell a customer's choice to an owner, or an owner's scalar modulo 8 to a customer."""
+    text, plain, terms = NO_POINTS[name], made.request.request, made.request.offer
+    assert text == "" or not reference.is_point(bytes.fromhex(text).ljust(32, b"\0"))
+    points = plain.points[: 64 * 5] + text + plain.points[64 * 6 :]
+    refused(licence.check, signed_by(CUSTOMER, terms, plain._replace(points=points)), match="points")
+    if len(text) == 64:
+        refused(licence.check, signed_by(CUSTOMER, terms, plain._replace(rest=text)), match="points of the group")
+        refused(licence.check_offer, offer(point=text), match="point of the group")
+        forged = offer(public_key=text)
+        refused(licence.check_offer, forged, match="owner signed")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"attempt": 0}, {"offer": "00" * 32}, {"points": ""}, {"rest": CUSTOMER.public.deposits}]
+)
+def test_other_requests_are_refused(made, fields):
+    refused(licence.check, signed_by(CUSTOMER, made.request.offer, made.request.request._replace(**fields)))
+
+
+def test_a_point_that_comes_twice_is_refused(made):
+    points = made.request.request.points
+    twice = made.request.request._replace(points=points[:64] * 2 + points[128:])
+    refused(licence.check, signed_by(CUSTOMER, made.request.offer, twice), match="all different")
+
+
+@pytest.mark.parametrize("attempt", [0, -1, True, 1.5, "1"])
+def test_a_customer_counts_its_words_from_one(attempt):
+    refused(licence.request, offer(), CUSTOMER, attempt, match="attempt")
+
+
+@pytest.mark.parametrize(
+    ("number", "parts", "ok"),
+    [
+        *((64, 1, True), (64, 64, True), (63, 1, False), (72, 8, True), (68, 8, False), (512, 256, True)),
+        *((1024, 512, False), (65536, 8, True), (65544, 8, False), (2**62, 8, False), (0, 8, False)),
+        *((64, 0, False), (64, 2**62, False)),
+    ],
+)
+def test_numbers_of_choices_and_parts(number, parts, ok):
+    if ok:
+        licence.check_offer(offer(number, parts))
+    else:
+        refused(licence.check_offer, offer(number, parts), match="in equal parts")
 
 
 def opened(answer, **fields):

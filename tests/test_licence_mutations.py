@@ -239,11 +239,11 @@ def answered(world: World, rng: random.Random) -> str:
     number = rng.choice((0, 3))
     asked, signed, bundle = world.asked[0], world.answers[number], BUNDLE
     who = (CUSTOMER, None, None, ARBITER)[number]
+    other = rng.choice(world.answers)
     match rng.choice(("file", "mixed", "signed", "signed", "asked")):
         case "file":
-            signed = reread(documents.SignedAnswer, signed, rng)
+            (signed, *_) = reread(documents.AnswerFile, documents.AnswerFile((signed,)), rng).answers or (other,)
         case "mixed":
-            other = rng.choice(world.answers)
             plain, signature = rng.choice(((other.answer, signed.signature), (signed.answer, other.signature), other))
             signed = documents.SignedAnswer(plain, signature)
         case "asked":

@@ -158,7 +158,8 @@ def openings(choices: transfer.Choices, numbers: np.ndarray) -> bytes:
 
 
 def _check_arbiter(arbiter: Arbiter) -> None:
-    _require(deposits.can_open(arbiter), "an arbiter with a key that opens deposits", "another key")
+    usable = deposits.can_open(arbiter) and group.is_point(bytes.fromhex(arbiter.identity))
+    _require(usable, "an arbiter with keys that open deposits and sign", "others")
 
 
 def _require(holds: bool, expected: str, got: str) -> None:
