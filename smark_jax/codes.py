@@ -7,6 +7,10 @@ filtered or redrawn. The bound of :mod:`smark_jax.statistics` rests on that (its
 
 Version 1 had a stream for each serial: nonce (0, s mod 2^32, s div 2^32), blocks 0, 1, ... It reads old vaults. The two
 never share a block, since serials are below 2^63.
+
+An owner may have to show that nobody chose the words. Then each is the XOR of the owner's own word, from the code key,
+and of the public word of the same serial, from the key of a public value that came after the own words were committed
+to (:mod:`smark_jax.vault.drafts`). Whatever the own words are, the XOR is as random as the public stream.
 """
 
 import dataclasses
@@ -30,7 +34,11 @@ _MOST_CALLS = 4096
 
 
 def codebook(
-    key: keys.SecretKey, serials: Sequence[int] | Int[AnyArray, " K"], num_chips: int = 304, version: int = VERSION
+    key: keys.SecretKey,
+    serials: Sequence[int] | Int[AnyArray, " K"],
+    num_chips: int = 304,
+    version: int = VERSION,
+    public: keys.SecretKey | None = None,
 ) -> Int8[Array, "K m"]:
     """The codewords of these customers.
 
@@ -41,6 +49,7 @@ def codebook(
       serials: the customers' distinct numbers, 0 to 2^63 - 1, shape [K]; 64-bit NumPy integers or a list.
       num_chips: m.
       version: 1 for codes that were made before version 2.
+      public: the key of the public words that the own ones are multiplied by (bits: XOR); None for own words alone.
 
     Returns:
       Chips of -1 and +1, shape [K, m].
@@ -56,7 +65,7 @@ def codebook(
     _validate.positive("codebook", "num_chips", num_chips)
     _check("codebook", version)
     numbers = _validate.serials("codebook", serials).astype(np.uint64)
-    return jnp.asarray(_chips(packed_words(key, numbers, num_chips, version), num_chips))
+    return jnp.asarray(_chips(packed_words(key, numbers, num_chips, version, public), num_chips))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +77,14 @@ class Codebook:
       num_customers: N.
       num_chips: m.
       version: as for :func:`codebook`.
+      public: as for :func:`codebook`.
     """
 
     key: keys.SecretKey
     num_customers: int
     num_chips: int = 304
     version: int = VERSION
+    public: keys.SecretKey | None = None
 
     def __post_init__(self) -> None:
         _validate.positive("Codebook", "num_customers", self.num_customers)
@@ -82,6 +93,14 @@ class Codebook:
         if self.num_customers > 2**31:
             cause = "Split the registry, or pass the serials in question to codes.codebook."
             raise _validate.fail("Codebook", "at most 2^31 customers", f"{self.num_customers:,}", cause)
+
+    def words(self, serials: Sequence[int] | Int[AnyArray, " K"]) -> Int8[Array, "K m"]:
+        """The codewords of these customers, by :func:`codebook`."""
+        return codebook(self.key, serials, self.num_chips, self.version, self.public)
+
+    def packed(self, serials: range | np.ndarray) -> UInt32[AnyArray, "K blocks 16"]:
+        """The codewords of these customers, by :func:`packed_words`."""
+        return packed_words(self.key, serials, self.num_chips, self.version, self.public)
 
 
 def _check(who: str, version: int) -> None:
@@ -95,19 +114,34 @@ def words_of(num_chips: int) -> int:
 
 
 def packed_words(
-    key: keys.SecretKey, serials: range | np.ndarray, num_chips: int, version: int = VERSION
+    key: keys.SecretKey,
+    serials: range | np.ndarray,
+    num_chips: int,
+    version: int = VERSION,
+    public: keys.SecretKey | None = None,
 ) -> UInt32[AnyArray, "K blocks 16"]:
-    """Codewords packed into bits, 1 for a chip of -1, unchecked.
+    """Codewords packed into bits, 1 for a chip of -1, unchecked. All words that anybody uses come from here.
 
     Args:
       key: the code key.
       serials: of which many in a row are fastest; K of them.
       num_chips: m.
       version: as for :func:`codebook`.
+      public: as for :func:`codebook`.
 
     Returns:
       Bit i of word w of block k is chip 512 k + 32 w + i; bits past m are random. Shape [K, ceil(m / 512), 16].
     """
+    own = _packed(key, serials, num_chips, version)
+    if public is not None:
+        own ^= _packed(public, serials, num_chips, version)  # in place where the host drew it
+    return own
+
+
+def _packed(
+    key: keys.SecretKey, serials: range | np.ndarray, num_chips: int, version: int
+) -> UInt32[AnyArray, "K blocks 16"]:
+    """The words of one key."""
     number = -(-words_of(num_chips) // chacha.BLOCK_WORDS)
     runs = _runs(serials, version)
     if jax.default_backend() == "cpu" and len(runs) * number <= _MOST_CALLS:

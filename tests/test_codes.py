@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import reference
 
-from smark_jax import codes, keys
+from smark_jax import codes, keys, tracing
+from smark_jax.tracing import scoring
 
 
 def reference_word(key: keys.SecretKey, serial: int, num_chips: int, version: int) -> np.ndarray:
@@ -36,6 +37,36 @@ def test_words_by_openssl_and_by_compiled_code_are_the_same(key, version, monkey
     monkeypatch.setattr(codes, "_run", None)  # whoever calls it now fails
     np.testing.assert_array_equal(codes.packed_words(key, serials, 600, version), by_openssl)
     np.testing.assert_array_equal(codes.packed_words(key, range(20), 600, version), by_openssl[:20])
+
+
+@pytest.mark.parametrize("num_chips", [1, 304, 1300])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_drawn_word_is_the_own_word_times_the_public_one(key, num_chips, version, monkeypatch):
+    public = keys.from_bytes(bytes(range(32)))
+    serials = np.array([0, 5, 6, 2**32 - 1, 2**32, 2**63 - 1])
+    expected = [
+        reference_word(key, int(s), num_chips, version) * reference_word(public, int(s), num_chips, version)
+        for s in serials
+    ]
+    np.testing.assert_array_equal(codes.codebook(key, serials, num_chips, version, public), expected)
+    book = codes.Codebook(key, 6, num_chips, version, public)
+    np.testing.assert_array_equal(book.words(serials), expected)
+    monkeypatch.setattr(codes, "_MOST_CALLS", 0)  # by compiled code
+    np.testing.assert_array_equal(book.words(serials), expected)
+
+
+def test_a_codebook_of_drawn_words_is_scored_as_its_words_are(key):
+    public, rng = keys.derive(key, "public"), np.random.default_rng(0)
+    book = codes.Codebook(key, 700, 304, public=public)
+    words = np.asarray(codes.codebook(key, range(700), 304, public=public), np.float64)
+    found = tracing.trace(words[[3, 600]].mean(axis=0) + rng.normal(scale=0.3, size=304), book)
+    assert {accused.serial for accused in found.accused} == {3, 600}
+    for count in (1, 9):  # by bit planes, and by a matmul
+        vectors = rng.normal(size=(count, 304)).astype(np.float32)
+        scores = scoring.score(vectors, book, np.zeros(count), keep=True).all
+        np.testing.assert_allclose(scores, vectors @ words.T, atol=1e-3)
+    own = np.asarray(codes.codebook(key, range(700), 304), np.float64)
+    assert np.abs(np.sum(own * words, axis=1)).max() < 5.5 * np.sqrt(304)  # the own words tell nothing of them
 
 
 def test_versions_of_the_code_share_no_word(key):

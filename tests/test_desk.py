@@ -38,7 +38,8 @@ from smark_jax.vault import probes as vault_probes
 SMARK = Path(sysconfig.get_path("scripts")) / "smark"
 SECRET = "a sentence that nobody guesses"
 COMMANDS = (
-    *((name,) for name in "init add-model plan customers issue trace report query attack bench demo train".split()),
+    *((name,) for name in "init add-model plan customers draw issue trace report query".split()),
+    *((name,) for name in "attack bench demo train".split()),
     *(("evidence", name) for name in ("export", "verify", "timestamp")),
     *(("licence", name) for name in ("init", "offer", "request", "open", "complain", "answer", "status")),
 )

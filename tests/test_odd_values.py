@@ -28,6 +28,7 @@ RIGHT = {
     "add-model": ("other", "new", "base.npz"),
     "plan": ("vault", "net"),
     "customers": ("vault",),
+    "draw": ("vault", "later", "--out", "draft.json"),
     "issue": ("vault", "net", "Ada", "--out", "copies"),
     "trace": ("vault", "net", "base.npz"),
     "report": ("vault", "9"),
@@ -80,6 +81,7 @@ def desk(tmp_path_factory):
         desk.run("init", "other")  # for models of odd names, which then are
     desk.run("add-model", "vault", "net", "base.npz", "--chips", 64)
     desk.run("issue", "vault", "net", "Ada", "--out", "copies")
+    desk.run("add-model", "vault", "later", "base.npz", "--chips", 64)
     return desk
 
 
@@ -197,6 +199,9 @@ def links(desk):
         ("issue", "vault-link", "net", "Grace", "--out", "vault"),
         ("issue", "vault", "net", "Grace", "--out", "x", "--timestamp-request", "vault/vault.sqlite"),
         ("issue", "vault", "net", "--csv", "names.csv", "--out", "x", "--timestamp-request", "names.csv"),
+        ("draw", "vault", "later", "--out", "vault/draft.json"),
+        ("draw", "vault", "later", "--out", "x", "--timestamp-request", "dir/vault/x"),
+        ("draw", "vault", "later", "--out", "secret", "--passphrase-file", "secret"),
         ("report", "vault", "1", "--out", "vault/master.key"),
         ("report", "dir/vault", "1", "--out", "vault/vault.sqlite"),
         ("evidence", "export", "vault", "1", "--out", "vault-link/vault.sqlite"),

@@ -16,6 +16,7 @@ from smark_jax.cli import (
     _bench,
     _cache,
     _common,
+    _draw,
     _evidence,
     _issue,
     _licence,
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fingerprint every copy of an image classifier, and trace a leaked one.\n\n"
     "Example: [bold]smark demo --out out/demo[/bold]",
-    epilog="An owner's usual order: init, add-model, issue, trace, report, evidence export.\n\n"
+    epilog="An owner's usual order: init, add-model, draw, issue, trace, report, evidence export.\n\n"
     "Exit codes: 0, success; 1, the command refused or failed (trace: a suspect could not be read; evidence verify: "
     "a check fails); 2, wrong usage. With --json, errors are JSON on stdout too.",
 )
@@ -59,6 +60,13 @@ for _command, _examples in (
         _vault.customers,
         "smark customers my-vault\n\n  smark customers my-vault --csv customers.csv\n\n"
         "  smark customers my-vault --add Ada --add 'Grace Hopper'",
+    ),
+    (
+        _draw.draw,
+        "smark draw my-vault mnist-cnn --out draft.json --timestamp-request draft.tsq\n\n"
+        "  smark draw my-vault mnist-cnn --token draft.tsr\n\n"
+        "  smark draw my-vault mnist-cnn --beacon 'drand round 5711000: 8f4c...'\n\n"
+        "  smark draw my-vault mnist-cnn",
     ),
     (
         _issue.issue,

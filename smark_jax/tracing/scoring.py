@@ -74,7 +74,7 @@ def rows(book: Book, index: np.ndarray) -> Int8[np.ndarray, "k m"]:
     if index.size == 0:
         return np.empty((0, size(book)[1]), np.int8)
     if isinstance(book, codes.Codebook):
-        return np.asarray(codes.codebook(book.key, index, book.num_chips, book.version))
+        return np.asarray(book.words(index))
     return np.asarray(book)[index]
 
 
@@ -168,8 +168,7 @@ def _read(start: int, scores: jax.Array, num_customers: int) -> tuple[int, np.nd
 
 def _score_call(vectors: jax.Array, book: Book, start: int, rows: int, planes: int) -> jax.Array:
     if isinstance(book, codes.Codebook):
-        some = range(start, start + rows)
-        return _score_packed(vectors, codes.packed_words(book.key, some, book.num_chips, book.version), planes)
+        return _score_packed(vectors, book.packed(range(start, start + rows)), planes)
     return _score_held(vectors, jnp.asarray(book[start : start + rows], jnp.int8))
 
 
@@ -274,8 +273,7 @@ def shortlist(book: Book, customers: np.ndarray) -> Shortlist:
     num_chips = size(book)[1]
     step = _step(max(1, customers.size), num_chips)
     if isinstance(book, codes.Codebook):
-        packed = codes.packed_words(book.key, customers, num_chips, book.version)
-        return Shortlist(customers, _arranged(packed, num_chips), num_chips)
+        return Shortlist(customers, _arranged(book.packed(customers), num_chips), num_chips)
     words = jnp.asarray(np.asarray(book)[customers], jnp.int8)
     return Shortlist(customers, _pack(words, step), num_chips)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from smark_jax.vault import commitments as commitments
     from smark_jax.vault import customers as customers
     from smark_jax.vault import documents as documents
+    from smark_jax.vault import drafts as drafts
     from smark_jax.vault import evidence as evidence
     from smark_jax.vault import issuing as issuing
     from smark_jax.vault import merkle as merkle
@@ -46,6 +47,7 @@ __all__ = [
     "create",
     "customers",
     "documents",
+    "drafts",
     "evidence",
     "issuing",
     "merkle",

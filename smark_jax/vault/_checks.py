@@ -15,6 +15,8 @@ from smark_jax.vault.documents import Bundle, Commitment, Header, Stamp
 _ROUNDING = 1e-2
 # The header fields that may differ between two commitments to a model.
 _PASSING = ("created", "customers", "number", "previous")
+DRAWN = ("draft", "public value", "drawn words")
+"""The checks of drawn codewords (:mod:`smark_jax.vault._drawn`)."""
 # Nothing is computed from a suspect unless all of these hold.
 _BEFORE_READING = (
     "level",
@@ -26,6 +28,7 @@ _BEFORE_READING = (
     "shape",
     "pieces",
     "customers",
+    *DRAWN,
 )
 
 

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from smark_jax import _documents, _foreign, errors, keys
 from smark_jax.files import _limits
-from smark_jax.vault import commitments, crypto, documents, versions
+from smark_jax.vault import commitments, crypto, documents, drafts, versions
 
 T = TypeVar("T")
 
@@ -65,6 +65,8 @@ def read(path: Path) -> documents.Signed:
     found = read_json(path, documents.Signed, "an evidence bundle")
     bundle = found.bundle
     _expect(FORMAT, VERSION, bundle.format, bundle.version)
+    if bundle.drawn:
+        _expect(drafts.FORMAT, drafts.VERSION, bundle.drawn.draft.format, bundle.drawn.draft.version)
     for item in bundle.chain:
         _known(item.commitment)
     return found

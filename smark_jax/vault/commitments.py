@@ -1,9 +1,10 @@
 """The commitment that the owner publishes before selling a copy: one hash of everything an accusation will rest on.
 
 The hash is the root of a Merkle tree. Its first leaf is the header: the hashes of carrier key and base, the root over
-the keys of the carrier's pieces, the level, the versions of all algorithms, the number of customers and the key that
-will sign evidence. Each further leaf holds one customer's name, serial and codeword with a salt. So the root reveals
-nothing about customers or codewords, and a leaf can be opened without the others.
+the keys of the carrier's pieces, the level, the versions of all algorithms, the number of customers, the key that will
+sign evidence, and, where a public value drew the codewords, the draft's root and the hash of that value
+(:mod:`smark_jax.vault.drafts`). Each further leaf holds one customer's name, serial and codeword with a salt. So the
+root reveals nothing about customers or codewords, and a leaf can be opened without the others.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from smark_jax import _documents, _io, _validate, keys
-from smark_jax.vault import crypto, documents, folder, merkle, models, store
+from smark_jax.vault import crypto, documents, drafts, folder, merkle, models, store
 from smark_jax.vault.customers import Customer
 from smark_jax.vault.documents import Commitment, Header, Leaf
 
@@ -78,6 +79,7 @@ def build(model: models.OpenModel, hashed: Sequence[bytes]) -> Commitment:
         versions=settings.versions,
         shape=settings.shape.digest if settings.shape else documents.MISSING,
         pieces=models.pieces_root(vault, model.name, settings.versions) or documents.MISSING,
+        draw=drafts.named(model),
     )
     tree = [header_leaf(header), *hashed]
     (path,) = merkle.paths(tree, [0])

@@ -12,6 +12,8 @@ For an innocent j and every fixed S, b_j is independent of the residual r_S. Sum
 size and all sizes, the probability of a false accusation is at most alpha. No step trusts the owner's search. N counts
 every customer whom the verdict compared, even when the accused's own commitment had fewer. The number of shares is 4
 where a part of the carrier can be opened (:mod:`smark_jax.vault.openings`), whichever was, and 1 for other models.
+every customer whom the verdict compared, even when the accused's own commitment had fewer. Where codewords were drawn,
+N counts the serials that could have been given out (:func:`counted`).
 """
 
 import math
@@ -28,6 +30,7 @@ from smark_jax.vault import (
     bundles,
     commitments,
     documents,
+    drafts,
     folder,
     licensing,
     log,
@@ -42,8 +45,10 @@ from smark_jax.vault.documents import (
     Accused,
     Bundle,
     Claim,
+    Drawn,
     Exhibit,
     Leaf,
+    Missing,
     Suspect,
     Verdict,
     VerdictNamed,
@@ -69,6 +74,7 @@ class Counts(NamedTuple):
       num_alignments: how many readings were tried.
       log_maps: natural logarithm of the number of leaf maps from which the owner chose.
       num_shares: how many shares of the carrier the owner could choose from.
+      log_ranges: natural logarithm of the number of ranges of serials from which the owner chose.
     """
 
     num_customers: int
@@ -76,6 +82,15 @@ class Counts(NamedTuple):
     num_alignments: int
     log_maps: float = 0.0
     num_shares: int = 1
+    log_ranges: float = 0.0
+
+
+def counted(counts: Counts, claim: Sequence[int], drawn: Drawn | Missing | None) -> Counts:
+    """The counts for a test of these serials; an owner gives out drawn words when they are known, which is paid for."""
+    if not drawn:
+        return counts
+    customers, log_ranges = drafts.choices(claim, drawn.draft.header.capacity)
+    return counts._replace(num_customers=max(counts.num_customers, customers), log_ranges=log_ranges)
 
 
 def test(
@@ -114,7 +129,7 @@ def test(
     choices = math.lgamma(others + 1) - math.lgamma(size + 1) - math.lgamma(max(0, others - size) + 1)
     log_p = float(statistics.log_p_value(statistic, residual)) + math.log(counts.num_customers) + choices
     readings = math.log(counts.num_suspects) + math.log(counts.num_alignments) + math.log(counts.num_shares)
-    log_p += (size + 1) * math.log(2) + readings + counts.log_maps
+    log_p += (size + 1) * math.log(2) + readings + counts.log_maps + counts.log_ranges
     return Test(statistic, min(0.0, log_p) / math.log(10))
 
 
@@ -188,6 +203,8 @@ def export(
     asking = _asking(model, claims, suspect, parts, number, where)
     under = _opened.under(vault, model.name, shown, newest, commitment)
     opened = {one.leaf.serial: one for one in _opened.leaves(vault, model.name, [leaves[s] for s in shown], under)}
+    if drawn := drafts.drawn(model):
+        opened = {s: opened[s]._replace(own=own) for s, own in drafts.own_words(model, shown).items()}
     (first, *later) = [_opened.stamped(vault, model.name, n) for n in range(min(under.values()), newest + 1)]
     bundle = Bundle(
         format=bundles.FORMAT,
@@ -207,6 +224,7 @@ def export(
         accused=tuple(claims),
         licences=tuple(asking.values()) if asking else MISSING,
         **_keys(model, part),
+        drawn=drawn or MISSING,
     )
     pieces = {"pieces": part} if part else {}
     details = {"model": model.name, "verdict": number, "suspect": where + 1, "opened": shown, **pieces}
@@ -308,13 +326,14 @@ def _claims(
     words = {serial: commitments.word(leaf, settings.num_chips) for serial, leaf in leaves.items()}
     carrier = model.mark.carrier.part(part) if part else model.mark.carrier
     alone = base_alone(model.base, model.mark._replace(carrier=carrier))
-    claims, left_out = [], []
+    claims, left_out, drawn = [], [], drafts.drawn(model)
     for accused in ranked:
         others = [serial for serial in words if serial != accused.serial]
         for size in range(len(others) + 1):
             support = others[:size]
             rest = [words[serial] for serial in support]
-            found, apart = (test(chips, words[accused.serial], rest, counts, base=base) for base in (None, alone))
+            paid = counted(counts, (accused.serial, *support), drawn)
+            found, apart = (test(chips, words[accused.serial], rest, paid, base=base) for base in (None, alone))
             if max(found.log10_p, apart.log10_p) <= math.log10(settings.alpha):
                 claims.append(Claim(accused.serial, tuple(support), *found, share=accused.share))
                 break

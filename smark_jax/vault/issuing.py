@@ -19,7 +19,7 @@ import numpy as np
 
 from smark_jax import _documents, _io, _validate, carriers, embedding, errors, files
 from smark_jax._types import PyTree
-from smark_jax.vault import _text, commitments, folder, models, store, trials
+from smark_jax.vault import _text, commitments, drafts, folder, models, store, trials
 from smark_jax.vault.customers import Customer
 
 # Until it gets its final name, a copy is called ".NAME.issuing".
@@ -154,12 +154,16 @@ def _license(model: models.OpenModel, customers: Sequence[Customer], strength: f
     new = sorted({customer for customer in customers if customer.serial not in held})
     if not new:
         return 0
+    drawn = drafts.issuable(model, [customer.serial for customer in new])
     hashed = commitments.leaves(model, new)
     rows = [
         (model.name, customer.serial, model.settings.strength if strength is None else strength, leaf)
         for customer, leaf in zip(new, hashed, strict=True)
     ]
     with store.transaction(vault.connection):
+        if drafts.issuable(model, [new[-1].serial]) != drawn:
+            cause = "Nothing was issued: run this again."
+            raise _validate.fail("issue", "words that stay as they are", "words drawn meanwhile", cause)
         tree = store.leaves(vault.connection, model.name) | {serial: leaf for _, serial, _, leaf in rows}
         commitment = commitments.build(model, [tree[serial] for serial in sorted(tree)])
         added = {"commitments": [commitments.row(commitment)], "licences": [(*row, commitment.number) for row in rows]}
@@ -230,7 +234,7 @@ def _maker(
     model: models.OpenModel, teach: Teacher | None, count: int
 ) -> Callable[[list[_Licence]], list[dict[str, np.ndarray]]]:
     """Makes a function that computes copies: of each the leaves that differ from the base."""
-    base = model.base
+    base, codewords = model.base, model.codewords
     mark = model.mark._replace(spec=carriers.with_ties(model.settings.spec, base))
     marked = {name for leaf in mark.spec.leaves for name in (leaf.path, *leaf.tied)}
     above = sorted(name for name in marked if base[name].min() >= 0)
@@ -249,7 +253,7 @@ def _maker(
             yield from ({name: leaf[row] for name, leaf in batch.items()} for row in range(count))
 
     def copies(some: list[_Licence]) -> list[dict[str, np.ndarray]]:
-        words, made = model.words([licence.customer.serial for licence in some]), []
+        words, made = codewords([licence.customer.serial for licence in some]), []
         for licence, word, leaves in zip(some, words, embedded(some, words), strict=True):
             for name in above:
                 _refuse_below(name, float(leaves[name].min()), licence.customer)

@@ -5,13 +5,13 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from smark_jax import _documents, _validate, carriers, files, keys
+from smark_jax import _documents, _validate, carriers, codes, files, keys
 from smark_jax.carriers import marks
 from smark_jax.vault import _text, bases, documents, folder, openings, shapes, store, versions
 from smark_jax.vault import public as publicity
@@ -128,9 +128,35 @@ class OpenModel:
         """The name of the decoder that the model's verdicts use."""
         return versions.DECODERS[self.settings.versions.decoder]
 
+    @property
+    def draw(self) -> documents.Draw | None:
+        """What codewords were drawn with (:mod:`smark_jax.vault.drafts`); None where they are the owner's own."""
+        text = store.draw(self.vault.connection, self.name)
+        return documents.stored(documents.Draw, text) if text else None
+
+    @property
+    def _public(self) -> keys.SecretKey | None:
+        draw = self.draw
+        return draw.key if draw else None
+
+    @property
+    def codewords(self) -> Callable[[Sequence[int]], np.ndarray]:
+        """As :meth:`words`, for threads that may not ask the vault."""
+        key, public = code_key(self.vault, self.name), self._public
+        return lambda serials: np.asarray(self.code.words(key, serials, self.settings.num_chips, public=public))
+
     def words(self, serials: Sequence[int]) -> np.ndarray:
         """The codewords of these customers, int8, shape [K, m]."""
+        return self.codewords(serials)
+
+    def own_words(self, serials: Sequence[int]) -> np.ndarray:
+        """The owner's own words of these serials, which differ from codewords where those were drawn."""
         return np.asarray(self.code.words(code_key(self.vault, self.name), serials, self.settings.num_chips))
+
+    def book(self, num_customers: int) -> codes.Codebook:
+        """The codewords of serials 0 to N - 1, computed when needed."""
+        key = code_key(self.vault, self.name)
+        return self.code.book(key, num_customers, self.settings.num_chips, public=self._public)
 
 
 def add(

@@ -1,20 +1,23 @@
-"""RFC 3161 time stamps of commitments, which show an arbiter that a commitment existed before a sale."""
+"""RFC 3161 time stamps: they show an arbiter that a commitment existed before a sale, and draw a draft's codewords."""
 
 import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from smark_jax import _validate
 from smark_jax.vault import folder, store
-from smark_jax.vault.documents import Commitment
+from smark_jax.vault.documents import Commitment, Draft
 
 _LARGEST = 1_000_000
 # DER's tag of a SET OF, and the tags [0] and [1] that CMS gives to its own sets: [0] to certificates and signed
 # attributes, [1] to revocation lists and unsigned attributes (RFC 5652, sections 5.1 and 5.3).
 _SETS = (0x31, 0xA0, 0xA1)
 _CONSTRUCTED, _DEEPEST = 0x20, 50
+_OCTETS = 0x04
 
 
-def request(commitment: Commitment) -> bytes:
-    """A time-stamp request (DER) over the SHA-256 of the commitment's file, to be sent to an authority."""
+def request(commitment: Commitment | Draft) -> bytes:
+    """A time-stamp request (DER) over the SHA-256 of a commitment's or draft's file, to be sent to an authority."""
     with _validate.needs("timestamp", "timestamps"):
         import rfc3161_client
 
@@ -41,8 +44,14 @@ def stored(vault: folder.Vault, commitment: Commitment) -> list[store.Stamp]:
     return store.stamps(vault.connection, commitment.model, commitment.number)
 
 
-def check(published: bytes, response: bytes) -> str:
-    """The time that a response states for a commitment's file.
+def check(published: bytes, response: bytes, *, what: str = "commitment", command: str = "issue") -> str:
+    """The time that a response states for a published file.
+
+    Args:
+      published: the file.
+      response: what the authority answered.
+      what: the file is, in a word.
+      command: wrote the request.
 
     Raises:
       SmarkError: when it is not a granted response, or is about something else.
@@ -50,7 +59,9 @@ def check(published: bytes, response: bytes) -> str:
     with _validate.needs("timestamp", "timestamps"):
         import rfc3161_client
 
-    cause = "Send the request that 'smark issue --timestamp-request' wrote, and pass the answer's bytes as they came."
+    cause = (
+        f"Send the request that 'smark {command} --timestamp-request' wrote, and pass the answer's bytes as they came."
+    )
     expected = "a granted RFC 3161 response"
     granted = (rfc3161_client.PKIStatus.GRANTED, rfc3161_client.PKIStatus.GRANTED_WITH_MODS)
     try:
@@ -65,8 +76,31 @@ def check(published: bytes, response: bytes) -> str:
     if imprint is None or time is None:
         raise _validate.fail("timestamp", expected, f"status {found.status}", cause)
     if imprint != hashlib.sha256(published).digest():
-        raise _validate.fail("timestamp", "a response about this commitment", "one about another text", cause)
+        raise _validate.fail("timestamp", f"a response about this {what}", "one about another text", cause)
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def signature(response: bytes) -> bytes:
+    """The authority's signature in a response that :func:`check` accepts (RFC 5652, sections 5.1 and 5.3).
+
+    It is the one part that nobody but the authority can make, and, of an RSA key, the one part that nobody can write in
+    another way either. RFC 3161 (section 2.4.2) allows one signature only, and so does ``openssl ts -verify``.
+
+    Raises:
+      SmarkError: when there is not exactly one, or the response is not in DER.
+    """
+    try:
+        (answer,) = _parts(response[:_LARGEST])
+        _, token = _parts(answer.content)
+        _, wrapped = _parts(token.content)
+        (signed,) = _parts(wrapped.content)
+        *_, signers = _parts(signed.content)
+        (signer,) = _parts(signers.content)
+        (found,) = (part.content for part in _parts(signer.content) if part.tag == _OCTETS)
+    except (IndexError, ValueError):
+        cause = "Ask the authority again, or another one."
+        raise _validate.fail("timestamp", "a token in DER with one signature", "another form", cause) from None
+    return found
 
 
 def _with_sorted_sets(response: bytes) -> bytes:
@@ -84,22 +118,39 @@ def _with_sorted_sets(response: bytes) -> bytes:
 
 def _elements(data: bytes, depth: int) -> list[bytes]:
     """The consecutive DER elements in ``data``, with the sets inside them sorted."""
-    found, place = [], 0
+    if depth > _DEEPEST:
+        raise ValueError("too many levels")
+    found = []
+    for part in _parts(data):
+        content = part.content
+        if part.tag & _CONSTRUCTED:
+            inner = _elements(content, depth + 1)
+            content = b"".join(sorted(inner) if part.tag in _SETS else inner)
+        found.append(part.head + content)
+    return found
+
+
+class _Part(NamedTuple):
+    """A DER element: its tag, tag and length as they are written, and its content."""
+
+    tag: int
+    head: bytes
+    content: bytes
+
+
+def _parts(data: bytes) -> Iterator[_Part]:
+    """The consecutive DER elements in ``data``."""
+    place = 0
     while place < len(data):
         start, tag, size = place, data[place], data[place + 1]
         place += 2
-        if tag & 0x1F == 0x1F or size == 0x80 or depth > _DEEPEST:
-            raise ValueError("a tag of several bytes, an indefinite length, or too many levels")
+        if tag & 0x1F == 0x1F or size == 0x80:
+            raise ValueError("a tag of several bytes, or an indefinite length")
         if size > 0x80:
             count = size - 0x80
             size, place = int.from_bytes(data[place : place + count], "big"), place + count
         end = place + size
         if end > len(data):
             raise ValueError("an element that is cut short")
-        head, content = data[start:place], data[place:end]
-        if tag & _CONSTRUCTED:
-            inner = _elements(content, depth + 1)
-            content = b"".join(sorted(inner) if tag in _SETS else inner)
-        found.append(head + content)
+        yield _Part(tag, data[start:place], data[place:end])
         place = end
-    return found

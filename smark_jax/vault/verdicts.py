@@ -225,9 +225,7 @@ def _trace(
 ) -> tuple[tracing.Verdict, ...]:
     trace = functools.partial(tracing.trace_batch, num_alignments=tried, log_maps=log_maps, on_progress=on_progress)
     if asked is None and serials == range(len(serials)):
-        key = models.code_key(model.vault, model.name)
-        book = model.code.book(key, len(serials), model.settings.num_chips)
-        return trace(chips, book, alpha, model.decoder)
+        return trace(chips, model.book(len(serials)), alpha, model.decoder)
     columns = slice(None) if asked is None else asked
     blocks = (serials[start : start + _WORDS_PER_BLOCK] for start in range(0, len(serials), _WORDS_PER_BLOCK))
     words = np.concatenate([model.words(some)[:, columns] for some in blocks])

@@ -10,7 +10,7 @@ import numpy as np
 
 from smark_jax import _validate, carriers, errors, files
 from smark_jax.licence.documents import SignedAnswer
-from smark_jax.vault import _checks, bundles, convicting, evidence, openings, ranges, reading
+from smark_jax.vault import _checks, _drawn, bundles, convicting, evidence, openings, ranges, reading
 from smark_jax.vault._checks import Check, Checks, Fails, refuse, require
 from smark_jax.vault.documents import Bundle, Claim, Header, Missing
 
@@ -112,6 +112,7 @@ def verify(
     with checks.check("numbers", "each is in its range"):
         refuse(ranges.numbers(content))
     _checks.check_commitments(checks, content, roots)
+    _drawn.check(checks, content)
     proved = _checks.check_contents(checks, content, bundle.parent, theirs.leaves, ours.leaves)
     if proved is not None:
         on_step("reading the suspect's chips")
@@ -143,13 +144,13 @@ def _judge(
 ) -> Accusation:
     """Recomputes one accusation."""
     name = next(opened.leaf.customer for opened in bundle.opened if opened.leaf.serial == claim.serial)
-    alpha, customers = bundle.header.alpha, bundle.customers
-    shares = openings.readings(bundle.header.algorithms)
-    counts = evidence.Counts(customers, bundle.num_suspects, bundle.num_alignments, read.log_maps, shares)
+    alpha, shares = bundle.header.alpha, openings.readings(bundle.header.algorithms)
+    counts = evidence.Counts(bundle.customers, bundle.num_suspects, bundle.num_alignments, read.log_maps, shares)
+    counts = evidence.counted(counts, (claim.serial, *claim.support), bundle.drawn)
     word, support = words[claim.serial], [words[serial] for serial in claim.support]
     found, apart = (evidence.test(read.chips, word, support, counts, base=base) for base in (None, read.nothing))
     rest = f", with {len(claim.support)} others' parts taken out" if claim.support else ""
-    level = f"p <= 10^{found.log10_p:.1f} at alpha = {alpha:g}, counting {customers:,} customers"
+    level = f"p <= 10^{found.log10_p:.1f} at alpha = {alpha:g}, counting {counts.num_customers:,} customers"
     level += f" and {shares} shares of the carrier" if shares > 1 else ""
     detail = f"T = {found.statistic:.2f}, {level}{rest}"
     with checks.check(f"accusation of {name!r}", detail):
@@ -202,7 +203,11 @@ def _misstated(bundle: Bundle, read: reading.Read) -> str | None:
 def _statements(bundle: Bundle) -> tuple[str, ...]:
     stamped = all(item.timestamps for item in bundle.chain)
     made = "base and shape were made without a look at codewords, and are what copies were made from"
-    if not bundle.header.shape:
+    if bundle.drawn:  # both were fixed before anybody could know a codeword
+        made = (
+            "base and shape are what copies were made from" if bundle.header.shape else "copies were made from the base"
+        )
+    elif not bundle.header.shape:
         made = "the base was made without a look at codewords, and is what copies were made from"
     age = "the time stamps say how old that is" if stamped else "no time stamp says how old that is"
     return (
@@ -210,7 +215,7 @@ def _statements(bundle: Bundle) -> tuple[str, ...]:
         "p-values count them",
         f"that it was occasion {bundle.verdict.occasion} of tracing this model: alpha holds for each occasion",
         f"that the suspect was compared with no more than {bundle.customers:,} customers: p-values count them",
-        "that codewords were drawn at random, and neither chosen nor drawn again until one fitted",
+        *_drawn.statements(bundle),
         f"that {made}",
         "that the owner published no other commitment to this model, with other codewords, to choose from",
         f"that the suspect is younger than the commitment: {age}, and nothing here says how old the suspect is",

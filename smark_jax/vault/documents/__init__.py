@@ -16,6 +16,7 @@ from smark_jax._documents import (
     text,
 )
 from smark_jax.vault.documents._stored import stored
+from smark_jax.vault.documents.drafts import Beacon, Draft, DraftHeader, Draw, Drawn, OwnWord, Token
 from smark_jax.vault.documents.evidence import (
     Bundle,
     Claim,
@@ -27,18 +28,35 @@ from smark_jax.vault.documents.evidence import (
     Stamped,
     VerdictNamed,
 )
-from smark_jax.vault.documents.settings import Commitment, Header, Leaf, LeafRow, Model, Shape, Versions, rows, spec
+from smark_jax.vault.documents.settings import (
+    Commitment,
+    DrawNamed,
+    Header,
+    Leaf,
+    LeafRow,
+    Model,
+    Shape,
+    Versions,
+    rows,
+    spec,
+)
 from smark_jax.vault.documents.verdicts import Accused, Answers, CommitmentNamed, Coverage, Reading, Suspect, Verdict
 
 __all__ = [
     "MISSING",
     "Accused",
     "Answers",
+    "Beacon",
     "Bundle",
     "Claim",
     "Commitment",
     "CommitmentNamed",
     "Coverage",
+    "Draft",
+    "DraftHeader",
+    "Draw",
+    "DrawNamed",
+    "Drawn",
     "Exhibit",
     "Hash",
     "Header",
@@ -48,6 +66,7 @@ __all__ = [
     "Missing",
     "Model",
     "Opened",
+    "OwnWord",
     "Piece",
     "Reading",
     "Shape",
@@ -56,6 +75,7 @@ __all__ = [
     "Stamp",
     "Stamped",
     "Suspect",
+    "Token",
     "Verdict",
     "VerdictNamed",
     "Versions",

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from smark_jax import extraction, files
 from smark_jax._documents import MISSING, Hash, Hex, Missing, Signature
 from smark_jax.licence.documents import Challenge
+from smark_jax.vault.documents.drafts import Drawn, OwnWord
 from smark_jax.vault.documents.settings import Commitment, Header, Leaf, LeafRow
 from smark_jax.vault.documents.verdicts import Reading
 
@@ -46,12 +47,16 @@ class Exhibit(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A customer's leaf with its path to the root of a commitment; by default the bundle's oldest one."""
+    """A customer's leaf with its path to the root of a commitment; by default the bundle's oldest one.
+
+    Where words were drawn, the owner's own word stands beside it.
+    """
 
     leaf: Leaf
     index_: int
     path: tuple[Hash, ...]
     commitment: int | Missing = MISSING
+    own: OwnWord | Missing = MISSING
 
 
 class Piece(NamedTuple):
@@ -96,6 +101,7 @@ class Bundle(NamedTuple):
     licences: tuple[Challenge, ...] | Missing = MISSING
     carrier_key: Hash | Missing = MISSING
     pieces: tuple[Piece, ...] | Missing = MISSING
+    drawn: Drawn | Missing = MISSING
 
     @property
     def header(self) -> Header:

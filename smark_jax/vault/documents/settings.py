@@ -61,6 +61,13 @@ class Model(NamedTuple):
     form: str | Missing = MISSING
 
 
+class DrawNamed(NamedTuple):
+    """What codewords were drawn from: the draft's root, and the SHA-256 of the public value, the public words' key."""
+
+    root: Hash
+    value: Hash
+
+
 class Header(NamedTuple):
     """The first leaf of a commitment's tree: everything that an accusation rests on, except the codewords.
 
@@ -86,6 +93,7 @@ class Header(NamedTuple):
     versions: Versions | Missing = MISSING
     shape: Hash | Missing = MISSING
     pieces: Hash | Missing = MISSING
+    draw: DrawNamed | Missing = MISSING
 
     @property
     def algorithms(self) -> Versions:

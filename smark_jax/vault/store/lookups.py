@@ -146,6 +146,18 @@ def model_document(connection: Connection, name: str) -> str | None:
     return row[0] if row else None
 
 
+def draft(connection: Connection, model: str) -> str | None:
+    """The document of a model's draft; None when it has none."""
+    row = connection.execute("SELECT document FROM drafts WHERE model = ?", (model,)).fetchone()
+    return row[0] if row else None
+
+
+def draw(connection: Connection, model: str) -> str | None:
+    """The document of the draw that followed a model's draft; None when there was none."""
+    row = connection.execute("SELECT document FROM draws WHERE model = ?", (model,)).fetchone()
+    return row[0] if row else None
+
+
 def probes(connection: Connection, model: str) -> Probes | None:
     """A model's probes; None when it has none."""
     row = connection.execute("SELECT sha256, num_classes FROM probes WHERE model = ?", (model,)).fetchone()

@@ -74,6 +74,13 @@ CREATE TABLE licence_files (
   details TEXT NOT NULL, entry INTEGER NOT NULL REFERENCES log,
   PRIMARY KEY (model, serial, kind, number), FOREIGN KEY (model, serial) REFERENCES licences);
 """,
+    # A draft of a model's words, and what they were drawn with. The number keeps out versions that would ignore both.
+    """
+CREATE TABLE drafts (
+  model TEXT PRIMARY KEY REFERENCES models, document TEXT NOT NULL, entry INTEGER NOT NULL REFERENCES log);
+CREATE TABLE draws (
+  model TEXT PRIMARY KEY REFERENCES drafts, document TEXT NOT NULL, entry INTEGER NOT NULL REFERENCES log);
+""",
 )
 TABLES = {
     "models": ("name", "document"),
@@ -87,6 +94,8 @@ TABLES = {
     "verdicts": ("number", "model", "created", "document"),
     "suspects": ("verdict", "place", "sha256", "document", "statistics", "chips"),
     "findings": ("verdict", "place", "document", "statistics", "chips"),
+    "drafts": ("model", "document"),
+    "draws": ("model", "document"),
 }
 """The columns of each table in order, without the entry that every row names."""
 SEALED = 0x736D6B32
