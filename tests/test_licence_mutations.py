@@ -253,6 +253,10 @@ def answered(world: World, rng: random.Random) -> str:
             plain = forged(documents.Answer, signed.answer, rng)
             if rng.random() < 0.3:
                 plain = plain._replace(opened=plain.opened[::-1])
+            if rng.random() < 0.3:  # the other choice
+                first, *others = signed.answer.opened
+                bits = (int(first.bits, 16) ^ 1 << rng.randrange(8)).to_bytes(1, "big").hex()
+                plain = signed.answer._replace(opened=(first._replace(bits=bits), *others))
             signed = documents.SignedAnswer(plain, documents.sign(author.signing, plain))
     found = licence.opened_word(asked, signed, bundle)
     parts = requests.parts(asked.request.request, asked.request.offer.offer)
