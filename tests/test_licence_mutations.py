@@ -250,13 +250,14 @@ def answered(world: World, rng: random.Random) -> str:
             asked, bundle = rng.choice([(world.asked[1], bundle), (world.asked[2], bundle), (asked, "ee" * 32)])
         case _:
             author = rng.choice((who, who, MALLORY))
-            plain = forged(documents.Answer, signed.answer, rng)
-            if rng.random() < 0.3:
-                plain = plain._replace(opened=plain.opened[::-1])
             if rng.random() < 0.3:  # the other choice
                 first, *others = signed.answer.opened
                 bits = (int(first.bits, 16) ^ 1 << rng.randrange(8)).to_bytes(1, "big").hex()
                 plain = signed.answer._replace(opened=(first._replace(bits=bits), *others))
+            else:
+                plain = forged(documents.Answer, signed.answer, rng)
+            if rng.random() < 0.3:
+                plain = plain._replace(opened=plain.opened[::-1])
             signed = documents.SignedAnswer(plain, documents.sign(author.signing, plain))
     found = licence.opened_word(asked, signed, bundle)
     parts = requests.parts(asked.request.request, asked.request.offer.offer)
