@@ -9,7 +9,7 @@ import pytest
 import terminal
 
 from smark_jax import embedding, errors, files, keys, licence, vault
-from smark_jax.licence import documents, group, packages, requests, segments, variants
+from smark_jax.licence import documents, group, packages, requests, segments
 from smark_jax.vault import bundles, crypto, models, wallets
 
 CHOICES, PARTS = 512, 4
@@ -129,7 +129,7 @@ def spoiled(folder: Path, content: bytes, segment: int, variant: int) -> bytes:
     request = documents.loads(documents.RequestFile, (folder / "bob.request").read_bytes(), "request").request.request
     (leaf,) = signed.package.leaves
     found = segments.draw(requests.seed(request), leaf.held, CHOICES, PARTS)
-    sizes = variants.sizes([leaf], [4], found)[:, 0] + 16
+    sizes = 4 * np.bincount(found.members, minlength=CHOICES) + 16
     place = start + sum(size + 16 for size in signed.package.pieces)
     place += int(2 * sizes[:segment].sum() + variant * sizes[segment])
     body = content[start:place] + bytes([content[place] ^ 1]) + content[place + 1 :]

@@ -34,6 +34,8 @@ from smark_jax.licence import deposits, documents, requests, segments, transfer
 from smark_jax.licence.documents import Answer, Challenge, Opened, SignedAnswer, SignedRequest
 from smark_jax.licence.identities import Identity
 
+_AGAIN = "Ask its author for the file again: it may have been changed, or be another one."
+
 
 class Conviction(NamedTuple):
     """How well a suspect fits the accused's secret word.
@@ -78,6 +80,7 @@ def check_challenge(challenge: Challenge, suspect: str) -> None:
     left = [part for part in order(suspect, challenge.request) if part not in earlier]
     wanted = tuple(left[: len(challenge.parts)])
     _require(len(set(earlier)) == len(earlier), "earlier parts that are all different", "one that comes twice")
+    _require(set(earlier) <= set(order(suspect, challenge.request)), "earlier parts of this licence", "others")
     _require(0 < len(challenge.parts) <= len(left), "at least one part, and no more than are left", "others")
     _require(challenge.parts == wanted, f"the parts {_listed(wanted)}, which the hash names", _listed(challenge.parts))
     _require(len(challenge.keys) == len(wanted), "a key for each part", f"{len(challenge.keys)}")
@@ -119,8 +122,9 @@ def answer_deposit(challenge: Challenge, bundle: str, identity: Identity) -> Sig
         raise _validate.fail("licence", "a deposit with this arbiter", "none", cause)
     size = 32 * challenge.request.offer.offer.num_segments // challenge.request.offer.offer.num_parts
     opened = []
+    about = requests.undeposited(challenge.request.request)
     for part, piece in zip(challenge.parts, challenge.pieces, strict=True):
-        plain = deposits.unseal(identity, part, bytes.fromhex(piece))
+        plain = deposits.unseal(identity, about, part, bytes.fromhex(piece))
         if plain is None:
             cause = "The customer signed the hash of a text that this arbiter cannot open: state that as your finding."
             raise _validate.fail("licence", "a deposit that opens", f"part {part}, which does not", cause)
@@ -149,24 +153,32 @@ def opened_word(challenge: Challenge, signed: SignedAnswer, bundle: str) -> dict
     arbiter = request.deposit.arbiter.identity if request.deposit else None
     _require(found.key in (request.identity, arbiter), "the key of the accused, or of its arbiter", "another key")
     _require(tuple(one.part for one in found.opened) == challenge.parts, f"parts {_listed(challenge.parts)}", "others")
-    points, owner = transfer.split(bytes.fromhex(request.points)), bytes.fromhex(offer.point)
-    segments_of = requests.parts(request, offer)
-    words = {}
+    segments_of, words = requests.parts(request, offer), {}
     for one in found.opened:
-        numbers, scalars = segments_of.of_part(one.part), transfer.split(bytes.fromhex(one.scalars))
-        packed = np.frombuffer(bytes.fromhex(one.bits), np.uint8)
-        whole = len(scalars) == len(numbers) and len(packed) == -(-len(numbers) // 8)
-        _require(whole, f"{len(numbers)} openings of part {one.part}", f"{len(scalars)}")
-        bits = np.unpackbits(packed, count=len(numbers))
-        if found.key != request.identity:
+        deposited = found.key != request.identity
+        if deposited:
             _check_deposited(challenge, one)
-        opens = all(
-            transfer.fits(scalar, bit, owner, points[number])
-            for scalar, bit, number in zip(scalars, bits.tolist(), numbers.tolist(), strict=True)
-        )
-        _require(opens, "openings of the points that the customer signed", "openings of other points")
+        bits = _bits(challenge.request, one, segments_of.of_part(one.part))
+        if bits is None:
+            got = "a deposit that does not fit them" if deposited else "others"
+            accused = "The accused deposited false openings, as anybody can check: state that as your finding."
+            cause = accused if deposited else _AGAIN
+            raise _validate.fail("licence", "openings of the points that the customer signed", got, cause)
         words[one.part] = 1 - 2 * bits.astype(np.int8)
     return words
+
+
+def _bits(signed: SignedRequest, one: Opened, numbers: np.ndarray) -> np.ndarray | None:
+    """A part's choices as 0 and 1; None where the openings are not those of its points."""
+    owner, points = bytes.fromhex(signed.offer.offer.point), transfer.split(bytes.fromhex(signed.request.points))
+    scalars, packed = transfer.split(bytes.fromhex(one.scalars)), bytes.fromhex(one.bits)
+    if len(scalars) != len(numbers) or len(packed) != -(-len(numbers) // 8):
+        return None
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=len(numbers))
+    if np.packbits(bits).tobytes() != packed:  # other texts of the same openings
+        return None
+    opens = zip(scalars, bits.tolist(), numbers.tolist(), strict=True)
+    return bits if all(transfer.fits(scalar, bit, owner, points[number]) for scalar, bit, number in opens) else None
 
 
 def _check_deposited(challenge: Challenge, one: Opened) -> None:
@@ -175,7 +187,7 @@ def _check_deposited(challenge: Challenge, one: Opened) -> None:
     assert deposit
     text = bytes.fromhex(one.scalars) + bytes.fromhex(one.bits)
     ephemeral = bytes.fromhex(one.ephemeral) if one.ephemeral else bytes(32)
-    again = deposits.seal(deposit.arbiter, one.part, text, ephemeral)
+    again = deposits.seal(deposit.arbiter, requests.undeposited(challenge.request.request), one.part, text, ephemeral)
     same = documents.sha256(again) == deposit.pieces[one.part]
     _require(same, "the openings that the customer deposited", "others")
 
@@ -214,8 +226,7 @@ def _listed(parts: Sequence[int]) -> str:
 
 def _require(holds: bool, expected: str, got: str) -> None:
     if not holds:
-        cause = "Ask its author for the file again: it may have been changed, or be another one."
-        raise _validate.fail("licence", expected, got, cause)
+        raise _validate.fail("licence", expected, got, _AGAIN)
 
 
 def shifts(values: np.ndarray, mark: Mark) -> Float[np.ndarray, " D"]:

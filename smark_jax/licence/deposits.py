@@ -3,6 +3,9 @@
 A part is sealed by X25519 with an ephemeral key, HKDF-SHA256, and ChaCha20-Poly1305. The sealed text begins with the
 ephemeral secret. So an arbiter that opens it can show anybody what the customer deposited: sealed again, it gives the
 same bytes, whose hash the customer signed.
+
+It opens under the customer's own request alone. The owner, who holds all sealed parts, could otherwise have a friend
+deposit them as its own, and learn the customer's word from the arbiter's answer.
 """
 
 from cryptography.exceptions import InvalidTag
@@ -19,11 +22,21 @@ _RAW = serialization.Encoding.Raw, serialization.PublicFormat.Raw
 _NONCE = bytes(12)  # each key seals once
 
 
-def seal(arbiter: Arbiter, part: int, openings: bytes, ephemeral: bytes | None = None) -> bytes:
+def can_open(arbiter: Arbiter) -> bool:
+    """Whether a key of deposits is one: some, of small order, agree on the same secret with everybody."""
+    try:
+        seal(arbiter, b"", 0, b"", bytes(32))
+    except ValueError:
+        return False
+    return True
+
+
+def seal(arbiter: Arbiter, request: bytes, part: int, openings: bytes, ephemeral: bytes | None = None) -> bytes:
     """One part's openings, sealed.
 
     Args:
       arbiter: whom to seal it to.
+      request: the digest of the request without its deposit.
       part: the part's number.
       openings: the scalars, then the packed bits.
       ephemeral: the secret to seal with; a fresh one unless a deposit is checked.
@@ -35,20 +48,23 @@ def seal(arbiter: Arbiter, part: int, openings: bytes, ephemeral: bytes | None =
     own = X25519PrivateKey.from_private_bytes(secret)
     public = own.public_key().public_bytes(*_RAW)
     shared = own.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(arbiter.deposits)))
-    return public + _cipher(shared, public, arbiter, part).encrypt(_NONCE, secret + openings, None)
+    return public + _cipher(shared, public, arbiter, request, part).encrypt(_NONCE, secret + openings, None)
 
 
-def unseal(identity: Identity, part: int, sealed: bytes) -> tuple[bytes, bytes] | None:
-    """The ephemeral secret and the openings; None when this was not sealed to this arbiter, or was changed."""
+def unseal(identity: Identity, request: bytes, part: int, sealed: bytes) -> tuple[bytes, bytes] | None:
+    """The ephemeral secret and the openings; None when :func:`seal` did not make this for this arbiter and request."""
     public, text = sealed[:32], sealed[32:]
     try:
         shared = identity.opening.exchange(X25519PublicKey.from_public_bytes(public))
-        plain = _cipher(shared, public, identity.public, part).decrypt(_NONCE, text, None)
+        plain = _cipher(shared, public, identity.public, request, part).decrypt(_NONCE, text, None)
     except (InvalidTag, ValueError):
         return None
-    return (plain[:32], plain[32:]) if len(plain) >= 32 else None
+    ephemeral, openings = plain[:32], plain[32:]
+    again = len(ephemeral) == 32 and seal(identity.public, request, part, openings, ephemeral) == sealed
+    return (ephemeral, openings) if again else None
 
 
-def _cipher(shared: bytes, public: bytes, arbiter: Arbiter, part: int) -> ChaCha20Poly1305:
-    info = b"smark licence deposit v1" + public + bytes.fromhex(arbiter.deposits) + part.to_bytes(4, "big")
+def _cipher(shared: bytes, public: bytes, arbiter: Arbiter, request: bytes, part: int) -> ChaCha20Poly1305:
+    about = public + bytes.fromhex(arbiter.deposits) + request + part.to_bytes(4, "big")
+    info = b"smark licence deposit v1" + about
     return ChaCha20Poly1305(HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(shared))

@@ -38,7 +38,8 @@ def package(
       base: the model's leaves by name.
       mark: the model's.
       word: the customer's codeword, which the owner knows, shape [m].
-      key: the owner's, of this offer alone: it gives the scalar of the transfers and the signs of the segments.
+      key: the owner's, of this offer alone: it gives the scalar of the transfers and, with the request, the signs of
+        the segments.
       signing: the owner's, which signed the offer.
       strength: of both words together; the mark's own by default.
       write: writes leaves as a file or folder in the model's form.
@@ -54,9 +55,10 @@ def package(
     mark = mark._replace(spec=carriers.with_ties(mark.spec, dict(base)))
     copy = embedding.embed(dict(base), mark, word, strength)
     copy = {name: np.asarray(leaf) for name, leaf in copy.items()}
-    signs = segments.all_signs(found, segments.part_keys(key, offer.num_parts))
+    digest = documents.digest(request)
+    signs = segments.all_signs(found, segments.part_keys(key, digest, offer.num_parts))
     made = variants.cut(copy, mark, found, signs, strength)
-    context = bytes.fromhex(documents.digest(request))
+    context = bytes.fromhex(digest)
     secret = requests.scalar(key)
     sealing = packages.Keys(
         _rest_key(group.times(secret, bytes.fromhex(request.rest)), context),
@@ -66,7 +68,7 @@ def package(
         path = Path(folder) / f"model{suffix}"
         write(path, made.rest)
         form = packages.read_form(path)
-    return packages.pack(made, form, suffix, context.hex(), sealing, signing)
+    return packages.pack(made, form, suffix, digest, sealing, signing)
 
 
 def unpack(
@@ -95,12 +97,16 @@ def unpack(
     owner = bytes.fromhex(offer.point)
     chosen = transfer.customer_keys(secrets.choices, owner, bytes.fromhex(request.points), context)
     rest = _rest_key(group.times(secrets.rest, owner), context)
-    total = sum(place.held for place in opened.package.leaves)
-    found = segments.draw(requests.seed(request), total, offer.num_segments, offer.num_parts)
     with tempfile.TemporaryDirectory() as folder:
-        made = packages.unpack(content, opened, rest, chosen, secrets.choices.bits, found, Path(folder))
-        form = packages.form_of(opened.package, Path(folder))
-        form.write(write(Path(form.suffix)), made)
+        with packages.whole():
+            packages.check(opened.package, len(content))
+            total = sum(place.held for place in opened.package.leaves)
+            found = segments.draw(requests.seed(request), total, offer.num_segments, offer.num_parts)
+            made = packages.unpack(content, opened, rest, chosen, secrets.choices.bits, found, Path(folder))
+            form = packages.form_of(opened.package, Path(folder))
+        path = write(Path(form.suffix))
+        with packages.whole():
+            form.write(path, made)
     return opened.package
 
 

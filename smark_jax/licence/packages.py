@@ -8,9 +8,11 @@ them. The rest is the files of the model's form, with the leaves of
 :class:`smark_jax.licence.variants.Cut`, followed by the float16 bases.
 """
 
+import contextlib
 import hashlib
+import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,10 @@ _MAGIC = b"smark licence package v1\n"
 _PIECE = 1 << 26
 _TAG = 16
 _LONGEST_HEAD = 1 << 24
+_LONGEST_NAME = 200
+# What the rest may take, whatever the package's size, and how many times that size beyond: weights hardly compress, but
+# those that segments hold are zero, and zeros compress to a thousandth. Others are made to fill a customer's memory.
+_FREE, _MOST_TIMES = 1 << 28, 64
 
 
 class Keys(NamedTuple):
@@ -57,6 +63,9 @@ def pack(
       request: the request's digest.
       sealing: the keys.
       signing: the owner's key.
+
+    Raises:
+      SmarkError: when the form is one that :func:`check` refuses.
     """
     plain = b"".join([*form.values(), *(basis.tobytes() for basis in made.bases)])
     texts = [zlib.compress(plain[start : start + _PIECE], 1) for start in range(0, len(plain), _PIECE)]
@@ -69,6 +78,11 @@ def pack(
     rows = tuple(FileRow(name, len(content)) for name, content in form.items())
     pieces = tuple(map(len, texts))
     package = Package(_documents.now(), request, suffix, made.places, rows, pieces, body.hexdigest())
+    try:
+        check(package, sum(map(len, parts)))
+    except ValueError as error:
+        cause = "Write the base in another form, such as safetensors."
+        raise _validate.fail("licence", str(error), "a model that customers' programs would refuse", cause) from None
     head = documents.dumps(SignedPackage(package, documents.sign(signing, package)))
     return b"".join([_MAGIC, len(head).to_bytes(4, "big"), head, *parts])
 
@@ -125,6 +139,77 @@ def _head(content: bytes, where: str) -> tuple[SignedPackage, int]:
     return documents.loads(SignedPackage, content[start : start + length], where), start + length
 
 
+@contextlib.contextmanager
+def whole() -> Iterator[None]:
+    """Whatever goes wrong in here, the error is the same: where a package is damaged would tell its owner a choice.
+
+    Errors of the operating system and a lack of memory are the customer's own. They pass.
+
+    Raises:
+      Damaged: with one text.
+    """
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except (OSError, MemoryError):
+        raise
+    except Exception:
+        cause = (
+            "Do not say more to the owner than that: 'smark licence complain' draws a new word and asks for a new one."
+        )
+        got = "one that cannot be opened, although its owner signed it"
+        raise _validate.fail("licence", "a whole package", got, cause, kind=Damaged) from None
+
+
+def check(package: Package, size: int) -> None:
+    """Refuses a head that no owner's program writes, before memory is taken for what it declares.
+
+    Args:
+      package: the head.
+      size: of the whole package in bytes.
+
+    Raises:
+      ValueError: when it is one.
+    """
+    places, rows = package.leaves, [_name(row, package) for row in package.files]
+    names = [name for place in places for name in (place.path, *place.tied)]
+    _must(len(set(names)) == len(names) > 0, "leaves that are there and differ")
+    _must(all(place.held > 0 for place in places), "coordinates in each leaf")
+    _must(2 * sum(place.held for place in places) <= size, "no more coordinates than bytes")
+    for place in places:
+        if place.directions:
+            _must(len(set(place.axes)) == len(place.axes), "axes that differ")
+            _must(
+                place.directions <= variants.inputs(place) <= math.prod(place.shape), "no more directions than inputs"
+            )
+    _must(len(set(rows)) == len(rows) > 0, "files that are there and differ")
+    _must(len(rows) == 1 or all(row.name for row in package.files), "one file, or a folder of them")
+    for name in rows:
+        safe = name.isprintable() and not set(name) & set("/\\:") and not name.startswith(".")
+        _must(safe and 0 < len(name.encode()) <= _LONGEST_NAME, "names of files alone")
+    length = _length(package)
+    _must(length <= _FREE + _MOST_TIMES * size, f"a rest of at most {_MOST_TIMES} times the package")
+    _must(len(package.pieces) == -(-length // _PIECE), "as many pieces as the rest has")
+
+
+def _must(holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(expected)
+
+
+def _name(row: FileRow, package: Package) -> str:
+    return row.name or f"model{package.suffix}"
+
+
+def _shapes(package: Package) -> list[tuple[int, int]]:
+    return [(variants.inputs(place), place.directions) for place in package.leaves if place.directions]
+
+
+def _length(package: Package) -> int:
+    """The bytes of the rest."""
+    return sum(row.size for row in package.files) + sum(2 * rows * columns for rows, columns in _shapes(package))
+
+
 def unpack(
     content: bytes,
     opened: Opened,
@@ -138,7 +223,7 @@ def unpack(
 
     Args:
       content: the package's.
-      opened: its head.
+      opened: its head, which :func:`check` passed.
       rest: the key of the rest.
       chosen: the customer's key of each segment.
       bits: which variant that is: 0 for +, 1 for -.
@@ -146,52 +231,18 @@ def unpack(
       folder: an empty folder.
 
     Raises:
-      Damaged: when anything cannot be opened, or the copy has weights that are not finite. Whatever the reason, the
-        error is the same: where a package is damaged would tell its owner a choice.
+      Exception: of many kinds, when anything cannot be opened, or the copy has weights that are not finite. Call it
+        under :func:`whole`.
     """
-    try:
-        return _unpacked(memoryview(content)[opened.start :], opened.package, rest, chosen, bits, found, folder)
-    except (InvalidTag, ValueError, KeyError, IndexError, OverflowError, MemoryError, OSError):
-        cause = (
-            "Do not say more to the owner than that: 'smark licence complain' draws a new word and asks for a new one."
-        )
-        got = "one that cannot be opened, although its owner signed it"
-        raise _validate.fail("licence", "a whole package", got, cause, kind=Damaged) from None
-
-
-def _unpacked(
-    body: memoryview,
-    package: Package,
-    rest: keys.SecretKey,
-    chosen: Sequence[keys.SecretKey],
-    bits: np.ndarray,
-    found: segments.Segments,
-    folder: Path,
-) -> dict[str, np.ndarray]:
-    shapes = [(variants.inputs(place), place.directions) for place in package.leaves if place.directions]
-    length = sum(row.size for row in package.files) + sum(2 * rows * columns for rows, columns in shapes)
-    if len(package.pieces) != -(-length // _PIECE):
-        raise ValueError("another number of pieces")
-    plain, place = [], 0
-    for number, size in enumerate(package.pieces):
-        text = _unsealed(rest, body[place : place + size + _TAG], number)
-        plain.append(_expanded(text, min(_PIECE, length - number * _PIECE)))
-        place += size + _TAG
-    content = b"".join(plain)
-    start = _write(content, package, folder)
-    bases = []
-    for rows, columns in shapes:
-        bases.append(np.frombuffer(content, np.float16, rows * columns, start).reshape(rows, columns))
-        start += 2 * rows * columns
-    leaves = files.read(_main(package, folder), max_bytes=files.ANY_SIZE).leaves
-    itemsizes = [4 if one.directions else leaves[one.path].dtype.itemsize for one in package.leaves]
-    if any(leaves[one.path].shape != one.shape for one in package.leaves):
-        raise ValueError("leaves of another shape")
-    texts = variants.sizes(package.leaves, itemsizes, found).sum(axis=1).tolist()
-    if len(body) - place != 2 * (sum(texts) + _TAG * len(texts)):
-        raise ValueError("a body of another length")
+    package, body = opened.package, memoryview(content)[opened.start :]
+    bases, place = _write_rest(body, package, rest, folder)
+    leaves = files.read(_main(package, folder), max_bytes=_FREE + _MOST_TIMES * len(content)).leaves
+    shapes = [leaves[name].shape == one.shape for one in package.leaves for name in (one.path, *one.tied)]
+    _must(all(shapes), "leaves of the shapes that the head gives")
+    *_, sizes = variants.ends(package.leaves, variants.dtypes(leaves, package.leaves), found)
+    _must(len(body) - place == 2 * (int(sizes.sum()) + _TAG * len(sizes)), "all variants and nothing else")
     parts, ok = [], True
-    for key, bit, size in zip(chosen, bits.tolist(), texts, strict=True):
+    for key, bit, size in zip(chosen, bits.tolist(), sizes.tolist(), strict=True):
         begin = place + bit * (size + _TAG)
         try:
             parts.append(_unsealed(key, body[begin : begin + size + _TAG]))
@@ -200,25 +251,31 @@ def _unpacked(
             ok = False
         place += 2 * (size + _TAG)
     made = variants.join(leaves, package.leaves, bases, parts, found)
-    if not ok or not all(np.isfinite(np.asarray(made[one.path], np.float32)).all() for one in package.leaves):
-        raise ValueError("not opened, or not finite")
+    finite = [bool(np.isfinite(made[one.path]).all()) for one in package.leaves]
+    _must(ok and all(finite), "variants that open and are finite")
     return made
 
 
-def _write(content: bytes, package: Package, folder: Path) -> int:
-    start = 0
+def _write_rest(body: memoryview, package: Package, rest: keys.SecretKey, folder: Path) -> tuple[list[np.ndarray], int]:
+    """Writes the files of the rest; returns the bases, and where the rest ends in the body."""
+    plain, place, length = [], 0, _length(package)
+    for number, size in enumerate(package.pieces):
+        text = _unsealed(rest, body[place : place + size + _TAG], number)
+        plain.append(_expanded(text, min(_PIECE, length - number * _PIECE)))
+        place += size + _TAG
+    content, start, bases = b"".join(plain), 0, []
     for row in package.files:
-        name = row.name or f"model{package.suffix}"
-        if Path(name).name != name or name.startswith("."):
-            raise ValueError("a file outside the folder")
-        (folder / name).write_bytes(content[start : start + row.size])
+        (folder / _name(row, package)).write_bytes(content[start : start + row.size])
         start += row.size
-    return start
+    for rows, columns in _shapes(package):
+        bases.append(np.frombuffer(content, np.float16, rows * columns, start).reshape(rows, columns))
+        start += 2 * rows * columns
+    return bases, place
 
 
 def _main(package: Package, folder: Path) -> Path:
-    single = [row for row in package.files if not row.name]
-    return folder / f"model{package.suffix}" if single else folder
+    (first, *_) = package.files
+    return folder if first.name else folder / _name(first, package)
 
 
 def form_of(package: Package, folder: Path) -> files.Form:

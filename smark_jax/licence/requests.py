@@ -79,6 +79,7 @@ def request(offer: SignedOffer, identity: Identity, attempt: int = 1, arbiter: A
       SmarkError: when the offer is unusable.
     """
     check_offer(offer)
+    _validate.positive("licence", "attempt", attempt)
     owner = bytes.fromhex(offer.offer.point)
     choices, rest = transfer.draw(offer.offer.num_segments), group.random_scalar()
     sent, deposit, pieces = transfer.points(choices, owner), documents.MISSING, ()
@@ -91,9 +92,10 @@ def request(offer: SignedOffer, identity: Identity, attempt: int = 1, arbiter: A
         rest=group.times_base(rest).hex(),
     )
     if arbiter is not None:
-        found = parts(plain, offer.offer)
+        _check_arbiter(arbiter)
+        found, about = parts(plain, offer.offer), undeposited(plain)
         sealed = [
-            deposits.seal(arbiter, part, openings(choices, found.of_part(part)))
+            deposits.seal(arbiter, about, part, openings(choices, found.of_part(part)))
             for part in range(offer.offer.num_parts)
         ]
         pieces = tuple(sealed)
@@ -124,9 +126,12 @@ def check(signed: SignedRequest, pieces: Sequence[bytes] | None = None) -> None:
     _require(found.attempt >= 1, "a request with its attempt's number", "attempt 0")
     _require(all(map(group.is_point, [bytes.fromhex(found.rest), *points])), "points of the group", "other bytes")
     _require(len(set(points)) == len(points), "points that are all different", "one that comes twice")
+    wanted = ()
+    if found.deposit:
+        _check_arbiter(found.deposit.arbiter)
+        wanted = found.deposit.pieces
+        _require(len(wanted) == offer.num_parts, f"a deposit of {offer.num_parts} parts", f"{len(wanted)}")
     if pieces is not None:
-        wanted = found.deposit.pieces if found.deposit else ()
-        _require(len(wanted) in (0, offer.num_parts), f"a deposit of {offer.num_parts} parts", f"{len(wanted)}")
         same = tuple(map(documents.sha256, pieces)) == wanted
         _require(same, "the deposit that the customer signed", "another one, or none")
 
@@ -134,6 +139,11 @@ def check(signed: SignedRequest, pieces: Sequence[bytes] | None = None) -> None:
 def seed(signed: Request) -> bytes:
     """What permutes the segments: the hash of the points, which neither side chooses alone."""
     return bytes.fromhex(documents.sha256(bytes.fromhex(signed.offer) + bytes.fromhex(signed.points)))
+
+
+def undeposited(signed: Request) -> bytes:
+    """The digest of a request without its deposit: what the deposit's sealed parts belong to."""
+    return bytes.fromhex(documents.digest(signed._replace(deposit=documents.MISSING)))
 
 
 def parts(signed: Request, offer: Offer) -> segments.Segments:
@@ -145,6 +155,11 @@ def openings(choices: transfer.Choices, numbers: np.ndarray) -> bytes:
     """The scalars of these segments, then their bits, packed."""
     scalars = transfer.split(choices.scalars)
     return b"".join(scalars[i] for i in numbers.tolist()) + np.packbits(choices.bits[numbers]).tobytes()
+
+
+def _check_arbiter(arbiter: Arbiter) -> None:
+    usable = deposits.can_open(arbiter) and group.is_point(bytes.fromhex(arbiter.identity))
+    _require(usable, "an arbiter with keys that open deposits and sign", "others")
 
 
 def _require(holds: bool, expected: str, got: str) -> None:

@@ -1,8 +1,8 @@
 r"""Segments: n disjoint, interleaved sets of a mark's coordinates, each of which carries one chip of the secret word.
 
 Coordinates are those of the mark's kernels, in order; vectors (norms' gains, biases) hold none, since they are no
-evidence. Each run of n coordinates in a row has one in each segment, by a public permutation that the request's digest
-seeds. So a customer, who receives its copy segment by segment, learns which coordinates belong together, and
+evidence. Each run of n coordinates in a row has one in each segment, by a public permutation that the request's points
+seed. So a customer, who receives its copy segment by segment, learns which coordinates belong together, and
 nothing more.
 
 In segment i, the change of coordinate d is :math:`s \, c_i \, \epsilon_d` in units of the coordinate's scale, with
@@ -10,7 +10,7 @@ secret signs :math:`\epsilon_d` and c the word. A suspect's segment reads
 :math:`z_i = \sum_{d \in S_i} \epsilon_d v_d`, with v the weighted shifts of :func:`smark_jax.extraction.shifts`.
 
 The segments belong to P parts of equal size, again by a public permutation. The signs of a part are the keystream of
-the part's own key. A dispute opens one part and leaves the others secret.
+the part's own key, which is of one request. A dispute opens one part and leaves the others secret.
 """
 
 import hashlib
@@ -98,9 +98,18 @@ def all_signs(segments: Segments, part_keys: Sequence[keys.SecretKey]) -> Float[
     return found
 
 
-def part_keys(key: keys.SecretKey, num_parts: int) -> list[keys.SecretKey]:
-    """The keys of all parts."""
-    return [keys.derive(key, "part", str(part)) for part in range(num_parts)]
+def part_keys(key: keys.SecretKey, request: str, num_parts: int) -> list[keys.SecretKey]:
+    """The keys of all parts.
+
+    They are of one request: a customer with two packages under the same signs could work the signs out of the
+    difference, and take its word out of the copy.
+
+    Args:
+      key: the owner's, of the offer.
+      request: the request's digest.
+      num_parts: P.
+    """
+    return [keys.derive(key, "part", request, str(part)) for part in range(num_parts)]
 
 
 def readings(

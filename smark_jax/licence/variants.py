@@ -6,11 +6,13 @@ they are directions, it holds coefficients, and a leaf is ``rest + U coefficient
 rest is what w lacks with that U, so that nothing of w is lost.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from smark_jax import _validate
 from smark_jax.carriers import Leaf, Mark
 from smark_jax.licence import documents, segments
 
@@ -42,6 +44,9 @@ def cut(copy: Leaves, mark: Mark, found: segments.Segments, signs: np.ndarray, s
       found: the segments.
       signs: of all coordinates, shape [D].
       strength: s, the change of a coordinate in units of its scale.
+
+    Raises:
+      SmarkError: when a variant would not be finite: a customer's complaint would tell its choice.
     """
     rest, places, bases = dict(copy), [], []
     both: tuple[list[np.ndarray], list[np.ndarray]] = [], []
@@ -56,7 +61,11 @@ def cut(copy: Leaves, mark: Mark, found: segments.Segments, signs: np.ndarray, s
         weights = np.asarray(copy[leaf.path])
         own = (weights if basis is None else _coefficients(weights, place, basis)).reshape(-1)[:count]
         for part, sign in zip(both, (1, -1), strict=True):
-            part.append((_wide(own) + sign * change).astype(own.dtype))
+            with np.errstate(over="ignore"):
+                part.append((_wide(own) + sign * change).astype(own.dtype))
+            if not np.isfinite(part[-1]).all():
+                got = f"a leaf {leaf.path} whose weights are the largest of {own.dtype.name}"
+                raise _validate.fail("licence", "variants with finite weights", got, "Choose a smaller strength.")
         left = _with(weights, place, basis, own, -1)
         rest |= dict.fromkeys((leaf.path, *leaf.tied), left)
         places.append(place)
@@ -68,20 +77,27 @@ def cut(copy: Leaves, mark: Mark, found: segments.Segments, signs: np.ndarray, s
     return Cut(rest, tuple(places), tuple(bases), list(zip(plus, minus, strict=True)))
 
 
-def sizes(places: Sequence[documents.Place], itemsizes: Sequence[int], found: segments.Segments) -> np.ndarray:
-    """How many bytes each segment has of each leaf, shape [n, leaves].
+def dtypes(rest: Leaves, places: Sequence[documents.Place]) -> list[np.dtype]:
+    """Of each leaf's coordinates in the variants."""
+    return [np.dtype(np.float32) if place.directions else rest[place.path].dtype for place in places]
+
+
+def ends(
+    places: Sequence[documents.Place], kinds: Sequence[np.dtype], found: segments.Segments
+) -> Iterator[np.ndarray]:
+    """After each leaf: how many bytes each segment has of it and those before, shape [n].
 
     Args:
       places: the leaves.
-      itemsizes: bytes of one coordinate of each leaf.
+      kinds: dtypes of their coordinates.
       found: the segments.
     """
-    per_leaf, start = [], 0
-    for place, size in zip(places, itemsizes, strict=True):
+    end, start = np.zeros(found.number, np.int64), 0
+    for place, kind in zip(places, kinds, strict=True):
         members = found.members[start : start + place.held]
-        per_leaf.append(np.bincount(members, minlength=found.number) * size)
+        end = end + np.bincount(members, minlength=found.number) * kind.itemsize
         start += place.held
-    return np.stack(per_leaf, axis=1)
+        yield end
 
 
 def join(
@@ -93,12 +109,11 @@ def join(
 ) -> dict[str, np.ndarray]:
     """The copy that the chosen variants make: the inverse of :func:`cut`."""
     leaves, remaining, start = dict(rest), list(bases), 0
-    kinds = [np.dtype(np.float32) if place.directions else rest[place.path].dtype for place in places]
-    per_leaf = sizes(places, [kind.itemsize for kind in kinds], found)
-    ends = np.cumsum(per_leaf, axis=1)
-    for number, (place, kind) in enumerate(zip(places, kinds, strict=True)):
-        first, last = ends[:, number] - per_leaf[:, number], ends[:, number]
-        content = b"".join(text[a:b] for text, a, b in zip(chosen, first.tolist(), last.tolist(), strict=True))
+    kinds, first = dtypes(rest, places), np.zeros(found.number, np.int64)
+    for place, kind, last in zip(places, kinds, ends(places, kinds, found), strict=True):
+        used = np.flatnonzero(last > first)
+        bounds = zip(used.tolist(), first[used].tolist(), last[used].tolist(), strict=True)
+        content, first = b"".join(chosen[number][a:b] for number, a, b in bounds), last
         own = np.empty(place.held, kind)
         order = np.argsort(found.members[start : start + place.held], kind="stable")
         own[order] = np.frombuffer(content, kind)
@@ -111,7 +126,7 @@ def join(
 
 def inputs(place: documents.Place) -> int:
     """How many inputs the layer of a leaf with directions has."""
-    return int(np.prod([place.shape[axis] for axis in place.axes], dtype=np.int64))
+    return math.prod(place.shape[axis] for axis in place.axes)
 
 
 def _place(leaf: Leaf, mark: Mark, number: int, count: int) -> tuple[documents.Place, np.ndarray | None]:

@@ -193,7 +193,8 @@ def challenge(
         cause = "A part that was opened serves no second dispute. Export the owner's own evidence alone: --parts 0."
         raise _validate.fail("evidence", f"{num_parts} part(s) to open", f"{len(left)} left", cause)
     parts = tuple(left[:num_parts])
-    own = segments.part_keys(_key(model, serial), file.request.offer.offer.num_parts)
+    digest, num_all = documents.digest(file.request.request), file.request.offer.offer.num_parts
+    own = segments.part_keys(_key(model, serial), digest, num_all)
     pieces = tuple(file.pieces[part] for part in parts) if file.pieces else ()
     return Challenge(file.request, parts, tuple(own[part].to_bytes().hex() for part in parts), earlier, pieces)
 
