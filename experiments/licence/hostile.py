@@ -31,13 +31,13 @@ def run(config: Any, seed: int, meter: sections.Meter) -> sections.Result:
     ground = known = framed = 0
     for number in range(config.grinders):
         rng = np.random.default_rng([seed, 2000, number])
-        one = meter.part(f"grinder_{number}", 1, lambda rng=rng: _grind(owner, rng, config))
+        one = meter.part(f"grinder_{number}", 0, lambda rng=rng: _grind(owner, rng, config))
         ground, known = ground + one["framed"], known + one["known"]
         _add(counts, one["refused"])
         meter.step("grinds tokens and keys")
     for number in range(config.spoilers):
         rng = np.random.default_rng([seed, 3000, number])
-        one = meter.part(f"spoiler_{number}", 1, lambda rng=rng: _spoil(owner, rng, config.alpha))
+        one = meter.part(f"spoiler_{number}", 0, lambda rng=rng: _spoil(owner, rng, config.alpha))
         framed += one["framed"]
         _add(counts, one["refused"])
         _add(spoiled, one["spoiled"])
