@@ -99,7 +99,7 @@ def test_a_spoiled_package_is_damaged_exactly_where_the_customer_took_that_varia
 
 
 def test_just_enough_segments_convict():
-    """By enumeration of signs: k readings of one size that all agree have p = 2^(1 - k), times 8 parts and q (q + 1)."""
+    """Of the 2^k rows of k signs, two agree throughout: p = 2^(1 - k), times 8 parts and q (q + 1)."""
     for attempt in (1, 3, 50):
         k = owners.enough(0.1, 8, attempt)
         p = [2.0 ** (1 - size) * 8 * attempt * (attempt + 1) for size in (k, k - 1)]

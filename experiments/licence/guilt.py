@@ -24,6 +24,7 @@ from experiments.licence.subjects import CNN, EFFICIENTNET, Subject
 from experiments.robustness.real_networks import harm
 from smark_jax import _trees, aggregation, attacks, codes, embedding, extraction, keys, licence, statistics
 from smark_jax._types import PyTree
+from smark_jax.licence import segments
 
 MIXES: dict[str, Any] = {
     "average": lambda copies, key: attacks.average(copies),
@@ -39,7 +40,7 @@ class Config:
     """``leakers`` are attacked one by one, ``coalitions`` are sizes; ``rebuilt`` are those of averages after R0."""
 
     networks: tuple[str, ...] = (CNN, EFFICIENTNET)
-    leakers: int = 5
+    leakers: int = 3
     few_leakers: int = 2
     innocents: int = 5
     coalitions: tuple[int, ...] = (2, 3, 5, 10, 20)
@@ -49,14 +50,12 @@ class Config:
     tuning_epochs: int = 5
     train_images: int | None = None
     strength_images: int = 32
-    judging_images: int = 200
+    judging_images: int = 60
     num_chips: int = 304
     only: tuple[str, ...] | None = None
 
 
-QUICK = Config(
-    (CNN,), leakers=1, innocents=2, coalitions=(5,), rebuilt=(1, 5), epochs=4, tuning_epochs=2, judging_images=60
-)
+QUICK = Config((CNN,), leakers=1, innocents=2, coalitions=(5,), rebuilt=(1, 5), epochs=4, tuning_epochs=2)
 FULL = Config()
 
 
@@ -90,27 +89,29 @@ class Field:
         mark = self.subject.mark
         return licence.shifts(extraction.shifts(suspect, self.subject.tree, mark), mark)
 
-    def own(self, suspect: PyTree, number: int) -> float:
-        """The owner's T of a customer."""
-        chips = extraction.extract(suspect, self.subject.tree, self.subject.mark)
-        return pipeline.statistic(chips, self.words[number])
+    def chips(self, suspect: PyTree) -> np.ndarray:
+        """The owner's reading."""
+        return np.asarray(extraction.extract(suspect, self.subject.tree, self.subject.mark))
+
+    @functools.cached_property
+    def before(self) -> np.ndarray:
+        """The base's logits."""
+        return self.subject.logits(self.subject.tree)
 
 
 def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     found = []
+    meter.start(sum(_steps(name, config) for name in config.networks))
     for name in config.networks:
         field = Field(subjects.load(name, config, seed, lambda *_: meter.step("train the base", 0)), config, seed)
         names = [one for one in field.subject.attacks if not config.only or one in config.only]
-        leakers, sizes = (
-            (config.leakers, config.coalitions) if name == CNN else (config.few_leakers, config.few_coalitions)
-        )
+        leakers, sizes = _size(name, config)
         rebuilt = config.rebuilt if field.subject.rebuild else ()
-        meter.start(1 + leakers * len(names) + len(sizes) * len(MIXES) + len(rebuilt))
         cost = meter.part(f"{name}_cost", 0, functools.partial(_cost, field, leakers))
         meter.step(f"{name}: cost")
         lone = []
-        for number in range(leakers):
-            for attack in names:
+        for attack in names:
+            for number in range(leakers):
                 one = functools.partial(_lone, field, number, attack)
                 lone.append(meter.part(f"{name}_{attack}_{number}".replace(" ", "_"), 0, one))
                 meter.step(f"{name}, {attack}: T {lone[-1]['least']:.1f}")
@@ -123,9 +124,10 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         again = []
         for size in rebuilt:
             one = functools.partial(_joint, field, size, "average", True, seed)
-            again.append(meter.part(f"{name}_R0_{size}", 0, one))
+            again.append(meter.part(f"{name}_rebuilt_{size}", 0, one))
             meter.step(f"{name}, R0 of {size}: {again[-1]['convicted']} convicted")
-        found.append({"network": name, "cost": cost, "lone": lone, "coalitions": joint, "rebuilt": again})
+        size = {"coordinates": segments.num_coordinates(field.subject.mark)}
+        found.append({"network": name, **size, "cost": cost, "lone": lone, "coalitions": joint, "rebuilt": again})
     eighth = np.ones(parties.NUM_SEGMENTS // parties.NUM_PARTS)
     factor = math.log(parties.NUM_PARTS * 2)
     owner = statistics.threshold(np.ones(config.num_chips), math.log(ALPHA / CUSTOMERS))
@@ -137,25 +139,35 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     return {"alpha": ALPHA, "thresholds": thresholds, "networks": found}
 
 
+def _size(name: str, config: Config) -> tuple[int, tuple[int, ...]]:
+    """The number of leakers, and sizes of coalitions."""
+    return (config.leakers, config.coalitions) if name == CNN else (config.few_leakers, config.few_coalitions)
+
+
+def _steps(name: str, config: Config) -> int:
+    """An upper bound."""
+    leakers, sizes = _size(name, config)
+    return 1 + leakers * subjects.MOST_ATTACKS + len(sizes) * len(MIXES) + len(config.rebuilt)
+
+
 def _cost(field: Field, number: int) -> dict[str, Any]:
     """What copies cost with both words, and with the owner's alone at full strength."""
-    subject, before = field.subject, field.subject.logits(field.subject.tree)
+    subject, before = field.subject, field.before
     rows = {"both words": [], "one word": []}
     for customer in range(number):
         one = embedding.embed(subject.tree, subject.mark, field.words[customer])
         for name, copy in (("both words", field.copy(customer)), ("one word", one)):
             row = harm(before, subject.logits(copy))
-            row["T"] = field.own(copy, customer)
+            row["T"] = pipeline.statistic(field.chips(copy), field.words[customer])
             row["accuracy"] = subject.accuracy(copy) if subject.accuracy else None
             rows[name].append(row)
     base = subject.accuracy(subject.tree) if subject.accuracy else None
     return {"images": len(before), "accuracy": base, "strength": float(subject.mark.strength), "rows": rows}
 
 
-def _judged(field: Field, suspect: PyTree) -> dict[str, Any]:
+def _judged(field: Field, suspect: PyTree, values: np.ndarray) -> dict[str, Any]:
     """What is left of the network, and the largest |T| of customers who are innocent of it."""
-    subject, values = field.subject, field.shifts(suspect)
-    base, logits = subject.logits(subject.tree), subject.logits(suspect)
+    subject, logits = field.subject, field.subject.logits(suspect)
     wrong, largest = 0, 0.0
     for number in range(field.config.innocents):
         reader = field.reader(63 - number)
@@ -165,14 +177,14 @@ def _judged(field: Field, suspect: PyTree) -> dict[str, Any]:
             wrong += verdict.log10_p <= math.log10(ALPHA)
             largest = max(largest, abs(verdict.statistic))
     return {
-        "same": float((base.argmax(axis=1) == logits.argmax(axis=1)).mean()),
+        "same": float((field.before.argmax(axis=1) == logits.argmax(axis=1)).mean()),
         "accuracy": subject.accuracy(suspect) if subject.accuracy else None,
         "wrong": wrong,
         "innocent": largest,
     }
 
 
-def _member(field: Field, suspect: PyTree, values: np.ndarray, number: int) -> dict[str, Any]:
+def _member(field: Field, chips: np.ndarray, values: np.ndarray, number: int) -> dict[str, Any]:
     """One customer's statistics: of each part, of the whole word, and of the owner's."""
     reader = field.reader(number)
     z = reader.read(values)
@@ -183,14 +195,15 @@ def _member(field: Field, suspect: PyTree, values: np.ndarray, number: int) -> d
         "parts": sum(one.log10_p <= level for one in parts),
         "whole": whole.statistic,
         "convicted": bool(whole.log10_p <= level),
-        "owner": field.own(suspect, number),
+        "owner": pipeline.statistic(chips, field.words[number]),
     }
 
 
 def _lone(field: Field, number: int, attack: str) -> dict[str, Any]:
     suspect = field.subject.attacks[attack](field.copy(number))
-    found = _member(field, suspect, field.shifts(suspect), number)
-    return {"attack": attack, **found, **_judged(field, suspect)}
+    values = field.shifts(suspect)
+    found = _member(field, field.chips(suspect), values, number)
+    return {"attack": attack, **found, **_judged(field, suspect, values)}
 
 
 def _joint(field: Field, size: int, mix: str, rebuilt: bool, seed: int) -> dict[str, Any]:
@@ -200,8 +213,8 @@ def _joint(field: Field, size: int, mix: str, rebuilt: bool, seed: int) -> dict[
         suspect = MIXES[mix](copies, jax.random.key(seed + size))
     if rebuilt and field.subject.rebuild:
         suspect = field.subject.rebuild(suspect)
-    values = field.shifts(suspect)
-    members = [_member(field, suspect, values, number) for number in range(size)]
+    chips, values = field.chips(suspect), field.shifts(suspect)
+    members = [_member(field, chips, values, number) for number in range(size)]
     return {
         "mix": mix,
         "size": size,
@@ -210,7 +223,7 @@ def _joint(field: Field, size: int, mix: str, rebuilt: bool, seed: int) -> dict[
         "least_part": min(one["least"] for one in members),
         "by_parts": sum(one["parts"] == parties.NUM_PARTS for one in members),
         "owner": min(one["owner"] for one in members),
-        **_judged(field, suspect),
+        **_judged(field, suspect, values),
     }
 
 
@@ -235,7 +248,8 @@ def _show_cost(console: rich.console.Console, network: dict[str, Any]) -> None:
     cost = network["cost"]
     table = rich.table.Table(
         *("copies with", "accuracy", "same answer", "logits' change", "KL [nats]", "the owner's T"),
-        title=f"{network['network']}: strength {cost['strength']:.3g}; {cost['images']} images"
+        title=f"{network['network']}: {network['coordinates'] / parties.NUM_SEGMENTS:.1f} coordinates a choice; "
+        f"strength {cost['strength']:.3g}; {cost['images']} images"
         + (f", base accuracy {cost['accuracy']:.4f}" if cost["accuracy"] is not None else ""),
         title_justify="left",
     )

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.common import networks, real, sections
 from experiments.licence.parties import Leaves
@@ -19,6 +18,8 @@ from smark_jax.carriers import inputs
 Attack = Callable[[PyTree], PyTree]
 CNN, EFFICIENTNET = "CNN", "EfficientNet-Lite0"
 _JITTER = {"Conv": 0.3}
+MOST_ATTACKS = 6
+_SHAPE_IMAGES = 48
 
 
 class Subject(NamedTuple):
@@ -92,7 +93,8 @@ def _cnn(config: Any, seed: int, on_step: Callable[..., None]) -> Subject:
     }
     few = images[:: max(1, len(images) // 500)]
     mark = _marked(found.base, CNN, networks.shape(found), run, few, config, seed)
-    logits = lambda params: _batches.apply(functools.partial(run, params), 64, found.test_images)  # noqa: E731
+    jitted = jax.jit(run)
+    logits = lambda params: _batches.apply(functools.partial(jitted, params), 250, found.test_images)  # noqa: E731
     return Subject(CNN, found.base, _named(found.base), mark, logits, found.accuracy, suspects, rebuild)
 
 
@@ -101,9 +103,8 @@ def _efficientnet(config: Any, seed: int) -> Subject:
     run = functools.partial(inputs.interpret, network.apply_fn)
     jitted, key = jax.jit(run), jax.random.key(seed)
     crops = lambda use, number: network.preprocess(real.natural_images(use, number).images)  # noqa: E731
-    shape_images, strength, judging = (
-        crops("shape", 48), crops("strength", config.strength_images), crops("judging", config.judging_images)
-    )  # fmt: skip
+    shape_images, strength = crops("shape", _SHAPE_IMAGES), crops("strength", config.strength_images)
+    judging = crops("judging", config.judging_images)
     graph = alignment.trace_graph(network.apply_fn, network.params, shape_images[:1])
     shape = carriers.shape(network.params, network.apply_fn, shape_images)
     mark = _marked(network.params, EFFICIENTNET, shape, network.apply_fn, strength, config, seed)
@@ -117,12 +118,8 @@ def _efficientnet(config: Any, seed: int) -> Subject:
         "int8": functools.partial(attacks.quantise, bits=8),
         "prune 50 %": functools.partial(attacks.prune, fraction=0.5),
         "PCA 99 %": lambda copy: attacks.project_inputs(copy, network.apply_fn, shape_images, key, 0.99),
-        "fine-tuned on its own answers": lambda copy: attacks.fine_tune(
-            copy, run, shape_images, attacks.predicted_labels(copy, run, shape_images),
-            epochs=config.tuning_epochs, batch_size=8, optimizer=optax.adam(1e-4), seed=seed,
-        ),
         "rewritten and aligned": realigned,
-    }  # fmt: skip
+    }
 
     def logits(params: PyTree) -> np.ndarray:
         return np.asarray(_batches.apply(functools.partial(jitted, params), 16, judging), np.float64)
