@@ -34,7 +34,7 @@ class Config:
     """Each step is timed ``repeats`` times; the base is as in :class:`experiments.licence.guilt.Config`."""
 
     networks: tuple[str, ...] = (CNN, EFFICIENTNET)
-    repeats: int = 5
+    repeats: int = 3
     base: guilt.Config = guilt.FULL
 
 
