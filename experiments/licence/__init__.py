@@ -1,0 +1,1 @@
+"""The measured claims of licences: framing, guilt, and price."""
