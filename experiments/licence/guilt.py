@@ -153,11 +153,11 @@ def _steps(name: str, config: Config) -> int:
 def _cost(field: Field, number: int) -> dict[str, Any]:
     """What copies cost with both words, and with the owner's alone at full strength."""
     subject, before = field.subject, field.before
-    rows = {"both words": [], "one word": []}
+    rows: dict[str, list[dict[str, Any]]] = {"both words": [], "one word": []}
     for customer in range(number):
         one = embedding.embed(subject.tree, subject.mark, field.words[customer])
         for name, copy in (("both words", field.copy(customer)), ("one word", one)):
-            row = harm(before, subject.logits(copy))
+            row: dict[str, Any] = harm(before, subject.logits(copy))
             row["T"] = pipeline.statistic(field.chips(copy), field.words[customer])
             row["accuracy"] = subject.accuracy(copy) if subject.accuracy else None
             rows[name].append(row)

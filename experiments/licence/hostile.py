@@ -144,16 +144,18 @@ def _spoil(owner: licence.Identity, rng: np.random.Generator, alpha: float) -> d
     signed = parties.offer(owner, key, _FEW_SEGMENTS, _FEW_PARTS)
     customer = licence.Identity(keys.new())
     spoiled = {"packages": 0, "damaged": 0}
-    for attempt in range(1, _MOST_ATTEMPTS + 1):
+    attempt = 0
+    while True:
+        attempt += 1
         party = parties.agree(signed, key, customer, attempt)
         which, kept = rng.choice(_FEW_SEGMENTS, _SPOILED, replace=False), rng.integers(0, 2, _SPOILED)
         content = licence.package(party.signed, base, mark, word, key, owner.signing)
         survived = opens(spoil(content, party, owner, which, kept), party)
         spoiled["packages"] += 1
         spoiled["damaged"] += not survived
-        if survived:
+        if survived or attempt == _MOST_ATTEMPTS:
             break
-    else:
+    if not survived:
         which, kept = which[:0], kept[:0]
     return {"spoiled": spoiled, **_accuse(party, base, mark, (which, kept), rng, alpha)}
 
@@ -173,7 +175,7 @@ def spoil(content: bytes, party: parties.Party, owner: licence.Identity, which: 
     leaves = opened.package.leaves
     total = sum(place.held for place in leaves)
     found = segments.draw(requests.seed(request), total, plain.num_segments, plain.num_parts)
-    lengths = variants.sizes(leaves, [4] * len(leaves), found).sum(axis=1) + 16
+    lengths = 4 * np.bincount(found.members, minlength=found.number) + 16
     begins = sum(opened.package.pieces) + 16 * len(opened.package.pieces) + 2 * (np.cumsum(lengths) - lengths)
     body = bytearray(content[opened.start :])
     for segment, bit in zip(which.tolist(), kept.tolist(), strict=True):
@@ -202,7 +204,7 @@ def _accuse(
 ) -> dict[str, Any]:
     """Names a suspect that carries what survival told, and guesses in further segments; one dispute about each part."""
     found, attempt = parties.divided(party, mark), party.signed.request.attempt
-    part_keys = segments.part_keys(party.key, _FEW_PARTS)
+    part_keys = segments.part_keys(party.key, documents.digest(party.signed.request), _FEW_PARTS)
     signs, strength = segments.all_signs(found, part_keys), float(mark.strength)
     bits = np.full(found.number, -1)
     bits[told[0]] = told[1]

@@ -91,7 +91,9 @@ def copy(party: Party, base: Leaves, mark: carriers.Mark, word: np.ndarray) -> d
     mark = mark._replace(spec=carriers.with_ties(mark.spec, dict(base)))
     marked = {name: np.asarray(leaf) for name, leaf in embedding.embed(dict(base), mark, word, strength).items()}
     found = divided(party, mark)
-    signs = segments.all_signs(found, segments.part_keys(party.key, party.signed.offer.offer.num_parts))
+    signs = segments.all_signs(
+        found, segments.part_keys(party.key, documents.digest(party.signed.request), party.signed.offer.offer.num_parts)
+    )
     made = variants.cut(marked, mark, found, signs, strength)
     chosen = [pair[bit] for pair, bit in zip(made.variants, party.secrets.choices.bits.tolist(), strict=True)]
     return variants.join(made.rest, made.places, made.bases, chosen, found)
@@ -125,7 +127,11 @@ class Reader(NamedTuple):
 def reader(party: Party, mark: carriers.Mark) -> Reader:
     """The reader of one licence."""
     found = divided(party, mark)
-    return Reader(party, found, segments.all_signs(found, segments.part_keys(party.key, NUM_PARTS)))
+    return Reader(
+        party,
+        found,
+        segments.all_signs(found, segments.part_keys(party.key, documents.digest(party.signed.request), NUM_PARTS)),
+    )
 
 
 def challenge(
@@ -135,7 +141,9 @@ def challenge(
     part_keys: Sequence[keys.SecretKey] | None = None,
 ) -> licence.Challenge:
     """The owner's challenge to open one more part in a dispute about this suspect."""
-    part_keys = part_keys or segments.part_keys(party.key, party.signed.offer.offer.num_parts)
+    part_keys = part_keys or segments.part_keys(
+        party.key, documents.digest(party.signed.request), party.signed.offer.offer.num_parts
+    )
     before = [one.part for one in earlier]
     part = next(part for part in licence.order(suspect, party.signed) if part not in before)
     return licence.Challenge(party.signed, (part,), (part_keys[part].to_bytes().hex(),), earlier)

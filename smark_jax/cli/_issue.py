@@ -64,11 +64,7 @@ def issue(
     _outputs.check("--out", out, vault=vault, folder=True)
     if request:
         others = (customers, csv, everybody, strength, teach, network, images, timestamp_request)
-        if any(option not in (None, False) for option in others):
-            raise typer.BadParameter(
-                "a request names its customer and goes with no other option", param_hint="--request"
-            )
-        _licence.pack(vault, name, request, out, passphrase_file, as_json)
+        _licence.pack(vault, name, request, out, passphrase_file, as_json, alone=not any(others))
         return
     if timestamp_request:
         _outputs.check("--timestamp-request", timestamp_request, (csv, passphrase_file), vault)

@@ -310,8 +310,19 @@ def _show_request(held: "Held", out: Path, wallet: Path, as_json: bool) -> None:
     _common.show(about, as_json, words)
 
 
-def pack(vault: Path, name: str, files: list[Path], out: Path, passphrase_file: Path | None, as_json: bool) -> None:
+def pack(
+    vault: Path,
+    name: str,
+    files: list[Path],
+    out: Path,
+    passphrase_file: Path | None,
+    as_json: bool,
+    *,
+    alone: bool,
+) -> None:
     """``smark issue --request``: a package for each request."""
+    if not alone:
+        raise typer.BadParameter("a request names its customer and goes with no other option", param_hint="--request")
     from smark_jax.licence import documents
 
     requests = [(str(path), documents.loads(documents.RequestFile, _content(path), str(path))) for path in files]

@@ -11,7 +11,7 @@ from smark_jax import _validate, carriers, errors, extraction, files, licence
 from smark_jax.licence import conviction, documents
 from smark_jax.licence.documents import Challenge, SignedAnswer
 from smark_jax.vault import bundles, reading
-from smark_jax.vault._checks import Checks, require
+from smark_jax.vault._checks import Checks, Fails, require
 from smark_jax.vault.documents import Bundle
 
 _MOST = 64
@@ -71,25 +71,35 @@ def check(
       mark: the model's.
       base: the leaves of the base.
     """
-    found, values = [], None
-    digest, left = bundles.digest(bundle), {id(answer): answer for answer in answers}
+    digest, left, values = bundles.digest(bundle), list(answers), None
+    tested: dict[str, list[Convicted]] = {}
     for challenge in bundle.licences or ():
-        offer, about = challenge.request.offer.offer, documents.digest(challenge.request.request)
-        detail = f"signed by the key {challenge.request.request.identity[:16]}..., parts {_parts(challenge)} asked"
-        with checks.check(f"licence of {offer.customer!r}", detail):
+        offer, request = challenge.request.offer.offer, challenge.request.request
+        about = (
+            f"attempt {request.attempt}, signed by the key {request.identity[:16]}..., asked for {_parts(challenge)}"
+        )
+        with checks.check(f"licence of {offer.customer!r}", about):
             _check_licence(bundle, challenge)
-        if not checks[-1].holds:
-            continue
-        for answer in [one for one in left.values() if one.answer.request == about]:
-            del left[id(answer)]
-            if values is None:
-                values = _values(read, mark, base)
-            one = _convict(checks, bundle, challenge, answer, digest, values)
-            found += [one] if one else []
-    for answer in left.values():
+        mine = [one for one in left if one.answer.request == documents.digest(request)]
+        left = [one for one in left if one not in mine]
+        for answer in mine if checks[-1].holds else ():
+            values = _values(read, mark, base) if values is None else values
+            with checks.check(f"answer of {offer.customer!r}", f"opens {_parts(challenge)}, as signed at the purchase"):
+                tested.setdefault(offer.customer, []).append(_test(challenge, answer, digest, values))
+    for answer in left:
         with checks.check("answer", ""):
             require(False, f"an answer for the request {answer.answer.request[:16]}..., which this bundle does not ask")
-    return found
+    return [one for some in tested.values() for one in _convicted(checks, bundle, some)]
+
+
+def _convicted(checks: Checks, bundle: Bundle, tested: Sequence[Convicted]) -> list[Convicted]:
+    """The customer, if one of its words is in the suspect; p-values pay for all the words that it drew."""
+    best, alpha = min(tested, key=lambda one: one.log10_p), bundle.header.alpha
+    level = f"T = {best.statistic:.2f}, p <= 10^{best.log10_p:.1f} at alpha = {alpha:g}"
+    detail = f"{level}, from {best.fraction:.1%} of its choices, which the {best.opened_by} opened"
+    with checks.check(f"secret word of {best.customer!r}", detail):
+        require(best.log10_p <= math.log10(alpha), f"the suspect does not carry it: {level}")
+    return [best] if checks[-1].holds else []
 
 
 def _check_licence(bundle: Bundle, challenge: Challenge) -> None:
@@ -115,28 +125,21 @@ def _values(read: reading.Read, mark: carriers.Mark, base: Mapping[str, np.ndarr
     return licence.shifts(extraction.shifts(files.nest(read.leaves), original, mark), mark)
 
 
-def _convict(
-    checks: Checks, bundle: Bundle, challenge: Challenge, answer: SignedAnswer, digest: str, values: np.ndarray
-) -> Convicted | None:
+def _test(challenge: Challenge, answer: SignedAnswer, digest: str, values: np.ndarray) -> Convicted:
+    """The test of an opened word; requires that it was opened as the customer signed it."""
     offer, request = challenge.request.offer.offer, challenge.request.request
     who = "customer" if answer.answer.key == request.identity else "arbiter"
-    alpha = bundle.header.alpha
-    with checks.check(f"secret word of {offer.customer!r}", "") as detail:
-        try:
-            words = licence.opened_word(challenge, answer, digest)
-            found = licence.convict(values, challenge, words)
-        except errors.SmarkError as error:
-            require(False, " ".join(error.desk.splitlines()))
-            raise  # not reached
-        level = f"T = {found.statistic:.2f}, p <= 10^{found.log10_p:.1f} at alpha = {alpha:g}"
-        detail[0] = f"{level}, from {found.segments:,} choices that the {who} opened"
-        require(found.log10_p <= math.log10(alpha), f"the suspect does not carry it: {level}")
-        return Convicted(offer.customer, offer.serial, found.statistic, found.log10_p, found.fraction, who)
-    return None
+    try:
+        words = licence.opened_word(challenge, answer, digest)
+        found = licence.convict(values, challenge, words)
+    except errors.SmarkError as error:
+        raise Fails(" ".join(error.desk.splitlines())) from None
+    return Convicted(offer.customer, offer.serial, found.statistic, found.log10_p, found.fraction, who)
 
 
 def _parts(challenge: Challenge) -> str:
-    return " and ".join(map(str, challenge.parts))
+    parts = " and ".join(map(str, challenge.parts))
+    return f"part{'s' * (len(challenge.parts) > 1)} {parts}"
 
 
 def statements(bundle: Bundle, convicted: Sequence[Convicted]) -> tuple[str, ...]:
@@ -158,13 +161,13 @@ def statements(bundle: Bundle, convicted: Sequence[Convicted]) -> tuple[str, ...
             )
             if any(one.customer == name and one.opened_by == "arbiter" for one in convicted):
                 found.append(
-                    f"that {name!r} had not opened part {_parts(challenge)} for another bundle before its arbiter did: "
+                    f"that {name!r} had not opened {_parts(challenge)} for another bundle before its arbiter did: "
                     "its wallet's status says what it has opened"
                 )
         else:
             found.append(
                 f"that the owner did not put this codeword into the suspect: {name!r} was asked to open "
-                f"part {_parts(challenge)} of its secret word, and no answer is here. A refusal proves nothing by "
+                f"{_parts(challenge)} of its secret word, and no answer is here. A refusal proves nothing by "
                 "itself; the licence contract says what it means, and an arbiter with a deposit can answer instead"
             )
     return tuple(found)

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smark_jax import _documents, _validate, carriers, statistics
-from smark_jax.licence.documents import Challenge
 from smark_jax.vault import (
     _opened,
     bundles,
@@ -200,7 +199,8 @@ def export(
     claims, left_out, part = _smallest(model, verdict, where, ranked, leaves)
     shown = sorted({serial for claim in claims for serial in (claim.serial, *claim.support)})
     newest = verdict.commitment.number
-    asking = _asking(model, claims, suspect, parts, number, where)
+    serials = [claim.serial for claim in claims]
+    asking = licensing.challenges(model, serials, suspect.content or "", parts, (number, where))
     under = _opened.under(vault, model.name, shown, newest, commitment)
     opened = {one.leaf.serial: one for one in _opened.leaves(vault, model.name, [leaves[s] for s in shown], under)}
     if drawn := drafts.drawn(model):
@@ -222,7 +222,7 @@ def export(
         num_customers=verdict.num_customers,
         opened=tuple(opened[serial] for serial in shown),
         accused=tuple(claims),
-        licences=tuple(asking.values()) if asking else MISSING,
+        licences=tuple(asking) if asking else MISSING,
         **_keys(model, part),
         drawn=drawn or MISSING,
     )
@@ -230,23 +230,11 @@ def export(
     details = {"model": model.name, "verdict": number, "suspect": where + 1, "opened": shown, **pieces}
     folder.record(vault, openings.EVENT, {}, **details)
     who = tuple(leaves[claim.serial].customer for claim in claims)
-    asked = tuple((leaves[serial].customer, one.parts) for serial, one in asking.items())
+    asked = tuple((one.request.offer.offer.customer, one.parts) for one in asking)
     content, numbers = bundles.signed(bundle, vault.master), tuple(sorted(set(under.values())))
     if asking:
         content = licensing.kept(model, asking, bundle, content, (number, where))
     return Exported(content, who, tuple(left_out), model.shape, numbers, _pieces(model, part), asked)
-
-
-def _asking(
-    model: models.OpenModel, claims: Sequence[Claim], suspect: Suspect, parts: int, number: int, place: int
-) -> dict[int, Challenge]:
-    """What to ask of each accused who has a licence with a secret word, by serial."""
-    found = {}
-    for claim in claims if parts else ():
-        one = licensing.challenge(model, claim.serial, suspect.content or "", parts, (number, place))
-        if one is not None:
-            found[claim.serial] = one
-    return found
 
 
 class _Proof(NamedTuple):

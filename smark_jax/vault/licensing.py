@@ -5,11 +5,12 @@ owner's secrets of an offer are derived from the master key.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from smark_jax import _documents, _io, _validate, keys, licence
+from smark_jax._documents import Hash
 from smark_jax.licence import conviction, documents, group, segments
 from smark_jax.licence.documents import Challenge, Earlier, Offer, RequestFile, SignedRequest
 from smark_jax.vault import _text, bundles, commitments, crypto, folder, issuing, models, store
@@ -19,13 +20,16 @@ from smark_jax.vault.documents import Bundle
 FOLDER = "licences"
 OFFER, REQUEST, PACKAGE, CHALLENGE = "offer", "request", "package", "challenge"
 SUFFIX = ".package"
+MOST_SERVED = 4
+"""After so many requests of a customer an owner serves no other: their copies, averaged, dilute its words."""
 
 
 class Asked(NamedTuple):
-    """A dispute: which suspect of which verdict it is about, the parts that it asks for, and its bundle's digest."""
+    """A dispute: the suspect's verdict and place in it, the request, the parts asked for, and the bundle's digest."""
 
     verdict: int
     place: int
+    request: Hash
     parts: tuple[int, ...]
     bundle: str
 
@@ -157,50 +161,54 @@ def _check(model: models.OpenModel, name: str, file: RequestFile) -> None:
             cause = "Somebody else answers under this customer's name: ask the customer for the fingerprint of its key."
             raise _validate.fail("issue", "the key that signed the first request", f"another one in {name}", cause)
         newest = max(served)
+        if len({*served, request.attempt}) > MOST_SERVED:
+            cause = "Each request that was served is another copy. Find out why packages arrive damaged."
+            raise _validate.fail("issue", f"at most {MOST_SERVED} requests of a customer", f"one more in {name}", cause)
         known = served.get(request.attempt, documents.digest(request)) == documents.digest(request)
         if request.attempt < newest or not known:
             cause = "An older request was withdrawn by its customer, or a second one has the same number."
             raise _validate.fail("issue", f"attempt {newest} or a later one", f"attempt {request.attempt}", cause)
 
 
-def challenge(
-    model: models.OpenModel, serial: int, suspect: str, num_parts: int, about: tuple[int, int]
-) -> Challenge | None:
-    """What to ask of an accused; None when it has no licence with a secret word.
+def challenges(
+    model: models.OpenModel, serials: Sequence[int], suspect: str, num_parts: int, about: tuple[int, int]
+) -> list[Challenge]:
+    """What to ask of the accused: parts of the word of each request that was served; nothing without a licence.
 
-    A dispute about the same suspect of the same verdict asks for the same parts again.
+    A customer who complained of a package that was whole has two copies, and may have leaked either. A dispute about
+    the same suspect of the same verdict asks for the same parts again.
 
     Args:
       model: of an open vault.
-      serial: the accused's.
+      serials: of the accused.
       suspect: the content hash of the suspect.
-      num_parts: how many parts to ask for.
+      num_parts: how many parts of each word to ask for; 0 asks nothing.
       about: the number of the verdict, and the suspect's place in it.
 
     Raises:
       SmarkError: when fewer parts are left.
     """
-    rows = store.licence_files(model.vault.connection, model.name, serial)
-    served = [row.number for row in rows if row.kind == REQUEST]
-    if not served:
-        return None
-    file, before = _file(model, serial, max(served)), asked(model, serial)
-    same = next((i for i, one in enumerate(before) if (one.verdict, one.place) == about), len(before))
-    earlier = tuple(Earlier(part, one.bundle) for one in before[:same] for part in one.parts)
-    taken = {one.part for one in earlier}
-    left = [part for part in conviction.order(suspect, file.request) if part not in taken]
-    if num_parts > len(left):
-        cause = "A part that was opened serves no second dispute. Export the owner's own evidence alone: --parts 0."
-        raise _validate.fail("evidence", f"{num_parts} part(s) to open", f"{len(left)} left", cause)
-    parts = tuple(left[:num_parts])
-    digest, num_all = documents.digest(file.request.request), file.request.offer.offer.num_parts
-    own = segments.part_keys(_key(model, serial), digest, num_all)
-    pieces = tuple(file.pieces[part] for part in parts) if file.pieces else ()
-    return Challenge(file.request, parts, tuple(own[part].to_bytes().hex() for part in parts), earlier, pieces)
+    found = []
+    for serial, attempt in _served(model, serials) if num_parts else ():
+        file = _file(model, serial, attempt)
+        digest, num_all = documents.digest(file.request.request), file.request.offer.offer.num_parts
+        before = [one for one in asked(model, serial) if one.request == digest]
+        same = next((i for i, one in enumerate(before) if (one.verdict, one.place) == about), len(before))
+        earlier = tuple(Earlier(part, one.bundle) for one in before[:same] for part in one.parts)
+        taken = {one.part for one in earlier}
+        left = [part for part in conviction.order(suspect, file.request) if part not in taken]
+        if num_parts > len(left):
+            cause = "A part that was opened serves no second dispute. Export the owner's own evidence alone: --parts 0."
+            raise _validate.fail("evidence", f"{num_parts} part(s) to open", f"{len(left)} left", cause)
+        parts = tuple(left[:num_parts])
+        own = segments.part_keys(_key(model, serial), digest, num_all)
+        pieces = tuple(file.pieces[part] for part in parts) if file.pieces else ()
+        found.append(Challenge(file.request, parts, tuple(own[p].to_bytes().hex() for p in parts), earlier, pieces))
+    return found
 
 
 def kept(
-    model: models.OpenModel, asking: Mapping[int, Challenge], bundle: Bundle, content: bytes, about: tuple[int, int]
+    model: models.OpenModel, asking: Sequence[Challenge], bundle: Bundle, content: bytes, about: tuple[int, int]
 ) -> bytes:
     """Notes which parts a bundle asks for, and keeps it; gives the kept one where the same was asked before.
 
@@ -208,7 +216,7 @@ def kept(
 
     Args:
       model: of an open vault.
-      asking: the challenges by the accused's serial.
+      asking: the challenges.
       bundle: the bundle.
       content: its file's.
       about: the number of its verdict, and the suspect's place.
@@ -216,10 +224,12 @@ def kept(
     Raises:
       SmarkError: when the same dispute asked for other parts, or for those of others.
     """
-    before = {serial: one for serial in asking for one in asked(model, serial) if (one.verdict, one.place) == about}
+    wanted = {documents.digest(one.request.request): one for one in asking}
+    serials = {one.request.offer.offer.serial for one in asking}
+    before = [one for serial in serials for one in asked(model, serial) if (one.verdict, one.place) == about]
     if before:
-        names = {one.bundle for one in before.values()}
-        if len(names) > 1 or {s: one.parts for s, one in before.items()} != {s: one.parts for s, one in asking.items()}:
+        names = {one.bundle for one in before}
+        if len(names) > 1 or {one.request: one.parts for one in before} != {d: one.parts for d, one in wanted.items()}:
             cause = "Trace the suspect again for a new dispute, which opens further parts."
             got = "a request for other parts than the bundle that was exported before"
             raise _validate.fail("evidence", "one bundle for each suspect of a verdict", got, cause)
@@ -227,12 +237,21 @@ def kept(
     digest = bundles.digest(bundle)
     _bundle(model, digest).parent.mkdir(exist_ok=True)
     _io.write(_bundle(model, digest), content, private=True)
+    count = {serial: len(asked(model, serial)) for serial in serials}
     rows = []
-    for serial, one in asking.items():
-        details = _documents.text(Asked(*about, one.parts, digest))
-        rows.append((model.name, serial, CHALLENGE, len(asked(model, serial)) + 1, digest, details))
+    for request, one in wanted.items():
+        serial = one.request.offer.offer.serial
+        count[serial] += 1
+        details = _documents.text(Asked(*about, request, one.parts, digest))
+        rows.append((model.name, serial, CHALLENGE, count[serial], digest, details))
     folder.record(model.vault, "word challenged", {"licence_files": rows}, model=model.name, bundle=digest)
     return content
+
+
+def _served(model: models.OpenModel, serials: Sequence[int]) -> list[tuple[int, int]]:
+    """Serial and attempt of each request of these customers that was served."""
+    rows = [row for serial in serials for row in store.licence_files(model.vault.connection, model.name, serial)]
+    return [(row.serial, row.number) for row in rows if row.kind == REQUEST]
 
 
 def asked(model: models.OpenModel, serial: int) -> list[Asked]:

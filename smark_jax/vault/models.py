@@ -136,14 +136,13 @@ class OpenModel:
 
     @property
     def _public(self) -> keys.SecretKey | None:
-        draw = self.draw
-        return draw.key if draw else None
+        return draw.key if (draw := self.draw) else None
 
     @property
     def codewords(self) -> Callable[[Sequence[int]], np.ndarray]:
         """As :meth:`words`, for threads that may not ask the vault."""
-        key, public = code_key(self.vault, self.name), self._public
-        return lambda serials: np.asarray(self.code.words(key, serials, self.settings.num_chips, public=public))
+        words = functools.partial(self.code.words, code_key(self.vault, self.name), public=self._public)
+        return lambda serials: np.asarray(words(serials, self.settings.num_chips))
 
     def words(self, serials: Sequence[int]) -> np.ndarray:
         """The codewords of these customers, int8, shape [K, m]."""
@@ -155,8 +154,8 @@ class OpenModel:
 
     def book(self, num_customers: int) -> codes.Codebook:
         """The codewords of serials 0 to N - 1, computed when needed."""
-        key = code_key(self.vault, self.name)
-        return self.code.book(key, num_customers, self.settings.num_chips, public=self._public)
+        chips = self.settings.num_chips
+        return self.code.book(code_key(self.vault, self.name), num_customers, chips, public=self._public)
 
 
 def add(
@@ -252,9 +251,7 @@ def choose(
         return chosen
     known = {name for name, share in publicity.shares(leaves, public).items() if share >= publicity.MOST}
     if known >= {leaf.path for leaf in chosen.leaves}:
-        cause = (
-            "Anybody with the public model can subtract it from a copy. Train more of it, or mark none of its copies."
-        )
+        cause = "Anybody with the public model can subtract it from a copy. Train more of it, or mark no copy."
         raise _validate.fail("add-model", "leaves that you trained yourself", "public weights alone", cause)
     fits = re.compile(match or "").search
     return carriers.select(tree, lambda path: path not in known and fits(path))
