@@ -55,14 +55,14 @@ def test_leakers_are_convicted_by_their_own_words_alone(tmp_path):
     documents_of = run_and_resume({guilt: tiny, price: cheap}, tmp_path)
     (found,) = documents_of["guilt"]["result"]["networks"]
     assert [row["attack"] for row in found["lone"]] == ["none", "int8"]
-    assert all(row["parts"] == 8 and row["least"] > 20 and row["whole"] > 60 for row in found["lone"])
+    assert all(row["parts"] == 8 and row["whole"] > 2 * row["least"] for row in found["lone"])
     assert all(row["convicted"] == row["size"] for row in found["coalitions"] if row["mix"] != "midpoint")
     assert not any(row["wrong"] for row in (*found["lone"], *found["coalitions"]))
     both, one = (np.mean([row["change"] for row in found["cost"]["rows"][name]]) for name in ("both words", "one word"))
     assert both == pytest.approx(one, rel=0.2)
     (paid,) = documents_of["price"]["result"]["networks"]
     rows = paid["disputes"]["rows"]
-    assert sorted(row["part"] for row in rows) == list(range(8)) and all(row["log10_p"] < -100 for row in rows)
+    assert sorted(row["part"] for row in rows) == list(range(8)) and all(row["log10_p"] < -6 for row in rows)
     assert "no more than are left" in paid["disputes"]["refused"]
     assert paid["bytes"]["package"] < 2.5 * paid["bytes"]["model"]
 

@@ -103,7 +103,8 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     found = []
     meter.start(sum(_steps(name, config) for name in config.networks))
     for name in config.networks:
-        field = Field(subjects.load(name, config, seed, lambda *_: meter.step("train the base", 0)), config, seed)
+        meter.step(f"{name}: load, mark, calibrate", 0)
+        field = Field(subjects.load(name, config, seed), config, seed)
         names = [one for one in field.subject.attacks if not config.only or one in config.only]
         leakers, sizes = _size(name, config)
         rebuilt = config.rebuilt if field.subject.rebuild else ()
