@@ -154,11 +154,11 @@ def _steps(name: str, config: Config) -> int:
 def _cost(field: Field, number: int) -> dict[str, Any]:
     """What copies cost with both words, and with the owner's alone at full strength."""
     subject, before = field.subject, field.before
-    rows = {"both words": [], "one word": []}
+    rows: dict[str, list[dict[str, Any]]] = {"both words": [], "one word": []}
     for customer in range(number):
         one = embedding.embed(subject.tree, subject.mark, field.words[customer])
         for name, copy in (("both words", field.copy(customer)), ("one word", one)):
-            row = harm(before, subject.logits(copy))
+            row: dict[str, Any] = {**harm(before, subject.logits(copy))}
             row["T"] = pipeline.statistic(field.chips(copy), field.words[customer])
             row["accuracy"] = subject.accuracy(copy) if subject.accuracy else None
             rows[name].append(row)
@@ -326,5 +326,6 @@ def picture(path: Path, result: sections.Result) -> None:
                 sizes = [row["size"] for row in network["rebuilt"]]
                 right.plot(sizes, [row["least"] for row in network["rebuilt"]], "s--", ms=4, label="average, R0")
             right.axhline(result["thresholds"]["whole"], color="0.4", lw=1)
+            right.set_xticks(sorted({row["size"] for row in (*network["coalitions"], *network["rebuilt"])}))
             right.set(xlabel="colluders", ylabel="least T, whole word", title="coalitions")
             right.legend(frameon=False, fontsize=7)
