@@ -143,19 +143,19 @@ def _spoil(owner: licence.Identity, rng: np.random.Generator, alpha: float) -> d
     key = keys.new()
     signed = parties.offer(owner, key, _FEW_SEGMENTS, _FEW_PARTS)
     customer = licence.Identity(keys.new())
-    spoiled = {"packages": 0, "damaged": 0}
+    party = parties.agree(signed, key, customer)
+    damaged, told = 0, (np.empty(0, int), np.empty(0, int))
     for attempt in range(1, _MOST_ATTEMPTS + 1):
-        party = parties.agree(signed, key, customer, attempt)
+        if attempt > 1:
+            party = parties.agree(signed, key, customer, attempt)
         which, kept = rng.choice(_FEW_SEGMENTS, _SPOILED, replace=False), rng.integers(0, 2, _SPOILED)
         content = licence.package(party.signed, base, mark, word, key, owner.signing)
-        survived = opens(spoil(content, party, owner, which, kept), party)
-        spoiled["packages"] += 1
-        spoiled["damaged"] += not survived
-        if survived:
+        if opens(spoil(content, party, owner, which, kept), party):
+            told = which, kept
             break
-    else:
-        which, kept = which[:0], kept[:0]
-    return {"spoiled": spoiled, **_accuse(party, base, mark, (which, kept), rng, alpha)}
+        damaged += 1
+    spoiled = {"packages": damaged + bool(len(told[0])), "damaged": damaged}
+    return {"spoiled": spoiled, **_accuse(party, base, mark, told, rng, alpha)}
 
 
 def spoil(content: bytes, party: parties.Party, owner: licence.Identity, which: np.ndarray, kept: np.ndarray) -> bytes:
