@@ -75,7 +75,7 @@ def test_copies_and_readings_are_those_of_the_protocol(small):
     assert all(np.array_equal(opened[name], made[name]) for name in made)
     values = licence.shifts(extraction.shifts(made, base, mark), mark)
     reader = parties.reader(party, mark)
-    z, part_keys = reader.read(values), segments.part_keys(party.key, 8)
+    z, part_keys = reader.read(values), parties.part_keys_of(party)
     for part in range(8):
         expected = segments.readings(values, reader.found, part, part_keys[part])
         np.testing.assert_allclose(z[reader.found.of_part(part)], expected, rtol=1e-12, atol=1e-12)

@@ -173,7 +173,7 @@ def spoil(content: bytes, party: parties.Party, owner: licence.Identity, which: 
     leaves = opened.package.leaves
     total = sum(place.held for place in leaves)
     found = segments.draw(requests.seed(request), total, plain.num_segments, plain.num_parts)
-    lengths = variants.sizes(leaves, [4] * len(leaves), found).sum(axis=1) + 16
+    lengths = 4 * np.bincount(found.members, minlength=found.number) + 16
     begins = sum(opened.package.pieces) + 16 * len(opened.package.pieces) + 2 * (np.cumsum(lengths) - lengths)
     body = bytearray(content[opened.start :])
     for segment, bit in zip(which.tolist(), kept.tolist(), strict=True):
@@ -202,7 +202,7 @@ def _accuse(
 ) -> dict[str, Any]:
     """Names a suspect that carries what survival told, and guesses in further segments; one dispute about each part."""
     found, attempt = parties.divided(party, mark), party.signed.request.attempt
-    part_keys = segments.part_keys(party.key, _FEW_PARTS)
+    part_keys = parties.part_keys_of(party)
     signs, strength = segments.all_signs(found, part_keys), float(mark.strength)
     bits = np.full(found.number, -1)
     bits[told[0]] = told[1]
