@@ -127,5 +127,5 @@ def test_licence_help_lists_examples(capsys):
 def test_favourite_suspects_have_their_parts_in_order(small):
     _, party, *_ = small
     found = hostile._favourite_suspects(party, 3000, np.random.default_rng(2))
-    order = licence.order(found[0], party.signed)
-    assert order[:3] == sorted(order[:3])  # of 3,000, some have six parts in order; most orders have not three
+    first = [part for part in licence.order(found[0], party.signed) if part < 5]
+    assert first == [0, 1, 2, 3, 4]  # of 120 suspects, one has these five in order
