@@ -59,7 +59,7 @@ def test_leakers_are_convicted_by_their_own_words_alone(tmp_path):
     assert all(row["convicted"] == row["size"] for row in found["coalitions"] if row["mix"] != "midpoint")
     assert not any(row["wrong"] for row in (*found["lone"], *found["coalitions"]))
     both, one = (np.mean([row["change"] for row in found["cost"]["rows"][name]]) for name in ("both words", "one word"))
-    assert both == pytest.approx(one, rel=0.2)
+    assert both == pytest.approx(one, rel=0.4)  # of one copy each; two words at full strength would cost 1.41 times
     (paid,) = documents_of["price"]["result"]["networks"]
     rows = paid["disputes"]["rows"]
     assert sorted(row["part"] for row in rows) == list(range(8)) and all(row["log10_p"] < -6 for row in rows)
