@@ -55,14 +55,14 @@ def test_leakers_are_convicted_by_their_own_words_alone(tmp_path):
     documents_of = run_and_resume({guilt: tiny, price: cheap}, tmp_path)
     (found,) = documents_of["guilt"]["result"]["networks"]
     assert [row["attack"] for row in found["lone"]] == ["none", "int8"]
-    assert all(row["parts"] == 8 and row["least"] > 20 and row["whole"] > 60 for row in found["lone"])
+    assert all(row["parts"] == 8 and row["whole"] > 2 * row["least"] for row in found["lone"])
     assert all(row["convicted"] == row["size"] for row in found["coalitions"] if row["mix"] != "midpoint")
     assert not any(row["wrong"] for row in (*found["lone"], *found["coalitions"]))
     both, one = (np.mean([row["change"] for row in found["cost"]["rows"][name]]) for name in ("both words", "one word"))
-    assert both == pytest.approx(one, rel=0.2)
+    assert both == pytest.approx(one, rel=0.4)  # of one copy each; two words at full strength would cost 1.41 times
     (paid,) = documents_of["price"]["result"]["networks"]
     rows = paid["disputes"]["rows"]
-    assert sorted(row["part"] for row in rows) == list(range(8)) and all(row["log10_p"] < -100 for row in rows)
+    assert sorted(row["part"] for row in rows) == list(range(8)) and all(row["log10_p"] < -6 for row in rows)
     assert "no more than are left" in paid["disputes"]["refused"]
     assert paid["bytes"]["package"] < 2.5 * paid["bytes"]["model"]
 
@@ -75,7 +75,7 @@ def test_copies_and_readings_are_those_of_the_protocol(small):
     assert all(np.array_equal(opened[name], made[name]) for name in made)
     values = licence.shifts(extraction.shifts(made, base, mark), mark)
     reader = parties.reader(party, mark)
-    z, part_keys = reader.read(values), segments.part_keys(party.key, documents.digest(party.signed.request), 8)
+    z, part_keys = reader.read(values), parties.part_keys_of(party)
     for part in range(8):
         expected = segments.readings(values, reader.found, part, part_keys[part])
         np.testing.assert_allclose(z[reader.found.of_part(part)], expected, rtol=1e-12, atol=1e-12)
@@ -127,5 +127,5 @@ def test_licence_help_lists_examples(capsys):
 def test_favourite_suspects_have_their_parts_in_order(small):
     _, party, *_ = small
     found = hostile._favourite_suspects(party, 3000, np.random.default_rng(2))
-    order = licence.order(found[0], party.signed)
-    assert order[:3] == sorted(order[:3])  # of 3,000, some have six parts in order; most orders have not three
+    first = [part for part in licence.order(found[0], party.signed) if part < 5]
+    assert first == [0, 1, 2, 3, 4]  # of 120 suspects, one has these five in order

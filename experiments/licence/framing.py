@@ -179,4 +179,4 @@ def picture(path: Path, result: sections.Result) -> None:
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
         axes.invert_yaxis()
         axes.set_xlim(-0.02, 1.02)
-        axes.set_xlabel("owners who frame an innocent customer (99.9 % interval); dotted: the bound; black: controls")
+        axes.set_xlabel("share of owners who frame (99.9 % interval); dotted: bound; black: controls")

@@ -103,7 +103,8 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     found = []
     meter.start(sum(_steps(name, config) for name in config.networks))
     for name in config.networks:
-        field = Field(subjects.load(name, config, seed, lambda *_: meter.step("train the base", 0)), config, seed)
+        meter.step(f"{name}: load, mark, calibrate", 0)
+        field = Field(subjects.load(name, config, seed), config, seed)
         names = [one for one in field.subject.attacks if not config.only or one in config.only]
         leakers, sizes = _size(name, config)
         rebuilt = config.rebuilt if field.subject.rebuild else ()
@@ -157,7 +158,7 @@ def _cost(field: Field, number: int) -> dict[str, Any]:
     for customer in range(number):
         one = embedding.embed(subject.tree, subject.mark, field.words[customer])
         for name, copy in (("both words", field.copy(customer)), ("one word", one)):
-            row: dict[str, Any] = harm(before, subject.logits(copy))
+            row: dict[str, Any] = {**harm(before, subject.logits(copy))}
             row["T"] = pipeline.statistic(field.chips(copy), field.words[customer])
             row["accuracy"] = subject.accuracy(copy) if subject.accuracy else None
             rows[name].append(row)
@@ -325,5 +326,6 @@ def picture(path: Path, result: sections.Result) -> None:
                 sizes = [row["size"] for row in network["rebuilt"]]
                 right.plot(sizes, [row["least"] for row in network["rebuilt"]], "s--", ms=4, label="average, R0")
             right.axhline(result["thresholds"]["whole"], color="0.4", lw=1)
+            right.set_xticks(sorted({row["size"] for row in (*network["coalitions"], *network["rebuilt"])}))
             right.set(xlabel="colluders", ylabel="least T, whole word", title="coalitions")
             right.legend(frameon=False, fontsize=7)

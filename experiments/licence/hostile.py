@@ -143,21 +143,19 @@ def _spoil(owner: licence.Identity, rng: np.random.Generator, alpha: float) -> d
     key = keys.new()
     signed = parties.offer(owner, key, _FEW_SEGMENTS, _FEW_PARTS)
     customer = licence.Identity(keys.new())
-    spoiled = {"packages": 0, "damaged": 0}
-    attempt = 0
-    while True:
-        attempt += 1
-        party = parties.agree(signed, key, customer, attempt)
+    party = parties.agree(signed, key, customer)
+    damaged, told = 0, (np.empty(0, int), np.empty(0, int))
+    for attempt in range(1, _MOST_ATTEMPTS + 1):
+        if attempt > 1:
+            party = parties.agree(signed, key, customer, attempt)
         which, kept = rng.choice(_FEW_SEGMENTS, _SPOILED, replace=False), rng.integers(0, 2, _SPOILED)
         content = licence.package(party.signed, base, mark, word, key, owner.signing)
-        survived = opens(spoil(content, party, owner, which, kept), party)
-        spoiled["packages"] += 1
-        spoiled["damaged"] += not survived
-        if survived or attempt == _MOST_ATTEMPTS:
+        if opens(spoil(content, party, owner, which, kept), party):
+            told = which, kept
             break
-    if not survived:
-        which, kept = which[:0], kept[:0]
-    return {"spoiled": spoiled, **_accuse(party, base, mark, (which, kept), rng, alpha)}
+        damaged += 1
+    spoiled = {"packages": damaged + bool(len(told[0])), "damaged": damaged}
+    return {"spoiled": spoiled, **_accuse(party, base, mark, told, rng, alpha)}
 
 
 def spoil(content: bytes, party: parties.Party, owner: licence.Identity, which: np.ndarray, kept: np.ndarray) -> bytes:
@@ -204,7 +202,7 @@ def _accuse(
 ) -> dict[str, Any]:
     """Names a suspect that carries what survival told, and guesses in further segments; one dispute about each part."""
     found, attempt = parties.divided(party, mark), party.signed.request.attempt
-    part_keys = segments.part_keys(party.key, documents.digest(party.signed.request), _FEW_PARTS)
+    part_keys = parties.part_keys_of(party)
     signs, strength = segments.all_signs(found, part_keys), float(mark.strength)
     bits = np.full(found.number, -1)
     bits[told[0]] = told[1]

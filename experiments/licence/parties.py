@@ -78,6 +78,12 @@ def opened(content: bytes, party: Party) -> dict[str, np.ndarray]:
         return files.read(written[0]).leaves
 
 
+def part_keys_of(party: Party) -> list[keys.SecretKey]:
+    """The owner's keys of all parts of a licence."""
+    plain, request = party.signed.offer.offer, party.signed.request
+    return segments.part_keys(party.key, documents.digest(request), plain.num_parts)
+
+
 def divided(party: Party, mark: carriers.Mark) -> segments.Segments:
     """The segments of a licence."""
     plain = party.signed.offer.offer
@@ -91,9 +97,7 @@ def copy(party: Party, base: Leaves, mark: carriers.Mark, word: np.ndarray) -> d
     mark = mark._replace(spec=carriers.with_ties(mark.spec, dict(base)))
     marked = {name: np.asarray(leaf) for name, leaf in embedding.embed(dict(base), mark, word, strength).items()}
     found = divided(party, mark)
-    signs = segments.all_signs(
-        found, segments.part_keys(party.key, documents.digest(party.signed.request), party.signed.offer.offer.num_parts)
-    )
+    signs = segments.all_signs(found, part_keys_of(party))
     made = variants.cut(marked, mark, found, signs, strength)
     chosen = [pair[bit] for pair, bit in zip(made.variants, party.secrets.choices.bits.tolist(), strict=True)]
     return variants.join(made.rest, made.places, made.bases, chosen, found)
@@ -127,26 +131,18 @@ class Reader(NamedTuple):
 def reader(party: Party, mark: carriers.Mark) -> Reader:
     """The reader of one licence."""
     found = divided(party, mark)
-    return Reader(
-        party,
-        found,
-        segments.all_signs(found, segments.part_keys(party.key, documents.digest(party.signed.request), NUM_PARTS)),
-    )
+    return Reader(party, found, segments.all_signs(found, part_keys_of(party)))
 
 
 def challenge(
     party: Party,
     suspect: str,
     earlier: tuple[documents.Earlier, ...] = (),
-    part_keys: Sequence[keys.SecretKey] | None = None,
 ) -> licence.Challenge:
     """The owner's challenge to open one more part in a dispute about this suspect."""
-    part_keys = part_keys or segments.part_keys(
-        party.key, documents.digest(party.signed.request), party.signed.offer.offer.num_parts
-    )
     before = [one.part for one in earlier]
     part = next(part for part in licence.order(suspect, party.signed) if part not in before)
-    return licence.Challenge(party.signed, (part,), (part_keys[part].to_bytes().hex(),), earlier)
+    return licence.Challenge(party.signed, (part,), (part_keys_of(party)[part].to_bytes().hex(),), earlier)
 
 
 def answered(party: Party, asked: licence.Challenge, suspect: str, bundle: str) -> dict[int, np.ndarray]:

@@ -46,7 +46,8 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
     meter.start(len(config.networks) * (config.repeats + 1))
     found = []
     for name in config.networks:
-        subject = subjects.load(name, config.base, seed, lambda *_: meter.step("train the base", 0))
+        meter.step(f"{name}: load, mark, calibrate", 0)
+        subject = subjects.load(name, config.base, seed)
         found.append(meter.part(name, 0, functools.partial(_network, subject, config, seed, meter)))
     return {"segments": parties.NUM_SEGMENTS, "parts": parties.NUM_PARTS, "networks": found}
 

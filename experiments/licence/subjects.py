@@ -46,16 +46,16 @@ class Subject(NamedTuple):
     rebuild: Attack | None
 
 
-def load(name: str, config: Any, seed: int, on_step: Callable[..., None] = lambda *_: None) -> Subject:
-    """One of the two networks.
+@functools.lru_cache(maxsize=2)
+def load(name: str, config: Any, seed: int) -> Subject:
+    """One of the two networks; the last ones are kept, since guilt and price use the same.
 
     Args:
       name: of the network.
-      config: as :class:`experiments.licence.guilt.Config`.
+      config: an :class:`experiments.licence.guilt.Config`.
       seed: of training and keys.
-      on_step: called now and then.
     """
-    return _cnn(config, seed, on_step) if name == CNN else _efficientnet(config, seed)
+    return (_cnn if name == CNN else _efficientnet)(config, seed)
 
 
 def _marked(tree: PyTree, key_of: str, shape: carriers.Shape, run: Any, images: Any, config: Any, seed: int) -> Any:
@@ -69,8 +69,8 @@ def _named(tree: PyTree) -> Leaves:
     return {name: np.asarray(leaf) for name, leaf in _trees.named("experiments", tree).items()}
 
 
-def _cnn(config: Any, seed: int, on_step: Callable[..., None]) -> Subject:
-    found = networks.train(models.CNN(), seed, config.epochs, on_step, config.train_images)
+def _cnn(config: Any, seed: int) -> Subject:
+    found = networks.train(models.CNN(), seed, config.epochs, train_images=config.train_images)
     key, run, images = jax.random.key(seed + 1), found.apply_fn, found.images
     graph = alignment.trace_graph(run, found.base, images[:1])
 
