@@ -89,7 +89,7 @@ def check(
     for answer in left:
         with checks.check("answer", ""):
             require(False, f"an answer for the request {answer.answer.request[:16]}..., which this bundle does not ask")
-    return [one for some in tested.values() for one in _convicted(checks, bundle, some)]
+    return [one for some in tested.values() if some for one in _convicted(checks, bundle, some)]
 
 
 def _convicted(checks: Checks, bundle: Bundle, tested: Sequence[Convicted]) -> list[Convicted]:
