@@ -10,7 +10,7 @@ import terminal
 
 from smark_jax import embedding, errors, files, keys, licence, vault
 from smark_jax.licence import documents, group, packages, requests, segments
-from smark_jax.vault import bundles, crypto, models, wallets
+from smark_jax.vault import bundles, crypto, models, store, wallets
 
 CHOICES, PARTS = 512, 4
 
@@ -166,6 +166,18 @@ def test_damaged_package_costs_a_new_word_and_tells_nothing(desk, tmp_path):
     assert second.request.request.attempt == 2 and first.bits != second.bits
     old = smark(desk, "issue", "vault", "net", "--request", "bob.request", "--out", "packages", code=1)
     assert "attempt 2 or a later one" in old
+    # A copy of the first word, kept although the second was asked for: both words are asked of the accused.
+    leaked = tmp_path / "first.safetensors"
+    licence.unpack(package.read_bytes(), first.request, first.secrets, "package", lambda _: leaked)
+    smark(tmp_path, "trace", desk / "vault", "net", leaked)
+    with vault.opened(desk / "vault", terminal.SECRET) as opened:
+        number = store.last_verdict(opened.connection)
+    smark(tmp_path, "evidence", "export", desk / "vault", number, "--out", "both.json")
+    smark(tmp_path, "licence", "answer", damaged, "both.json", "--out", "both.answer")
+    shutil.copy(desk / "base.safetensors", tmp_path)
+    found = verify(tmp_path, "both.answer", bundle="both.json", suspect=leaked)
+    assert len(bundles.read(tmp_path / "both.json").bundle.licences or ()) == 2
+    assert found["holds"] and found["convicted"][0]["customer"] == "Bob"
 
 
 def test_other_customers_request_and_package_are_refused(desk, tmp_path):
