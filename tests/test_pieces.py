@@ -127,6 +127,10 @@ def test_the_parts_of_a_reading_add_up_to_the_whole(key, kind):
     assert whole.carrier.num_pieces in (8, 9)
     np.testing.assert_allclose(sum(some), read(whole), atol=2e-4 * np.abs(read(whole)).max())
     assert all(y @ word / np.linalg.norm(y) > 6 for y in some)
+    if kind != "sharded":
+        parts = [whole.carrier, *map(whole.carrier.part, groups)]
+        together = extraction.extract_parts(suspect, tree, whole, parts, kind == "rectified")
+        np.testing.assert_array_equal(np.asarray(together, np.float64), [read(whole), *some])
 
 
 # Which pieces, and how many

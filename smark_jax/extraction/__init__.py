@@ -12,7 +12,7 @@ from smark_jax.extraction.reading import (
     extract_vectors,
     least_weights,
 )
-from smark_jax.extraction.vectors import shifts
+from smark_jax.extraction.vectors import extract_parts, shifts
 
 __all__ = [
     "Coverage",
@@ -20,6 +20,7 @@ __all__ = [
     "coverage",
     "extract",
     "extract_batch",
+    "extract_parts",
     "extract_vectors",
     "least_weights",
     "shifts",

@@ -1,5 +1,7 @@
 """The vector that chips are read from, for other carriers in the same coordinates."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jaxtyping import Array, Float
@@ -21,10 +23,7 @@ def shifts(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Float[np.ndarr
     Raises:
       SmarkError: as :func:`extract`.
     """
-    marks.check("shifts", mark, base)
-    found, original = (
-        [part[leaf.path] for leaf in mark.spec.leaves] for part in reading.carried("shifts", suspect, base, mark.spec)
-    )
+    found, original = _leaves("shifts", suspect, base, mark)
     if mark.shape is None:
         vector = _scores(found, original, mark.spec.factors)
     else:
@@ -32,6 +31,35 @@ def shifts(suspect: PyTree, base: PyTree, mark: carriers.Mark) -> Float[np.ndarr
     finite = all(bool(np.isfinite(np.asarray(leaf, np.float32)).all()) for leaf in original)
     _validate.all_finite("shifts", "carrying weights in the base", finite)
     return np.asarray(vector)
+
+
+def extract_parts(
+    suspect: PyTree, base: PyTree, mark: carriers.Mark, parts: Sequence[carriers.Carrier], rectify: bool = False
+) -> list[Float[Array, " m"]]:
+    """What :func:`extract` reads with each of these carriers in place of the mark's; a shaped mark is weighted once.
+
+    Args:
+      suspect: the model to read.
+      base: the model that the copies were made from.
+      mark: the model's mark.
+      parts: carriers in its coordinates, such as parts of its own (:meth:`smark_jax.carriers.Carrier.part`).
+      rectify: as for :func:`extract`.
+
+    Raises:
+      SmarkError: as :func:`extract`.
+    """
+    if mark.shape is None:
+        return [reading.extract(suspect, base, mark._replace(carrier=part), rectify) for part in parts]
+    found, original = _leaves("extract_parts", suspect, base, mark)
+    chips, ok = weighting.read_each(found, original, mark, parts)
+    _validate.all_finite("extract_parts", "carrying weights in the base", ok)
+    return chips
+
+
+def _leaves(who: str, suspect: PyTree, base: PyTree, mark: carriers.Mark) -> tuple[list[Array], list[Array]]:
+    marks.check(who, mark, base)
+    found, original = reading.carried(who, suspect, base, mark.spec)
+    return [found[leaf.path] for leaf in mark.spec.leaves], [original[leaf.path] for leaf in mark.spec.leaves]
 
 
 @jax.jit

@@ -62,8 +62,17 @@ def read(
       mark: a mark with a shape.
       vectors: read the leaves that are vectors, and them alone.
     """
+    (chips,), ok = read_each(found, base, mark, [mark.carrier], vectors)
+    return chips, ok
+
+
+def read_each(
+    found: Sequence[Array], base: Sequence[Array], mark: Mark, carriers: Sequence[Carrier], vectors: bool = False
+) -> tuple[list[Float[Array, " m"]], Array]:
+    """:func:`read` by each of these carriers in the mark's coordinates; the shifts are weighted once."""
     values, parts = vector(found, base, mark, vectors)
-    return _chips(values, mark.carrier, _mean([part.weight for part in parts], mark)), _all_finite(base)
+    mean = _mean([part.weight for part in parts], mark)
+    return [_chips(values, carrier, mean) for carrier in carriers], _all_finite(base)
 
 
 @functools.partial(jax.jit, static_argnums=3)

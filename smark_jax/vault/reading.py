@@ -102,12 +102,15 @@ def read(
         expected = "weights that carry the fingerprint"
         got = f"none of the base's {coverage.weights:,} carrying weights"
         raise _validate.fail("trace", expected, got, f"{str(coverage).capitalize()}.", kind=errors.Undecided)
-    chips = extraction.extract(params, original, mark, reading.rectify)
+    every = [mark.carrier, *parts]
+    chips, *shares = map(_wide, extraction.extract_parts(params, original, mark, every, reading.rectify))
     read = files.flatten(params)
     nothing = base_alone(read, mark, original) if control else None
-    some = (extraction.extract(params, original, mark._replace(carrier=part), reading.rectify) for part in parts)
-    shares = tuple(np.asarray(found, np.float64) for found in some)
-    return Read(np.asarray(chips, np.float64), layout.moves, report, coverage, layout.log_maps, nothing, shares, read)
+    return Read(chips, layout.moves, report, coverage, layout.log_maps, nothing, tuple(shares), read)
+
+
+def _wide(chips: Any) -> np.ndarray:
+    return np.asarray(chips, np.float64)
 
 
 def base_alone(like: Mapping[str, np.ndarray], mark: carriers.Mark, original: PyTree | None = None) -> np.ndarray:
