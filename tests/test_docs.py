@@ -115,9 +115,11 @@ def test_the_reference_has_every_command():
     from smark_jax import cli
 
     page = (ROOT / "docs/reference/command-line.md").read_text()
-    names = [command.name or command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands]
-    names += [
-        f"evidence {command.name or command.callback.__name__}" for command in cli._evidence.app.registered_commands
+    groups = [("", cli.app), *((f"{group.name} ", group.typer_instance) for group in cli.app.registered_groups)]
+    names = [
+        prefix + (command.name or command.callback.__name__.replace("_", "-"))
+        for prefix, app in groups
+        for command in app.registered_commands
     ]
     assert set(re.findall(r"^\| `smark ([a-z -]+)` \|", page, flags=re.MULTILINE)) == set(names)
 

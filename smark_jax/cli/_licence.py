@@ -94,7 +94,7 @@ def offer(
     assert newest is not None
 
     def words() -> None:
-        say(f"{len(files):,} offers in {out}. Publish the root of commitment {newest.number} before you send them:")
+        say(f"Offers are in {out}. Publish the root of commitment {newest.number} before you send them:")
         say(f"  {newest.root}")
         say(f"Each customer answers with a request. Then: smark issue {vault} {name} --request REQUEST --out packages")
 
@@ -333,7 +333,7 @@ def pack(
             packed = licensing.pack(models.get(desk, name), requests, out, on_step=done)
 
     def words() -> None:
-        say(f"{len(packed):,} packages in {out}:")
+        say(f"Packages are in {out}:")
         for one in packed:
             say(f"  {one.file.name} for {one.customer}" + (f", attempt {one.attempt}" if one.attempt > 1 else ""))
         say("Each can be opened by its customer's wallet alone: smark licence open WALLET PACKAGE --out COPY")

@@ -116,8 +116,8 @@ def check_contents(
     with checks.check("suspect", f"content hash {bundle.suspect.content}"):
         same = files.content_hash(suspect) == bundle.suspect.content
         require(same, "it is not the model that was accused")
-    opens = f"{len(bundle.pieces)} pieces, whose keys were" if bundle.pieces else "its key is the one that was"
-    with checks.check("carrier", f"{opens} committed to"):
+    parts = f"{len(bundle.pieces)} of its pieces opened, each by a key" if bundle.pieces else "its key is the one"
+    with checks.check("carrier", f"{parts} that was committed to"):
         refuse(openings.wrong_keys(bundle))
     with checks.check("carrying leaves", f"{len(bundle.spec)} leaves, as committed to, and as the base has them"):
         spec = _spec(bundle, base)

@@ -28,7 +28,7 @@ def check(checks: Checks, bundle: Bundle) -> None:
         return
     with checks.check(value, _source(drawn)):
         _check_value(bundle, drawn, named)
-    with checks.check(words, f"{len(bundle.opened)} own words of the draft, each XOR the public word"):
+    with checks.check(words, f"{len(bundle.opened)} opened, each the own word of the draft XOR the public word"):
         for opened in bundle.opened:
             _check_word(bundle, drawn, opened)
 
