@@ -102,7 +102,7 @@ def issue(
         models.check_strength("issue", strength)
     vault = model.vault
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(vault, on_wait):
+    with alone(vault, on_wait):
         new = _license(model, customers, strength)
         commitments.write_all(vault)
         licences = _licences(model, customers, out)
@@ -121,7 +121,7 @@ def issue(
 
 
 @contextlib.contextmanager
-def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
+def alone(vault: folder.Vault, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Lets only one process issue at a time; if that process dies, the operating system frees its lock."""
     path = vault.folder / "issue.lock"
     with contextlib.ExitStack() as held:
@@ -135,7 +135,7 @@ def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
 
 def license_customers(model: models.OpenModel, customers: Sequence[Customer]) -> int:
     """Licenses customers who have no licence, and publishes the commitment, without making copies; returns how many."""
-    with _alone(model.vault, lambda: None):
+    with alone(model.vault):
         new = _license(model, customers, None)
         commitments.write_all(model.vault)
     return new

@@ -105,15 +105,20 @@ def pack(
 
     Raises:
       SmarkError: when a request is not whole, answers no offer of this model, comes from somebody else than an earlier
-        one under the same offer, or is older than one that was served.
+        one under the same offer, or is older than one that was served; when two are of the same customer.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    for name, file in requests:  # all are checked before anything is written
-        _check(model, name, file)
+    serials = [file.request.offer.offer.serial for _, file in requests]
+    if twice := next((i for i, serial in enumerate(serials) if serial in serials[:i]), None):
+        cause = "Serve the newest alone: a customer has one copy."
+        raise _validate.fail("issue", "one request of each customer", f"another one in {requests[twice][0]}", cause)
     packed = []
-    for done, (_, file) in enumerate(requests):
-        on_step(done)
-        packed.append(_pack(model, file, out))
+    with issuing.alone(model.vault):  # what is checked holds until it is noted
+        for name, file in requests:  # all are checked before anything is written
+            _check(model, name, file)
+        out.mkdir(parents=True, exist_ok=True)
+        for done, (_, file) in enumerate(requests):
+            on_step(done)
+            packed.append(_pack(model, file, out))
     on_step(len(requests))
     return packed
 

@@ -23,8 +23,6 @@ from smark_jax.licence.documents import RequestFile, SignedAnswer, SignedOffer, 
 from smark_jax.vault import bundles, crypto, folder
 
 LICENCES, OPENED, PUBLIC = "licences", "opened.sealed", "public.json"
-MOST_ATTEMPTS = 8
-"""After so many words for one owner that brought no copy, a wallet draws none for it."""
 REQUESTED, RECEIVED, DAMAGED = "requested", "received", "damaged"
 
 
@@ -143,9 +141,11 @@ def _add(wallet: Wallet, offer: SignedOffer, arbiter: documents.Arbiter | None) 
     """A request with a new word; all words that the same owner let go to waste count as attempts, under any offer."""
     key = offer.offer.public_key
     wasted = sum(one.request.offer.offer.public_key == key and one.state != RECEIVED for one in held(wallet))
-    if wasted >= MOST_ATTEMPTS:
+    if wasted >= requests.MOST_ATTEMPTS:
         cause = "Its owner spoils packages until a word suits it, or its files do not survive: buy from somebody else."
-        raise _validate.fail("licence", f"at most {MOST_ATTEMPTS} attempts", f"{wasted} words without a copy", cause)
+        raise _validate.fail(
+            "licence", f"at most {requests.MOST_ATTEMPTS} attempts", f"{wasted} words without a copy", cause
+        )
     attempt = wasted + 1
     made = licence.request(offer, wallet.identity, attempt, arbiter)
     choices = made.secrets.choices
