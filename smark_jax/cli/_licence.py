@@ -202,10 +202,13 @@ def answer(
         from smark_jax.licence import documents
         from smark_jax.vault import wallets
 
-        answers = wallets.answer(mine, bundle)
-        _io.write(out, documents.dumps(documents.AnswerFile(answers)))
-    parts = [one.part for signed in answers for one in signed.answer.opened]
-    if any(one.ephemeral for signed in answers for one in signed.answer.opened):
+        found = wallets.answer(mine, bundle)
+        _io.write(out, documents.dumps(documents.AnswerFile(found.given)))
+    opened = [one for signed in found.given for one in signed.answer.opened]
+    parts = [one.part for one in opened]
+    for customer, why in found.lacking:
+        _common.warn(f"nothing of the word of {customer} is opened: {why}")
+    if any(one.ephemeral for one in opened):
         _common.warn(
             "before you hand it over, ask the accused whether it has opened the same part for another bundle "
             "('smark licence status'): a part proves nothing to whoever knows it."
@@ -215,7 +218,7 @@ def answer(
         say(f"{out} opens part {' and '.join(map(str, parts))} of the word, for this bundle alone.")
         say(f"Anybody can check it: smark evidence verify {bundle} SUSPECT BASE --answer {out}")
 
-    _common.show({"answer": str(out), "parts": parts}, as_json, words)
+    _common.show({"answer": str(out), "parts": parts, "lacking": dict(found.lacking)}, as_json, words)
 
 
 @app.command(cls=_common.Command, epilog="Example:\n\n  smark licence status my-wallet")
