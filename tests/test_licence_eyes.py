@@ -217,7 +217,11 @@ def test_a_customer_with_an_offer_gets_no_copy_without_a_word(desk):
 
 
 def test_the_same_dispute_is_not_exported_under_another_commitment(accused):
-    smark(accused, "evidence", "export", "vault", 1, "--out", "again.json")
+    """It would be the first bundle, and not hold against that commitment alone."""
     smark(accused, "issue", "vault", "net", "Dora", "--out", "copies")
-    refused = smark(accused, "evidence", "export", "vault", 1, "--commitment", 1, "--out", "again.json")
-    assert "commitment 1" in refused
+    smark(accused, "trace", "vault", "net", "ada.safetensors")
+    smark(accused, "evidence", "export", "vault", 2, "--out", "first.json")
+    refused = smark(accused, "evidence", "export", "vault", 2, "--commitment", 2, "--out", "again.json", code=1)
+    assert "the commitments from 1" in refused
+    smark(accused, "evidence", "export", "vault", 2, "--out", "again.json")
+    assert (accused / "first.json").read_bytes() == (accused / "again.json").read_bytes()

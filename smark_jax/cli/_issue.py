@@ -83,7 +83,12 @@ def issue(
         runs = _common.runnable(network, images, model.base_file) or teaching
         spared = model.settings.shape.images if model.settings.shape else 0
         trial = trials.Running(runs, model.base, spared) if runs else None
-        known = registry.registered(desk) if everybody else []
+        offered = issuing.to_request(model) if everybody else set()
+        known = [one for one in registry.registered(desk) if one.serial not in offered] if everybody else []
+        if offered:
+            _common.warn(
+                f"{len(offered):,} customers have an offer of a licence and are left out: --request makes their copies."
+            )
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
         everyone = sorted(set(chosen) | set(known))
         waiting = lambda: _common.err.print("another smark issues from this vault; waiting for it")  # noqa: E731

@@ -85,6 +85,7 @@ def offer(
         model = models.get(desk, name)
         chosen = sorted(set(registry.resolve(desk, list(dict.fromkeys(names)))))
         made = licensing.offer(model, chosen, choices, parts)
+        plain = licensing.without_word(model, chosen)
         out.mkdir(parents=True, exist_ok=True)
         files = []
         for customer, content in made:
@@ -92,13 +93,24 @@ def offer(
             _io.write(files[-1], content)
         newest = commitments.latest(desk, name)
     assert newest is not None
+    if plain:
+        _common.warn(
+            f"copies without a secret word were made before for {', '.join(plain)}. If such a copy leaks, the word is "
+            "not in it: ask for none then (smark evidence export --parts 0)."
+        )
 
     def words() -> None:
         say(f"{len(files):,} offers in {out}. Publish the root of commitment {newest.number} before you send them:")
         say(f"  {newest.root}")
         say(f"Each customer answers with a request. Then: smark issue {vault} {name} --request REQUEST --out packages")
 
-    _common.show({"offers": list(map(str, files)), "commitment": newest.number, "root": newest.root}, as_json, words)
+    document = {
+        "offers": list(map(str, files)),
+        "commitment": newest.number,
+        "root": newest.root,
+        "without_word": plain,
+    }
+    _common.show(document, as_json, words)
 
 
 @app.command(
@@ -247,18 +259,10 @@ def status(wallet: WalletPath, passphrase_file: PassphraseFile = None, as_json: 
 
     def words() -> None:
         say(f"Fingerprint: {key}")
-        columns = ("model", "customer", "attempt", "state", "parts opened")
-        table = [
-            (
-                row["model"],
-                row["customer"],
-                str(row["attempt"]),
-                row["state"],
-                f"{len(row['opened'])} of {row['parts']}",
-            )
-            for row in rows
-        ]
-        _common.out.table(columns, table, keep=("state", "model"), figures=("attempt",))
+        columns = ("model", "customer", "attempt", "state")
+        opened = [f"{len(row['opened'])} of {row['parts']}" for row in rows]
+        table = [(*(str(row[name]) for name in columns), part) for row, part in zip(rows, opened, strict=True)]
+        _common.out.table((*columns, "parts opened"), table, keep=("state", "model"), figures=("attempt",))
 
     _common.show({"fingerprint": key, "licences": rows}, as_json, words)
 

@@ -95,12 +95,14 @@ def issue(
 
     Raises:
       NotFinite: when a taught copy has NaN or infinite weights, or a copy answers NaN or infinite values.
-      SmarkError: when there are no customers, a customer has a copy of another strength, or a copy would not work.
+      SmarkError: when there are no customers, a customer has a copy of another strength or an offer of a licence, or a
+        copy would not work.
     """
     _validate.positive("issue", "the number of customers", len(customers))
     if strength is not None:
         models.check_strength("issue", strength)
     vault = model.vault
+    _refuse_offered(model, customers)
     out.mkdir(parents=True, exist_ok=True)
     with alone(vault, on_wait):
         new = _license(model, customers, strength)
@@ -118,6 +120,24 @@ def issue(
     tried = trial.found() if trial else None
     paths = tuple(licence.path for licence in licences)
     return Issued(newest, new, len(missing), paths, tried, models.unfit(model))
+
+
+def to_request(model: models.OpenModel) -> set[int]:
+    """Serials of customers who have an offer of a licence, and no copy without a secret word."""
+    offered = store.offered(model.vault.connection, model.name)
+    return offered - {serial for serial, _ in store.copies(model.vault.connection, model.name, sorted(offered))}
+
+
+def _refuse_offered(model: models.OpenModel, customers: Sequence[Customer]) -> None:
+    """Refuses to make copies without a secret word for customers who would answer an accusation with theirs."""
+    waiting = to_request(model)
+    if names := [customer.name for customer in customers if customer.serial in waiting]:
+        got = f"{', '.join(map(repr, names[:5]))}{' and others' if len(names) > 5 else ''}, who have an offer of one"
+        cause = (
+            "A copy without a secret word, if it leaked, would name a customer whose word is not in it. Their requests "
+            "make their copies: smark issue --request."
+        )
+        raise _validate.fail("issue", "customers without a licence", got, cause)
 
 
 @contextlib.contextmanager

@@ -88,6 +88,13 @@ def offer(
     return found
 
 
+def without_word(model: models.OpenModel, customers: Sequence[Customer]) -> list[str]:
+    """The names of customers who also have a copy without a secret word."""
+    rows = store.copies(model.vault.connection, model.name, [customer.serial for customer in customers])
+    serials = {serial for serial, _ in rows}
+    return [customer.name for customer in customers if customer.serial in serials]
+
+
 def pack(
     model: models.OpenModel,
     requests: Sequence[tuple[str, RequestFile]],
@@ -238,7 +245,12 @@ def kept(
             cause = "Trace the suspect again for a new dispute, which opens further parts."
             got = "a request for other parts than the bundle that was exported before"
             raise _validate.fail("evidence", "one bundle for each suspect of a verdict", got, cause)
-        return _bundle(model, names.pop()).read_bytes()
+        path = _bundle(model, names.pop())
+        numbers = [[item.commitment.number for item in one.chain] for one in (bundles.read(path).bundle, bundle)]
+        if numbers[0] != numbers[1]:
+            cause = f"It opens words under the commitments from {numbers[0][0]}: state the same --commitment as then."
+            raise _validate.fail("evidence", "one bundle for each suspect of a verdict", "other commitments", cause)
+        return path.read_bytes()
     digest = bundles.digest(bundle)
     _bundle(model, digest).parent.mkdir(exist_ok=True)
     _io.write(_bundle(model, digest), content, private=True)
