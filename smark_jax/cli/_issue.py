@@ -11,7 +11,8 @@ from smark_jax.cli import _common, _licence, _names, _outputs
 from smark_jax.cli._common import AsJson, PassphraseFile, VaultPath, say
 
 if TYPE_CHECKING:
-    from smark_jax.vault import issuing, trials
+    from smark_jax.vault import Vault, issuing, trials
+    from smark_jax.vault.customers import Customer
     from smark_jax.vault.models import OpenModel
 
 _SHOWN = 10
@@ -83,7 +84,7 @@ def issue(
         runs = _common.runnable(network, images, model.base_file) or teaching
         spared = model.settings.shape.images if model.settings.shape else 0
         trial = trials.Running(runs, model.base, spared) if runs else None
-        known = registry.registered(desk) if everybody else []
+        known = _everybody(desk, model) if everybody else []
         chosen = registry.resolve(desk, list(dict.fromkeys(names))) if names else []
         everyone = sorted(set(chosen) | set(known))
         waiting = lambda: _common.err.print("another smark issues from this vault; waiting for it")  # noqa: E731
@@ -118,6 +119,19 @@ def issue(
         timestamp_request=wanted,
     )
     _common.show(report, as_json, lambda: _say(vault, issued, report))
+
+
+def _everybody(desk: "Vault", model: "OpenModel") -> "list[Customer]":
+    """All registered customers but those with an offer of a licence; says how many these are."""
+    from smark_jax.vault import customers as registry
+    from smark_jax.vault import issuing
+
+    offered = issuing.to_request(model)
+    if offered:
+        _common.warn(
+            f"{len(offered):,} customers have an offer of a licence and are left out: --request makes their copies."
+        )
+    return [customer for customer in registry.registered(desk) if customer.serial not in offered]
 
 
 class _Commitment(NamedTuple):

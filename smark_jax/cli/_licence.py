@@ -85,6 +85,7 @@ def offer(
         model = models.get(desk, name)
         chosen = sorted(set(registry.resolve(desk, list(dict.fromkeys(names)))))
         made = licensing.offer(model, chosen, choices, parts)
+        plain = licensing.without_word(model, chosen)
         out.mkdir(parents=True, exist_ok=True)
         files = []
         for customer, content in made:
@@ -92,13 +93,24 @@ def offer(
             _io.write(files[-1], content)
         newest = commitments.latest(desk, name)
     assert newest is not None
+    if plain:
+        _common.warn(
+            f"copies without a secret word were made before for {', '.join(plain)}. If such a copy leaks, the word is "
+            "not in it: ask for none then (smark evidence export --parts 0)."
+        )
 
     def words() -> None:
         say(f"Offers are in {out}. Publish the root of commitment {newest.number} before you send them:")
         say(f"  {newest.root}")
         say(f"Each customer answers with a request. Then: smark issue {vault} {name} --request REQUEST --out packages")
 
-    _common.show({"offers": list(map(str, files)), "commitment": newest.number, "root": newest.root}, as_json, words)
+    document = {
+        "offers": list(map(str, files)),
+        "commitment": newest.number,
+        "root": newest.root,
+        "without_word": plain,
+    }
+    _common.show(document, as_json, words)
 
 
 @app.command(
@@ -202,10 +214,13 @@ def answer(
         from smark_jax.licence import documents
         from smark_jax.vault import wallets
 
-        answers = wallets.answer(mine, bundle)
-        _io.write(out, documents.dumps(documents.AnswerFile(answers)))
-    parts = [one.part for signed in answers for one in signed.answer.opened]
-    if any(one.ephemeral for signed in answers for one in signed.answer.opened):
+        found = wallets.answer(mine, bundle)
+        _io.write(out, documents.dumps(documents.AnswerFile(found.given)))
+    opened = [one for signed in found.given for one in signed.answer.opened]
+    parts = [one.part for one in opened]
+    for customer, why in found.lacking:
+        _common.warn(f"nothing of the word of {customer} is opened: {why}")
+    if any(one.ephemeral for one in opened):
         _common.warn(
             "before you hand it over, ask the accused whether it has opened the same part for another bundle "
             "('smark licence status'): a part proves nothing to whoever knows it."
@@ -215,7 +230,7 @@ def answer(
         say(f"{out} opens part {' and '.join(map(str, parts))} of the word, for this bundle alone.")
         say(f"Anybody can check it: smark evidence verify {bundle} SUSPECT BASE --answer {out}")
 
-    _common.show({"answer": str(out), "parts": parts}, as_json, words)
+    _common.show({"answer": str(out), "parts": parts, "lacking": dict(found.lacking)}, as_json, words)
 
 
 @app.command(cls=_common.Command, epilog="Example:\n\n  smark licence status my-wallet")
@@ -244,18 +259,10 @@ def status(wallet: WalletPath, passphrase_file: PassphraseFile = None, as_json: 
 
     def words() -> None:
         say(f"Fingerprint: {key}")
-        columns = ("model", "customer", "attempt", "state", "parts opened")
-        table = [
-            (
-                row["model"],
-                row["customer"],
-                str(row["attempt"]),
-                row["state"],
-                f"{len(row['opened'])} of {row['parts']}",
-            )
-            for row in rows
-        ]
-        _common.out.table(columns, table, keep=("state", "model"), figures=("attempt",))
+        columns = ("model", "customer", "attempt", "state")
+        opened = [f"{len(row['opened'])} of {row['parts']}" for row in rows]
+        table = [(*(str(row[name]) for name in columns), part) for row, part in zip(rows, opened, strict=True)]
+        _common.out.table((*columns, "parts opened"), table, keep=("state", "model"), figures=("attempt",))
 
     _common.show({"fingerprint": key, "licences": rows}, as_json, words)
 

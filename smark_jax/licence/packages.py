@@ -94,13 +94,21 @@ class Opened(NamedTuple):
     start: int
 
 
-def named(content: bytes, where: str) -> str:
-    """The digest of the request that a package says it answers; nothing of it is checked.
+class Named(NamedTuple):
+    """What a package says of itself: the digest of the request that it answers, and its own but for its time."""
+
+    request: str
+    digest: str
+
+
+def named(content: bytes, where: str) -> Named:
+    """Which package this says it is; nothing of it is checked. A package that is made again has the same digest.
 
     Raises:
       Unreadable: when it is no package, or is cut short.
     """
-    return _head(content, where)[0].package.request
+    package = _head(content, where)[0].package
+    return Named(package.request, documents.digest(package._replace(created="")))
 
 
 def head(content: bytes, owner: str, request: str, where: str) -> Opened:

@@ -14,6 +14,12 @@ from smark_jax.licence.identities import Identity
 NUM_SEGMENTS, NUM_PARTS = 4096, 8
 FEWEST, MOST = 64, 1 << 16
 """Of choices: with fewer, a part convicts nobody; with more, documents grow without use."""
+MOST_ATTEMPTS = 8
+"""After so many words for one owner that brought no copy, a customer draws none for it. A p-value pays for the number,
+which the customer states: a large one would make every conviction fail."""
+_LONGEST_TEXT = 200
+# A sealed part is a public key, the secret that sealed it, the openings, and what authenticates them.
+_SEALING = 32 + 32 + 16
 _AGAIN = "Ask for the file again: it may have been changed, or be another one."
 
 
@@ -63,6 +69,7 @@ def check_offer(signed: SignedOffer) -> None:
     several = 1 <= offer.num_parts <= min(256, offer.num_segments) and offer.num_segments % offer.num_parts == 0
     numbers = f"{offer.num_segments} in {offer.num_parts} parts"
     _require(FEWEST <= offer.num_segments <= MOST and several, f"{FEWEST} to {MOST:,} choices in equal parts", numbers)
+    _short(offer.created, offer.model, offer.customer)
 
 
 def request(offer: SignedOffer, identity: Identity, attempt: int = 1, arbiter: Arbiter | None = None) -> Made:
@@ -123,7 +130,8 @@ def check(signed: SignedRequest, pieces: Sequence[bytes] | None = None) -> None:
     _require(found.offer == documents.digest(offer), "a request under its offer", "one under another offer")
     points = transfer.split(bytes.fromhex(found.points))
     _require(len(points) == offer.num_segments, f"{offer.num_segments} points", f"{len(points)}")
-    _require(found.attempt >= 1, "a request with its attempt's number", "attempt 0")
+    _require(1 <= found.attempt <= MOST_ATTEMPTS, f"attempt 1 to {MOST_ATTEMPTS}", f"attempt {found.attempt}")
+    _short(found.created)
     _require(all(map(group.is_point, [bytes.fromhex(found.rest), *points])), "points of the group", "other bytes")
     _require(len(set(points)) == len(points), "points that are all different", "one that comes twice")
     wanted = ()
@@ -134,6 +142,8 @@ def check(signed: SignedRequest, pieces: Sequence[bytes] | None = None) -> None:
     if pieces is not None:
         same = tuple(map(documents.sha256, pieces)) == wanted
         _require(same, "the deposit that the customer signed", "another one, or none")
+        size = _sealed_size(offer)
+        _require(all(len(piece) <= size for piece in pieces), f"sealed parts of at most {size:,} bytes", "longer ones")
 
 
 def seed(signed: Request) -> bytes:
@@ -155,6 +165,18 @@ def openings(choices: transfer.Choices, numbers: np.ndarray) -> bytes:
     """The scalars of these segments, then their bits, packed."""
     scalars = transfer.split(choices.scalars)
     return b"".join(scalars[i] for i in numbers.tolist()) + np.packbits(choices.bits[numbers]).tobytes()
+
+
+def _sealed_size(offer: Offer) -> int:
+    """The bytes of a deposit's sealed part; a false one may have fewer."""
+    count = offer.num_segments // offer.num_parts
+    return _SEALING + 32 * count + -(-count // 8)
+
+
+def _short(*texts: str) -> None:
+    """Evidence holds what a customer signed, and must stay small enough to be read."""
+    longest = max(map(len, texts))
+    _require(longest <= _LONGEST_TEXT, f"texts of at most {_LONGEST_TEXT} characters", f"one of {longest:,}")
 
 
 def _check_arbiter(arbiter: Arbiter) -> None:

@@ -104,7 +104,12 @@ def _convicted(checks: Checks, bundle: Bundle, tested: Sequence[Convicted]) -> l
 
 def _check_licence(bundle: Bundle, challenge: Challenge) -> None:
     """Requires that the challenge is whole, and that its offer is about the accused, the model and the commitment."""
-    offer = challenge.request.offer.offer
+    offer, request = challenge.request.offer.offer, challenge.request.request
+    for other in bundle.licences or ():
+        same = documents.digest(other.request.request) == documents.digest(request)
+        require(other is challenge or not same, "the bundle asks for its word twice")
+        same = other.request.offer.offer.serial != offer.serial or other.request.request.identity == request.identity
+        require(same, "another key signed another licence of this customer")
     try:
         conviction.check_challenge(challenge, bundle.suspect.content)
     except errors.SmarkError as error:
@@ -142,7 +147,7 @@ def _parts(challenge: Challenge) -> str:
     return f"part{'s' * (len(challenge.parts) > 1)} {parts}"
 
 
-def statements(bundle: Bundle, convicted: Sequence[Convicted]) -> tuple[str, ...]:
+def statements(bundle: Bundle, convicted: Sequence[Convicted], answers: Sequence[SignedAnswer] = ()) -> tuple[str, ...]:
     """What rests on whose word, as far as secret words go."""
     if not bundle.licences:
         return (
@@ -150,6 +155,7 @@ def statements(bundle: Bundle, convicted: Sequence[Convicted]) -> tuple[str, ...
             "itself, nothing here excludes that",
         )
     found, done = [], {one.customer for one in convicted}
+    answered = {one.answer.request for one in answers}
     for challenge in bundle.licences:
         name = challenge.request.offer.offer.customer
         key = challenge.request.request.identity
@@ -164,6 +170,10 @@ def statements(bundle: Bundle, convicted: Sequence[Convicted]) -> tuple[str, ...
                     f"that {name!r} had not opened {_parts(challenge)} for another bundle before its arbiter did: "
                     "its wallet's status says what it has opened"
                 )
+        elif documents.digest(challenge.request.request) in answered:
+            found.append(
+                f"that the owner did not put this codeword into the suspect: the answer of {name!r} does not show that"
+            )
         else:
             found.append(
                 f"that the owner did not put this codeword into the suspect: {name!r} was asked to open "

@@ -95,14 +95,16 @@ def issue(
 
     Raises:
       NotFinite: when a taught copy has NaN or infinite weights, or a copy answers NaN or infinite values.
-      SmarkError: when there are no customers, a customer has a copy of another strength, or a copy would not work.
+      SmarkError: when there are no customers, a customer has a copy of another strength or an offer of a licence, or a
+        copy would not work.
     """
     _validate.positive("issue", "the number of customers", len(customers))
     if strength is not None:
         models.check_strength("issue", strength)
     vault = model.vault
+    _refuse_offered(model, customers)
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(vault, on_wait):
+    with alone(vault, on_wait):
         new = _license(model, customers, strength)
         commitments.write_all(vault)
         licences = _licences(model, customers, out)
@@ -120,8 +122,26 @@ def issue(
     return Issued(newest, new, len(missing), paths, tried, models.unfit(model))
 
 
+def to_request(model: models.OpenModel) -> set[int]:
+    """Serials of customers who have an offer of a licence, and no copy without a secret word."""
+    offered = store.offered(model.vault.connection, model.name)
+    return offered - {serial for serial, _ in store.copies(model.vault.connection, model.name, sorted(offered))}
+
+
+def _refuse_offered(model: models.OpenModel, customers: Sequence[Customer]) -> None:
+    """Refuses to make copies without a secret word for customers who would answer an accusation with theirs."""
+    waiting = to_request(model)
+    if names := [customer.name for customer in customers if customer.serial in waiting]:
+        got = f"{', '.join(map(repr, names[:5]))}{' and others' if len(names) > 5 else ''}, who have an offer of one"
+        cause = (
+            "A copy without a secret word, if it leaked, would name a customer whose word is not in it. Their requests "
+            "make their copies: smark issue --request."
+        )
+        raise _validate.fail("issue", "customers without a licence", got, cause)
+
+
 @contextlib.contextmanager
-def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
+def alone(vault: folder.Vault, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Lets only one process issue at a time; if that process dies, the operating system frees its lock."""
     path = vault.folder / "issue.lock"
     with contextlib.ExitStack() as held:
@@ -135,7 +155,7 @@ def _alone(vault: folder.Vault, on_wait: Callable[[], None]) -> Iterator[None]:
 
 def license_customers(model: models.OpenModel, customers: Sequence[Customer]) -> int:
     """Licenses customers who have no licence, and publishes the commitment, without making copies; returns how many."""
-    with _alone(model.vault, lambda: None):
+    with alone(model.vault):
         new = _license(model, customers, None)
         commitments.write_all(model.vault)
     return new

@@ -88,6 +88,13 @@ def offer(
     return found
 
 
+def without_word(model: models.OpenModel, customers: Sequence[Customer]) -> list[str]:
+    """The names of customers who also have a copy without a secret word."""
+    rows = store.copies(model.vault.connection, model.name, [customer.serial for customer in customers])
+    serials = {serial for serial, _ in rows}
+    return [customer.name for customer in customers if customer.serial in serials]
+
+
 def pack(
     model: models.OpenModel,
     requests: Sequence[tuple[str, RequestFile]],
@@ -105,15 +112,20 @@ def pack(
 
     Raises:
       SmarkError: when a request is not whole, answers no offer of this model, comes from somebody else than an earlier
-        one under the same offer, or is older than one that was served.
+        one under the same offer, or is older than one that was served; when two are of the same customer.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    for name, file in requests:  # all are checked before anything is written
-        _check(model, name, file)
+    serials = [file.request.offer.offer.serial for _, file in requests]
+    if twice := next((i for i, serial in enumerate(serials) if serial in serials[:i]), None):
+        cause = "Serve the newest alone: a customer has one copy."
+        raise _validate.fail("issue", "one request of each customer", f"another one in {requests[twice][0]}", cause)
     packed = []
-    for done, (_, file) in enumerate(requests):
-        on_step(done)
-        packed.append(_pack(model, file, out))
+    with issuing.alone(model.vault):  # what is checked holds until it is noted
+        for name, file in requests:  # all are checked before anything is written
+            _check(model, name, file)
+        out.mkdir(parents=True, exist_ok=True)
+        for done, (_, file) in enumerate(requests):
+            on_step(done)
+            packed.append(_pack(model, file, out))
     on_step(len(requests))
     return packed
 
@@ -233,7 +245,12 @@ def kept(
             cause = "Trace the suspect again for a new dispute, which opens further parts."
             got = "a request for other parts than the bundle that was exported before"
             raise _validate.fail("evidence", "one bundle for each suspect of a verdict", got, cause)
-        return _bundle(model, names.pop()).read_bytes()
+        path = _bundle(model, names.pop())
+        numbers = [[item.commitment.number for item in one.chain] for one in (bundles.read(path).bundle, bundle)]
+        if numbers[0] != numbers[1]:
+            cause = f"It opens words under the commitments from {numbers[0][0]}: state the same --commitment as then."
+            raise _validate.fail("evidence", "one bundle for each suspect of a verdict", "other commitments", cause)
+        return path.read_bytes()
     digest = bundles.digest(bundle)
     _bundle(model, digest).parent.mkdir(exist_ok=True)
     _io.write(_bundle(model, digest), content, private=True)

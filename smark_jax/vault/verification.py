@@ -132,7 +132,7 @@ def verify(
         header=header,
         root=content.commitment.root,
         compared=bool(roots),
-        statements=(*_statements(content), *convicting.statements(content, convicted)),
+        statements=(*_statements(content), *convicting.statements(content, convicted, answers)),
         num_customers=content.customers,
         largest_alpha=largest_alpha,
         convicted=tuple(convicted),

@@ -8,23 +8,23 @@ where a damaged one is damaged. It opens no part of a word for a second bundle.
 """
 
 import contextlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
 
-from smark_jax import _documents, _io, _validate, keys, licence
+from smark_jax import _documents, _io, _validate, errors, keys, licence
 from smark_jax._documents import Hash, Hex
 from smark_jax.licence import conviction, documents, packages, requests, transfer
-from smark_jax.licence.documents import RequestFile, SignedAnswer, SignedOffer, SignedRequest
+from smark_jax.licence.documents import Challenge, RequestFile, SignedAnswer, SignedOffer, SignedRequest
 from smark_jax.vault import bundles, crypto, folder
+from smark_jax.vault.documents import Bundle
 
 LICENCES, OPENED, PUBLIC = "licences", "opened.sealed", "public.json"
-MOST_ATTEMPTS = 8
-"""After so many words for one owner that brought no copy, a wallet draws none for it."""
 REQUESTED, RECEIVED, DAMAGED = "requested", "received", "damaged"
 
 
@@ -46,7 +46,7 @@ class Held(NamedTuple):
       bits: the word, packed.
       rest: the scalar of the rest's key.
       state: requested, received or damaged.
-      package: the SHA-256 of the package that was opened or refused; empty before.
+      package: the digest of the package that was opened or refused, without its time; empty before.
     """
 
     request: SignedRequest
@@ -143,9 +143,11 @@ def _add(wallet: Wallet, offer: SignedOffer, arbiter: documents.Arbiter | None) 
     """A request with a new word; all words that the same owner let go to waste count as attempts, under any offer."""
     key = offer.offer.public_key
     wasted = sum(one.request.offer.offer.public_key == key and one.state != RECEIVED for one in held(wallet))
-    if wasted >= MOST_ATTEMPTS:
+    if wasted >= requests.MOST_ATTEMPTS:
         cause = "Its owner spoils packages until a word suits it, or its files do not survive: buy from somebody else."
-        raise _validate.fail("licence", f"at most {MOST_ATTEMPTS} attempts", f"{wasted} words without a copy", cause)
+        raise _validate.fail(
+            "licence", f"at most {requests.MOST_ATTEMPTS} attempts", f"{wasted} words without a copy", cause
+        )
     attempt = wasted + 1
     made = licence.request(offer, wallet.identity, attempt, arbiter)
     choices = made.secrets.choices
@@ -177,8 +179,7 @@ def receive(
       SmarkError: when it belongs to no request of this wallet, or another package was opened for its request.
       Damaged: when its owner spoiled it.
     """
-    mine = _of_package(wallet, content, where)
-    digest = documents.sha256(content)
+    mine, digest = _of_package(wallet, content, where)
     if mine.state == DAMAGED or (mine.state == RECEIVED and mine.package != digest):
         got = "a second package for the same request"
         cause = (
@@ -204,7 +205,7 @@ def complain(wallet: Wallet, content: bytes, where: str) -> Held:
     Raises:
       SmarkError: when the package is not known to be damaged, or the owner has spoiled too many.
     """
-    mine = _of_package(wallet, content, where)
+    mine, _ = _of_package(wallet, content, where)
     if mine.state != DAMAGED:
         cause = "Open it first: 'smark licence open'. Only a damaged package is a reason for a new word."
         raise _validate.fail("licence", "a package that is damaged", f"one of a licence that is {mine.state}", cause)
@@ -215,56 +216,86 @@ def complain(wallet: Wallet, content: bytes, where: str) -> Held:
     return _add(wallet, mine.request.offer, old.deposit.arbiter if old.deposit else None)
 
 
-def answer(wallet: Wallet, bundle: Path) -> tuple[SignedAnswer, ...]:
+class Answers(NamedTuple):
+    """What a wallet answers to a bundle.
+
+    Attributes:
+      given: the answers.
+      lacking: of each customer whose deposit cannot be opened, the name and why.
+    """
+
+    given: tuple[SignedAnswer, ...]
+    lacking: tuple[tuple[str, str], ...]
+
+
+def answer(wallet: Wallet, bundle: Path) -> Answers:
     """The openings that a bundle asks of this wallet: of its own words, or of words deposited with it.
 
-    Asking again with the same bundle gives the same openings.
+    Asking again with the same bundle gives the same openings. A deposit that cannot be opened does not keep others from
+    being opened.
 
     Raises:
       SmarkError: when the bundle is not genuine, asks nothing of this wallet, or asks for a part that was
         opened before.
     """
     signed = bundles.read(bundle)
-    about = signed.bundle
     if not bundles.genuine(signed):
         cause = "It was changed after its owner signed it: ask for it again."
         raise _validate.fail("licence", "a bundle that its owner signed", "another signature", cause)
-    digest, own = bundles.digest(about), {documents.digest(one.request.request): one for one in held(wallet)}
-    found = []
-    for challenge in about.licences or ():
+    digest, own = bundles.digest(signed.bundle), {documents.digest(one.request.request): one for one in held(wallet)}
+    found, lacking, failed = {}, [], None
+    for challenge in _asked(wallet, signed.bundle, own):
         name = documents.digest(challenge.request.request)
-        deposit = challenge.request.request.deposit
+        try:
+            if name in own:
+                made = conviction.answer(challenge, digest, own[name].secrets.choices, wallet.identity)
+            else:
+                made = conviction.answer_deposit(challenge, digest, wallet.identity)
+            found[Given(name, digest, challenge.parts)] = made
+        except errors.SmarkError as error:
+            lacking.append((challenge.request.offer.offer.customer, error.desk))
+            failed = error
+    if failed and not found:
+        raise failed
+    _open_once(wallet, tuple(found))
+    return Answers(tuple(found.values()), tuple(lacking))
+
+
+def _asked(wallet: Wallet, bundle: Bundle, own: Collection[str]) -> list[Challenge]:
+    """What a bundle asks of this wallet, checked before anything is opened."""
+    found: dict[str, Challenge] = {}
+    for challenge in bundle.licences or ():
+        name, deposit = documents.digest(challenge.request.request), challenge.request.request.deposit
         deposited = bool(deposit) and deposit.arbiter == wallet.identity.public and bool(challenge.pieces)
         if name not in own and not deposited:
             continue
-        conviction.check_challenge(challenge, about.suspect.content)
-        if challenge.request.offer.offer.public_key != about.header.public_key:
+        if name in found:
+            cause = "Its owner tries several keys at one word: a bundle of smark asks for each word once."
+            raise _validate.fail("licence", "a bundle that asks for each word once", "one that asks twice", cause)
+        conviction.check_challenge(challenge, bundle.suspect.content)
+        if challenge.request.offer.offer.public_key != bundle.header.public_key:
             cause = "Another owner made this bundle: it cannot ask for openings of your licence."
             raise _validate.fail("licence", "a bundle of the owner who licensed you", "another key", cause)
-        _open_once(wallet, Given(name, digest, challenge.parts))
-        if name in own:
-            found.append(conviction.answer(challenge, digest, own[name].secrets.choices, wallet.identity))
-        else:
-            found.append(conviction.answer_deposit(challenge, digest, wallet.identity))
+        found[name] = challenge
     if not found:
         cause = "Only the accused's wallet, or that of the arbiter whom its request names, can answer."
         raise _validate.fail("licence", "a bundle that asks something of this wallet", "another bundle", cause)
-    return tuple(found)
+    return list(found.values())
 
 
-def _open_once(wallet: Wallet, new: Given) -> None:
+def _open_once(wallet: Wallet, new: Sequence[Given]) -> None:
     """Notes that parts are opened for a bundle; refuses parts that were opened for another one."""
     path, known = wallet.folder / OPENED, given(wallet)
-    for one in known:
-        again = set(one.parts) & set(new.parts)
-        if one.request == new.request and one.bundle != new.bundle and again:
+    for one, other in itertools.product(known, new):
+        again = set(one.parts) & set(other.parts)
+        if one.request == other.request and one.bundle != other.bundle and again:
             got = f"part {min(again)}, which was opened for the bundle {one.bundle[:16]}..."
             cause = (
                 "Its owner knows that part by now, and could build a suspect that fits. It must ask for another part."
             )
             raise _validate.fail("licence", "parts of the word that nobody has seen", got, cause)
-    if new not in known:
-        _io.write(path, _seal(wallet, path, _documents.canonical((*known, new))), private=True)
+    if added := [one for one in new if one not in known]:
+        _io.write(path, _seal(wallet, path, _documents.canonical((*known, *added))), private=True)
 
 
 def given(wallet: Wallet) -> Sequence[Given]:
@@ -273,12 +304,12 @@ def given(wallet: Wallet) -> Sequence[Given]:
     return _documents.parse(tuple[Given, ...], json.loads(_unseal(wallet, path))) if path.exists() else ()
 
 
-def _of_package(wallet: Wallet, content: bytes, where: str) -> Held:
-    """The request that a package answers."""
-    named = packages.named(content, where)
+def _of_package(wallet: Wallet, content: bytes, where: str) -> tuple[Held, str]:
+    """The request that a package answers, and the package's digest."""
+    named, digest = packages.named(content, where)
     for one in held(wallet):
         if documents.digest(one.request.request) == named:
-            return one
+            return one, digest
     cause = "Is it another customer's, or for another wallet of yours?"
     raise _validate.fail("licence", "a package for a request of this wallet", f"one for {named[:16]}...", cause)
 

@@ -245,6 +245,12 @@ def licence_files(connection: Connection, model: str, serial: int) -> list[Licen
     return list(map(LicenceFile._make, connection.execute(query, (model, serial))))
 
 
+def offered(connection: Connection, model: str) -> set[int]:
+    """Serials of the customers who were offered a licence of a model."""
+    query = "SELECT DISTINCT serial FROM licence_files WHERE model = ? AND kind = 'offer'"
+    return {serial for (serial,) in connection.execute(query, (model,))}
+
+
 def model_of_copy(connection: Connection, sha256: str, but: str) -> str | None:
     """A model other than ``but`` of which this file is a copy; None when there is none."""
     query = "SELECT model FROM copies WHERE sha256 = ? AND model <> ?"
