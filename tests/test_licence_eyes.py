@@ -10,8 +10,8 @@ import pytest
 import terminal
 
 from smark_jax import embedding, files, keys, licence, vault
-from smark_jax.licence import documents, segments
-from smark_jax.vault import bundles, licensing, models
+from smark_jax.licence import documents, group, segments
+from smark_jax.vault import bundles, licensing, models, wallets
 
 CHOICES, PARTS = 512, 4
 
@@ -277,3 +277,15 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(served, tmp_path):
     assert failed >= len(steps)
     (one,) = verify(folder, "cleo.json", "cleo.safetensors", "cleo.answer")["convicted"]
     assert one["customer"] == "Cleo" and not list(folder.rglob("*.part"))
+
+
+def test_a_second_licence_of_the_same_model_is_another_attempt(tmp_path):
+    """Packages that open to something useless, each under a new offer, would give an owner as many tries as it likes."""
+    wallet, attempts = wallets.create(tmp_path / "wallet", "a sentence that nobody guesses"), []
+    for model in ("net", "net", "net", "other"):
+        point = group.times_base(licence.scalar(keys.new())).hex()
+        offer = licence.Offer("", model, "Ada", 0, 1, "00" * 32, EVE.public.identity, point, 64, 1)
+        made = wallets.request(wallet, licence.sign_offer(offer, EVE.signing))
+        wallets._write(wallet, made._replace(state=wallets.RECEIVED))
+        attempts.append(made.request.request.attempt)
+    assert attempts == [1, 2, 3, 1]
