@@ -280,7 +280,7 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(served, tmp_path):
 
 
 def test_a_second_licence_of_the_same_model_is_another_attempt(tmp_path):
-    """Packages that open to something useless, each under a new offer, would give an owner as many tries as it likes."""
+    """Packages that open to something useless, each under a new offer, would give an owner more tries."""
     wallet, attempts = wallets.create(tmp_path / "wallet", "a sentence that nobody guesses"), []
     for model in ("net", "net", "net", "other"):
         point = group.times_base(licence.scalar(keys.new())).hex()
