@@ -1,6 +1,8 @@
 """Licences between people who do not keep to the order of things: customers who dodge, owners who forge."""
 
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -8,8 +10,8 @@ import pytest
 import terminal
 
 from smark_jax import embedding, files, keys, licence, vault
-from smark_jax.licence import documents, segments
-from smark_jax.vault import bundles, licensing, models
+from smark_jax.licence import documents, group, segments
+from smark_jax.vault import bundles, licensing, models, wallets
 
 CHOICES, PARTS = 512, 4
 
@@ -225,3 +227,65 @@ def test_the_same_dispute_is_not_exported_under_another_commitment(accused):
     assert "the commitments from 1" in refused
     smark(accused, "evidence", "export", "vault", 2, "--out", "again.json")
     assert (accused / "first.json").read_bytes() == (accused / "again.json").read_bytes()
+
+
+def test_evidence_that_nobody_could_read_is_not_exported(accused):
+    """Many long words together: none of them is noted as asked for."""
+    smark(accused, "trace", "vault", "net", "mixed.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundles, "LARGEST", 40_000)
+        refused = smark(accused, "evidence", "export", "vault", 2, "--out", "large.json", code=1)
+        assert "at most 40,000 bytes" in refused and "--parts 0" in refused
+        smark(accused, "evidence", "export", "vault", 2, "--parts", 0, "--out", "large.json")
+    smark(accused, "evidence", "export", "vault", 2, "--parts", 2, "--out", "large.json")
+
+
+def test_a_disk_that_is_full_at_any_write_loses_nothing(served, tmp_path):
+    """Each step again after a failure gives what it would have given; a noted part is opened for its bundle."""
+    steps = (
+        ("licence", "offer", "vault", "net", "Dora", "--choices", CHOICES, "--parts", PARTS, "--out", "offers"),
+        ("licence", "request", "cleo", "offers/000002-Cleo.offer", "--out", "cleo.request"),
+        ("issue", "vault", "net", "--request", "cleo.request", "--out", "packages"),
+        ("licence", "open", "cleo", "packages/000002-Cleo.package", "--out", "cleo.safetensors"),
+        ("trace", "vault", "net", "cleo.safetensors"),
+        ("evidence", "export", "vault", 2, "--out", "cleo.json"),
+        ("licence", "answer", "cleo", "cleo.json", "--out", "cleo.answer"),
+    )
+    folder, true, failed = tmp_path / "desk", os.fsync, 0
+    shutil.copytree(served, folder)
+    smark(folder, "licence", "init", "cleo")
+    for step in steps:
+        for number in range(100):
+            left = number
+
+            def fsync(handle):
+                nonlocal left
+                left -= 1
+                if left == -1:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                true(handle)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "fsync", fsync)
+                ran = terminal.run(*step, folder=folder)
+            if not ran.code:
+                break
+            failed += 1
+            assert "Traceback" not in ran.err and "No space" in ran.err.replace("\n", " "), ran.err
+        else:
+            pytest.fail("never whole")
+    assert failed >= len(steps)
+    (one,) = verify(folder, "cleo.json", "cleo.safetensors", "cleo.answer")["convicted"]
+    assert one["customer"] == "Cleo" and not list(folder.rglob("*.part"))
+
+
+def test_a_second_licence_of_the_same_model_is_another_attempt(tmp_path):
+    """Packages that open to something useless, each under a new offer, would give an owner more tries."""
+    wallet, attempts = wallets.create(tmp_path / "wallet", "a sentence that nobody guesses"), []
+    for model in ("net", "net", "net", "other"):
+        point = group.times_base(licence.scalar(keys.new())).hex()
+        offer = licence.Offer("", model, "Ada", 0, 1, "00" * 32, EVE.public.identity, point, 64, 1)
+        made = wallets.request(wallet, licence.sign_offer(offer, EVE.signing))
+        wallets._write(wallet, made._replace(state=wallets.RECEIVED))
+        attempts.append(made.request.request.attempt)
+    assert attempts == [1, 2, 3, 1]

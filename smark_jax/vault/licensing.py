@@ -234,7 +234,8 @@ def kept(
       about: the number of its verdict, and the suspect's place.
 
     Raises:
-      SmarkError: when the same dispute asked for other parts, or for those of others.
+      SmarkError: when the same dispute asked for other parts, for those of others or under other commitments, or the
+        bundle is too large to be read.
     """
     wanted = {documents.digest(one.request.request): one for one in asking}
     serials = {one.request.offer.offer.serial for one in asking}
@@ -251,6 +252,10 @@ def kept(
             cause = f"It opens words under the commitments from {numbers[0][0]}: state the same --commitment as then."
             raise _validate.fail("evidence", "one bundle for each suspect of a verdict", "other commitments", cause)
         return path.read_bytes()
+    if len(content) > bundles.LARGEST:
+        cause = "The words of all the accused are too long together: export without asking for them, by --parts 0."
+        expected = f"evidence of at most {bundles.LARGEST:,} bytes, which is what is read"
+        raise _validate.fail("evidence", expected, f"{len(content):,}", cause)
     digest = bundles.digest(bundle)
     _bundle(model, digest).parent.mkdir(exist_ok=True)
     _io.write(_bundle(model, digest), content, private=True)

@@ -140,9 +140,13 @@ def request(wallet: Wallet, offer: SignedOffer, arbiter: documents.Arbiter | Non
 
 
 def _add(wallet: Wallet, offer: SignedOffer, arbiter: documents.Arbiter | None) -> Held:
-    """A request with a new word; all words that the same owner let go to waste count as attempts, under any offer."""
-    key = offer.offer.public_key
-    wasted = sum(one.request.offer.offer.public_key == key and one.state != RECEIVED for one in held(wallet))
+    """A request with a new word; all words that the same owner let go to waste count as attempts, under any offer.
+
+    So do words of copies of the same model: packages that open to something useless would let an owner try as often.
+    """
+    about = [(one.request.offer.offer, one.state) for one in held(wallet)]
+    mine = [(one.model, state) for one, state in about if one.public_key == offer.offer.public_key]
+    wasted = sum(state != RECEIVED or model == offer.offer.model for model, state in mine)
     if wasted >= requests.MOST_ATTEMPTS:
         cause = "Its owner spoils packages until a word suits it, or its files do not survive: buy from somebody else."
         raise _validate.fail(
