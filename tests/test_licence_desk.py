@@ -224,3 +224,25 @@ def test_words_that_brought_no_copy_count_under_any_offer(tmp_path):
     assert attempts == [2, 3, 4, 5, 6, 7, 8]
     with pytest.raises(errors.SmarkError, match="at most 8 attempts"):
         wallets.request(wallet, offered(owner, "Ada"))
+
+
+def test_an_offer_keeps_its_numbers(desk):
+    refused = smark(desk, "licence", "offer", "vault", "net", "Ada", "--out", "offers", code=1)
+    assert f"the {CHOICES} choices in {PARTS} parts of Ada's offer" in refused and "4,096 choices in 8 parts" in refused
+    before = (desk / "offers/000000-Ada.offer").read_bytes()
+    smark(desk, "licence", "offer", "vault", "net", "Ada", "--choices", CHOICES, "--parts", PARTS, "--out", "offers")
+    assert (desk / "offers/000000-Ada.offer").read_bytes() == before
+
+
+def test_a_wallet_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("smark_jax._io.os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            wallets.create(tmp_path / "wallet", terminal.SECRET)
+    assert not list(tmp_path.iterdir())
+    wallets.create(tmp_path / "wallet", terminal.SECRET)
+    with wallets.opened(tmp_path / "wallet", terminal.SECRET) as wallet:
+        assert not wallets.held(wallet)

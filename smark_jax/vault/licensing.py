@@ -56,7 +56,7 @@ def offer(
       num_parts: the disputes that it bears.
 
     Raises:
-      SmarkError: when there are no customers, or the model bears fewer choices.
+      SmarkError: when there are no customers, the model bears fewer choices, or a customer has another offer.
     """
     _validate.positive("licence", "the number of customers", len(customers))
     coordinates = segments.num_coordinates(model.mark)
@@ -67,7 +67,15 @@ def offer(
     for customer in customers:
         rows = store.licence_files(model.vault.connection, model.name, customer.serial)
         if any(row.kind == OFFER for row in rows):
-            found.append((customer, _path(model, customer.serial, OFFER, 0).read_bytes()))
+            path = _path(model, customer.serial, OFFER, 0)
+            content = path.read_bytes()
+            made = documents.loads(documents.SignedOffer, content, str(path)).offer
+            if (made.num_segments, made.num_parts) != (num_segments, num_parts):
+                got = f"{num_segments:,} choices in {num_parts} parts"
+                cause = "A customer has one offer of a model, which never changes: state the same numbers again."
+                expected = f"the {made.num_segments:,} choices in {made.num_parts} parts of {customer.name}'s offer"
+                raise _validate.fail("licence", expected, got, cause)
+            found.append((customer, content))
             continue
         number = held[customer.serial].number
         plain = Offer(

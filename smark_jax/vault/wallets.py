@@ -84,7 +84,7 @@ class Wallet(NamedTuple):
 
 
 def create(place: Path, passphrase: str) -> Wallet:
-    """Makes a wallet with a new identity, readable by its owner only.
+    """Makes a wallet with a new identity, readable by its owner only; whole or not at all.
 
     Raises:
       SmarkError: when the passphrase is empty, or the folder holds something.
@@ -94,10 +94,11 @@ def create(place: Path, passphrase: str) -> Wallet:
         raise _validate.fail("wallet", "a new folder for the wallet", f"{place}, which exists already", cause)
     wallet = Wallet(place, keys.new())
     sealed = crypto.seal(wallet.master, passphrase)
-    with _io.private_files():
-        (place / LICENCES).mkdir(parents=True)
-        _io.write(place / PUBLIC, documents.dumps(wallet.identity.public))
-        _io.write(place / folder.KEY_FILE, sealed, private=True)
+    place.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with _io.private_files(), _io.renamed(place) as part:
+        (part / LICENCES).mkdir(parents=True)
+        _io.write(part / PUBLIC, documents.dumps(wallet.identity.public))
+        _io.write(part / folder.KEY_FILE, sealed, private=True)
     return wallet
 
 
