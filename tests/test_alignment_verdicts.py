@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 from test_alignment_groups import Weights, conv, drawn, head, network, norm, relu, softmax
 
-from smark_jax import alignment, errors
+from smark_jax import alignment, attacks, errors
 
 TOKENS, IMAGES = (3, 6, 8), (2, 6, 6, 4)
 Leaves = dict[str, np.ndarray]
@@ -758,6 +758,21 @@ def test_another_network_is_no_copy_where_all_is_followed(name):
     other = {path: rng.permutation(leaf.reshape(-1)).reshape(leaf.shape) for path, leaf in found.params.items()}
     with pytest.raises(errors.NothingMatched):
         alignment.align(other, found.params, found.apply, found.images)
+
+
+def test_two_logits_make_no_copy():
+    """What both logits share decides nothing, so each hidden unit has one weight left, which always fits."""
+
+    def compute(p: Weights, x: jax.Array) -> jax.Array:
+        return relu(relu(x @ p("a", 60, 300)) @ p("b", 300, 400)) @ p("out", 400, 2)
+
+    base, rng = network(compute, (4, 60)), np.random.default_rng(7)
+    other = {name: rng.permutation(leaf.reshape(-1)).reshape(leaf.shape) for name, leaf in base.params.items()}
+    with pytest.raises(errors.NothingMatched):
+        alignment.align(other, base.params, base.apply, base.images)
+    graph = alignment.trace_graph(base.apply, base.params, base.images)
+    copy = attacks.rewrite(base.params, graph, jax.random.key(0))
+    assert alignment.align(copy, base.params, base.apply, base.images).report.similarity > 0.99
 
 
 @pytest.mark.parametrize("heads_in_place", [True, False])
