@@ -37,6 +37,13 @@ RIGHT = {
     "evidence export": ("vault", "9", "--out", "bundle"),
     "evidence verify": ("bundle.json", "base.npz", "base.npz"),
     "evidence timestamp": ("vault", "net", "1", "base.npz"),
+    "licence init": ("new-wallet",),
+    "licence offer": ("vault", "net", "Bob", "--choices", "64", "--out", "offers"),
+    "licence request": ("wallet", "offers/000001-Bob.offer", "--out", "request"),
+    "licence open": ("wallet", "bundle.json", "--out", "opened.npz"),
+    "licence complain": ("wallet", "bundle.json", "--out", "request"),
+    "licence answer": ("wallet", "bundle.json", "--out", "answer"),
+    "licence status": ("wallet",),
     "train": ("train.toml",),
 }
 NEVER_RIGHT = ("", "(", "-1", "nan", "9" * 20)  # for numbers of these, which take seconds wherever a value is right
@@ -82,6 +89,10 @@ def desk(tmp_path_factory):
     desk.run("add-model", "vault", "net", "base.npz", "--chips", 64)
     desk.run("issue", "vault", "net", "Ada", "--out", "copies")
     desk.run("add-model", "vault", "later", "base.npz", "--chips", 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crypto, "_N", 2)
+        desk.run("licence", "init", "wallet")
+    desk.run("licence", "offer", "vault", "net", "Bob", "--choices", 64, "--out", "offers")
     return desk
 
 
