@@ -27,6 +27,7 @@ from smark_jax import _io, _validate, keys
 
 Result = dict[str, Any]
 _SECONDS_PER_LOG_LINE = 20
+_LARGE = 300_000  # characters of results; larger ones are written without spaces
 _ROOT = Path(__file__).parents[2]
 SMARK = (sys.executable, "-c", "from smark_jax import cli; cli.main()")
 """The command ``smark`` by this interpreter, for a process of its own."""
@@ -134,7 +135,8 @@ def run_section(
         seconds = round(time.perf_counter() - began, 1)
         about = {"commit": commit(), "device": device, "seconds": seconds, "resumed": resumed}
         document = {**identity, **about, "result": result}
-        path.write_text(json.dumps(document, indent=2) + "\n")
+        text = json.dumps(document, indent=2)
+        path.write_text((text if len(text) < _LARGE else json.dumps(document, separators=(",", ":"))) + "\n")
         shutil.rmtree(parts, ignore_errors=True)
     section.show(console, document["result"])
     section.picture(path.with_suffix(".png"), document["result"])

@@ -117,7 +117,16 @@ def run(config: Config, seed: int, meter: sections.Meter) -> sections.Result:
         row = functools.partial(_network, name, config, seed, meter)
         rows.append(meter.part(name, steps[name], row))
     bar = statistics.threshold(np.ones(config.num_chips), math.log(ALPHA / config.customers))
-    return {"networks": rows, "threshold": bar, "customers": config.customers, "innocents": INNOCENTS}
+    return {"networks": shortened(rows), "threshold": bar, "customers": config.customers, "innocents": INNOCENTS}
+
+
+def shortened(found: Any) -> Any:
+    """Results with five digits of each number, so that those of many suspects stay small."""
+    if isinstance(found, float):
+        return float(f"{found:.5g}")
+    if isinstance(found, dict):
+        return {name: shortened(one) for name, one in found.items()}
+    return [shortened(one) for one in found] if isinstance(found, list) else found
 
 
 def _epochs(name: str, config: Config) -> int:
@@ -141,7 +150,9 @@ def _network(name: str, config: Config, seed: int, meter: sections.Meter) -> dic
     for number in range(config.compositions):
         suspect = attacks.rewrite(copy, graph, jax.random.key(1000 * seed + number))
         change = float(np.abs(logits(suspect) - before).max())
-        rewrites.append({"logits": change, **_read(owner, suspect), "unaligned": _traced(owner, suspect)})
+        raw = _traced(owner, suspect)
+        unaligned = {name: raw[name] for name in ("T", "traced", "wrong")}
+        rewrites.append({"logits": change, **_read(owner, suspect), "unaligned": unaligned})
         meter.step(f"{name}: {sum(row['traced'] for row in rewrites)} of {len(rewrites)} traced")
     for number, damage in enumerate(config.damages):
         for order in ORDERS:
