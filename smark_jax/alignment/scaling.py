@@ -110,12 +110,13 @@ def _chance(graph: Graph, path: str, mine: np.ndarray, sizes: Sequence[int], mat
 
     A direction in D dimensions has a cosine above c with another with a probability of about (1 - c^2)^((D - 1) / 2),
     so the best of k reaches c where that is 1 / k: here k = 2 for a unit in its place, 2 n for one chosen among n. A
-    unit of a single weight (D = 1) always fits, by its scale and sign. What all logits share does not count as weights.
+    unit of a single weight (D = 1) always fits, by its scale and sign. Of two logits the difference alone counts.
     What bases on both sides of a kernel reach adds up: for random G, the greatest u^T G v over u and v is at most the
     sum of what each reaches (Chevet 1978).
     """
-    count = graph.weights(path) * math.prod(1 - 1 / mine.shape[axis] for name, axis in graph.logits if name == path)
-    rest = max(0.0, 1 - 4 * count**-0.5) if count else 0.0
+    two_logits = any(name == path and mine.shape[axis] == 2 for name, axis in graph.logits)
+    count = graph.weights(path) / (1 + two_logits)
+    rest = max(0.0, 1 - 4 * count**-0.5)
     for axis in range(mine.ndim):
         for space in graph.spaces(path, axis):
             units = match.units[space]
