@@ -21,7 +21,18 @@ if TYPE_CHECKING:  # the commands that make, open and fill a vault start without
 
     from smark_jax.chacha import keystream
 
-__all__ = ["KEY_BYTES", "SecretKey", "commitment", "derive", "from_bytes", "keystream", "new", "seal", "unseal"]
+__all__ = [
+    "KEY_BYTES",
+    "SecretKey",
+    "commitment",
+    "derive",
+    "from_bytes",
+    "hashed_order",
+    "keystream",
+    "new",
+    "seal",
+    "unseal",
+]
 
 KEY_BYTES = 32
 _NONCE_BYTES = 12
@@ -99,6 +110,17 @@ def commitment(key: SecretKey) -> str:
     bits of entropy). Anyone who later sees the key can recompute the hash with ``sha256sum``.
     """
     return hashlib.sha256(key.to_bytes()).hexdigest()
+
+
+def hashed_order(start: bytes, number: int) -> list[int]:
+    """The numbers below ``number`` in the order of SHA-256(start, i as four bytes, big-endian), which nobody chooses.
+
+    Examples:
+      >>> from smark_jax import keys
+      >>> sorted(keys.hashed_order(b"a suspect", 8))
+      [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    return sorted(range(number), key=lambda i: hashlib.sha256(start + i.to_bytes(4, "big")).digest())
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,6 @@ most that of T1 for the z that is chosen upon survival. Summed over all attempts
 :math:`1 / (q (q + 1))` give 1.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -61,8 +60,7 @@ def order(suspect: str, request: SignedRequest) -> list[int]:
       request: the accused's.
     """
     about = bytes.fromhex(suspect) + bytes.fromhex(documents.digest(request.request))
-    by = lambda part: hashlib.sha256(b"smark licence parts v1" + about + part.to_bytes(4, "big")).digest()  # noqa: E731
-    return sorted(range(request.offer.offer.num_parts), key=by)
+    return keys.hashed_order(b"smark licence parts v1" + about, request.offer.offer.num_parts)
 
 
 def check_challenge(challenge: Challenge, suspect: str) -> None:

@@ -9,7 +9,7 @@ deposit them as its own, and learn the customer's word from the arbiter's answer
 """
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -18,7 +18,6 @@ from smark_jax import keys
 from smark_jax.licence.documents import Arbiter
 from smark_jax.licence.identities import Identity
 
-_RAW = serialization.Encoding.Raw, serialization.PublicFormat.Raw
 _NONCE = bytes(12)  # each key seals once
 
 
@@ -46,7 +45,7 @@ def seal(arbiter: Arbiter, request: bytes, part: int, openings: bytes, ephemeral
     """
     secret = keys.new().to_bytes() if ephemeral is None else ephemeral
     own = X25519PrivateKey.from_private_bytes(secret)
-    public = own.public_key().public_bytes(*_RAW)
+    public = own.public_key().public_bytes_raw()
     shared = own.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(arbiter.deposits)))
     return public + _cipher(shared, public, arbiter, request, part).encrypt(_NONCE, secret + openings, None)
 

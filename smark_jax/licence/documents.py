@@ -281,13 +281,8 @@ def genuine(key: str, document: Any, signature: str) -> bool:
 
 def dumps(document: Any) -> bytes:
     """A document's file."""
-    kind = _NAMES[type(document)]
-    return (
-        json.dumps(
-            {"format": f"smark licence {kind}", "version": VERSION, "content": _documents.plain(document)}
-        ).encode()
-        + b"\n"
-    )
+    kind, content = f"smark licence {_NAMES[type(document)]}", _documents.plain(document)
+    return json.dumps({"format": kind, "version": VERSION, "content": content}).encode() + b"\n"
 
 
 def loads(kind: type[T], content: bytes, where: str) -> T:

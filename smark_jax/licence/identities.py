@@ -2,14 +2,11 @@
 
 from typing import NamedTuple
 
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from smark_jax import keys
 from smark_jax.licence.documents import Arbiter
-
-_RAW = serialization.Encoding.Raw, serialization.PublicFormat.Raw
 
 
 class Identity(NamedTuple):
@@ -30,6 +27,5 @@ class Identity(NamedTuple):
     @property
     def public(self) -> Arbiter:
         """Both public keys. A customer's first one is what its requests name."""
-        return Arbiter(
-            self.signing.public_key().public_bytes(*_RAW).hex(), self.opening.public_key().public_bytes(*_RAW).hex()
-        )
+        signing, opening = (key.public_key().public_bytes_raw().hex() for key in (self.signing, self.opening))
+        return Arbiter(signing, opening)

@@ -65,6 +65,11 @@ def require(holds: bool, otherwise: str) -> None:
         raise Fails(otherwise)
 
 
+def fails(error: errors.SmarkError) -> Fails:
+    """A refusal as the reason why a check does not hold, on one line."""
+    return Fails(" ".join(error.desk.splitlines()))
+
+
 def refuse(wrong: str | None) -> None:
     """Fails the current check with what is wrong, if anything is."""
     require(wrong is None, wrong or "")
@@ -152,14 +157,14 @@ def _mark(bundle: Bundle, key: carriers.Keys, spec: carriers.Spec, folder: Path)
         shape = shapes.read("evidence", folder, named.shape, str(header.shape), cause) if header.shape else None
         return versions.mark(named, key, spec, shape, header.num_chips, header.strength)
     except errors.SmarkError as error:
-        raise Fails(" ".join(error.desk.splitlines())) from None
+        raise fails(error) from None
 
 
 def _follow(tree: Commitment, before: Commitment | None) -> None:
     """Requires that the header leads to the root, and that the commitment follows its predecessor."""
-    header, path = tree.header, [bytes.fromhex(node) for node in tree.header_path]
-    found = merkle.root_of_path(commitments.header_leaf(header), 0, header.customers + 1, path)
-    require(found == bytes.fromhex(tree.root), "the header does not lead to the root")
+    header = tree.header
+    leads = merkle.proves(commitments.header_leaf(header), 0, header.customers + 1, tree.header_path, tree.root)
+    require(leads, "the header does not lead to the root")
     if before is not None:
         follows = (header.previous, header.number) == (before.root, before.number + 1)
         require(follows, f"it does not name the commitment of number {before.number} as the one before")
@@ -216,12 +221,11 @@ def _words(bundle: Bundle) -> dict[int, np.ndarray]:
     num_chips = bundle.header.num_chips
     words = {}
     for opened in bundle.opened:
-        leaf, path = opened.leaf, [bytes.fromhex(node) for node in opened.path]
-        number = bundle.proved_by(opened)
+        leaf, number = opened.leaf, bundle.proved_by(opened)
         require(number in trees, f"the commitment with the leaf of {leaf.customer!r} is not in the bundle")
         tree = trees[number]
-        found = merkle.root_of_path(commitments.leaf(leaf), opened.index_, tree.header.customers + 1, path)
-        there = found == bytes.fromhex(tree.root)
+        size = tree.header.customers + 1
+        there = merkle.proves(commitments.leaf(leaf), opened.index_, size, opened.path, tree.root)
         require(there, f"the leaf of {leaf.customer!r} is not under the root: it is another one")
         require(len(leaf.word) == 2 * -(-num_chips // 8), "a codeword has the wrong length")
         words[leaf.serial] = commitments.word(leaf, num_chips)

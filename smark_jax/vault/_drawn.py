@@ -4,7 +4,7 @@ import numpy as np
 
 from smark_jax import errors
 from smark_jax.vault import drafts, merkle, versions
-from smark_jax.vault._checks import DRAWN, Checks, Fails, require
+from smark_jax.vault._checks import DRAWN, Checks, Fails, fails, refuse, require
 from smark_jax.vault.documents import Bundle, Draft, Drawn, DrawNamed, Opened
 
 
@@ -36,9 +36,8 @@ def check(checks: Checks, bundle: Bundle) -> None:
 def _check_draft(bundle: Bundle, draft: Draft, named: DrawNamed) -> None:
     """Requires the draft that the commitment names, made for the same settings."""
     header = bundle.header
-    path = [bytes.fromhex(node) for node in draft.header_path]
-    found = merkle.root_of_path(drafts.header_leaf(draft.header), 0, draft.header.capacity + 1, path)
-    require(found == bytes.fromhex(draft.root), "its header does not lead to its root")
+    leads = merkle.proves(drafts.header_leaf(draft.header), 0, draft.header.capacity + 1, draft.header_path, draft.root)
+    require(leads, "its header does not lead to its root")
     require(draft.root == named.root, "the commitment names another draft")
     ours, theirs = header._replace(versions=header.algorithms)._asdict(), draft.header._asdict()
     other = [name for name in theirs if name in ours and name != "created" and ours[name] != theirs[name]]
@@ -54,8 +53,8 @@ def _check_value(bundle: Bundle, drawn: Drawn, named: DrawNamed) -> None:
     except errors.MissingExtra:
         raise
     except errors.SmarkError as error:
-        wrong = " ".join(error.desk.splitlines())
-    require(wrong is None, wrong or "")
+        raise fails(error) from None
+    refuse(wrong)
     earliest = draw.token.time if draw.token else ""
     for item in bundle.chain:
         early = [stamp.time for stamp in item.timestamps if stamp.time < earliest]
@@ -72,9 +71,8 @@ def _check_word(bundle: Bundle, drawn: Drawn, opened: Opened) -> None:
     draft = drawn.draft
     require(leaf.serial < draft.header.capacity, f"the serial of {leaf.customer!r} is beyond the draft's")
     hashed = drafts.leaf(leaf.serial, bytes.fromhex(own.salt), bytes.fromhex(own.word))
-    path = [bytes.fromhex(node) for node in own.path]
-    found = merkle.root_of_path(hashed, leaf.serial + 1, draft.header.capacity + 1, path)
-    require(found == bytes.fromhex(draft.root), f"the own word of {leaf.customer!r} is not under the draft's root")
+    there = merkle.proves(hashed, leaf.serial + 1, draft.header.capacity + 1, own.path, draft.root)
+    require(there, f"the own word of {leaf.customer!r} is not under the draft's root")
     code = versions.CODES[header.algorithms.code]
     public = np.packbits(np.asarray(code.words(drawn.draw.key, [leaf.serial], header.num_chips))[0] < 0)
     issued = np.frombuffer(bytes.fromhex(own.word), np.uint8) ^ public

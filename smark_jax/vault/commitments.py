@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from smark_jax import _documents, _io, _validate, keys
-from smark_jax.vault import crypto, documents, drafts, folder, merkle, models, store
+from smark_jax import _io, _validate, keys
+from smark_jax.vault import documents, drafts, folder, merkle, models, store
 from smark_jax.vault.customers import Customer
 from smark_jax.vault.documents import Commitment, Header, Leaf
 
@@ -60,32 +60,19 @@ def leaves(model: models.OpenModel, customers: Sequence[Customer]) -> list[bytes
 
 def build(model: models.OpenModel, hashed: Sequence[bytes]) -> Commitment:
     """The next commitment to a model, over the leaves of all its customers in the order of their serials."""
-    vault, settings = model.vault, model.settings
+    vault = model.vault
     before = latest(vault, model.name)
     header = Header(
-        alpha=settings.alpha,
-        base=settings.base,
-        carrier_key=keys.commitment(models.carrier_key(vault, model.name)),
-        created=_documents.now(),
+        **drafts.common(model),
         customers=len(hashed),
-        model=model.name,
-        num_chips=settings.num_chips,
         number=before.number + 1 if before else 1,
         previous=before.root if before else None,
         probes_key=keys.commitment(models.probes_key(vault, model.name)),
-        public_key=crypto.public_key(vault.master),
-        spec=models.spec_digest(documents.rows(settings.spec)),
-        strength=settings.strength,
-        versions=settings.versions,
-        shape=settings.shape.digest if settings.shape else documents.MISSING,
-        pieces=models.pieces_root(vault, model.name, settings.versions) or documents.MISSING,
+        pieces=models.pieces_root(vault, model.name, model.settings.versions) or documents.MISSING,
         draw=drafts.named(model),
     )
     tree = [header_leaf(header), *hashed]
-    (path,) = merkle.paths(tree, [0])
-    root = merkle.root_of_path(tree[0], 0, len(tree), path)  # the header's path, so the tree is not hashed twice
-    assert root is not None
-    return Commitment(FORMAT, VERSION, header, tuple(node.hex() for node in path), root.hex())
+    return Commitment(FORMAT, VERSION, header, *merkle.headed(tree))
 
 
 def row(commitment: Commitment) -> store.Commitment:

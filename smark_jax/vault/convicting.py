@@ -11,7 +11,7 @@ from smark_jax import _validate, carriers, errors, extraction, files, licence
 from smark_jax.licence import conviction, documents
 from smark_jax.licence.documents import Challenge, SignedAnswer
 from smark_jax.vault import bundles, reading
-from smark_jax.vault._checks import Checks, Fails, require
+from smark_jax.vault._checks import Checks, fails, require
 from smark_jax.vault.documents import Bundle
 
 _MOST = 64
@@ -113,7 +113,7 @@ def _check_licence(bundle: Bundle, challenge: Challenge) -> None:
     try:
         conviction.check_challenge(challenge, bundle.suspect.content)
     except errors.SmarkError as error:
-        require(False, " ".join(error.desk.splitlines()))
+        raise fails(error) from None
     names = {opened.leaf.serial: opened.leaf.customer for opened in bundle.opened}
     accused = {claim.serial for claim in bundle.accused}
     require(offer.serial in accused and names.get(offer.serial) == offer.customer, "it is not that of an accused")
@@ -138,7 +138,7 @@ def _test(challenge: Challenge, answer: SignedAnswer, digest: str, values: np.nd
         words = licence.opened_word(challenge, answer, digest)
         found = licence.convict(values, challenge, words)
     except errors.SmarkError as error:
-        raise Fails(" ".join(error.desk.splitlines())) from None
+        raise fails(error) from None
     return Convicted(offer.customer, offer.serial, found.statistic, found.log10_p, found.fraction, who)
 
 

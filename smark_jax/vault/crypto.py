@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
@@ -111,5 +110,4 @@ def signing_key(master: keys.SecretKey) -> Ed25519PrivateKey:
 
 def public_key(master: keys.SecretKey) -> str:
     """The public half of the signing key, 32 bytes in hex; every commitment names it and so binds it before sale."""
-    raw = signing_key(master).public_key()
-    return raw.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw).hex()
+    return signing_key(master).public_key().public_bytes_raw().hex()

@@ -20,6 +20,7 @@ that could have been chosen (:func:`choices`). A draft's serials are all that it
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -227,32 +228,33 @@ def choices(serials: Sequence[int], capacity: int) -> tuple[int, float]:
     return 1 << max(serials).bit_length(), math.log((capacity - 1).bit_length() + 1)
 
 
-def _make(model: models.OpenModel, capacity: int, on_done: Callable[[int], None]) -> Draft:
+def common(model: models.OpenModel) -> dict[str, Any]:
+    """What the headers of drafts and commitments both state: all that a reading of the model rests on, and when."""
     vault, settings = model.vault, model.settings
-    header = DraftHeader(
-        alpha=settings.alpha,
-        base=settings.base,
-        capacity=capacity,
-        carrier_key=keys.commitment(models.carrier_key(vault, model.name)),
-        code_key=keys.commitment(models.code_key(vault, model.name)),
-        created=_documents.now(),
-        model=model.name,
-        num_chips=settings.num_chips,
-        public_key=crypto.public_key(vault.master),
-        spec=models.spec_digest(documents.rows(settings.spec)),
-        strength=settings.strength,
-        versions=settings.versions,
-        shape=settings.shape.digest if settings.shape else documents.MISSING,
-    )
+    return {
+        "alpha": settings.alpha,
+        "base": settings.base,
+        "carrier_key": keys.commitment(models.carrier_key(vault, model.name)),
+        "created": _documents.now(),
+        "model": model.name,
+        "num_chips": settings.num_chips,
+        "public_key": crypto.public_key(vault.master),
+        "spec": models.spec_digest(documents.rows(settings.spec)),
+        "strength": settings.strength,
+        "versions": settings.versions,
+        "shape": settings.shape.digest if settings.shape else documents.MISSING,
+    }
+
+
+def _make(model: models.OpenModel, capacity: int, on_done: Callable[[int], None]) -> Draft:
+    code_key = keys.commitment(models.code_key(model.vault, model.name))
+    header = DraftHeader(capacity=capacity, code_key=code_key, **common(model))
     tree = [header_leaf(header)]
     for hashed in _leaves(model, capacity):
         tree.append(hashed)
         if len(tree) % _SERIALS_PER_PASS == 0:
             on_done(len(tree))
-    (path,) = merkle.paths(tree, [0])
-    root = merkle.root_of_path(tree[0], 0, len(tree), path)
-    assert root is not None
-    return Draft(FORMAT, VERSION, header, tuple(node.hex() for node in path), root.hex())
+    return Draft(FORMAT, VERSION, header, *merkle.headed(tree))
 
 
 def _leaves(model: models.OpenModel, capacity: int) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from smark_jax import _documents, _io, _validate, keys, licence
 from smark_jax._documents import Hash
 from smark_jax.licence import conviction, documents, group, segments
-from smark_jax.licence.documents import Challenge, Earlier, Offer, RequestFile, SignedRequest
+from smark_jax.licence.documents import Challenge, Earlier, Offer, RequestFile
 from smark_jax.vault import _text, bundles, commitments, crypto, folder, issuing, models, store
 from smark_jax.vault.customers import Customer
 from smark_jax.vault.documents import Bundle
@@ -176,7 +176,7 @@ def _check(model: models.OpenModel, name: str, file: RequestFile) -> None:
         raise _validate.fail("issue", f"a request under an offer of {model.name}", f"another one in {name}", cause)
     served = {row.number: row.sha256 for row in rows if row.kind == REQUEST}
     if served:
-        first = _request(model, about.serial, min(served)).request
+        first = _file(model, about.serial, min(served)).request.request
         if first.identity != request.identity:
             cause = "Somebody else answers under this customer's name: ask the customer for the fingerprint of its key."
             raise _validate.fail("issue", "the key that signed the first request", f"another one in {name}", cause)
@@ -297,10 +297,6 @@ def _bundle(model: models.OpenModel, digest: str) -> Path:
 def _key(model: models.OpenModel, serial: int) -> keys.SecretKey:
     """The owner's secret of one customer's offer."""
     return keys.derive(model.vault.master, model.name, "licence", str(serial))
-
-
-def _request(model: models.OpenModel, serial: int, attempt: int) -> SignedRequest:
-    return _file(model, serial, attempt).request
 
 
 def _file(model: models.OpenModel, serial: int, attempt: int) -> RequestFile:

@@ -56,6 +56,20 @@ def root_of_path(leaf: bytes, index: int, size: int, path: Sequence[bytes]) -> b
     return None if rest else node
 
 
+def proves(leaf: bytes, index: int, size: int, path: Sequence[str], root: str) -> bool:
+    """Whether a hashed leaf and its path, in hex as documents hold it, lead to this root; as :func:`root_of_path`."""
+    found = root_of_path(leaf, index, size, [bytes.fromhex(node) for node in path])
+    return found == bytes.fromhex(root)
+
+
+def headed(leaves: Sequence[bytes]) -> tuple[tuple[str, ...], str]:
+    """The path of the first leaf, which is the header's, and the root, both in hex; the tree is hashed once."""
+    (path,) = paths(leaves, [0])
+    top = root_of_path(leaves[0], 0, len(leaves), path)
+    assert top is not None
+    return tuple(node.hex() for node in path), top.hex()
+
+
 def _levels(leaves: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
     """The levels from the leaves up; a node without a sibling moves up unchanged, which gives RFC 6962's tree."""
     _validate.positive("merkle", "the number of leaves", len(leaves))

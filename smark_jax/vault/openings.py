@@ -13,7 +13,6 @@ the smallest share that suffices. The order depends on carrier and suspect alone
 has :data:`READINGS` readings to choose from and no more, and p-values always count them all.
 """
 
-import hashlib
 from collections.abc import Collection, Mapping
 
 from smark_jax import carriers, keys
@@ -51,7 +50,7 @@ def order(root: str, content: str, num_pieces: int) -> list[int]:
       num_pieces: P.
     """
     start = b"smark pieces v1\n" + bytes.fromhex(root) + bytes.fromhex(content)
-    return sorted(range(num_pieces), key=lambda piece: hashlib.sha256(start + piece.to_bytes(4, "big")).digest())
+    return keys.hashed_order(start, num_pieces)
 
 
 def parts(root: str, content: str, num_pieces: int) -> list[tuple[int, ...]]:
@@ -101,10 +100,8 @@ def wrong_keys(bundle: Bundle) -> str | None:
     if not header.pieces or len({piece.index_ for piece in pieces}) != len(pieces):
         return "a piece is opened twice, or the carrier has none"
     for piece in pieces:
-        path = [bytes.fromhex(node) for node in piece.path]
-        if merkle.root_of_path(_leaf(_key(piece.key)), piece.index_, carriers.MOST_PIECES, path) != bytes.fromhex(
-            str(header.pieces)
-        ):
+        hashed = _leaf(_key(piece.key))
+        if not merkle.proves(hashed, piece.index_, carriers.MOST_PIECES, piece.path, str(header.pieces)):
             return f"the key of piece {piece.index_} was not committed to: it is forged"
     return None
 
