@@ -60,6 +60,13 @@ def run(*arguments: Any, folder: Path = Path(), terminal: bool = False, **enviro
     return Ran(int(end.value.code or 0), out.getvalue(), err.getvalue())
 
 
+def smark(folder: Path, *arguments: Any, code: int = 0) -> str:
+    """What :func:`run` wrote in this folder; the command must end with this exit code."""
+    ran = run(*arguments, folder=folder)
+    assert ran.code == code, ran.out + ran.err
+    return ran.out + ran.err
+
+
 def shown(write: Callable[[], None], width: int | None = 80, *, tty: bool = True, **environment: str) -> str:
     """What a function writes to a terminal or pipe of that width; None: nobody says how wide it is."""
     out = _Terminal() if tty else io.StringIO()

@@ -8,18 +8,13 @@ import shutil
 import numpy as np
 import pytest
 import terminal
+from terminal import smark
 
 from smark_jax import embedding, files, keys, licence, vault
 from smark_jax.licence import documents, group, segments
 from smark_jax.vault import bundles, licensing, models, wallets
 
 CHOICES, PARTS = 512, 4
-
-
-def smark(folder, *arguments, code=0):
-    ran = terminal.run(*arguments, folder=folder)
-    assert ran.code == code, ran.out + ran.err
-    return ran.out + ran.err
 
 
 @pytest.fixture(scope="module")

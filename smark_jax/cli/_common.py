@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 VARIABLE = "SMARK_PASSPHRASE"
 
 VaultPath = Annotated[Path, typer.Argument(help="The vault's folder.", metavar="VAULT", show_default=False)]
+ModelName = Annotated[str, typer.Argument(help="The model.", show_default=False)]
 PassphraseFile = Annotated[
     Path | None,
     typer.Option(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def draw(
     vault: VaultPath,
-    name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
+    name: _common.ModelName,
     out: Annotated[Path | None, typer.Option(help="Write the draft, to be published.", show_default=False)] = None,
     timestamp_request: Annotated[
         Path | None, typer.Option(help="With --out: write an RFC 3161 request for the draft, to send to an authority.")

@@ -179,7 +179,7 @@ def verify(
 @app.command(cls=_common.Command, epilog="Example:\n\n  smark evidence timestamp my-vault mnist-cnn 1 response.tsr")
 def timestamp(
     vault: VaultPath,
-    name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
+    name: _common.ModelName,
     number: Annotated[int, typer.Argument(min=1, max=2**63 - 1, help="The commitment's number.", show_default=False)],
     response: Annotated[Path, typer.Argument(help="What the authority answered (DER).", show_default=False)],
     passphrase_file: PassphraseFile = None,

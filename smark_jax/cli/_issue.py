@@ -20,11 +20,9 @@ _SHOWN = 10
 
 def issue(
     vault: VaultPath,
-    name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
+    name: _common.ModelName,
     out: Annotated[Path, typer.Option(help="Folder for the copies; made if absent.", show_default=False)],
-    customers: Annotated[
-        list[str] | None, typer.Argument(help="Names; new ones are registered.", show_default=False)
-    ] = None,
+    customers: _names.Customers = None,
     csv: _names.Csv = None,
     column: _names.Column = None,
     heading: _names.Heading = None,

@@ -57,11 +57,9 @@ def init(wallet: WalletPath, passphrase_file: PassphraseFile = None, as_json: As
 )
 def offer(
     vault: VaultPath,
-    name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
+    name: _common.ModelName,
     out: Annotated[Path, typer.Option(help="Folder for the offers; made if absent.", show_default=False)],
-    customers: Annotated[
-        list[str] | None, typer.Argument(help="Names; new ones are registered.", show_default=False)
-    ] = None,
+    customers: _names.Customers = None,
     csv: _names.Csv = None,
     column: _names.Column = None,
     heading: _names.Heading = None,

@@ -1,4 +1,4 @@
-"""Options of the commands that take customers' names from a CSV file."""
+"""Arguments and options of the commands that take customers' names, as they are or from a CSV file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +7,7 @@ import typer
 
 from smark_jax.cli import _common
 
+Customers = Annotated[list[str] | None, typer.Argument(help="Names; new ones are registered.", show_default=False)]
 Csv = Annotated[
     Path | None,
     typer.Option(help="A CSV file with customers' names: commas, semicolons, tabs or bars between columns."),

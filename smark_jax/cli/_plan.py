@@ -17,7 +17,7 @@ CUSTOMERS = 1_000_000
 
 def plan(
     vault: VaultPath,
-    name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
+    name: _common.ModelName,
     customers: Annotated[int, typer.Option(min=1, help="Number of customers among whom a verdict looks.")] = CUSTOMERS,
     coalition: Annotated[int, typer.Option(min=1, help="Number of colluders, all of whom should be accused.")] = 1,
     change: Annotated[

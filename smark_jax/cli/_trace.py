@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def trace(
     vault: VaultPath,
-    name: Annotated[str, typer.Argument(help="The model.", show_default=False)],
+    name: _common.ModelName,
     suspects: Annotated[list[Path], typer.Argument(help="Files of weights, in any format.", show_default=False)],
     alpha: Annotated[
         float | None, typer.Option(help="Bound on the probability of a false accusation, if not the committed one.")
