@@ -38,7 +38,7 @@ def read(
     alike: list[str] = []
     scales: dict[int, list[np.ndarray]] = {space: [] for space in done}
     from_base: list[str] = []
-    lowest, highest, telling = 1.0, 1.0, False
+    lowest, highest, telling, positions = 1.0, 1.0, False, tables(graph)
     for path, mine in ours.items():
         leaf, present = merged.leaves[path], np.ones(mine.shape, bool)
         for axis in range(mine.ndim):
@@ -59,7 +59,7 @@ def read(
             norms = float(np.linalg.norm(leaf)) * float(np.linalg.norm(mine))
             similarities[path] = min(1.0, float(np.vdot(leaf, mine)) / norms) if norms > 0 else 0.0
             chance = _chance(graph, path, mine, sizes, match)
-            if path not in tables(graph):
+            if path not in positions:
                 alike += [path] * (min(similarities[path], centred(leaf, mine)) > max(ALIKE, chance))
                 telling = telling or chance < _TELLING
             from_base += [path] * (similarities[path] < min(ALIKE, chance) and norms > 0)

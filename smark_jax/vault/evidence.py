@@ -12,8 +12,8 @@ For an innocent j and every fixed S, b_j is independent of the residual r_S. Sum
 size and all sizes, the probability of a false accusation is at most alpha. No step trusts the owner's search. N counts
 every customer whom the verdict compared, even when the accused's own commitment had fewer. The number of shares is 4
 where a part of the carrier can be opened (:mod:`smark_jax.vault.openings`), whichever was, and 1 for other models.
-every customer whom the verdict compared, even when the accused's own commitment had fewer. Where codewords were drawn,
-N counts the serials that could have been given out (:func:`counted`).
+Where codewords were drawn, N counts the serials that could have been given out (:func:`counted`), and p-values count
+the ranges that these could have been in.
 """
 
 import math
@@ -259,11 +259,12 @@ def _smallest(
         suspect.log_maps or 0.0,
         openings.readings(model.settings.versions),
     )
-    proofs = [
-        _Proof(*_claims(model, part, chips, ranked, leaves, counts), part)
-        for part, chips in zip([*parts, ()], [*rows, whole], strict=True)
-    ]
-    found = max(proofs, key=lambda proof: len(proof.claims))  # the first of the best
+    found = _Proof([], [], ())
+    for part, chips in zip([*parts, ()], [*rows, whole], strict=True):
+        proof = _Proof(*_claims(model, part, chips, ranked, leaves, counts), part)
+        found = max(found, proof, key=lambda one: len(one.claims))  # the first of the best
+        if len(found.claims) == len(ranked):  # a larger share proves no more
+            break
     if not found.claims:
         got = "none: the verdict names them, but what an arbiter can check alone is weaker"
         cause = "Trace more of what leaked; docs/evidence.md explains what an arbiter can check."
